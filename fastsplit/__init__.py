@@ -1,0 +1,64 @@
+"""fastsplit: tensor RPC without copies, and a TEE + GPU split of Llama-family models on top of it.
+
+    server = fastsplit.Server("unix:///tmp/demo.sock", {"scale": lambda call: call.tensors[0].mul_(call.attrs["by"])})
+    with server, fastsplit.connect("unix:///tmp/demo.sock") as channel:
+        (y,) = channel.call("scale", x, by=2.0)
+
+Importing this needs numpy and flatbuffers alone; torch is used where it is installed.
+"""
+
+from __future__ import annotations
+
+from .errors import (
+    AddressError,
+    CancelledError,
+    ClosedError,
+    ConnectError,
+    DeadlineError,
+    FastsplitError,
+    LimitError,
+    LocalProtocolError,
+    ModelError,
+    PeerLostError,
+    ProtocolError,
+    RemoteOpError,
+    RemoteProtocolError,
+    TensorError,
+    VerificationError,
+)
+from .schema.limits import Limits
+from .wire.channel import Channel, Future, Result
+from .wire.server import Call, Server
+from .wire.stats import Stats
+
+__all__ = [
+    "AddressError",
+    "Call",
+    "CancelledError",
+    "Channel",
+    "ClosedError",
+    "ConnectError",
+    "DeadlineError",
+    "FastsplitError",
+    "Future",
+    "LimitError",
+    "Limits",
+    "LocalProtocolError",
+    "ModelError",
+    "PeerLostError",
+    "ProtocolError",
+    "RemoteOpError",
+    "RemoteProtocolError",
+    "Result",
+    "Server",
+    "Stats",
+    "TensorError",
+    "VerificationError",
+    "__version__",
+    "connect",
+]
+
+__version__ = "0.1.0"
+
+connect = Channel
+"""Connects to a server: `connect(uri, *, arrays="auto", timeout_s=10.0, call_timeout_s=300.0, limits=None)`."""

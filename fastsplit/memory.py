@@ -1,0 +1,144 @@
+"""Private memory for tensors that arrive or are about to be sent: aligned, writable, reused.
+
+Why. Fresh pages are the hidden cost of receiving: the kernel zeroes each one and takes a fault for it, which for
+128 MiB costs more than half of the transfer itself. So large blocks are kept and handed out again.
+
+Rules. What `allocate` returns belongs to the caller until the last view of it (numpy or torch) dies; then the block
+comes back by itself. Nothing is ever handed out twice. Memory is not touched before its bytes arrive, so a length that
+a peer only claims costs address space, not memory. All of it is thread-safe without locks: list and dict operations
+are atomic, and a block can come back from any thread at any moment (`__del__`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from typing import Any
+
+import numpy as np
+
+__all__ = ["ALIGNMENT", "Memory", "Pool", "pool"]
+
+ALIGNMENT = 64
+"""Bytes: a cache line, and what the widest vector units want."""
+
+_CELLS_NBYTES = 4096
+_MAX_CELL_NBYTES = 512
+"""Up to here a tensor is a cell of a 4 KiB slab, which lives as long as any of its cells: half the cost of an allocation of its
+own (aligning that takes 1 us), and nobody who keeps a small tensor keeps more than a page."""
+_SMALL_NBYTES = 64 * 1024  # below this malloc reuses memory well, and a pooled block would waste a page or more
+_HUGE_PAGE_NBYTES = 2 * 1024**2
+
+
+Memory = np.ndarray[Any, np.dtype[np.uint8]]
+"""Flat, writable, aligned."""
+
+
+class _Lease(ctypes.Array):  # type: ignore[type-arg]
+    """One loan of one block. numpy and torch views keep it alive; its death gives the block back.
+
+    A ctypes array, since that is the one object in the standard library that has the buffer protocol, `__del__`, and stays
+    referenced by every memoryview of it (a memoryview does not keep the memoryview that it was made from).
+    """
+
+    _type_ = ctypes.c_ubyte
+    _length_ = 0
+    pool: Pool
+    block: mmap.mmap
+
+    def __del__(self) -> None:
+        self.pool._give_back(self.block)
+
+
+class Pool:
+    """Blocks of memory by size class. `max_idle_nbytes` bounds what is kept for reuse, not what is handed out."""
+
+    def __init__(self, max_idle_nbytes: int = 1024**3) -> None:
+        self.max_idle_nbytes = max_idle_nbytes
+        self._idle: dict[int, list[mmap.mmap]] = {}  # least recently used class first
+        self._lease_types: dict[int, type[_Lease]] = {}
+        self._cells: dict[int, list[Memory]] = {size: [] for size in (64, 128, 256, 512)}
+
+    @property
+    def idle_nbytes(self) -> int:
+        """Bytes that are kept for reuse."""
+        return sum(size * len(blocks) for size, blocks in list(self._idle.items()))
+
+    def allocate(self, nbytes: int) -> Memory:
+        """`nbytes` of writable memory, aligned to 64 bytes, content undefined, as a flat uint8 array.
+
+        The memory is the caller's until the last view of the array dies. Raises MemoryError if there is none.
+        """
+        if nbytes <= _MAX_CELL_NBYTES:
+            size = 64 if nbytes <= 64 else 128 if nbytes <= 128 else 256 if nbytes <= 256 else 512
+            cells = self._cells[size]
+            while True:
+                try:
+                    return cells.pop()[:nbytes]
+                except IndexError:
+                    slab = _aligned(_CELLS_NBYTES)
+                    cells.extend([slab[at : at + size] for at in range(0, _CELLS_NBYTES, size)])
+        if nbytes < _SMALL_NBYTES:
+            return _aligned(nbytes)
+        size = _size_class(nbytes)
+        try:
+            block = self._idle[size].pop()
+        except (KeyError, IndexError):
+            block = _map(size)
+        lease_type = self._lease_types.get(size)
+        if lease_type is None:
+            lease_type = type("_Lease", (_Lease,), {"_length_": size, "pool": self})
+            self._lease_types[size] = lease_type
+        lease = lease_type.from_buffer(block)
+        lease.block = block
+        return np.frombuffer(lease, np.uint8, nbytes)
+
+    def trim(self, max_idle_nbytes: int = 0) -> None:
+        """Gives idle blocks back to the system until at most `max_idle_nbytes` are left, least recently used first."""
+        for size in list(self._idle):
+            while self.idle_nbytes > max_idle_nbytes:
+                try:
+                    self._idle[size].pop()
+                except (KeyError, IndexError):
+                    break
+            if not self._idle.get(size):
+                self._idle.pop(size, None)
+
+    def _give_back(self, block: mmap.mmap) -> None:
+        size = len(block)
+        # Out and in again, so that the class is now the most recently used. Two threads here at the same moment may lose
+        # each other's list: then its blocks go back to the system instead of being kept, and nothing is handed out twice.
+        blocks = self._idle.pop(size, None) or []
+        blocks.append(block)
+        self._idle[size] = blocks
+        if self.idle_nbytes > self.max_idle_nbytes:
+            self.trim(self.max_idle_nbytes)
+
+
+def _aligned(nbytes: int) -> Memory:
+    raw = np.empty(nbytes + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + nbytes]
+
+
+def _size_class(nbytes: int) -> int:
+    """The next of four steps to each power of two: at most a quarter is unused, and few distinct sizes exist."""
+    step = max(1 << (nbytes.bit_length() - 3), mmap.PAGESIZE)
+    return -(-nbytes // step) * step
+
+
+def _map(size: int) -> mmap.mmap:
+    try:
+        block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"{size} bytes of tensor memory: {error}") from None
+    if size >= _HUGE_PAGE_NBYTES and hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            block.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:  # a kernel without huge pages: smaller pages do, more slowly
+            pass
+    return block
+
+
+pool = Pool()
+"""The process's own pool, used where no other is given."""

@@ -1,0 +1,1 @@
+"""How messages travel: frames, the protocol's state machine, links, the client and the server. Never imports torch."""

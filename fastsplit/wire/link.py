@@ -1,0 +1,168 @@
+"""Blocking I/O on one connected socket: short reads and writes, deadlines, and the peer's death.
+
+Rules. Deadlines are `time.monotonic()` seconds, None for none. A read that times out loses nothing: what arrived is in the
+session. A write that times out in the middle of a frame leaves the stream in doubt; the caller must end the connection.
+Every OSError becomes PeerLostError here, and only here. One thread may read while another writes.
+
+Why the socket is blocking and still written with MSG_DONTWAIT: a read is one system call (SO_RCVTIMEO gives it its deadline),
+and a write never blocks, so that its caller can read meanwhile; two peers that both only write would wait for ever.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import struct
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import DeadlineError, PeerLostError
+
+__all__ = ["Link", "remaining_s"]
+
+_MAX_IOVECS = 64  # of 1024 that Linux takes; a message has at most a few
+_DONTWAIT = int(socket.MSG_DONTWAIT)  # socket's own constants are enums, slow to combine
+_TICK_S = 1.0
+"""A read's SO_RCVTIMEO, when its deadline is further away: setting it for each call would cost a system call a call."""
+
+
+def remaining_s(deadline: float | None) -> float | None:
+    """Seconds until a deadline, at least 0; None for none."""
+    return None if deadline is None else max(deadline - time.monotonic(), 0.0)
+
+
+class Link:
+    """One connected socket. Owns it."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._timeout_s = 0.0
+        self._writable = select.poll()
+        self._writable.register(sock, select.POLLOUT)
+        self._either = select.poll()
+        self._either.register(sock, select.POLLIN | select.POLLOUT)
+        self._close_lock = threading.Lock()
+        self.bytes_sent = 0
+        self.bytes_received = 0
+
+    def send(self, buffers: Sequence[Any], nbytes: int = -1) -> Sequence[Any]:
+        """Sends what the kernel takes now, in one system call, and returns what is left of `buffers`.
+
+        `nbytes`, where the caller knows it: all bytes of the buffers, which then need not be added up. The buffers must not
+        change until all of them are sent. Raises PeerLostError.
+        """
+        try:
+            sent = self._sock.sendmsg(buffers if len(buffers) <= _MAX_IOVECS else buffers[:_MAX_IOVECS], (), _DONTWAIT)
+        except BlockingIOError:
+            return buffers
+        except OSError as error:
+            raise _lost(error) from None
+        self.bytes_sent += sent
+        if sent == nbytes:
+            return ()
+        for index, buffer in enumerate(buffers):
+            size = memoryview(buffer).nbytes
+            if sent < size:
+                rest = memoryview(buffer).cast("B")[sent:] if sent else buffer
+                return [rest, *buffers[index + 1 :]]
+            sent -= size
+        return ()
+
+    def send_all(self, buffers: Sequence[Any], deadline: float | None) -> None:
+        """Sends everything, waiting where it must. Raises PeerLostError, DeadlineError (the stream is then in doubt)."""
+        left = self.send(buffers)
+        while left:
+            self.wait(deadline, reading=False)
+            left = self.send(left)
+
+    def wait(self, deadline: float | None, *, reading: bool) -> tuple[bool, bool]:
+        """Waits until the socket is (readable, writable); readable only if `reading`. Raises DeadlineError."""
+        timeout_s = remaining_s(deadline)
+        poll = self._either if reading else self._writable
+        ready = poll.poll(None if timeout_s is None else timeout_s * 1000)
+        if not ready:
+            raise DeadlineError("the peer took too long to read")
+        events = ready[0][1]
+        # an error or a hang-up counts as both: the next read or write says what it is
+        return reading and bool(events & ~select.POLLOUT), bool(events & ~select.POLLIN)
+
+    def receive_into(self, buffers: Sequence[memoryview], deadline: float | None, *, blocking: bool = True) -> int:
+        """Reads at least one byte into the buffers, in order; returns how many, 0 at the end of the stream.
+
+        Raises PeerLostError, DeadlineError (nothing is lost, another read may go on).
+        """
+        flags = 0 if blocking else _DONTWAIT
+        while True:
+            if blocking:
+                self._arm(deadline)
+            try:
+                if len(buffers) == 1:
+                    received = self._sock.recv_into(buffers[0], 0, flags)
+                else:
+                    received = self._sock.recvmsg_into(buffers[:_MAX_IOVECS], 0, flags)[0]
+            except BlockingIOError:
+                if not blocking:
+                    raise DeadlineError("nothing to read") from None
+                if deadline is not None and time.monotonic() >= deadline:
+                    raise DeadlineError("nothing came from the peer") from None
+            except OSError as error:
+                raise _lost(error) from None
+            else:
+                self.bytes_received += received
+                return received
+
+    def linger(self, deadline: float) -> None:
+        """Ends the writing direction, and drops what the peer still sends until it closes or the deadline passes.
+
+        Closing at once, with bytes unread, would reset the connection and could take our last frame with it.
+        """
+        scratch = memoryview(bytearray(64 * 1024))
+        try:
+            self._sock.shutdown(socket.SHUT_WR)
+            while self.receive_into([scratch], deadline) and time.monotonic() < deadline:
+                pass
+        except (OSError, PeerLostError, DeadlineError):
+            return  # it is gone, or does not go: either way we have done what we could
+
+    def shutdown(self) -> None:
+        """Ends both directions; a thread that waits in a read or a write wakes up with the end of the stream."""
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:  # not connected any more, or closed: what was wanted
+            pass
+
+    def shutdown_reading(self) -> None:
+        """Ends only the reading direction, as if the peer had sent its last byte."""
+        try:
+            self._sock.shutdown(socket.SHUT_RD)
+        except OSError:
+            pass
+
+    def close(self) -> None:
+        """Closes the socket. Call `shutdown` first if another thread may be in a read or a write."""
+        with self._close_lock:
+            self._sock.close()
+
+    def _arm(self, deadline: float | None) -> None:
+        if deadline is None:
+            timeout_s = 0.0
+        else:
+            timeout_s = deadline - time.monotonic()
+            if timeout_s >= _TICK_S:
+                timeout_s = _TICK_S
+            elif timeout_s <= 0.0:
+                timeout_s = 1e-6
+        if timeout_s != self._timeout_s:
+            seconds = int(timeout_s)
+            micros = int((timeout_s - seconds) * 1e6) or (0 if seconds or not timeout_s else 1)
+            try:
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", seconds, micros))
+            except OSError as error:
+                raise _lost(error) from None
+            self._timeout_s = timeout_s
+
+
+def _lost(error: OSError) -> PeerLostError:
+    return PeerLostError(f"the connection is lost: {error.strerror or error}")

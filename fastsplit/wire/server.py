@@ -1,0 +1,426 @@
+"""The server: accepts connections, runs handlers, answers.
+
+Each connection has a thread of its own that reads a request, runs its handler and answers, in order: the fewest hand-overs, so the
+shortest round trip. With `workers`, handlers run in a pool instead: then requests of one connection overlap, replies come
+in the order in which they are done, and a CANCEL can still find its request waiting.
+
+Rules. One client's failure touches nobody else. A handler's exception is an answer (ERROR), never the end of a connection.
+Every request is answered exactly once. A peer that breaks the protocol is told how (ABORT), and its connection ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from time import perf_counter_ns
+from typing import Any
+
+from ..errors import ClosedError, DeadlineError, FastsplitError, PeerLostError, RemoteProtocolError
+from ..memory import Pool, pool
+from ..schema.limits import Limits
+from .. import tensors
+from ..tensors import Arrays, collect
+from .address import Address, UnixAddress, accept_socket, listen_socket, parse_address, remove_socket_file
+from .link import Link, remaining_s
+from .session import CAPABILITIES, Cancel, Goodbye, Request, Session
+from .stats import Stats
+
+__all__ = ["Call", "Handler", "Server"]
+
+_logger = logging.getLogger("fastsplit.server")
+
+_LINGER_S = 1.0  # how long an aborted peer's bytes are read and dropped, so that it can read why
+
+
+class Call:
+    """One request, as its handler sees it.
+
+    `op`: the operation's name. `tensors`: torch tensors or numpy arrays, writable, the handler's own for as long as it
+    keeps them. `attrs`: the request's attributes, the handler's own. `reply_attrs`: attributes for the reply.
+    """
+
+    __slots__ = ("_connection", "_deadline", "_request_id", "attrs", "op", "reply_attrs", "tensors")
+
+    def __init__(
+        self,
+        connection: _Connection,
+        request_id: int,
+        op: str,
+        tensors: tuple[Any, ...],
+        attrs: dict[str, Any],
+        deadline: float | None,
+    ) -> None:
+        self.op = op
+        self.tensors = tensors
+        self.attrs = attrs
+        self.reply_attrs: dict[str, Any] = {}
+        self._connection = connection
+        self._request_id = request_id
+        self._deadline = deadline
+
+    def empty(self, shape: int | Sequence[int], dtype: Any = "float32") -> Any:
+        """A tensor of undefined content in the memory that the reply is sent from fastest; return it from the handler."""
+        connection = self._connection
+        return connection.server._arrays.empty((shape,) if isinstance(shape, int) else shape, dtype, connection.pool)
+
+    @property
+    def remaining_s(self) -> float | None:
+        """Seconds until the caller gives up, at least 0; None if it never does."""
+        return remaining_s(self._deadline)
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the caller has given up, its deadline has passed, or its connection has ended."""
+        connection = self._connection
+        return connection.ended or self._request_id in connection.cancelled or self.remaining_s == 0.0
+
+
+Handler = Callable[[Call], Any]
+
+
+class Server:
+    """Serves `handlers` (op name -> function of a `Call`) on `uri`.
+
+    A handler returns a tensor, a sequence of tensors, or None. Use `serve_forever`, or `start` and `close`, or `with`.
+    `workers`: 0 runs each connection's requests one after another on its own thread; N runs them all in N threads.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        handlers: Mapping[str, Handler],
+        *,
+        arrays: str | Arrays = "auto",
+        workers: int = 0,
+        limits: Limits | None = None,
+        max_connections: int = 128,
+        handshake_timeout_s: float = 10.0,
+        send_timeout_s: float = 600.0,
+        pool: Pool = pool,
+    ) -> None:
+        self.handlers = dict(handlers)
+        self.limits = limits or Limits()
+        self.max_connections = max_connections
+        self.handshake_timeout_s = handshake_timeout_s
+        self.send_timeout_s = send_timeout_s
+        self._address = parse_address(uri)
+        self._uri = uri
+        self._arrays = tensors.arrays(arrays)
+        self._pool = pool
+        self._workers = workers
+        self._executor: ThreadPoolExecutor | None = None
+        self._listener: socket.socket | None = None
+        self._inode = 0
+        self._wake: tuple[int, int] | None = None
+        self._accepting: threading.Thread | None = None
+        self._connections: set[_Connection] = set()
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._closed = threading.Event()
+
+    @property
+    def uri(self) -> str:
+        """Where the server listens; once started, with the real port."""
+        return self._uri
+
+    @property
+    def connections(self) -> int:
+        """How many clients are connected."""
+        return len(self._connections)
+
+    def start(self) -> Server:
+        """Listens, and accepts clients in the background from now on. Returns the server.
+
+        Raises OSError if the address is in use, AddressError if it must not be listened on, ClosedError after `close`.
+        """
+        if self._closing.is_set():
+            raise ClosedError("the server was closed")
+        if self._listener is not None:
+            raise ClosedError("the server was started already")
+        listener, address = listen_socket(self._address)
+        self._listener, self._address, self._uri = listener, address, str(address)
+        if isinstance(address, UnixAddress):
+            self._inode = os.stat(address.path).st_ino
+        if self._workers:
+            self._executor = ThreadPoolExecutor(self._workers, "fastsplit-worker")
+        self._wake = os.pipe()
+        self._accepting = threading.Thread(target=self._accept, name=f"fastsplit-accept {address}", daemon=True)
+        self._accepting.start()
+        return self
+
+    def serve_forever(self) -> None:
+        """Serves until `close` is called from another thread, or an exception (KeyboardInterrupt) comes in this one."""
+        if self._listener is None:
+            self.start()
+        try:
+            self._closed.wait()
+        finally:
+            self.close()
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Stops listening, lets running handlers answer for at most `timeout_s` seconds, and ends all connections.
+
+        Idempotent. A handler that takes longer goes on in its thread, but its answer has nowhere to go.
+        """
+        with self._lock:
+            first = not self._closing.is_set()
+            self._closing.set()
+        if not first or self._listener is None:
+            self._closed.set()
+            return
+        assert self._wake is not None and self._accepting is not None
+        os.write(self._wake[1], b"x")
+        self._accepting.join()
+        self._listener.close()
+        if isinstance(self._address, UnixAddress):
+            remove_socket_file(self._address.path, self._inode)
+        for end in self._wake:
+            os.close(end)
+        deadline = time.monotonic() + timeout_s
+        connections = list(self._connections)
+        for connection in connections:
+            connection.link.shutdown_reading()
+        for connection in connections:
+            connection.thread.join(max(deadline - time.monotonic(), 0.0))
+        for connection in connections:
+            if connection.thread.is_alive():
+                connection.link.shutdown()
+                connection.thread.join(0.1)
+        if self._executor is not None:
+            self._executor.shutdown(wait=False, cancel_futures=True)
+        self._closed.set()
+
+    def __enter__(self) -> Server:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Server on {self._uri}, {self.connections} connections>"
+
+    def _accept(self) -> None:
+        assert self._listener is not None and self._wake is not None
+        poll = select.poll()
+        poll.register(self._listener, select.POLLIN)
+        poll.register(self._wake[0], select.POLLIN)
+        while not self._closing.is_set():
+            ready = {fd for fd, _ in poll.poll()}
+            if self._wake[0] in ready:
+                return
+            try:
+                sock = accept_socket(self._listener, self._address)
+            except OSError as error:
+                # Out of descriptors, a client that left already, a stranger: none of them is a reason to stop serving.
+                _logger.warning("%s: a connection was not accepted: %s", self._uri, error)
+                time.sleep(0.01)
+                continue
+            connection = _Connection(self, sock)
+            with self._lock:
+                full = len(self._connections) >= self.max_connections
+                if not full:
+                    self._connections.add(connection)
+            if full:
+                connection.refuse(f"{self.max_connections} connections already, the server accepts no more")
+            else:
+                connection.thread.start()
+
+    def _forget(self, connection: _Connection) -> None:
+        with self._lock:
+            self._connections.discard(connection)
+
+
+class _Connection:
+    """One client: its thread, its session, its requests."""
+
+    def __init__(self, server: Server, sock: socket.socket) -> None:
+        self.server = server
+        self.pool = server._pool
+        self.link = Link(sock)
+        self.session = Session(
+            is_client=False, allocate=self.pool.allocate, limits=server.limits, capabilities=CAPABILITIES
+        )
+        self.thread = threading.Thread(target=self._serve, name=f"fastsplit-serve {server.uri}", daemon=True)
+        self.cancelled: set[int] = set()
+        self.ended = False
+        self._sending = threading.Lock()  # the link's writing side and the session's outgoing side
+        self._idle = threading.Condition()  # guards `_pending`
+        self._pending: set[int] = set()  # requests that have no answer yet, where a pool runs them
+        self.stats = Stats()
+
+    def refuse(self, reason: str) -> None:
+        """Says why, and closes. For a connection whose thread was never started."""
+        with contextlib.suppress(PeerLostError):
+            self.link.send([self.session.abort(reason)])
+        self.link.shutdown()
+        self.link.close()
+
+    # ---- the connection's thread ----
+
+    def _serve(self) -> None:
+        error: BaseException | None = None
+        try:
+            self._greet()
+            while self._read():
+                pass
+            self._drain()
+        except RemoteProtocolError as protocol_error:
+            error = protocol_error
+            self._abort(str(protocol_error))
+        except FastsplitError as lost:
+            error = lost
+        except Exception:
+            _logger.exception("%s: a bug in the server ended a connection", self.server.uri)
+        finally:
+            self.ended = True
+            if error is not None and not self.server._closing.is_set():
+                _logger.warning("%s: a connection ended: %s", self.server.uri, error)
+            self.link.shutdown()
+            with self._sending:  # a worker may be in a system call on the descriptor
+                self.link.close()
+            self.server._forget(self)
+
+    def _greet(self) -> None:
+        deadline = time.monotonic() + self.server.handshake_timeout_s
+        self.link.send_all([self.session.hello()], deadline)
+        while self.session.peer_limits is None:
+            if not self._read(deadline):
+                return
+
+    def _read(self, deadline: float | None = None) -> bool:
+        """Reads once and acts on what that completed. False when the client is done."""
+        session = self.session
+        received = self.link.receive_into(session.receive_buffers(), deadline)
+        if received == 0:
+            error = session.end_of_stream()
+            if session.at_frame_boundary:
+                return False
+            raise error
+        events = session.received(received)
+        if len(events) > 1:  # a cancellation that came with its request is in time
+            self.cancelled.update(event.request_id for event in events if isinstance(event, Cancel))
+        for event in events:
+            if isinstance(event, Request):
+                self._dispatch(event)
+            elif isinstance(event, Cancel):
+                self._cancel(event.request_id)
+            elif isinstance(event, Goodbye):
+                return False
+        return True
+
+    def _dispatch(self, request: Request) -> None:
+        deadline = time.monotonic() + request.time_ns * 1e-9 if request.time_ns else None
+        executor = self.server._executor
+        if executor is None:
+            self._run(request, deadline)
+            return
+        with self._idle:
+            if request.request_id in self._pending:
+                raise RemoteProtocolError(f"header, request_id: {request.request_id}, which is in flight already")
+            if len(self._pending) >= self.server.limits.max_inflight:
+                raise RemoteProtocolError(
+                    f"{len(self._pending) + 1} requests in flight, expected at most {self.server.limits.max_inflight}"
+                )
+            self._pending.add(request.request_id)
+        try:
+            executor.submit(self._run_pending, request, deadline)
+        except RuntimeError:  # the pool is shut down: the server is closing
+            self._done(request.request_id)
+            self._answer_error(request.request_id, "failed", "the server is closing")
+
+    def _cancel(self, request_id: int) -> None:
+        with self._idle:
+            if request_id in self._pending:
+                self.cancelled.add(request_id)
+            else:
+                self.cancelled.discard(request_id)
+
+    def _drain(self) -> None:
+        """Waits for the pool to answer what is left, then says goodbye."""
+        if self.server._executor is not None:
+            with self._idle:
+                self._idle.wait_for(lambda: not self._pending, timeout=self.server.send_timeout_s)
+        if self.server._closing.is_set():
+            with self._sending:
+                self.link.send([self.session.goodbye()])
+
+    def _abort(self, reason: str) -> None:
+        with contextlib.suppress(FastsplitError):
+            deadline = time.monotonic() + _LINGER_S
+            with self._sending:
+                self.link.send_all([self.session.abort(reason)], deadline)
+            self.link.linger(deadline)
+
+    # ---- requests ----
+
+    def _run_pending(self, request: Request, deadline: float | None) -> None:
+        try:
+            self._run(request, deadline)
+        except FastsplitError as error:
+            _logger.warning("%s: a reply could not be sent: %s", self.server.uri, error)
+            self.link.shutdown()
+        finally:
+            self._done(request.request_id)
+
+    def _done(self, request_id: int) -> None:
+        with self._idle:
+            self._pending.discard(request_id)
+            self.cancelled.discard(request_id)
+            self._idle.notify_all()
+
+    def _run(self, request: Request, deadline: float | None) -> None:
+        request_id, message = request.request_id, request.message
+        if request_id in self.cancelled:
+            self.cancelled.discard(request_id)
+            self._answer_error(request_id, "cancelled", "cancelled before it ran")
+            return
+        if deadline is not None and time.monotonic() >= deadline:
+            self._answer_error(request_id, "deadline", "its deadline passed before it ran")
+            return
+        handler = self.server.handlers.get(message.op)
+        if handler is None:
+            known = ", ".join(sorted(self.server.handlers)) or "none"
+            self._answer_error(request_id, "unknown-op", f"no such operation here; there are: {known}")
+            return
+        try:
+            tensors = tuple(map(self.server._arrays.view, request.buffers, message.tensors))
+            call = Call(self, request_id, message.op, tensors, message.attrs or {}, deadline)
+            started_ns = perf_counter_ns()
+            result = handler(call)
+            time_ns = perf_counter_ns() - started_ns
+            if not isinstance(result, (tuple, list)):
+                result = () if result is None else (result,)
+            descs, buffers, nbytes, copied_nbytes = collect(result)
+            self.stats.calls += 1
+            self.stats.bytes_copied += copied_nbytes
+            with self._sending:
+                head = self.session.reply(request_id, descs, nbytes, time_ns, call.reply_attrs)
+        except Exception as error:
+            if not isinstance(error, FastsplitError):
+                _logger.debug("%s: the handler of %r failed", self.server.uri, message.op, exc_info=True)
+            self._answer_error(request_id, "failed", f"{type(error).__name__}: {error}")
+            return
+        self._send([head, *buffers], len(head) + nbytes)
+
+    def _answer_error(self, request_id: int, code: str, text: str) -> None:
+        with self._sending:
+            frame = self.session.error(request_id, code, text)
+        self._send([frame], len(frame))
+
+    def _send(self, buffers: list[Any], nbytes: int) -> None:
+        with self._sending:
+            left = self.link.send(buffers, nbytes)
+            if left:
+                try:
+                    self.link.send_all(left, time.monotonic() + self.server.send_timeout_s)
+                except DeadlineError:
+                    raise PeerLostError(
+                        f"the client did not take its reply within {self.server.send_timeout_s} s"
+                    ) from None
