@@ -11,6 +11,7 @@ are atomic, and a block can come back from any thread at any moment (`__del__`).
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 from typing import Any
@@ -24,8 +25,8 @@ ALIGNMENT = 64
 
 _CELLS_NBYTES = 4096
 _MAX_CELL_NBYTES = 512
-"""Up to here a tensor is a cell of a 4 KiB slab, which lives as long as any of its cells: half the cost of an allocation of its
-own (aligning that takes 1 us), and nobody who keeps a small tensor keeps more than a page."""
+"""Up to here a tensor is a cell of a 4 KiB slab, which lives as long as any of its cells: half the cost of an
+allocation of its own (aligning that takes 1 us), and nobody who keeps a small tensor keeps more than a page."""
 _SMALL_NBYTES = 64 * 1024  # below this malloc reuses memory well, and a pooled block would waste a page or more
 _HUGE_PAGE_NBYTES = 2 * 1024**2
 
@@ -37,8 +38,8 @@ Memory = np.ndarray[Any, np.dtype[np.uint8]]
 class _Lease(ctypes.Array):  # type: ignore[type-arg]
     """One loan of one block. numpy and torch views keep it alive; its death gives the block back.
 
-    A ctypes array, since that is the one object in the standard library that has the buffer protocol, `__del__`, and stays
-    referenced by every memoryview of it (a memoryview does not keep the memoryview that it was made from).
+    A ctypes array, since that is the one object in the standard library that has the buffer protocol, `__del__`, and
+    stays referenced by every memoryview of it (a memoryview does not keep the memoryview that it was made from).
     """
 
     _type_ = ctypes.c_ubyte
@@ -91,7 +92,8 @@ class Pool:
             self._lease_types[size] = lease_type
         lease = lease_type.from_buffer(block)
         lease.block = block
-        return np.frombuffer(lease, np.uint8, nbytes)
+        memory: Memory = np.frombuffer(lease, np.uint8, nbytes)  # type: ignore[call-overload]
+        return memory
 
     def trim(self, max_idle_nbytes: int = 0) -> None:
         """Gives idle blocks back to the system until at most `max_idle_nbytes` are left, least recently used first."""
@@ -106,8 +108,9 @@ class Pool:
 
     def _give_back(self, block: mmap.mmap) -> None:
         size = len(block)
-        # Out and in again, so that the class is now the most recently used. Two threads here at the same moment may lose
-        # each other's list: then its blocks go back to the system instead of being kept, and nothing is handed out twice.
+        # Out and in again, so that the class is now the most recently used. Two threads here at the same moment may
+        # lose each other's list: then its blocks go back to the system instead of being kept, and nothing is handed out
+        # twice.
         blocks = self._idle.pop(size, None) or []
         blocks.append(block)
         self._idle[size] = blocks
@@ -133,10 +136,8 @@ def _map(size: int) -> mmap.mmap:
     except OSError as error:
         raise MemoryError(f"{size} bytes of tensor memory: {error}") from None
     if size >= _HUGE_PAGE_NBYTES and hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
+        with contextlib.suppress(OSError):  # a kernel without huge pages: smaller pages do, more slowly
             block.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:  # a kernel without huge pages: smaller pages do, more slowly
-            pass
     return block
 
 

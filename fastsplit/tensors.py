@@ -1,9 +1,9 @@
 """The one place that knows both torch and numpy: arrays in and out of wire memory.
 
 Rules. torch is optional and imported only when it is there and somebody asked for torch tensors (or uses them already).
-Going out, nothing is copied unless the wire cannot take it as it lies: not row-major contiguous, not little-endian, or on
-another device. Such copies are counted by whoever asked. Coming in, a tensor is a view of the memory it was received into:
-writable, aligned to 64 bytes, valid until its last view dies.
+Going out, nothing is copied unless the wire cannot take it as it lies: not row-major contiguous, not little-endian, or
+on another device. Such copies are counted by whoever asked. Coming in, a tensor is a view of the memory it was received
+into: writable, aligned to 64 bytes, valid until its last view dies.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Arrays:
     def __init__(self, kind: str, view: Callable[[Any, TensorDesc], Any]) -> None:
         self.kind = kind
         self.view = view
-        """`view(memory, desc)`: a tensor over `memory`, flat uint8 of exactly `desc.nbytes` bytes; nothing is copied."""
+        """`view(memory, desc)`: a tensor over `memory`, flat uint8 of exactly `desc.nbytes` bytes. Copies nothing."""
 
     def empty(self, shape: Sequence[int], dtype: Any, pool: Pool) -> Any:
         """A tensor of undefined content in aligned memory of `pool`. `dtype`: a name, or a torch or numpy dtype."""
@@ -77,9 +77,9 @@ def dtype_of(dtype: Any) -> DType:
 def collect(tensors: Iterable[Any]) -> tuple[list[Desc], list[Any], int, int]:
     """What is needed to send torch tensors, numpy arrays, or anything with numpy's array interface.
 
-    Returns their descriptions, the buffers of those that are not empty (C-contiguous, the tensors' own memory but for what was
-    copied), their bytes, and how many of those had to be copied.
-    Raises TensorError if one has no description (an object array, a sparse or meta tensor, a list, ...).
+    Returns their descriptions, the buffers of those that are not empty (C-contiguous, the tensors' own memory but for
+    what was copied), their bytes, and how many of those had to be copied. Raises TensorError if one has no description
+    (an object array, a sparse or meta tensor, a list, ...).
     """
     descs: list[Desc] = []
     buffers: list[Any] = []

@@ -1,13 +1,13 @@
 """The client: calls, futures, and the one thread that reads for all.
 
-How waiting works. There is no background thread: a hand-over between threads would cost more than a round trip. Whoever waits for
-a reply reads the socket, for itself and for everybody else; the others sleep until their reply is in or the reader leaves
-and one of them takes over. Whoever sends and finds the socket full reads too, so that two sides that both send large
-messages never wait for each other.
+How waiting works. There is no background thread: a hand-over between threads would cost more than a round trip. Whoever
+waits for a reply reads the socket, for itself and for everybody else; the others sleep until their reply is in or the
+reader leaves and one of them takes over. Whoever sends and finds the socket full reads too, so that two sides that both
+send large messages never wait for each other.
 
-Rules. A deadline that passes while waiting costs only that call: a CANCEL goes out and the answer is dropped when it comes. One
-that passes in the middle of a send, and any other error there, ends the connection, as does any error of the peer's; then
-every call in flight gets that error. All public methods are thread-safe.
+Rules. A deadline that passes while waiting costs only that call: a CANCEL goes out and the answer is dropped when it
+comes. One that passes in the middle of a send, and any other error there, ends the connection, as does any error of the
+peer's; then every call in flight gets that error. All public methods are thread-safe.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from time import perf_counter_ns
 from typing import Any
 
+from .. import tensors
 from ..errors import (
     CancelledError,
     ClosedError,
@@ -32,7 +33,6 @@ from ..errors import (
 )
 from ..memory import Pool, pool
 from ..schema.limits import Limits
-from .. import tensors
 from ..tensors import Arrays, collect, dtype_of
 from .address import connect_socket, parse_address
 from .link import Link, remaining_s
@@ -49,12 +49,14 @@ _RELIEF_S = 0.005  # how soon a sender that found another thread reading looks a
 class Result(tuple):  # type: ignore[type-arg]
     """The tensors of a reply: a tuple, with what else the reply said.
 
-    The tensors are writable and the caller's own. `attrs`: the reply's attributes. `remote_s`: seconds in the handler, as the
-    server says, but never more than this side waited.
+    The tensors are writable and the caller's own. `attrs`: the reply's attributes. `remote_s`: seconds in the handler,
+    as the server says, but never more than this side waited. `wait_s`: seconds from the end of encoding the request to
+    the reply.
     """
 
     attrs: dict[str, Any]
     remote_s: float
+    wait_s: float
 
 
 class Future:
@@ -103,8 +105,8 @@ class Future:
     def result(self, timeout: float | None = None) -> Result:
         """Waits for the reply's tensors, `timeout` seconds at most. Returns the same object each time.
 
-        Raises DeadlineError when `timeout` passes (the call goes on) or the call's own deadline does (it is cancelled), and
-        what `Channel.call` raises.
+        Raises DeadlineError when `timeout` passes (the call goes on) or the call's own deadline does (it is cancelled),
+        and what `Channel.call` raises.
         """
         if not self._done:
             self._channel._wait_for(self, timeout)
@@ -150,9 +152,7 @@ class Channel:
         self._pool = pool
         self._arrays = tensors.arrays(arrays)
         self._stats = Stats()
-        self._session = Session(
-            is_client=True, allocate=pool.allocate, limits=limits, capabilities=CAPABILITIES
-        )
+        self._session = Session(is_client=True, allocate=pool.allocate, limits=limits, capabilities=CAPABILITIES)
         self._futures: dict[int, Future] = {}
         self._sending = threading.Lock()  # the link's writing side and the session's outgoing side
         self._lock = threading.Lock()
@@ -222,13 +222,13 @@ class Channel:
     ) -> Result:
         """Runs `op` on the server and returns the tensors of its reply: writable, the caller's own.
 
-        `tensors`: torch tensors or numpy arrays; they are sent out of their own memory and must not change until the call
-        returns. `attrs`: ints, floats, strings, bytes, lists of ints or of strings. `timeout_s`: seconds for the whole call,
-        the channel's `call_timeout_s` if None. `expect`: (dtype, shape) of each tensor that the reply must hold; a
-        peer that sends anything else has broken the protocol, and nothing is allocated for it.
+        `tensors`: torch tensors or numpy arrays; they are sent out of their own memory and must not change until the
+        call returns. `attrs`: ints, floats, strings, bytes, lists of ints or of strings. `timeout_s`: seconds for the
+        whole call, the channel's `call_timeout_s` if None. `expect`: (dtype, shape) of each tensor that the reply must
+        hold; a peer that sends anything else has broken the protocol, and nothing is allocated for it.
 
-        Raises RemoteOpError if the handler failed, DeadlineError, TensorError for a tensor that cannot be sent, LimitError
-        over a cap of the server's, PeerLostError, ClosedError, RemoteProtocolError.
+        Raises RemoteOpError if the handler failed, DeadlineError, TensorError for a tensor that cannot be sent,
+        LimitError over a cap of the server's, PeerLostError, ClosedError, RemoteProtocolError.
         """
         return self._start(op, tensors, timeout_s, expect, attrs).result()
 
@@ -310,7 +310,7 @@ class Channel:
             self._end(ClosedError("the connection was closed: a send was interrupted"))
             raise
 
-    def _send_rest(self, left: list[Any], deadline: float | None) -> list[Any]:
+    def _send_rest(self, left: Sequence[Any], deadline: float | None) -> Sequence[Any]:
         reading = self._take_reading()
         try:
             soon = None if reading else time.monotonic() + _RELIEF_S

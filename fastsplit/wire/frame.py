@@ -36,8 +36,9 @@ _LAST_KIND = int(max(Kind))
 
 
 Header = tuple[int, int, int, int, int, int]
-"""kind, request_id, metadata_nbytes, varying_nbytes, payload_nbytes, time_ns. The last one is in a request the time left to its
-deadline (0: none), in a reply the time that the handler took. A plain tuple: this is made for every frame."""
+"""kind, request_id, metadata_nbytes, varying_nbytes, payload_nbytes, time_ns. The last one is in a request the time
+left to its deadline (0: none), in a reply the time that the handler took. A plain tuple: this is made for every
+frame."""
 
 
 def pack_header(

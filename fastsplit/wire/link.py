@@ -1,15 +1,17 @@
 """Blocking I/O on one connected socket: short reads and writes, deadlines, and the peer's death.
 
-Rules. Deadlines are `time.monotonic()` seconds, None for none. A read that times out loses nothing: what arrived is in the
-session. A write that times out in the middle of a frame leaves the stream in doubt; the caller must end the connection.
-Every OSError becomes PeerLostError here, and only here. One thread may read while another writes.
+Rules. Deadlines are `time.monotonic()` seconds, None for none. A read that times out loses nothing: what arrived is in
+the session. A write that times out in the middle of a frame leaves the stream in doubt; the caller must end the
+connection. Every OSError becomes PeerLostError here, and only here. One thread may read while another writes.
 
-Why the socket is blocking and still written with MSG_DONTWAIT: a read is one system call (SO_RCVTIMEO gives it its deadline),
-and a write never blocks, so that its caller can read meanwhile; two peers that both only write would wait for ever.
+Why the socket is blocking and still written with MSG_DONTWAIT: a read is one system call (SO_RCVTIMEO gives it its
+deadline), and a write never blocks, so that its caller can read meanwhile; two peers that both only write would wait
+for ever.
 """
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import struct
@@ -50,8 +52,8 @@ class Link:
     def send(self, buffers: Sequence[Any], nbytes: int = -1) -> Sequence[Any]:
         """Sends what the kernel takes now, in one system call, and returns what is left of `buffers`.
 
-        `nbytes`, where the caller knows it: all bytes of the buffers, which then need not be added up. The buffers must not
-        change until all of them are sent. Raises PeerLostError.
+        `nbytes`, where the caller knows it: all bytes of the buffers, which then need not be added up. The buffers must
+        not change until all of them are sent. Raises PeerLostError.
         """
         try:
             sent = self._sock.sendmsg(buffers if len(buffers) <= _MAX_IOVECS else buffers[:_MAX_IOVECS], (), _DONTWAIT)
@@ -71,7 +73,7 @@ class Link:
         return ()
 
     def send_all(self, buffers: Sequence[Any], deadline: float | None) -> None:
-        """Sends everything, waiting where it must. Raises PeerLostError, DeadlineError (the stream is then in doubt)."""
+        """Sends everything, waiting if it must. Raises PeerLostError, DeadlineError (then the stream is in doubt)."""
         left = self.send(buffers)
         while left:
             self.wait(deadline, reading=False)
@@ -128,17 +130,13 @@ class Link:
 
     def shutdown(self) -> None:
         """Ends both directions; a thread that waits in a read or a write wakes up with the end of the stream."""
-        try:
+        with contextlib.suppress(OSError):  # not connected any more, or closed: what was wanted
             self._sock.shutdown(socket.SHUT_RDWR)
-        except OSError:  # not connected any more, or closed: what was wanted
-            pass
 
     def shutdown_reading(self) -> None:
         """Ends only the reading direction, as if the peer had sent its last byte."""
-        try:
+        with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RD)
-        except OSError:
-            pass
 
     def close(self) -> None:
         """Closes the socket. Call `shutdown` first if another thread may be in a read or a write."""

@@ -1,11 +1,12 @@
 """The server: accepts connections, runs handlers, answers.
 
-Each connection has a thread of its own that reads a request, runs its handler and answers, in order: the fewest hand-overs, so the
-shortest round trip. With `workers`, handlers run in a pool instead: then requests of one connection overlap, replies come
-in the order in which they are done, and a CANCEL can still find its request waiting.
+Each connection has a thread of its own that reads a request, runs its handler and answers, in order: the fewest
+hand-overs, so the shortest round trip. With `workers`, handlers run in a pool instead: then requests of one connection
+overlap, replies come in the order in which they are done, and a CANCEL can still find its request waiting.
 
-Rules. One client's failure touches nobody else. A handler's exception is an answer (ERROR), never the end of a connection.
-Every request is answered exactly once. A peer that breaks the protocol is told how (ABORT), and its connection ends.
+Rules. One client's failure touches nobody else. A handler's exception is an answer (ERROR), never the end of a
+connection. Every request is answered exactly once. A peer that breaks the protocol is told how (ABORT), and its
+connection ends.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter_ns
 from typing import Any
 
+from .. import tensors
 from ..errors import ClosedError, DeadlineError, FastsplitError, PeerLostError, RemoteProtocolError
 from ..memory import Pool, pool
 from ..schema.limits import Limits
-from .. import tensors
 from ..tensors import Arrays, collect
-from .address import Address, UnixAddress, accept_socket, listen_socket, parse_address, remove_socket_file
+from .address import UnixAddress, accept_socket, listen_socket, parse_address, remove_socket_file
 from .link import Link, remaining_s
 from .session import CAPABILITIES, Cancel, Goodbye, Request, Session
 from .stats import Stats
@@ -66,7 +67,7 @@ class Call:
         self._deadline = deadline
 
     def empty(self, shape: int | Sequence[int], dtype: Any = "float32") -> Any:
-        """A tensor of undefined content in the memory that the reply is sent from fastest; return it from the handler."""
+        """A tensor of undefined content in the memory that replies are sent from fastest, for the handler to return."""
         connection = self._connection
         return connection.server._arrays.empty((shape,) if isinstance(shape, int) else shape, dtype, connection.pool)
 
@@ -135,29 +136,40 @@ class Server:
         """How many clients are connected."""
         return len(self._connections)
 
-    def start(self) -> Server:
-        """Listens, and accepts clients in the background from now on. Returns the server.
+    @property
+    def started(self) -> bool:
+        """Whether `start` was called."""
+        return self._accepting is not None
+
+    def bind(self) -> Server:
+        """Takes the address, so that it is known to be free; clients queue until `start`. Returns the server.
 
         Raises OSError if the address is in use, AddressError if it must not be listened on, ClosedError after `close`.
         """
         if self._closing.is_set():
             raise ClosedError("the server was closed")
-        if self._listener is not None:
+        if self._listener is None:
+            listener, address = listen_socket(self._address)
+            self._listener, self._address, self._uri = listener, address, str(address)
+            if isinstance(address, UnixAddress):
+                self._inode = os.stat(address.path).st_ino
+        return self
+
+    def start(self) -> Server:
+        """Listens, and accepts clients in the background from now on. Returns the server. Raises what `bind` does."""
+        if self.started:
             raise ClosedError("the server was started already")
-        listener, address = listen_socket(self._address)
-        self._listener, self._address, self._uri = listener, address, str(address)
-        if isinstance(address, UnixAddress):
-            self._inode = os.stat(address.path).st_ino
+        self.bind()
         if self._workers:
             self._executor = ThreadPoolExecutor(self._workers, "fastsplit-worker")
         self._wake = os.pipe()
-        self._accepting = threading.Thread(target=self._accept, name=f"fastsplit-accept {address}", daemon=True)
+        self._accepting = threading.Thread(target=self._accept, name=f"fastsplit-accept {self._uri}", daemon=True)
         self._accepting.start()
         return self
 
     def serve_forever(self) -> None:
         """Serves until `close` is called from another thread, or an exception (KeyboardInterrupt) comes in this one."""
-        if self._listener is None:
+        if not self.started:
             self.start()
         try:
             self._closed.wait()
@@ -175,14 +187,14 @@ class Server:
         if not first or self._listener is None:
             self._closed.set()
             return
-        assert self._wake is not None and self._accepting is not None
-        os.write(self._wake[1], b"x")
-        self._accepting.join()
+        if self._accepting is not None and self._wake is not None:
+            os.write(self._wake[1], b"x")
+            self._accepting.join()
+            for end in self._wake:
+                os.close(end)
         self._listener.close()
         if isinstance(self._address, UnixAddress):
             remove_socket_file(self._address.path, self._inode)
-        for end in self._wake:
-            os.close(end)
         deadline = time.monotonic() + timeout_s
         connections = list(self._connections)
         for connection in connections:

@@ -9,15 +9,15 @@
       GOODBYE ------------------------------>          or from the server; then the stream ends
       ABORT  <------------------------------>          the other side broke the protocol, and how; then the stream ends
 
-How bytes come in. The owner asks `receive_buffers()` where the next bytes belong, reads into them, and tells `received(n)`.
-A frame's head is read into a small staging buffer; as soon as its metadata is complete and valid, memory for its tensors is
-allocated and the rest is read straight into it. What of a payload came in the same read as its head (at most
-STAGING_NBYTES) is copied over and counted in `staged_nbytes`: that is what one read for a small message costs.
+How bytes come in. The owner asks `receive_buffers()` where the next bytes belong, reads into them, and tells
+`received(n)`. A frame's head is read into a small staging buffer; as soon as its metadata is complete and valid, memory
+for its tensors is allocated and the rest is read straight into it. What of a payload came in the same read as its head
+(at most STAGING_NBYTES) is copied over and counted in `staged_nbytes`: that is what one read for a small message costs.
 
-Rules. A RemoteProtocolError from here means that the stream is dead; `abort` makes the frame that tells the peer. Errors of
-our own (LimitError, LocalProtocolError) are raised before anything changes. Nothing is allocated before the header, the
-metadata and the session's state were checked against each other. Incoming state belongs to whoever reads, outgoing state to
-whoever sends; the only thing they share is the table of open requests, whose operations are atomic.
+Rules. A RemoteProtocolError from here means that the stream is dead; `abort` makes the frame that tells the peer.
+Errors of our own (LimitError, LocalProtocolError) are raised before anything changes. Nothing is allocated before the
+header, the metadata and the session's state were checked against each other. Incoming state belongs to whoever reads,
+outgoing state to whoever sends; the only thing they share is the table of open requests, whose operations are atomic.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from enum import Enum
 from time import perf_counter_ns
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, NamedTuple
 
 from ..errors import LimitError, LocalProtocolError, PeerLostError, RemoteProtocolError
 from ..schema.descriptor import Attrs, Decoder, Encoder, Message, TensorDesc
@@ -61,7 +61,7 @@ _MAX_ERROR_TEXT = 4000  # characters; an ERROR must fit the smallest metadata ca
 _SOFTWARE = "fastsplit"
 
 Desc = tuple[int, tuple[int, ...]]  # dtype code, shape
-Expected = Optional[Sequence[Desc]]
+Expected = Sequence[Desc] | None
 
 
 class Request(NamedTuple):
@@ -107,7 +107,7 @@ class Goodbye(NamedTuple):
     """The peer will say nothing more."""
 
 
-Event = Union[Request, Reply, Error, Cancel, Hello, Goodbye]
+Event = Request | Reply | Error | Cancel | Hello | Goodbye
 
 
 class _State(Enum):
@@ -169,7 +169,8 @@ class Session:
     ) -> tuple[int, bytearray]:
         """A request's id and head. `expect`: what its reply must hold, checked before memory is allocated for it.
 
-        Raises LimitError over a cap of the peer's, LocalProtocolError if the session is not open or an attribute invalid.
+        Raises LimitError over a cap of the peer's, LocalProtocolError if the session is not open or an attribute is
+        not valid.
         """
         if self._state is not _State.OPEN or self.peer_limits is None:
             raise LocalProtocolError(f"a request in state {self._state.value!r}, expected 'open'")
@@ -395,7 +396,7 @@ class Session:
         kind, request_id = header[0], header[1]
         if kind == _REQUEST:
             return Request(request_id, message, buffers, header[5])
-        if kind == _REPLY or kind == _ERROR:
+        if kind == _REPLY or kind == _ERROR:  # noqa: SIM109 (faster so)
             self._open.pop(request_id, None)
             self._unwanted.discard(request_id)
             if kind == _REPLY:

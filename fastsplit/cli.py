@@ -1,0 +1,92 @@
+"""What the two scripts share: usage, progress, threads, exit codes.
+
+Rules. A script's `main(argv)` returns its exit code: 0 ok, 1 failed, 2 usage, 3 cannot connect or timed out or peer lost,
+4 protocol or authentication, 5 verification, 130 interrupted. An error that fastsplit raises on purpose is one line on
+stderr; anything else is a bug and shows its traceback. Only results go to stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from . import __version__
+from .errors import FastsplitError
+
+__all__ = ["Usage", "make_parser", "positive_int", "progress", "run_main", "set_threads"]
+
+
+class Usage(FastsplitError):
+    """Flags that do not go together."""
+
+    exit_code = 2
+
+
+def make_parser(module: str, description: str) -> argparse.ArgumentParser:
+    """A parser with the flags that both scripts have."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m fastsplit.{module}",
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--threads", type=positive_int, metavar="N", help="threads for torch (its own choice if not given)")
+    parser.add_argument("--verbose", action="store_true", help="log what happens on the connection to stderr")
+    parser.add_argument("--version", action="version", version=f"fastsplit {__version__}")
+    return parser
+
+
+def positive_int(text: str) -> int:
+    """An argparse type: a number of 1 or more."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}, expected 1 or more")
+    return value
+
+
+def set_threads(count: int | None) -> None:
+    if count is not None:
+        import torch
+
+        torch.set_num_threads(count)
+
+
+def progress(items: Iterable[Any], total: int, description: str) -> Iterable[Any]:
+    """`items` with a progress bar on stderr, where that is a terminal and tqdm is installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:  # a convenience of the extras, not of the core
+        return items
+    return tqdm(items, total=total, desc=description, unit="tensor", file=sys.stderr, disable=None, leave=False)
+
+
+def run_main(program: str, parse: Callable[[], argparse.Namespace], work: Callable[[argparse.Namespace], int]) -> int:
+    """Parses, works, and turns what goes wrong into a line and an exit code."""
+    try:
+        args = parse()
+    except SystemExit as stop:  # argparse has said what there is to say
+        return stop.code if isinstance(stop.code, int) else 2
+    logging.basicConfig(
+        level=logging.DEBUG if args.verbose else logging.WARNING, format=f"{program}: %(message)s", stream=sys.stderr
+    )
+    try:
+        return work(args)
+    except FastsplitError as error:
+        print(f"{program}: {_kind(error)}{error}", file=sys.stderr)
+        return error.exit_code
+    except (OSError, MemoryError) as error:
+        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        name = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+        print(f"{program}: {name}{text}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _kind(error: FastsplitError) -> str:
+    kinds = {3: "connection: ", 4: "protocol: ", 5: "verification: "}
+    return kinds.get(error.exit_code, "")

@@ -1,0 +1,218 @@
+"""The GPU side: holds the weights, and computes what the TEE asks for.
+
+Rules. Stateless: a request holds all that it needs, so any number of clients may take turns. Arguments are checked against the
+configuration before they are used; what is wrong with them is the caller's error, by name. On the CPU results are computed
+straight into the reply's memory (`out=`); on a device they are computed there and copied into it once, which also waits for
+them, so that the time a handler took is the time the work took.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from .errors import ModelError, TensorError
+from .models import DTYPES, LINEARS, Model, linear_name, norm_names
+from .ops import MAX_BLOCKS, Shapes, row_blocks
+from .wire.server import Call, Handler
+
+__all__ = ["Executor", "choose_device"]
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that "auto", "cpu" or "cuda:N" names. Raises ModelError if it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ModelError(f"device {name!r}: {str(error).splitlines()[0]}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ModelError(f"device {name!r}, expected auto, cpu or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ModelError(f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+class Executor:
+    """One model's weights on one device. `handlers` is what a `Server` takes."""
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: str = "float32",
+        progress: Callable[[Any, int], Any] | None = None,
+    ) -> None:
+        """Loads all weights. `progress(items, total)` wraps the iteration over them. Raises ModelError."""
+        if dtype not in DTYPES:
+            raise ModelError(f"dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
+        self.name = model.name
+        self.config = model.config
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self._torch_dtype: torch.dtype = getattr(torch, dtype)
+        self._shapes = Shapes(model.config, dtype)
+        total = len(model.config.weight_shapes())
+        items = model.items() if progress is None else progress(model.items(), total)
+        self._weights = {name: weight.to(self.device, self._torch_dtype) for name, weight in items}
+        if model.config.tie_word_embeddings:
+            self._weights["lm_head.weight"] = self._weights["model.embed_tokens.weight"]
+        self.handlers: dict[str, Handler] = {
+            "describe": self._describe,
+            "norms": self._norms,
+            "embedding": self._embedding,
+            "linear": self._linear,
+            "scores": self._scores,
+            "values": self._values,
+            "lm_head": self._lm_head,
+        }
+
+    # ---- set-up ----
+
+    def _describe(self, call: Call) -> None:
+        call.reply_attrs["config"] = json.dumps(asdict(self.config))
+        call.reply_attrs["dtype"] = self.dtype
+        call.reply_attrs["name"] = self.name
+
+    def _norms(self, call: Call) -> torch.Tensor:
+        rows = [self._weights[name] for name in norm_names(self.config.num_hidden_layers)]
+        return torch.stack(rows).cpu()
+
+    # ---- compute ----
+
+    def _embedding(self, call: Call) -> torch.Tensor:
+        (ids,) = _take(call, 1)
+        if ids.dtype != torch.int64 or ids.dim() != 1:
+            raise TensorError(f"ids: {ids.dtype} {list(ids.shape)}, expected int64 [n]")
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
+            raise ValueError(f"ids: {int(ids.min())} to {int(ids.max())}, expected 0 to {self.config.vocab_size - 1}")
+        return self._into_reply(
+            call,
+            self._shapes.embedding(len(ids))[0][1],
+            lambda out: torch.index_select(self._weights["model.embed_tokens.weight"], 0, self._to_device(ids), out=out),
+        )
+
+    def _linear(self, call: Call) -> list[torch.Tensor]:
+        (x,) = _take(call, 1)
+        layer, names = call.attrs.get("layer"), call.attrs.get("names")
+        if not isinstance(layer, int) or not 0 <= layer < self.config.num_hidden_layers:
+            raise ValueError(f"layer: {layer!r}, expected 0 to {self.config.num_hidden_layers - 1}")
+        if not isinstance(names, list) or not names or any(name not in LINEARS for name in names):
+            raise ValueError(f"names: {names!r}, expected a list of {', '.join(LINEARS)}")
+        self._check("x", x, (None, self.config.in_features(names[0])))
+        if any(self.config.in_features(name) != x.shape[1] for name in names):
+            raise ValueError(f"names: {names!r}, expected linear operations of the same input")
+        x = self._to_device(x)
+        return [
+            self._apply(call, x, linear_name(layer, name), shape)
+            for name, (_, shape) in zip(names, self._shapes.linear(tuple(names), len(x)))
+        ]
+
+    def _lm_head(self, call: Call) -> torch.Tensor:
+        (x,) = _take(call, 1)
+        self._check("x", x, (None, self.config.hidden_size))
+        return self._apply(call, self._to_device(x), "lm_head", self._shapes.lm_head(len(x))[0][1])
+
+    def _scores(self, call: Call) -> list[torch.Tensor]:
+        q, k = _take(call, 2)
+        config = self.config
+        self._check("q", q, (None, config.num_attention_heads, config.head_dim))
+        self._check("k", k, (None, config.num_key_value_heads, config.head_dim))
+        block_rows = call.attrs.get("block_rows")
+        if not isinstance(block_rows, int) or block_rows < 1:
+            raise ValueError(f"block_rows: {block_rows!r}, expected an int of 1 or more")
+        rows, positions = len(q), len(k)
+        if not 1 <= rows <= positions:
+            raise ValueError(f"q: {rows} rows, expected 1 to k's {positions}")
+        count = -(-rows // block_rows)
+        if count > MAX_BLOCKS:
+            raise ValueError(f"block_rows: {block_rows}, which makes {count} blocks, expected at most {MAX_BLOCKS}")
+        q, k = self._to_device(q), self._to_device(k)
+        keys = k.permute(1, 2, 0)  # [kv_heads, head_dim, t]
+        replies = []
+        blocks = row_blocks(rows, positions, block_rows)
+        for block, (_, shape) in zip(blocks, self._shapes.scores(blocks)):
+            queries = self._by_kv_head(q[block.start : block.start + block.rows])
+            columns = keys[:, :, : block.columns]
+            replies.append(
+                self._into_reply(
+                    call,
+                    shape,
+                    lambda out, a=queries, b=columns: torch.bmm(a, b, out=out.view(len(b), -1, b.shape[2])),
+                )
+            )
+        return replies
+
+    def _values(self, call: Call) -> torch.Tensor:
+        if len(call.tensors) < 2:
+            raise ValueError(f"{len(call.tensors)} tensors, expected row blocks and v")
+        *probabilities, v = call.tensors
+        config = self.config
+        heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self._check("v", v, (None, kv_heads, head_dim))
+        rows = 0
+        for index, block in enumerate(probabilities):
+            self._check(f"row block {index}", block, (heads, None, None))
+            if not 1 <= block.shape[2] <= len(v):
+                raise ValueError(f"row block {index}: {block.shape[2]} columns, expected 1 to v's {len(v)}")
+            rows += block.shape[1]
+        values = self._to_device(v).transpose(0, 1)  # [kv_heads, t, head_dim]
+
+        def compute(out: torch.Tensor) -> None:
+            start = 0
+            for block in probabilities:
+                count, columns = block.shape[1:]
+                weighted = torch.bmm(self._to_device(block).view(kv_heads, -1, columns), values[:, :columns])
+                by_token = weighted.view(kv_heads, heads // kv_heads, count, head_dim).permute(2, 0, 1, 3)
+                out[start : start + count].view(by_token.shape).copy_(by_token)
+                start += count
+
+        return self._into_reply(call, self._shapes.values(rows)[0][1], compute)
+
+    def _by_kv_head(self, q: torch.Tensor) -> torch.Tensor:
+        """[n, heads, head_dim] -> [kv_heads, (heads / kv_heads) * n, head_dim]: all queries of a kv head in one matrix."""
+        rows, heads, head_dim = q.shape
+        kv_heads = self.config.num_key_value_heads
+        return q.view(rows, kv_heads, heads // kv_heads, head_dim).permute(1, 2, 0, 3).reshape(kv_heads, -1, head_dim)
+
+    def _apply(self, call: Call, x: torch.Tensor, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        weight = self._weights[f"{name}.weight"].t()
+        bias = self._weights.get(f"{name}.bias")
+        if bias is None:
+            return self._into_reply(call, shape, lambda out: torch.mm(x, weight, out=out))
+        return self._into_reply(call, shape, lambda out: torch.addmm(bias, x, weight, out=out))
+
+    # ---- memory and checks ----
+
+    def _into_reply(self, call: Call, shape: Sequence[int], compute: Callable[[torch.Tensor], Any]) -> torch.Tensor:
+        """The reply's memory, with what `compute(out)` writes."""
+        reply: torch.Tensor = call.empty(shape, self.dtype)
+        if self.device.type == "cpu":
+            compute(reply)
+        else:
+            out = torch.empty(reply.shape, dtype=self._torch_dtype, device=self.device)
+            compute(out)
+            reply.copy_(out)
+        return reply
+
+    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if self.device.type == "cpu" else tensor.to(self.device)
+
+    def _check(self, name: str, tensor: torch.Tensor, shape: tuple[int | None, ...]) -> None:
+        fits = tensor.dim() == len(shape) and all(want in (None, have) for want, have in zip(shape, tensor.shape))
+        if tensor.dtype != self._torch_dtype or not fits:
+            wanted = ", ".join("n" if dim is None else str(dim) for dim in shape)
+            came = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+            raise TensorError(f"{name}: {came}, expected {self.dtype} [{wanted}]")
+
+
+def _take(call: Call, count: int) -> tuple[torch.Tensor, ...]:
+    if len(call.tensors) != count:
+        raise ValueError(f"{len(call.tensors)} tensors, expected {count}")
+    return call.tensors

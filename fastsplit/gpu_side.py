@@ -1,0 +1,90 @@
+"""The GPU side as a script: loads a model, serves it, prints `READY uri=...` when clients may come.
+
+    python -m fastsplit.gpu_side --model DIR|random:PRESET[@SEED] [--listen URI] [--device auto|cpu|cuda:N]
+
+Rules. stdout has the READY line and nothing else. SIGTERM and SIGINT end it cleanly, with exit code 0 once it serves.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if __package__ in (None, ""):  # run by path: this folder must not be where imports are looked for
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+import argparse
+import signal
+import tempfile
+from collections.abc import Sequence
+from types import FrameType
+
+from fastsplit import cli
+from fastsplit.models import DTYPES, PRESETS, open_model
+from fastsplit.wire.server import Server
+
+__all__ = ["main"]
+
+_PROGRAM = "gpu_side"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the script; returns its exit code (cli.py lists them)."""
+    return cli.run_main(_PROGRAM, lambda: _parser().parse_args(argv), _serve)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = cli.make_parser(_PROGRAM, "Serves a model's linear algebra to TEE sides.")
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="DIR|random:PRESET[@SEED]",
+        help=f"a Hugging Face directory, or the shape of a public model with seeded random weights: {', '.join(PRESETS)}",
+    )
+    parser.add_argument(
+        "--listen",
+        metavar="URI",
+        default=f"unix://{tempfile.gettempdir()}/fastsplit-{os.getpid()}.sock",
+        help="unix:///path, tcp://host:port (port 0: any free one) or vsock://cid:port; only on this host",
+    )
+    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda:N", help="where the weights are")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="what the weights and all tensors are cast to")
+    parser.add_argument("--max-connections", type=cli.positive_int, default=128, metavar="N", help="clients at a time")
+    return parser
+
+
+def _serve(args: argparse.Namespace) -> int:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
+    model = open_model(args.model)  # before torch is imported: a wrong name is answered at once
+    from fastsplit.executor import Executor, choose_device
+
+    cli.set_threads(args.threads)
+    # The address comes before the weights: a port in use is no reason to wait for them.
+    server = Server(args.listen, {}, arrays="torch", max_connections=args.max_connections)
+    server.bind()
+    try:
+        executor = Executor(
+            model,
+            device=choose_device(args.device),
+            dtype=args.dtype,
+            progress=lambda items, total: cli.progress(items, total, "loading weights"),
+        )
+        server.handlers.update(executor.handlers)
+        server.start()
+        print(f"READY uri={server.uri}", flush=True)
+        server.serve_forever()
+    except KeyboardInterrupt:
+        if not server.started:
+            raise
+    finally:
+        server.close()
+    return 0
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""Where the time of a run goes: one stopwatch, a table, JSON, a Chrome trace.
+
+How time is counted. The TEE side's clock never stops: each stretch of time is given, when it ends, to the one thing that it was
+spent on, so that nothing is counted twice and the parts add up to the wall clock. A call's stretch is split by what was
+measured in it: serialization (the channel's own clock), the executor's work (as its reply says, never more than was
+waited), and the rest, which is communication. What the TEE does between its named operations is "other".
+
+Rules. Every number comes from the run. `_s` are seconds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter_ns
+from typing import Any
+
+from .wire.stats import Stats
+
+__all__ = ["GPU_OPS", "TEE_OPS", "Op", "Recorder", "chrome_trace", "table"]
+
+GPU_OPS = ("embedding", "linear", "matmul", "lm_head")
+TEE_OPS = ("rmsnorm", "rotary", "softmax", "silu", "residual", "kv_cache", "sampling", "other")
+
+
+@dataclass
+class Op:
+    """How often an operation ran, and how long in all."""
+
+    side: str
+    count: int = 0
+    total_ns: int = 0
+
+
+@dataclass
+class Recorder:
+    """Times one run. Not thread-safe: one runner, one recorder."""
+
+    keep_spans: bool = False
+    ops: dict[str, Op] = field(default_factory=dict)
+    spans: list[tuple[str, str, int, int]] = field(default_factory=list)
+    """(track, name, start, duration) in ns, where `keep_spans`."""
+    wall_ns: int = 0
+    phases_ns: dict[str, int] = field(default_factory=dict)
+    communication_ns: int = 0
+    serialization_ns: int = 0
+    rpc_calls: int = 0
+    _running: bool = False
+    _since_ns: int = 0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """The clock runs inside of this, and its time counts for the phase: "prefill" or "decode"."""
+        started_ns = self._since_ns = perf_counter_ns()
+        self._running = True
+        try:
+            yield
+        finally:
+            self.lap("other")
+            self._running = False
+            elapsed_ns = self._since_ns - started_ns
+            self.wall_ns += elapsed_ns
+            self.phases_ns[name] = self.phases_ns.get(name, 0) + elapsed_ns
+
+    def lap(self, name: str) -> None:
+        """What the TEE did since the last mark was `name`."""
+        if self._running:
+            self._count("tee", name, self._mark(name), 0 if name == "other" else 1)
+
+    def call(self, name: str, work: Callable[[], Any], stats: Stats, ops: int = 1) -> Any:
+        """Runs one call to the executor. `name`: the operation, `ops`: how many of it the call batches."""
+        self.lap("other")
+        serialization_s, remote_s = stats.serialization_s, stats.remote_s
+        result = work()
+        if self._running:
+            started_ns = self._since_ns
+            elapsed_ns = self._mark(name, "calls")
+            serialization_ns = min(int((stats.serialization_s - serialization_s) * 1e9), elapsed_ns)
+            remote_ns = min(int((stats.remote_s - remote_s) * 1e9), elapsed_ns - serialization_ns)
+            self.rpc_calls += 1
+            self.serialization_ns += serialization_ns
+            self.communication_ns += elapsed_ns - serialization_ns - remote_ns
+            self._count("gpu", name, remote_ns, ops)
+            if self.keep_spans:  # when in the call the executor worked is not known; it is drawn in the middle
+                self.spans.append(("gpu", name, started_ns + (elapsed_ns - remote_ns) // 2, remote_ns))
+        return result
+
+    def side_ns(self, side: str) -> int:
+        """All compute time of one side, "gpu" or "tee"."""
+        return sum(op.total_ns for op in self.ops.values() if op.side == side)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report's times and counts, in the JSON document's keys."""
+        return {
+            "rpc_calls": self.rpc_calls,
+            "wall_s": self.wall_ns * 1e-9,
+            "prefill_s": self.phases_ns.get("prefill", 0) * 1e-9,
+            "decode_s": self.phases_ns.get("decode", 0) * 1e-9,
+            "serialization_s": self.serialization_ns * 1e-9,
+            "communication_s": self.communication_ns * 1e-9,
+            "gpu_compute_s": self.side_ns("gpu") * 1e-9,
+            "tee_compute_s": self.side_ns("tee") * 1e-9,
+            "ops": {
+                name: {"side": op.side, "count": op.count, "total_s": op.total_ns * 1e-9}
+                for name, op in self.ops.items()
+            },
+        }
+
+    def _mark(self, name: str, track: str = "tee") -> int:
+        now_ns = perf_counter_ns()
+        elapsed_ns = now_ns - self._since_ns
+        if self.keep_spans:
+            self.spans.append((track, name, self._since_ns, elapsed_ns))
+        self._since_ns = now_ns
+        return elapsed_ns
+
+    def _count(self, side: str, name: str, elapsed_ns: int, count: int) -> None:
+        op = self.ops.get(name)
+        if op is None:
+            op = self.ops[name] = Op(side)
+        op.count += count
+        op.total_ns += elapsed_ns
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as text. `report`: the JSON document of the TEE side."""
+    wall_s = report["wall_s"]
+    ops = report["ops"]
+    lines = [f"{'operation':<22}{'count':>8}{'total s':>12}{'average ms':>13}{'percent':>9}"]
+
+    def row(name: str, count: int | None, total_s: float) -> None:
+        average = f"{total_s / count * 1e3:13.3f}" if count else " " * 13
+        percent = f"{100 * total_s / wall_s:8.1f}%" if wall_s else " " * 9
+        lines.append(f"{name:<22}{count if count is not None else '':>8}{total_s:12.4f}{average}{percent}")
+
+    def group(title: str, names: tuple[str, ...], side: str, total_s: float) -> None:
+        lines.append(title)
+        for name in names:
+            if name in ops and ops[name]["side"] == side:
+                row(f"  {name}", ops[name]["count"] or None, ops[name]["total_s"])
+        row("  total", None, total_s)
+
+    overhead_s = report["communication_s"] + report["serialization_s"]
+    lines.append("communication")
+    row("  RPC calls", report["rpc_calls"], report["communication_s"])
+    row("  serialization", report["rpc_calls"], report["serialization_s"])
+    row("  total overhead", None, overhead_s)
+    group("GPU operations", GPU_OPS, "gpu", report["gpu_compute_s"])
+    group("TEE operations", TEE_OPS, "tee", report["tee_compute_s"])
+    row("total", None, wall_s)
+    lines.append("")
+    lines.append(
+        f"prefill {report['prefill_s']:.3f} s ({report['prompt_tokens']} tokens), decode {report['decode_s']:.3f} s "
+        f"({report['new_tokens']} new tokens), plan {report['plan']}, {report['uri']}"
+    )
+    lines.append(
+        f"bytes: sent {_nbytes(report['bytes_sent'])}, received {_nbytes(report['bytes_received'])}, "
+        f"shared {_nbytes(report['bytes_shared'])}, copied {_nbytes(report['bytes_copied'])}"
+    )
+    if wall_s and overhead_s > 0.5 * wall_s:
+        lines.append(
+            f"communication is {100 * overhead_s / wall_s:.0f} % of the wall clock: "
+            + (
+                "plan batched needs a third fewer calls than per-op"
+                if report["plan"] == "per-op"
+                else "unix:// is the fastest link on one host; between hosts, longer prompts spread the cost of a call"
+            )
+        )
+    return "\n".join(lines)
+
+
+def chrome_trace(recorder: Recorder, path: Path) -> None:
+    """Writes the spans for chrome://tracing and Perfetto: the TEE's operations, its calls, the executor's work."""
+    tracks = {"tee": 1, "calls": 2, "gpu": 3}
+    events: list[dict[str, Any]] = [
+        {"name": "thread_name", "ph": "M", "pid": 1, "tid": tid, "args": {"name": track}}
+        for track, tid in tracks.items()
+    ]
+    events += [
+        {"name": name, "ph": "X", "pid": 1, "tid": tracks[track], "ts": start_ns / 1e3, "dur": duration_ns / 1e3}
+        for track, name, start_ns, duration_ns in recorder.spans
+    ]
+    path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}), encoding="utf-8")
+
+
+def _nbytes(count: int) -> str:
+    if count < 1000:
+        return f"{count} B"
+    size, unit = float(count), "B"
+    for unit in ("kB", "MB", "GB", "TB"):
+        size /= 1000
+        if size < 1000:
+            break
+    return f"{size:.1f} {unit}"

@@ -1,0 +1,251 @@
+"""The TEE side as a script: runs prompts against a GPU side, prints text as it comes, and a report of where the time went.
+
+    python -m fastsplit.tee_side --connect URI [--model DIR] [--prompt TEXT | --prompt-file F | --prompt-ids 1,2,3 | --prefill N]
+
+Rules. Text (or, with `--format json`, exactly one JSON document) goes to stdout, everything else to stderr.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if __package__ in (None, ""):  # run by path: this folder must not be where imports are looked for
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastsplit import cli
+from fastsplit.errors import ModelError
+from fastsplit.models import Model, ModelConfig, open_model
+from fastsplit.wire.channel import Channel
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["main"]
+
+_PROGRAM = "tee_side"
+_TOP_LOGITS = 10
+_PLANS = ("per-op", "batched")  # those of runner.py, which needs torch: flags are parsed without it
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the script; returns its exit code (cli.py lists them)."""
+    return cli.run_main(_PROGRAM, lambda: _parser().parse_args(argv), _run)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = cli.make_parser(_PROGRAM, "Runs a prompt, layer by layer, against a GPU side.")
+    parser.add_argument("--connect", required=True, metavar="URI", help="where the GPU side listens")
+    parser.add_argument(
+        "--model",
+        metavar="DIR|random:PRESET[@SEED]",
+        help="the trusted copy: configuration and norm weights come from it, and the GPU side's are checked against it",
+    )
+    parser.add_argument("--tokenizer", metavar="DIR", help="where the tokenizer is, if not in --model")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", metavar="TEXT")
+    source.add_argument("--prompt-file", metavar="FILE", type=Path)
+    source.add_argument("--prompt-ids", metavar="1,2,3", type=_ids, help="token ids")
+    source.add_argument("--prefill", metavar="N", type=cli.positive_int, help="N random ids, seeded by --seed")
+    parser.add_argument("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
+    parser.add_argument("--max-new-tokens", type=_count, default=64, metavar="N", help="0 stops after the prompt")
+    parser.add_argument("--ignore-eos", action="store_true", help="do not stop at an end-of-sequence token")
+    parser.add_argument("--plan", choices=_PLANS, default="batched", help="what goes in one call")
+    parser.add_argument("--temperature", type=_not_negative, default=0.0, metavar="T", help="0 is greedy")
+    parser.add_argument("--top-k", type=_count, default=0, metavar="K", help="draw from the K most likely; 0: from all")
+    parser.add_argument("--top-p", type=_share, default=1.0, metavar="P", help="draw from the most likely that make up P")
+    parser.add_argument("--seed", type=_count, default=0, metavar="N", help="of --prefill and of sampling")
+    parser.add_argument("--timeout-s", type=_seconds, default=300.0, metavar="S", help="for each call")
+    parser.add_argument("--connect-timeout-s", type=_seconds, default=10.0, metavar="S")
+    parser.add_argument("--format", choices=("text", "json"), default="text")
+    parser.add_argument("--trace", metavar="FILE", type=Path, help="write a Chrome trace")
+    return parser
+
+
+def _run(args: argparse.Namespace) -> int:
+    trusted = None if args.model is None else open_model(args.model)
+    tokenizer = _open_tokenizer(args, trusted)
+    import torch
+
+    from fastsplit.report import Recorder, chrome_trace, table
+    from fastsplit.runner import RemoteBackend, RemoteModel, Runner, Sampling
+
+    cli.set_threads(args.threads)
+    with Channel(
+        args.connect, arrays="torch", timeout_s=args.connect_timeout_s, call_timeout_s=args.timeout_s
+    ) as channel:
+        model = RemoteModel.fetch(channel, trusted)
+        if trusted is None:
+            print(
+                f"{_PROGRAM}: warning: configuration and norm weights come from the GPU side, unchecked; "
+                "give --model to use a trusted copy",
+                file=sys.stderr,
+            )
+        ids = _prompt_ids(args, model.config, tokenizer)
+        setup = channel.stats.as_dict()
+        recorder = Recorder(keep_spans=args.trace is not None)
+        runner = Runner(model, RemoteBackend(channel, model.config, model.dtype), args.plan, recorder)
+        printer = _Printer(tokenizer, args.format == "text")
+        top: list[list[float]] = []
+
+        def keep_top(logits: torch.Tensor) -> None:
+            values, indices = logits.topk(min(_TOP_LOGITS, len(logits)))
+            top.extend([index, value] for index, value in zip(indices.tolist(), values.tolist()))
+
+        sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+        with torch.inference_mode():
+            for token in runner.generate(
+                ids, args.max_new_tokens, sampling=sampling, on_prefill=keep_top, ignore_eos=args.ignore_eos
+            ):
+                printer.add(token)
+        text = printer.finish()
+        stats = channel.stats.as_dict()
+        report: dict[str, Any] = {
+            "plan": args.plan,
+            "uri": args.connect,
+            "shm": channel.shm,
+            "model": model.name,
+            "dtype": model.dtype,
+            "prompt_tokens": len(ids),
+            "new_tokens": len(printer.tokens),
+            "tokens": printer.tokens,
+            "text": text,
+            "top_logits": top,
+            **recorder.as_dict(),
+            "setup_calls": setup["calls"],
+            **{key: stats[key] - setup[key] for key in stats if key.startswith("bytes_")},
+        }
+    if args.trace is not None:
+        chrome_trace(recorder, args.trace)
+    if args.format == "json":
+        print(json.dumps(report))
+    else:
+        print(table(report), file=sys.stderr)
+    return 0
+
+
+class _Printer:
+    """Collects new tokens, and prints their text as soon as it is certain (a character may need several tokens)."""
+
+    def __init__(self, tokenizer: Any, streaming: bool) -> None:
+        self.tokens: list[int] = []
+        self._tokenizer = tokenizer
+        self._streaming = streaming
+        self._printed = ""
+        self._stream: Any = None
+        if tokenizer is not None and streaming:
+            from tokenizers.decoders import DecodeStream
+
+            self._stream = DecodeStream(skip_special_tokens=True)
+
+    def add(self, token: int) -> None:
+        self.tokens.append(token)
+        if self._stream is not None:
+            chunk = self._stream.step(self._tokenizer.backend_tokenizer, token)
+            if chunk:
+                self._printed += chunk
+                print(chunk, end="", flush=True)
+        elif self._streaming:
+            print(token, end=" ", flush=True)
+
+    def finish(self) -> str:
+        """Prints what is left, and returns the whole text ("" without a tokenizer)."""
+        text = "" if self._tokenizer is None else str(self._tokenizer.decode(self.tokens, skip_special_tokens=True))
+        if self._streaming and self.tokens:
+            print(text[len(self._printed) :] if text.startswith(self._printed) else "")
+        return text
+
+
+def _open_tokenizer(args: argparse.Namespace, trusted: Model | None) -> Any:
+    """The tokenizer, None if there is none and none is needed."""
+    directory = Path(args.tokenizer) if args.tokenizer is not None else None if trusted is None else trusted.directory
+    if directory is None or not (directory / "tokenizer.json").is_file():
+        if args.tokenizer is not None:
+            raise ModelError(f"tokenizer {args.tokenizer!r}: no tokenizer.json there")
+        if args.prompt is not None or args.prompt_file is not None or args.chat:
+            raise cli.Usage("a text prompt needs a tokenizer: give --tokenizer DIR, or --model DIR with tokenizer.json in it")
+        return None
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is ever looked up anywhere else
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"tokenizer {str(directory)!r}: {str(error).splitlines()[0]}") from None
+
+
+def _prompt_ids(args: argparse.Namespace, config: ModelConfig, tokenizer: Any) -> torch.Tensor:
+    """The prompt's ids, [n] int64, n of 1 or more. Raises Usage if they do not fit the model."""
+    import torch
+
+    if args.prefill is not None:
+        generator = torch.Generator().manual_seed(args.seed)
+        ids = torch.randint(0, config.vocab_size, (args.prefill,), generator=generator)
+    else:
+        ids = torch.tensor(_text_ids(args, tokenizer), dtype=torch.int64)
+    if not len(ids):
+        raise cli.Usage("an empty prompt, expected one token or more")
+    if not 0 <= int(ids.min()) <= int(ids.max()) < config.vocab_size:
+        raise cli.Usage(f"prompt ids {int(ids.min())} to {int(ids.max())}, expected 0 to {config.vocab_size - 1}")
+    if len(ids) + args.max_new_tokens > config.max_position_embeddings:
+        raise cli.Usage(
+            f"{len(ids)} prompt tokens and {args.max_new_tokens} new ones, "
+            f"the model has {config.max_position_embeddings} positions"
+        )
+    return ids
+
+
+def _text_ids(args: argparse.Namespace, tokenizer: Any) -> list[int]:
+    if args.prompt_ids is not None:
+        ids: list[int] = args.prompt_ids
+        return ids
+    text: str = args.prompt if args.prompt is not None else args.prompt_file.read_text(encoding="utf-8")
+    if not args.chat:
+        return list(tokenizer(text)["input_ids"])
+    if not tokenizer.chat_template:
+        raise cli.Usage("--chat: the tokenizer has no chat template")
+    messages = [{"role": "user", "content": text}]
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+
+
+def _ids(text: str) -> list[int]:
+    try:
+        return [int(item) for item in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected numbers with commas between them") from None
+
+
+def _number(low: float, high: float, text: str) -> float:
+    value = float(text)
+    if not low <= value <= high:
+        raise argparse.ArgumentTypeError(f"{text}, expected {low:g} to {high:g}")
+    return value
+
+
+def _not_negative(text: str) -> float:
+    return _number(0, float("inf"), text)
+
+
+def _share(text: str) -> float:
+    return _number(1e-6, 1, text)
+
+
+def _seconds(text: str) -> float:
+    return _number(1e-3, 1e6, text)
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"{value}, expected 0 or more")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
