@@ -4,10 +4,10 @@
     ├── AddressError (ValueError)            a URI that cannot be used, or must not be listened on
     ├── TensorError (TypeError)              a value that has no tensor description: its dtype, its device, its layout
     ├── LimitError (ValueError)              we were asked to send more than a cap allows; nothing was sent
-    ├── ConnectError (ConnectionError)       nobody there, or no handshake in time
+    ├── ConnectError (ConnectionError)       nobody there
     ├── PeerLostError (ConnectionError)      the peer went away; what was in flight has no answer
     ├── ClosedError                          used after close(), or after an error that ended the connection
-    ├── DeadlineError (TimeoutError)         a deadline passed
+    ├── DeadlineError (TimeoutError)         a deadline passed: a call's, or that of connecting
     ├── CancelledError                       the call was cancelled before its reply came
     ├── ProtocolError
     │   ├── LocalProtocolError               we broke the protocol, or were about to: a bug on this side
@@ -64,7 +64,7 @@ class LimitError(FastsplitError, ValueError):
 
 
 class ConnectError(FastsplitError, ConnectionError):
-    """No connection could be made: nobody listens, or the handshake did not finish in time."""
+    """No connection could be made: nobody listens there. (Nobody in time is a DeadlineError.)"""
 
     exit_code = 3
 

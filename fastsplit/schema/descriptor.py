@@ -35,7 +35,9 @@ AttrValue = int | float | str | bytes | Sequence[int] | Sequence[str]
 Attrs = Mapping[str, AttrValue]
 
 _FILE_IDENTIFIER = b"FSM1"
-_CACHED_SHAPES = 512  # per connection and direction; a few hundred bytes each
+_CACHED_SHAPES = 512  # per connection and direction; a few hundred bytes each, as a rule
+_MAX_CACHED_NBYTES = 8 * 1024  # of metadata: larger ones are rare, and a hostile peer could make us keep many
+_MAX_REREADS = 4  # how often the parts of one metadata may overlap on average
 _INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
 _PLACEMENT_NBYTES = 24
 _PLACEMENT = struct.Struct("<IB3xQQ")  # segment, codec, offset, nbytes
@@ -105,10 +107,14 @@ class Encoder:
             key = (op, tuple(tensors))
         template = self._templates.get(key)
         if template is None:
-            template = self._build(op, tensors, attrs, ints, floats)
-            if len(self._templates) >= _CACHED_SHAPES:
-                del self._templates[next(iter(self._templates))]
-            self._templates[key] = template
+            try:
+                template = self._build(op, tensors, attrs, ints, floats)
+            except UnicodeEncodeError as error:
+                raise LocalProtocolError(f"{op!r}: the text {error.object!r}, which is not valid Unicode") from None
+            if len(template.metadata) <= _MAX_CACHED_NBYTES:
+                if len(self._templates) >= _CACHED_SHAPES:
+                    del self._templates[next(iter(self._templates))]
+                self._templates[key] = template
         out = bytearray(template.metadata)
         if template.numbers is not None:
             try:
@@ -162,6 +168,8 @@ class Encoder:
 
     def _check(self, op: str, tensors: Sequence[tuple[int, tuple[int, ...]]], attrs: Attrs) -> None:
         limits = self.limits
+        if "" in attrs:
+            raise LocalProtocolError(f"{op!r}: an attribute without a name")
         if len(tensors) > limits.max_tensors:
             raise LimitError(f"{op!r}: {len(tensors)} tensors, the peer accepts {limits.max_tensors} in one message")
         if len(attrs) > limits.max_attrs:
@@ -363,7 +371,8 @@ class Decoder:
         reader = _MessageReader(metadata, self._limits)
         message = reader.read()
         tail = _Tail(reader.ints.count, reader.floats.count, len(message.tensors))
-        if reader.is_canonical(tail) and cut == len(metadata) - tail.nbytes:
+        cacheable = len(metadata) <= _MAX_CACHED_NBYTES and reader.is_canonical(tail)
+        if cacheable and cut == len(metadata) - tail.nbytes:
             if len(self._known) >= _CACHED_SHAPES:
                 del self._known[next(iter(self._known))]
             self._known[metadata[:cut]] = self._remember(metadata, cut, message, reader, tail)
@@ -404,6 +413,7 @@ class _Reader:
     def __init__(self, buffer: bytes) -> None:
         self._buffer = buffer
         self._end = len(buffer)
+        self._budget_nbytes = _MAX_REREADS * len(buffer)
         self.extent = 0
 
     def scalar(self, layout: struct.Struct, at: int, field: str) -> int:
@@ -439,8 +449,15 @@ class _Reader:
 
     def read(self, at: int, nbytes: int) -> bytes:
         """Bytes of a vector that `vector` has checked."""
+        self.charge(nbytes)
         self.extent = max(self.extent, at + nbytes)
         return self._buffer[at : at + nbytes]
+
+    def charge(self, nbytes: int) -> None:
+        """Takes note of bytes that are about to become objects: in a hostile buffer many parts share the same bytes."""
+        self._budget_nbytes -= nbytes
+        if self._budget_nbytes < 0:
+            raise self.error("overlaps", "parts that share their bytes too often", f"{_MAX_REREADS} times on average")
 
     def text(self, at: int, field: str) -> str:
         vector = self.vector(at, 1, 1, field)
@@ -503,7 +520,6 @@ class _MessageReader:
         self._nbytes = len(metadata)
         self._limits = limits
         self._identifier = metadata[4:8]
-        self._list_items = 0
         self.slots: list[tuple[str, int, int | None, Any]] = []  # name, type, index among ints or floats, fixed value
         self.ints = self.floats = self._placements = _NO_VECTOR
 
@@ -616,18 +632,11 @@ class _MessageReader:
             return None, reader.read(data.at, data.count)
         if kind == gen.AttrType.Ints:
             ints = table.vector(5, 8, 8, field)
-            self._count_items(ints.count, field)
             return None, list(struct.unpack(f"<{ints.count}q", reader.read(ints.at, 8 * ints.count)))
         if kind == gen.AttrType.Strings:
             texts = table.vector(6, 4, 4, field)
-            self._count_items(texts.count, field)
+            reader.charge(4 * texts.count)
             return None, [
                 reader.text(reader.indirect(texts.at + 4 * index, field), field) for index in range(texts.count)
             ]
         raise reader.error(f"{field} type", str(kind), "1 to 6")
-
-    def _count_items(self, count: int, field: str) -> None:
-        # Several lists may share their bytes in a hostile buffer; together they may not outgrow it.
-        self._list_items += count
-        if self._list_items > self._limits.max_metadata_nbytes // 4:
-            raise self._reader.error(field, "more list items than the metadata has room for", "lists of their own")

@@ -1,7 +1,8 @@
 """The caps on what one side accepts from the other.
 
 Rules: each side states its own caps in the handshake and enforces them on what comes in; it honours the peer's on what
-goes out. A cap is checked before anything is allocated.
+goes out. A cap is checked before anything is allocated. Handshakes and errors must always fit, so two caps have a
+floor.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 __all__ = ["Limits"]
+
+_LEAST = {"max_metadata_nbytes": 4096, "max_attrs": 16}
+_MOST = {"max_metadata_nbytes": 2**32 - 1}  # the header's field has 32 bits
 
 
 @dataclass(frozen=True)
@@ -31,5 +35,6 @@ class Limits:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, int) or not 1 <= value < 2**63:
-                raise ValueError(f"{field.name}: {value!r}, expected an int from 1 to 2**63 - 1")
+            least, most = _LEAST.get(field.name, 1), _MOST.get(field.name, 2**63 - 1)
+            if not isinstance(value, int) or not least <= value <= most:
+                raise ValueError(f"{field.name}: {value!r}, expected an int from {least} to {most}")

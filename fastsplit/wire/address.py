@@ -117,6 +117,10 @@ def connect_socket(address: Address, timeout_s: float) -> socket.socket:
         raise DeadlineError(f"{address}: no connection within {timeout_s} s") from None
     except OSError as error:
         raise ConnectError(f"{address}: cannot connect: {error.strerror or error}") from None
+    if isinstance(address, TcpAddress) and sock.getsockname() == sock.getpeername():
+        # Nobody listens, and the kernel picked that very port for our own end: tcp then connects a socket to itself.
+        sock.close()
+        raise ConnectError(f"{address}: cannot connect: Connection refused")
     sock.settimeout(None)
     _tune(sock, address)
     return sock

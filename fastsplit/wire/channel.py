@@ -12,6 +12,7 @@ peer's; then every call in flight gets that error. All public methods are thread
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -26,7 +27,6 @@ from ..errors import (
     DeadlineError,
     FastsplitError,
     PeerLostError,
-    ProtocolError,
     RemoteOpError,
     RemoteProtocolError,
     TensorError,
@@ -36,7 +36,7 @@ from ..schema.limits import Limits
 from ..tensors import Arrays, collect, dtype_of
 from .address import connect_socket, parse_address
 from .link import Link, remaining_s
-from .session import CAPABILITIES, Error, Event, Goodbye, Hello, Reply, Session
+from .session import CAPABILITIES, Error, Event, Failed, Goodbye, Hello, Reply, Session
 from .stats import Stats
 
 __all__ = ["Channel", "Future", "Result"]
@@ -44,6 +44,8 @@ __all__ = ["Channel", "Future", "Result"]
 _logger = logging.getLogger("fastsplit.channel")
 
 _RELIEF_S = 0.005  # how soon a sender that found another thread reading looks again whether it must read itself
+_LAST_WORDS_S = 0.5  # how long a failed sender waits for another thread to read why
+_LINGER_S = 0.5  # how long an aborted peer's bytes are read and dropped, so that it can read why
 
 
 class Result(tuple):  # type: ignore[type-arg]
@@ -165,7 +167,8 @@ class Channel:
         deadline = time.monotonic() + timeout_s
         self._link = Link(connect_socket(parse_address(uri), timeout_s))
         try:
-            self._link.send_all([self._session.hello()], deadline)
+            with contextlib.suppress(PeerLostError):  # refused at once: what the server said is still to be read
+                self._link.send_all([self._session.hello()], deadline)
             while not self._greeted:
                 self._read_once(deadline)
                 if self._error is not None:
@@ -282,11 +285,15 @@ class Channel:
 
     def close(self) -> None:
         """Ends the connection: the server is told, and calls in flight fail with ClosedError. Idempotent."""
-        if not self._closed and self._sending.acquire(timeout=0.1):  # not if a send is stuck: then the end says enough
+        with self._lock:
+            first = not self._closed
+            self._closed = True
+            if self._error is None:  # now, so that it comes before the server's answer to the goodbye
+                self._error = ClosedError("the channel was closed")
+        if first and self._sending.acquire(timeout=0.1):  # not if a send is stuck: then the end says enough
             try:
-                self._link.send([self._session.goodbye()])
-            except (PeerLostError, ProtocolError):
-                pass
+                with contextlib.suppress(FastsplitError):
+                    self._link.send([self._session.goodbye()])
             finally:
                 self._release_sending()
         self._end(ClosedError("the channel was closed"))
@@ -305,7 +312,8 @@ class Channel:
             ) from None
         except FastsplitError as error:
             # The peer may have said why it left: its last words are still to be read.
-            raise self._end(self._last_words() or error) from None
+            self._read_last_words(future)
+            raise self._end(error) from None
         except BaseException:
             self._end(ClosedError("the connection was closed: a send was interrupted"))
             raise
@@ -323,7 +331,8 @@ class Channel:
                     raise
                 return left
             if readable:
-                self._read_once(deadline, blocking=False)
+                with contextlib.suppress(DeadlineError):  # nothing to read after all
+                    self._read_once(deadline, blocking=False)
                 if self._error is not None:
                     raise self._error
         finally:
@@ -331,19 +340,15 @@ class Channel:
                 self._leave_reading()
         return self._link.send(left) if writable else left
 
-    def _last_words(self) -> FastsplitError | None:
-        if not self._take_reading():
-            return None
-        try:
-            for _ in range(1000):
-                self._read_once(None, blocking=False)
-                if self._error is not None:
-                    return self._error if isinstance(self._error, ProtocolError) else None
-        except FastsplitError:
-            return None
-        finally:
-            self._leave_reading()
-        return None
+    def _read_last_words(self, future: Future) -> None:
+        """Reads what is there already, or lets the thread that reads do so. What ends the connection is kept."""
+        with contextlib.suppress(DeadlineError):
+            if self._take_reading(future, time.monotonic() + _LAST_WORDS_S):
+                try:
+                    while self._error is None:
+                        self._read_once(None, blocking=False)
+                finally:
+                    self._leave_reading()
 
     def _give_up(self, future: Future, error: FastsplitError) -> bool:
         with self._lock:
@@ -379,7 +384,10 @@ class Channel:
             while not future._done:
                 if self._take_reading(future, until):
                     try:
+                        self._read_once(until)
                         while not future._done:
+                            if until is not None and time.monotonic() >= until:  # a peer may dribble for ever
+                                raise DeadlineError("no reply")
                             self._read_once(until)
                     finally:
                         self._leave_reading()
@@ -437,8 +445,6 @@ class Channel:
                 self._handle(event)
         except DeadlineError:
             raise
-        except RemoteProtocolError as error:
-            self._abort(error)
         except FastsplitError as error:
             self._end(error)
         except BaseException:
@@ -472,20 +478,25 @@ class Channel:
             self._greeted = True
         elif isinstance(event, Goodbye):
             self._end(PeerLostError("the server closed the connection"))
+        elif isinstance(event, Failed):
+            if event.tell:
+                self._abort(event.error)
+            self._end(event.error)
 
     def _settle(self, future: Future, result: Result | None, error: BaseException | None) -> None:
         with self._lock:
+            if future._done:  # given up at this moment
+                return
             self._finish(future, result, error)
         if future._callbacks is not None:
             self._call_back(future)
 
     def _finish(self, future: Future, result: Result | None, error: BaseException | None) -> None:
-        """Sets a future's outcome, once. The caller holds `_lock`."""
-        if not future._done:
-            future._result, future._error = result, error
-            future._done = True
-            if self._followers:
-                self._changed.notify_all()
+        """Sets the outcome of a future that has none. The caller holds `_lock`, and calls back after it."""
+        future._result, future._error = result, error
+        future._done = True
+        if self._followers:
+            self._changed.notify_all()
 
     @staticmethod
     def _call_back(future: Future) -> None:
@@ -499,18 +510,18 @@ class Channel:
     # ---- ending ----
 
     def _abort(self, error: RemoteProtocolError) -> None:
-        """The peer broke the protocol: tell it how, if that is possible at once, and end."""
+        """The peer broke the protocol: tell it how, if that is possible at once. Only the reader calls it."""
+        self._fail(error)
         if self._sending.acquire(blocking=False):
             try:
-                self._link.send([self._session.abort(str(error))])
-            except PeerLostError:
-                pass
+                with contextlib.suppress(FastsplitError):
+                    self._link.send([self._session.abort(str(error))])
             finally:
                 self._release_sending()
-        self._end(error)
+            self._link.linger(time.monotonic() + _LINGER_S)
 
-    def _end(self, error: FastsplitError) -> FastsplitError:
-        """Ends the connection once, and gives its futures the error. Returns the error that ended it."""
+    def _fail(self, error: FastsplitError) -> FastsplitError:
+        """Nothing can be called any more, and every future gets the error; the first error stays. Returns that."""
         with self._lock:
             if self._error is None:
                 self._error = error
@@ -521,9 +532,14 @@ class Channel:
                 self._finish(future, None, self._error)
         for future in futures:
             self._call_back(future)
+        return self._error
+
+    def _end(self, error: FastsplitError) -> FastsplitError:
+        """Ends the connection. Returns the error that did so first."""
+        error = self._fail(error)
         self._link.shutdown()
         self._close_when_unused()
-        return self._error
+        return error
 
     def _release_sending(self) -> None:
         self._sending.release()
@@ -535,13 +551,17 @@ class Channel:
 
         Whoever sends or reads calls this again when it is done.
         """
-        if self._sending.acquire(blocking=False):
+        while self._sending.acquire(blocking=False):
             try:
                 with self._lock:
                     if not self._reading:
                         self._link.close()
+                        return
             finally:
                 self._sending.release()
+            if self._reading:
+                return
+            # A reader that left just now came here too, and found `_sending` taken by us: look again for both.
 
 
 def _remote_error(future: Future, event: Error) -> FastsplitError:

@@ -26,8 +26,11 @@ __all__ = ["Link", "remaining_s"]
 
 _MAX_IOVECS = 64  # of 1024 that Linux takes; a message has at most a few
 _DONTWAIT = int(socket.MSG_DONTWAIT)  # socket's own constants are enums, slow to combine
+_SEND_FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)  # a peer that is gone is an error, never a signal
 _TICK_S = 1.0
 """A read's SO_RCVTIMEO, when its deadline is further away: setting it for each call would cost a system call a call."""
+_DISCARD_NBYTES = 64 * 1024
+_MAX_DISCARDS = 64
 
 
 def remaining_s(deadline: float | None) -> float | None:
@@ -56,7 +59,9 @@ class Link:
         not change until all of them are sent. Raises PeerLostError.
         """
         try:
-            sent = self._sock.sendmsg(buffers if len(buffers) <= _MAX_IOVECS else buffers[:_MAX_IOVECS], (), _DONTWAIT)
+            sent = self._sock.sendmsg(
+                buffers if len(buffers) <= _MAX_IOVECS else buffers[:_MAX_IOVECS], (), _SEND_FLAGS
+            )
         except BlockingIOError:
             return buffers
         except OSError as error:
@@ -130,18 +135,32 @@ class Link:
 
     def shutdown(self) -> None:
         """Ends both directions; a thread that waits in a read or a write wakes up with the end of the stream."""
-        with contextlib.suppress(OSError):  # not connected any more, or closed: what was wanted
+        with self._close_lock, contextlib.suppress(OSError):  # not connected any more, or closed: what was wanted
             self._sock.shutdown(socket.SHUT_RDWR)
 
     def shutdown_reading(self) -> None:
         """Ends only the reading direction, as if the peer had sent its last byte."""
-        with contextlib.suppress(OSError):
+        with self._close_lock, contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RD)
 
     def close(self) -> None:
         """Closes the socket. Call `shutdown` first if another thread may be in a read or a write."""
         with self._close_lock:
+            # Bytes that nobody read would reset the connection, and the peer could lose what we sent last.
+            with contextlib.suppress(OSError):
+                for _ in range(_MAX_DISCARDS):
+                    if not self._sock.recv(_DISCARD_NBYTES, _DONTWAIT):
+                        break
             self._sock.close()
+
+    def peer_left(self) -> bool:
+        """Whether the peer has ended its writing direction, or is gone. Takes a system call; reads nothing."""
+        poll = select.poll()
+        try:
+            poll.register(self._sock, select.POLLRDHUP)
+        except (OSError, ValueError):  # closed
+            return True
+        return bool(poll.poll(0))
 
     def _arm(self, deadline: float | None) -> None:
         if deadline is None:

@@ -30,7 +30,7 @@ from ..schema.limits import Limits
 from ..tensors import Arrays, collect
 from .address import UnixAddress, accept_socket, listen_socket, parse_address, remove_socket_file
 from .link import Link, remaining_s
-from .session import CAPABILITIES, Cancel, Goodbye, Request, Session
+from .session import CAPABILITIES, Cancel, Failed, Goodbye, Request, Session
 from .stats import Stats
 
 __all__ = ["Call", "Handler", "Server"]
@@ -78,9 +78,15 @@ class Call:
 
     @property
     def cancelled(self) -> bool:
-        """Whether the caller has given up, its deadline has passed, or its connection has ended."""
+        """Whether the caller has given up, its deadline has passed, or its connection has ended. A handler that works
+        for long may ask now and then: it takes some microseconds."""
         connection = self._connection
-        return connection.ended or self._request_id in connection.cancelled or self.remaining_s == 0.0
+        return (
+            self._request_id in connection.cancelled
+            or self.remaining_s == 0.0
+            or connection.ended
+            or (not connection.server._closing.is_set() and connection.link.peer_left())
+        )
 
 
 Handler = Callable[[Call], Any]
@@ -122,7 +128,7 @@ class Server:
         self._wake: tuple[int, int] | None = None
         self._accepting: threading.Thread | None = None
         self._connections: set[_Connection] = set()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal may call `close` from inside any other method
         self._closing = threading.Event()
         self._closed = threading.Event()
 
@@ -146,25 +152,29 @@ class Server:
 
         Raises OSError if the address is in use, AddressError if it must not be listened on, ClosedError after `close`.
         """
-        if self._closing.is_set():
-            raise ClosedError("the server was closed")
-        if self._listener is None:
-            listener, address = listen_socket(self._address)
-            self._listener, self._address, self._uri = listener, address, str(address)
-            if isinstance(address, UnixAddress):
-                self._inode = os.stat(address.path).st_ino
+        with self._lock:
+            if self._closing.is_set():
+                raise ClosedError("the server was closed")
+            if self._listener is None:
+                listener, address = listen_socket(self._address)
+                listener.setblocking(False)  # a client may be gone again between poll and accept
+                self._listener, self._address, self._uri = listener, address, str(address)
+                if isinstance(address, UnixAddress):
+                    self._inode = os.stat(address.path).st_ino
         return self
 
     def start(self) -> Server:
         """Listens, and accepts clients in the background from now on. Returns the server. Raises what `bind` does."""
-        if self.started:
-            raise ClosedError("the server was started already")
-        self.bind()
-        if self._workers:
-            self._executor = ThreadPoolExecutor(self._workers, "fastsplit-worker")
-        self._wake = os.pipe()
-        self._accepting = threading.Thread(target=self._accept, name=f"fastsplit-accept {self._uri}", daemon=True)
-        self._accepting.start()
+        with self._lock:
+            if self.started and not self._closing.is_set():
+                raise ClosedError("the server was started already")
+            self.bind()
+            if self._workers:
+                self._executor = ThreadPoolExecutor(self._workers, "fastsplit-worker")
+            self._wake = os.pipe()
+            thread = threading.Thread(target=self._accept, name=f"fastsplit-accept {self._uri}", daemon=True)
+            thread.start()
+            self._accepting = thread
         return self
 
     def serve_forever(self) -> None:
@@ -184,7 +194,10 @@ class Server:
         with self._lock:
             first = not self._closing.is_set()
             self._closing.set()
-        if not first or self._listener is None:
+        if not first:  # in another thread, as a rule
+            self._closed.wait(timeout_s)
+            return
+        if self._listener is None:
             self._closed.set()
             return
         if self._accepting is not None and self._wake is not None:
@@ -199,9 +212,10 @@ class Server:
         connections = list(self._connections)
         for connection in connections:
             connection.link.shutdown_reading()
-        for connection in connections:
+        others = [connection for connection in connections if connection.thread is not threading.current_thread()]
+        for connection in others:  # a handler that closes its server gets to answer first
             connection.thread.join(max(deadline - time.monotonic(), 0.0))
-        for connection in connections:
+        for connection in others:
             if connection.thread.is_alive():
                 connection.link.shutdown()
                 connection.thread.join(0.1)
@@ -241,8 +255,13 @@ class Server:
                     self._connections.add(connection)
             if full:
                 connection.refuse(f"{self.max_connections} connections already, the server accepts no more")
-            else:
+                continue
+            try:
                 connection.thread.start()
+            except RuntimeError as error:  # no more threads
+                _logger.warning("%s: a connection was not accepted: %s", self._uri, error)
+                self._forget(connection)
+                connection.refuse("the server has no thread left")
 
     def _forget(self, connection: _Connection) -> None:
         with self._lock:
@@ -272,16 +291,16 @@ class _Connection:
         with contextlib.suppress(PeerLostError):
             self.link.send([self.session.abort(reason)])
         self.link.shutdown()
-        self.link.close()
+        self.link.close()  # at once, since others wait to be accepted
 
     # ---- the connection's thread ----
 
     def _serve(self) -> None:
         error: BaseException | None = None
         try:
-            self._greet()
-            while self._read():
-                pass
+            going_on = self._greet()
+            while going_on:
+                going_on = self._read()
             self._drain()
         except RemoteProtocolError as protocol_error:
             error = protocol_error
@@ -299,12 +318,17 @@ class _Connection:
                 self.link.close()
             self.server._forget(self)
 
-    def _greet(self) -> None:
-        deadline = time.monotonic() + self.server.handshake_timeout_s
-        self.link.send_all([self.session.hello()], deadline)
-        while self.session.peer_limits is None:
-            if not self._read(deadline):
-                return
+    def _greet(self) -> bool:
+        timeout_s = self.server.handshake_timeout_s
+        deadline = time.monotonic() + timeout_s
+        try:
+            self.link.send_all([self.session.hello()], deadline)
+            while self.session.peer_limits is None:
+                if not self._read(deadline):
+                    return False
+        except DeadlineError:
+            raise RemoteProtocolError(f"no handshake within {timeout_s} s") from None
+        return True
 
     def _read(self, deadline: float | None = None) -> bool:
         """Reads once and acts on what that completed. False when the client is done."""
@@ -313,6 +337,7 @@ class _Connection:
         if received == 0:
             error = session.end_of_stream()
             if session.at_frame_boundary:
+                self.ended = not self.server._closing.is_set()  # else it is we who ended the reading
                 return False
             raise error
         events = session.received(received)
@@ -324,7 +349,12 @@ class _Connection:
             elif isinstance(event, Cancel):
                 self._cancel(event.request_id)
             elif isinstance(event, Goodbye):
+                self.ended = True
                 return False
+            elif isinstance(event, Failed):
+                if event.tell:
+                    raise event.error
+                raise PeerLostError(str(event.error))
         return True
 
     def _dispatch(self, request: Request) -> None:
@@ -355,28 +385,36 @@ class _Connection:
                 self.cancelled.discard(request_id)
 
     def _drain(self) -> None:
-        """Waits for the pool to answer what is left, then says goodbye."""
+        """Where the server closes: waits for the pool to answer what is left, then says goodbye."""
+        if self.ended:
+            return
         if self.server._executor is not None:
             with self._idle:
                 self._idle.wait_for(lambda: not self._pending, timeout=self.server.send_timeout_s)
-        if self.server._closing.is_set():
-            with self._sending:
-                self.link.send([self.session.goodbye()])
+        with self._sending:
+            self.link.send([self.session.goodbye()])
 
     def _abort(self, reason: str) -> None:
-        with contextlib.suppress(FastsplitError):
-            deadline = time.monotonic() + _LINGER_S
-            with self._sending:
+        self.ended = True
+        deadline = time.monotonic() + _LINGER_S
+        if not self._sending.acquire(timeout=_LINGER_S):  # a reply is stuck: the end must say enough
+            return
+        try:
+            with contextlib.suppress(FastsplitError):
                 self.link.send_all([self.session.abort(reason)], deadline)
-            self.link.linger(deadline)
+        finally:
+            self._sending.release()
+        self.link.linger(deadline)
 
     # ---- requests ----
 
     def _run_pending(self, request: Request, deadline: float | None) -> None:
         try:
-            self._run(request, deadline)
+            if not self.ended:
+                self._run(request, deadline)
         except FastsplitError as error:
-            _logger.warning("%s: a reply could not be sent: %s", self.server.uri, error)
+            if not self.ended:
+                _logger.warning("%s: a reply could not be sent: %s", self.server.uri, error)
             self.link.shutdown()
         finally:
             self._done(request.request_id)
@@ -414,10 +452,10 @@ class _Connection:
             self.stats.bytes_copied += copied_nbytes
             with self._sending:
                 head = self.session.reply(request_id, descs, nbytes, time_ns, call.reply_attrs)
-        except Exception as error:
+        except BaseException as error:  # sys.exit() in a handler must not end the server's threads either
             if not isinstance(error, FastsplitError):
                 _logger.debug("%s: the handler of %r failed", self.server.uri, message.op, exc_info=True)
-            self._answer_error(request_id, "failed", f"{type(error).__name__}: {error}")
+            self._answer_error(request_id, "failed", _describe(error))
             return
         self._send([head, *buffers], len(head) + nbytes)
 
@@ -436,3 +474,10 @@ class _Connection:
                     raise PeerLostError(
                         f"the client did not take its reply within {self.server.send_timeout_s} s"
                     ) from None
+
+
+def _describe(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # noqa: BLE001 (its own __str__ fails)
+        return type(error).__name__

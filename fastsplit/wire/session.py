@@ -14,10 +14,12 @@ How bytes come in. The owner asks `receive_buffers()` where the next bytes belon
 for its tensors is allocated and the rest is read straight into it. What of a payload came in the same read as its head
 (at most STAGING_NBYTES) is copied over and counted in `staged_nbytes`: that is what one read for a small message costs.
 
-Rules. A RemoteProtocolError from here means that the stream is dead; `abort` makes the frame that tells the peer.
-Errors of our own (LimitError, LocalProtocolError) are raised before anything changes. Nothing is allocated before the
+Rules. Events come in the order of the bytes, however these were cut up. A Failed event is the last one: the stream is
+dead; `abort` makes the frame that tells the peer. Errors of our own (LimitError, LocalProtocolError) are raised before
+anything changes. Nothing is allocated before the
 header, the metadata and the session's state were checked against each other. Incoming state belongs to whoever reads,
-outgoing state to whoever sends; the only thing they share is the table of open requests, whose operations are atomic.
+outgoing state to whoever sends; all they share are the tables of open requests, whose operations are atomic, and that
+the session is open.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ __all__ = [
     "Error",
     "Event",
     "Expected",
+    "Failed",
     "Goodbye",
     "Hello",
     "Reply",
@@ -57,7 +60,7 @@ _HELLO, _REQUEST, _REPLY, _ERROR, _CANCEL, _ABORT = (
     int(kind) for kind in (Kind.HELLO, Kind.REQUEST, Kind.REPLY, Kind.ERROR, Kind.CANCEL, Kind.ABORT)
 )
 _SCRATCH_NBYTES = 1024**2
-_MAX_ERROR_TEXT = 4000  # characters; an ERROR must fit the smallest metadata cap that makes sense
+_MAX_TEXT_NBYTES = 3500  # of an ERROR or ABORT: with the rest of the frame it fits the smallest metadata cap
 _SOFTWARE = "fastsplit"
 
 Desc = tuple[int, tuple[int, ...]]  # dtype code, shape
@@ -107,7 +110,14 @@ class Goodbye(NamedTuple):
     """The peer will say nothing more."""
 
 
-Event = Request | Reply | Error | Cancel | Hello | Goodbye
+class Failed(NamedTuple):
+    """The stream is dead: the peer broke the protocol (`tell`: it does not know yet), or says that we did."""
+
+    error: RemoteProtocolError
+    tell: bool
+
+
+Event = Request | Reply | Error | Cancel | Hello | Goodbye | Failed
 
 
 class _State(Enum):
@@ -141,13 +151,15 @@ class Session:
         self.staged_nbytes = 0
         self.decode_ns = 0
         self._allocate = allocate
-        self._state = _State.HANDSHAKE
+        self._state = _State.HANDSHAKE  # of what comes in
+        self._aborted = False  # by the peer
+        self._may_request = False
         self._decoder = Decoder(self.limits)
         self._encoder = Encoder(Limits(), HEADER_NBYTES)
         self._open: dict[int, Expected] = {}  # client: requests without an answer, and what the answer must look like
         self._unwanted: set[int] = set()  # client: those of them that nobody waits for any more
         self._next_id = 1
-        self._staging = memoryview(bytearray(STAGING_NBYTES))
+        self._staging = self._small_staging = memoryview(bytearray(STAGING_NBYTES))
         self._filled = 0
         self._incoming: _Incoming | None = None
         self._scratch: memoryview | None = None
@@ -172,8 +184,8 @@ class Session:
         Raises LimitError over a cap of the peer's, LocalProtocolError if the session is not open or an attribute is
         not valid.
         """
-        if self._state is not _State.OPEN or self.peer_limits is None:
-            raise LocalProtocolError(f"a request in state {self._state.value!r}, expected 'open'")
+        if not self._may_request or self.peer_limits is None:
+            raise LocalProtocolError(f"{op!r}: a request before the handshake or after the end")
         if len(self._open) >= self.peer_limits.max_inflight:
             raise LimitError(
                 f"{op!r}: {len(self._open)} requests in flight, the peer accepts {self.peer_limits.max_inflight}"
@@ -186,9 +198,10 @@ class Session:
 
     def abandon(self, request_id: int) -> bool:
         """Nobody waits for a request's answer any more: it will be read and dropped. False if it was answered."""
+        self._unwanted.add(request_id)  # first: the reader may be taking the answer in at this moment
         if request_id in self._open:
-            self._unwanted.add(request_id)
             return True
+        self._unwanted.discard(request_id)
         return False
 
     def cancel(self, request_id: int) -> bytearray:
@@ -203,17 +216,17 @@ class Session:
 
     def error(self, request_id: int, code: str, text: str) -> bytearray:
         """An answer that says why there is no reply. `code`: failed, unknown-op, deadline or cancelled."""
-        return self._frame(Kind.ERROR, request_id, "", (), {"code": code, "text": text[:_MAX_ERROR_TEXT]})
+        return self._frame(Kind.ERROR, request_id, "", (), {"code": code, "text": _sendable(text)})
 
     def goodbye(self) -> bytearray:
         """This side will say nothing more."""
-        self._state = _State.ENDED
+        self._may_request = False
         return self._frame(Kind.GOODBYE, 0, "", (), {})
 
     def abort(self, reason: str) -> bytearray:
         """The peer broke the protocol, and how."""
-        self._state = _State.ENDED
-        return self._frame(Kind.ABORT, 0, "", (), {"text": reason[:_MAX_ERROR_TEXT]})
+        self._may_request = False
+        return self._frame(Kind.ABORT, 0, "", (), {"text": _sendable(reason)})
 
     def _frame(
         self,
@@ -238,7 +251,10 @@ class Session:
         return [self._staging[self._filled :]]
 
     def received(self, nbytes: int) -> list[Event]:
-        """Takes note of bytes that were read into `receive_buffers()`. Raises RemoteProtocolError."""
+        """Takes note of bytes that were read into `receive_buffers()`, and returns what they completed.
+
+        After a Failed event nothing more may be read.
+        """
         started_ns = perf_counter_ns()
         events: list[Event] = []
         try:
@@ -251,9 +267,10 @@ class Session:
                 if not incoming.targets:
                     self._incoming = None
                     events.append(self._complete(incoming.header, incoming.message, incoming.buffers))
-        except RemoteProtocolError:
+        except RemoteProtocolError as error:
             self._state = _State.ENDED
-            raise
+            self._may_request = False
+            events.append(Failed(error, tell=not self._aborted))
         finally:
             self.decode_ns += perf_counter_ns() - started_ns
         return events
@@ -261,6 +278,7 @@ class Session:
     def end_of_stream(self) -> PeerLostError:
         """The error that the end of the peer's stream means for what is in flight."""
         self._state = _State.ENDED
+        self._may_request = False
         if self._incoming is not None:
             missing = sum(len(target) for target in self._incoming.targets)
             return PeerLostError(
@@ -285,8 +303,8 @@ class Session:
             header = parse_header(staging, at, self.limits)
             head_nbytes = HEADER_NBYTES + header[2]
             if filled - at < head_nbytes:
-                if head_nbytes > len(staging):  # bounded by max_metadata_nbytes
-                    self._move_staged(at, memoryview(bytearray(HEADER_NBYTES + self.limits.max_metadata_nbytes)))
+                if head_nbytes > len(staging):  # bounded by max_metadata_nbytes; no more, so that no payload gets in
+                    self._move_staged(at, memoryview(bytearray(head_nbytes)))
                     return
                 break
             metadata = bytes(staging[at + HEADER_NBYTES : at + head_nbytes])
@@ -312,6 +330,7 @@ class Session:
             events.append(self._complete(header, message, buffers))
         if at == filled:
             self._filled = 0
+            self._staging = self._small_staging
         elif at:
             self._move_staged(at, staging)
 
@@ -354,6 +373,7 @@ class Session:
             if kind == _REQUEST and not self.is_client:
                 return True
         if kind == _ABORT:
+            self._aborted = True
             raise RemoteProtocolError(f"the peer ended the connection: {message.attrs.get('text', 'no reason given')}")
         if (self._state is _State.HANDSHAKE) != (kind == _HELLO) or self._state is _State.ENDED:
             raise RemoteProtocolError(f"a {Kind(kind).name} frame in state {self._state.value!r}")
@@ -411,20 +431,24 @@ class Session:
         return Goodbye()
 
     def _greeted(self, message: Message) -> Hello:
-        values = {}
-        for field in fields(Limits):
-            value = message.attrs.get(field.name)
-            if not isinstance(value, int) or value < 1:
-                raise RemoteProtocolError(f"hello, {field.name}: {value!r}, expected an int of 1 or more")
-            values[field.name] = value
+        values: dict[str, Any] = {field.name: message.attrs.get(field.name) for field in fields(Limits)}
         capabilities = message.attrs.get("capabilities")
         if not isinstance(capabilities, int):
             raise RemoteProtocolError(f"hello, capabilities: {capabilities!r}, expected an int")
-        self.peer_limits = Limits(**values)
+        try:
+            self.peer_limits = Limits(**values)
+        except ValueError as error:
+            raise RemoteProtocolError(f"hello, {error}") from None
         self.capabilities &= capabilities
         self._encoder = Encoder(self.peer_limits, HEADER_NBYTES)
         self._state = _State.OPEN
+        self._may_request = True
         return Hello(self.peer_limits, self.capabilities)
+
+
+def _sendable(text: str) -> str:
+    """A text of ours that always encodes and always fits: not Unicode or too long, it loses what must go."""
+    return text.encode(errors="replace")[:_MAX_TEXT_NBYTES].decode(errors="ignore")
 
 
 def _check_expected(expected: Sequence[Desc], tensors: Sequence[TensorDesc]) -> None:

@@ -1,0 +1,185 @@
+"""Properties of the wire: round trips however the stream is cut, and nothing but our own errors for any bytes at all.
+
+The examples are few, since each property is also driven by tables in tests/unit; what is found here belongs there.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from raw_peer import hello
+
+from fastsplit.errors import RemoteProtocolError
+from fastsplit.schema.descriptor import Decoder, Encoder
+from fastsplit.schema.dtypes import BY_CODE
+from fastsplit.schema.limits import Limits
+from fastsplit.wire.session import Failed, Reply, Request, Session
+
+LIMITS = Limits(max_message_nbytes=2**16, max_tensors=8, max_dims=5, max_attrs=16, max_metadata_nbytes=8192)
+modest = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+shapes = st.lists(st.integers(0, 5), max_size=4).map(tuple)
+tensors = st.lists(st.tuples(st.sampled_from(sorted(BY_CODE)), shapes), max_size=5)
+names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8)
+int64s = st.integers(-(2**63), 2**63 - 1)
+values = st.one_of(
+    int64s,
+    st.floats(allow_nan=False),
+    st.text(st.characters(codec="utf-8"), max_size=20),
+    st.binary(max_size=20),
+    st.lists(int64s, max_size=5),
+    st.lists(st.text(st.characters(codec="utf-8"), max_size=5), max_size=4),
+)
+attributes = st.dictionaries(names, values, max_size=5)
+ops = st.text(st.characters(codec="utf-8"), max_size=20)
+
+
+class Bounded:
+    """Memory for tensors, never more than the caps allow."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+
+    def __call__(self, nbytes: int) -> Any:
+        self.nbytes += nbytes
+        assert nbytes <= LIMITS.max_message_nbytes
+        return np.zeros(nbytes, np.uint8)
+
+
+def _pair() -> tuple[Session, Session]:
+    client, server = (Session(is_client=is_client, allocate=Bounded(), limits=LIMITS) for is_client in (True, False))
+    _feed(server, bytes(client.hello()))
+    _feed(client, bytes(server.hello()))
+    return client, server
+
+
+def _feed(session: Session, data: bytes, cuts: list[int] | None = None) -> list[Any]:
+    """Everything up to the stream's end or its failure; `cuts`: how many bytes come at once, over and over."""
+    events: list[Any] = []
+    at = turn = 0
+    while at < len(data):
+        target = session.receive_buffers()[0]
+        size = cuts[turn % len(cuts)] if cuts else len(data)
+        turn += 1
+        part = data[at : at + min(len(target), size)]
+        target[: len(part)] = part
+        at += len(part)
+        events += session.received(len(part))
+        if events and isinstance(events[-1], Failed):
+            assert type(events[-1].error) is RemoteProtocolError
+            break
+    return events
+
+
+def _nbytes(descs: list[tuple[int, tuple[int, ...]]]) -> int:
+    return sum(math.prod(shape) * BY_CODE[code].itemsize for code, shape in descs)
+
+
+@modest
+@given(
+    st.lists(st.tuples(ops, tensors, attributes), min_size=1, max_size=4), st.lists(st.integers(1, 5000), min_size=1)
+)
+def test_requests_and_replies_survive_any_chunking(messages: list[Any], cuts: list[int]) -> None:
+    client, server = _pair()
+    stream, expected = b"", []
+    for op, descs, attrs in messages:
+        payload = np.random.default_rng(1).bytes(_nbytes(descs))
+        request_id, head = client.request(op, descs, attrs, len(payload))
+        stream += bytes(head) + payload
+        expected.append((request_id, op, descs, attrs, payload))
+    requests = _feed(server, stream, cuts)
+    assert [_plain(event) for event in requests] == expected
+    back = b""
+    for event, (_, _, descs, attrs, payload) in zip(requests[::-1], expected[::-1], strict=True):
+        back += bytes(server.reply(event.request_id, descs, len(payload), 1, attrs)) + payload
+    assert [_plain(event) for event in _feed(client, back, cuts)] == [(n, "", *rest) for n, _, *rest in expected[::-1]]
+    assert client.inflight == 0
+
+
+def _plain(event: Request | Reply) -> tuple[Any, ...]:
+    descs = [(desc.dtype.code, desc.shape) for desc in event.message.tensors]
+    payload = b"".join(bytes(buffer) for buffer in event.buffers)
+    return event.request_id, event.message.op, descs, dict(event.message.attrs), payload
+
+
+@modest
+@given(st.lists(st.tuples(ops, tensors, attributes), min_size=1, max_size=6))
+def test_caches_never_change_what_a_message_means(messages: list[Any]) -> None:
+    encoder, decoder = Encoder(LIMITS), Decoder(LIMITS)
+    for op, descs, attrs in messages * 2:
+        data, hint = encoder.encode(op, descs, attrs)
+        fresh, fresh_hint = Encoder(LIMITS).encode(op, descs, attrs)
+        assert (data, hint) == (fresh, fresh_hint)
+        message = decoder.decode(bytes(data), hint)
+        assert message == Decoder(LIMITS).decode(bytes(data), 0)
+        assert (message.op, message.attrs, message.payload_nbytes) == (op, attrs, _nbytes(descs))
+
+
+@modest
+@given(st.booleans(), st.booleans(), st.binary(max_size=300), st.lists(st.integers(1, 200), min_size=1))
+def test_arbitrary_bytes(is_client: bool, greeted: bool, data: bytes, cuts: list[int]) -> None:
+    allocate = Bounded()
+    session = Session(is_client=is_client, allocate=allocate, limits=LIMITS)
+    if greeted:
+        _feed(session, hello())
+    for prefix in (b"", b"FSPL\x01\x02\x00\x00"):
+        if any(isinstance(event, Failed) for event in _feed(session, prefix + data, cuts)):
+            break
+    assert allocate.nbytes <= LIMITS.max_message_nbytes
+
+
+@modest
+@given(st.binary(max_size=400), st.integers(0, 400))
+def test_arbitrary_metadata(data: bytes, hint: int) -> None:
+    for metadata in (data, data[:4] + b"FSM1" + data[4:], b"\x10\0\0\0FSM1\x0c\0\x10\0\0\0\x04\0\x08\0\x0c\0" + data):
+        try:
+            message = Decoder(LIMITS).decode(metadata, hint)
+        except RemoteProtocolError:
+            continue
+        assert message.payload_nbytes <= LIMITS.max_message_nbytes
+
+
+mutations = st.lists(
+    st.one_of(
+        st.tuples(st.just("set"), st.floats(0, 1), st.integers(0, 255)),
+        st.tuples(st.just("cut"), st.floats(0, 1), st.integers(1, 40)),
+        st.tuples(st.just("insert"), st.floats(0, 1), st.integers(0, 255)),
+        st.tuples(st.just("word"), st.floats(0, 1), st.sampled_from([0, 1, 2**31, 2**32 - 1, 2**16, 40, 8])),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(modest, max_examples=400)
+@given(ops, tensors, attributes, mutations, st.lists(st.integers(1, 500), min_size=1))
+def test_valid_frames_with_damage(op: str, descs: Any, attrs: Any, damage: list[Any], cuts: list[int]) -> None:
+    """Either it still means something, within the caps, or it is a RemoteProtocolError; never anything else."""
+    client, _ = _pair()
+    allocate = Bounded()
+    server = Session(is_client=False, allocate=allocate, limits=LIMITS)
+    _feed(server, hello())
+    payload = bytes(_nbytes(descs))
+    frame = bytes(client.request(op, descs, attrs, len(payload))[1]) + payload
+    data = bytearray(frame)
+    for kind, where, value in damage:
+        at = int(where * (len(data) - 1))
+        if kind == "set":
+            data[at] = value
+        elif kind == "cut":
+            del data[at : at + value]
+        elif kind == "insert":
+            data.insert(at, value)
+        else:
+            data[at : at + 4] = value.to_bytes(4, "little")
+        if len(data) < 50:
+            break
+    _feed(server, frame)  # its head is known now, so that damage to the numbers goes the cached way
+    allocate.nbytes = 0
+    events = _feed(server, bytes(data), cuts)
+    frames = sum(isinstance(event, Request) for event in events) + 1
+    assert allocate.nbytes <= frames * LIMITS.max_message_nbytes

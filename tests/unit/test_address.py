@@ -1,0 +1,206 @@
+"""URIs, and where one may listen: nobody but this host's own users may reach a listener."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import struct
+import threading
+from pathlib import Path
+
+import pytest
+
+from fastsplit.errors import AddressError, ConnectError
+from fastsplit.wire.address import (
+    TcpAddress,
+    UnixAddress,
+    VsockAddress,
+    accept_socket,
+    connect_socket,
+    listen_socket,
+    parse_address,
+    remove_socket_file,
+)
+
+
+@pytest.mark.parametrize(
+    ("uri", "address"),
+    [
+        ("unix:///run/demo.sock", UnixAddress("/run/demo.sock")),
+        ("unix:///with space/ä", UnixAddress("/with space/ä")),
+        ("tcp://127.0.0.1:9000", TcpAddress("127.0.0.1", 9000)),
+        ("tcp://[::1]:0", TcpAddress("::1", 0)),
+        ("tcp://localhost:65535", TcpAddress("localhost", 65535)),
+        ("vsock://1:4294967295", VsockAddress(1, 4294967295)),
+    ],
+)
+def test_parse(uri: str, address: object) -> None:
+    assert parse_address(uri) == address
+    assert str(address) == uri
+
+
+@pytest.mark.parametrize(
+    ("uri", "text"),
+    [
+        ("unix://demo.sock", "path 'demo.sock', expected an absolute one"),
+        ("unix:///" + "x" * 107, "a path of 108 bytes, expected at most 107"),
+        ("unix:///a?shm=1", "options 'shm=1', expected none"),
+        ("tcp://127.0.0.1", "expected tcp://host:port with a port from 0 to 65535"),
+        ("tcp://:80", "expected tcp://host:port"),
+        ("tcp://h:65536", "expected tcp://host:port with a port from 0 to 65535"),
+        ("tcp://h:x", "expected tcp://host:port"),
+        ("tcp://h:1/path", "expected tcp://host:port and nothing else"),
+        ("tcp://u@h:1", "expected tcp://host:port and nothing else"),
+        ("tcp://[::1:1", "address 'tcp://.::1:1'"),
+        ("vsock://1", "expected vsock://cid:port with two numbers of 32 bits"),
+        ("vsock://1:4294967296", "expected vsock://cid:port with two numbers of 32 bits"),
+        ("vsock://x:1", "expected vsock://cid:port"),
+        ("ipc:///tmp/x", "scheme 'ipc', expected unix, tcp or vsock"),
+        ("", "scheme '', expected unix, tcp or vsock"),
+        ("/tmp/x", "scheme '', expected unix, tcp or vsock"),
+    ],
+)
+def test_parse_names_what_is_wrong(uri: str, text: str) -> None:
+    with pytest.raises(AddressError, match=text) as caught:
+        parse_address(uri)
+    assert repr(uri) in str(caught.value)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "[::]", "192.0.2.1", "10.0.0.1"])
+def test_a_listener_off_loopback_is_refused(host: str) -> None:
+    with pytest.raises(
+        AddressError, match="refused to listen: links are not authenticated yet, so a listener may only"
+    ):
+        listen_socket(parse_address(f"tcp://{host}:0"))
+
+
+def test_a_vsock_listener_for_others_is_refused() -> None:
+    with pytest.raises(AddressError, match=r"vsock://2:5: refused to listen: .* may only be local \(cid 1\)"):
+        listen_socket(parse_address("vsock://2:5"))
+
+
+def test_a_host_that_does_not_exist() -> None:
+    with pytest.raises(AddressError, match="cannot resolve the host"):
+        listen_socket(parse_address("tcp://name.invalid:1"))
+    with pytest.raises(ConnectError, match=r"tcp://name\.invalid:1: cannot connect"):
+        connect_socket(parse_address("tcp://name.invalid:1"), 5)
+
+
+def test_localhost_becomes_a_number_and_port_zero_a_port() -> None:
+    sock, address = listen_socket(parse_address("tcp://localhost:0"))
+    with sock:
+        assert address.host in ("127.0.0.1", "::1") and address.port > 0
+        connect_socket(address, 5).close()
+
+
+def test_unix_socket_is_private(unix_uri: str) -> None:
+    address = parse_address(unix_uri)
+    before = os.umask(0)
+    try:
+        sock, _ = listen_socket(address)
+    finally:
+        os.umask(before)
+    with sock:
+        assert stat.S_IMODE(os.stat(address.path).st_mode) == 0o600
+
+
+def test_a_stale_socket_file_is_replaced_and_a_live_one_is_not(unix_uri: str) -> None:
+    address = parse_address(unix_uri)
+    listen_socket(address)[0].close()  # as a crash leaves it
+    assert Path(address.path).is_socket()
+    sock, _ = listen_socket(address)
+    with sock:
+        with pytest.raises(OSError, match="cannot listen: Address already in use"):
+            listen_socket(address)
+        connect_socket(address, 5).close()  # the live one still listens
+
+
+def test_what_is_no_socket_is_never_removed(unix_uri: str) -> None:
+    address = parse_address(unix_uri)
+    Path(address.path).write_text("precious")
+    with pytest.raises(OSError, match="cannot listen"):
+        listen_socket(address)
+    assert Path(address.path).read_text() == "precious"
+
+
+def test_a_port_in_use() -> None:
+    sock, address = listen_socket(parse_address("tcp://127.0.0.1:0"))
+    with sock, pytest.raises(OSError, match=f"{address}: cannot listen: Address already in use"):
+        listen_socket(address)
+
+
+def test_a_directory_that_does_not_exist() -> None:
+    with pytest.raises(OSError, match="unix:///nowhere/s: cannot listen: No such file or directory"):
+        listen_socket(parse_address("unix:///nowhere/s"))
+
+
+def test_only_the_own_socket_file_is_removed(unix_uri: str) -> None:
+    address = parse_address(unix_uri)
+    sock, _ = listen_socket(address)
+    with sock:
+        inode = os.stat(address.path).st_ino
+        remove_socket_file(address.path, inode + 1)
+        assert Path(address.path).exists()
+        remove_socket_file(address.path, inode)
+        assert not Path(address.path).exists()
+        remove_socket_file(address.path, inode)  # gone already: fine
+
+
+@pytest.mark.parametrize("uri", ["unix:///nowhere/s", "tcp://127.0.0.1:1", "tcp://[::1]:1"])
+def test_nobody_there(uri: str) -> None:
+    with pytest.raises(ConnectError, match="cannot connect"):
+        connect_socket(parse_address(uri), 5)
+
+
+def test_a_socket_that_was_connected_to_itself_is_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connecting to a free port of the range that the kernel picks its own from can do that, once in many times."""
+
+    def to_itself(address: tuple[str, int], timeout: float) -> socket.socket:
+        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        sock.bind(("127.0.0.1", 0))
+        sock.connect(sock.getsockname())
+        return sock
+
+    monkeypatch.setattr(socket, "create_connection", to_itself)
+    with pytest.raises(ConnectError, match="cannot connect: Connection refused"):
+        connect_socket(TcpAddress("127.0.0.1", 40_000), 5)
+
+
+def test_sockets_are_tuned(socket_uri: str) -> None:
+    listener, address = listen_socket(parse_address(socket_uri))
+    with listener:
+        made: list[socket.socket] = []
+        thread = threading.Thread(target=lambda: made.append(accept_socket(listener, address)))
+        thread.start()
+        with connect_socket(address, 5) as client:
+            thread.join()
+            with made[0] as server:
+                for sock in (client, server):
+                    assert sock.getblocking() and not sock.get_inheritable()
+                    if isinstance(address, TcpAddress):
+                        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+                    else:
+                        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) >= 2**18
+
+
+@pytest.mark.parametrize(("peer_uid", "welcome"), [(4242, True), (0, True), (4243, False)])
+def test_peers_of_other_users(unix_uri: str, monkeypatch: pytest.MonkeyPatch, peer_uid: int, welcome: bool) -> None:
+    class Claims(socket.socket):
+        def getsockopt(self, level: int, option: int, size: int = 0) -> bytes:
+            assert option == socket.SO_PEERCRED
+            return struct.pack("=iII", 1, peer_uid, 1)
+
+    class Listener:
+        @staticmethod
+        def accept() -> tuple[socket.socket, None]:
+            ends = socket.socketpair()
+            ends[1].close()
+            return Claims(fileno=ends[0].detach()), None
+
+    monkeypatch.setattr(os, "getuid", lambda: 4242)
+    if welcome:
+        accept_socket(Listener(), parse_address(unix_uri)).close()
+    else:
+        with pytest.raises(PermissionError, match="a peer of uid 4243, expected 4242"):
+            accept_socket(Listener(), parse_address(unix_uri))

@@ -1,0 +1,386 @@
+"""Metadata: what is encoded decodes, for us and any FlatBuffers reader; a cached decode means what a full one does."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import struct
+import tracemalloc
+from typing import Any
+
+import flatbuffers
+import numpy as np
+import pytest
+
+from fastsplit.errors import LimitError, LocalProtocolError, RemoteProtocolError
+from fastsplit.schema import descriptor
+from fastsplit.schema import message_generated as gen
+from fastsplit.schema.descriptor import Decoder, Encoder, Message
+from fastsplit.schema.dtypes import BY_CODE
+from fastsplit.schema.limits import Limits
+
+LIMITS = Limits()
+FLOAT32, UINT8, BFLOAT16 = 12, 2, 11
+
+MESSAGES: list[tuple[str, list[tuple[int, tuple[int, ...]]], dict[str, Any]]] = [
+    ("", [], {}),
+    ("op", [], {}),
+    ("matmul", [(FLOAT32, (3, 4)), (FLOAT32, (4, 5))], {}),
+    ("every dtype", [(code, (code,)) for code in BY_CODE], {}),
+    ("shapes", [(UINT8, ()), (UINT8, (0,)), (UINT8, (0, 2**20)), (UINT8, (1, 2, 3, 4, 5, 6, 7, 8))], {}),
+    ("ints", [], {"a": 1, "b": -(2**63), "c": 2**63 - 1}),
+    ("floats", [], {"x": 0.5, "inf": math.inf, "tiny": 5e-324, "zero": -0.0}),
+    ("both", [(BFLOAT16, (2,))], {"x": 0.5, "n": 3, "y": -1.5, "m": 4}),
+    ("texts", [(UINT8, (3,))], {"s": "Ünïcode \0 🙂", "e": "", "b": b"\x00\xff", "eb": b""}),
+    ("lists", [], {"ints": [1, -(2**63), 2**63 - 1], "names": ["a", "", "ß"], "none": []}),
+    (
+        "all",
+        [(FLOAT32, (2, 2)), (UINT8, (5,))],
+        {"i": 1, "s": "t", "f": 2.0, "l": [1, 2], "n": ["x"], "b": b"y", "j": 2},
+    ),
+]
+each = pytest.mark.parametrize(("op", "tensors", "attrs"), MESSAGES, ids=[row[0] or "nothing" for row in MESSAGES])
+
+
+def encode(op: str, tensors: Any = (), attrs: Any = None) -> tuple[bytes, int]:
+    out, varying_nbytes = Encoder(LIMITS).encode(op, tensors, attrs or {})
+    return bytes(out), varying_nbytes
+
+
+def check(message: Message, op: str, tensors: Any, attrs: Any) -> None:
+    assert message.op == op
+    assert [(desc.dtype.code, desc.shape) for desc in message.tensors] == list(tensors)
+    assert message.attrs == attrs
+    assert list(message.attrs) == list(attrs)
+    assert [type(value) for value in message.attrs.values()] == [type(value) for value in attrs.values()]
+    sizes = [math.prod(shape) * BY_CODE[code].itemsize for code, shape in tensors]
+    assert [desc.nbytes for desc in message.tensors] == sizes and message.payload_nbytes == sum(sizes)
+
+
+# ---- both ways -------------------------------------------------------------------------------------------------------
+
+
+@each
+def test_round_trip(op: str, tensors: Any, attrs: Any) -> None:
+    encoder, decoder = Encoder(LIMITS), Decoder(LIMITS)
+    for _ in range(3):  # built and decoded in full, then from the caches
+        out, varying_nbytes = encoder.encode(op, tensors, attrs)
+        check(decoder.decode(bytes(out), varying_nbytes), op, tensors, attrs)
+
+
+@each
+def test_hints_only_cost_time(op: str, tensors: Any, attrs: Any) -> None:
+    data, varying_nbytes = encode(op, tensors, attrs)
+    decoder = Decoder(LIMITS)
+    hints = [*range(min(len(data), 300) + 1), len(data), varying_nbytes]
+    for hint in hints + random.Random(1).sample(hints, len(hints)):
+        check(decoder.decode(data, hint), op, tensors, attrs)
+
+
+def test_numbers_are_patched_into_the_template() -> None:
+    encoder, decoder = Encoder(LIMITS), Decoder(LIMITS)
+    for n in (0, 1, -1, 2**62, -(2**63)):
+        attrs = {"n": n, "x": n / 3, "s": "same", "l": [7], "m": n // 2, "y": -n * 1.5}
+        out, varying_nbytes = encoder.encode("f", [(FLOAT32, (2,))], attrs)
+        check(decoder.decode(bytes(out), varying_nbytes), "f", [(FLOAT32, (2,))], attrs)
+    assert len(encoder._templates) == len(decoder._known) == 1
+
+
+def test_headroom_is_zero_and_in_front() -> None:
+    plain, varying_nbytes = encode("f", [(FLOAT32, (2,))], {"n": 1})
+    out, varying_with_headroom = Encoder(LIMITS, 40).encode("f", [(FLOAT32, (2,))], {"n": 1})
+    assert out == bytes(40) + plain and varying_with_headroom == varying_nbytes
+
+
+def test_what_is_decoded_belongs_to_the_receiver() -> None:
+    encoder, decoder = Encoder(LIMITS), Decoder(LIMITS)
+    for attrs in ({"l": [1, 2], "s": ["a"]}, {"l": [1, 2], "s": ["a"], "n": 5}):
+        for _ in range(3):
+            out, hint = encoder.encode("f", [], attrs)
+            message = decoder.decode(bytes(out), hint)
+            assert message.attrs == attrs
+            message.attrs["l"].append(9)
+            message.attrs["s"].clear()
+            message.attrs["more"] = 1
+
+
+def test_numpy_scalars_and_bool_are_numbers() -> None:
+    data, hint = encode("f", [], {"a": np.int16(-3), "b": True, "c": np.float32(0.5), "d": np.uint64(2**63 - 1)})
+    assert Decoder(LIMITS).decode(data, hint).attrs == {"a": -3, "b": 1, "c": 0.5, "d": 2**63 - 1}
+
+
+@pytest.mark.parametrize(
+    ("attrs", "text"),
+    [
+        ({"a": 2**63}, "attribute 'a': 9223372036854775808, expected an int of 64 bits"),
+        ({"a": np.uint64(2**63)}, "an attribute's number does not fit its field"),
+        ({"a": [2**63]}, "attribute 'a': .9223372036854775808,., expected ints of 64 bits"),
+        ({"a": None}, "attribute 'a': None, expected an int, float, str, bytes, or a list"),
+        ({"a": [1, "x"]}, r"attribute 'a': \[1, 'x'\], expected"),
+        ({"a": [1.5]}, r"attribute 'a': \[1.5\], expected"),
+        ({"a": {}}, r"attribute 'a': \{\}, expected"),
+        ({"a": "\udc80"}, r"'f': the text '\\udc80', which is not valid Unicode"),
+        ({"\udc80": 1}, r"'f': the text '\\udc80', which is not valid Unicode"),
+        ({"": 1}, "'f': an attribute without a name"),
+    ],
+)
+def test_attributes_that_cannot_travel(attrs: Any, text: str) -> None:
+    encoder = Encoder(LIMITS)
+    for _ in range(2):
+        with pytest.raises(LocalProtocolError, match=text):
+            encoder.encode("f", [], attrs)
+    encoder.encode("f", [], {"a": 1})
+
+
+def test_caps_out() -> None:
+    encoder = Encoder(Limits(max_metadata_nbytes=4096, max_tensors=2, max_dims=3, max_attrs=16, max_message_nbytes=99))
+    for op, tensors, attrs, text in [
+        ("f", [(UINT8, (1,))] * 3, {}, "'f': 3 tensors, the peer accepts 2 in one message"),
+        ("f", [(UINT8, (1,) * 4)], {}, "'f' tensor 0: 4 dimensions, the peer accepts 3"),
+        ("f", [], {str(n): 1 for n in range(17)}, "'f': 17 attributes, the peer accepts 16 in one message"),
+        ("f", [(UINT8, (50,)), (UINT8, (50,))], {}, "'f': 100 bytes of tensors, the peer accepts 99 in one message"),
+        ("o" * 5000, [], {}, "bytes, the peer accepts 4096"),
+    ]:
+        with pytest.raises(LimitError, match=text):
+            encoder.encode(op, tensors, attrs)
+
+
+# ---- other writers and readers ---------------------------------------------------------------------------------------
+
+
+@each
+def test_any_flatbuffers_reader_can_read_it(op: str, tensors: Any, attrs: Any) -> None:
+    data, _ = encode(op, tensors, attrs)
+    assert gen.Message.MessageBufferHasIdentifier(data, 0)
+    message = gen.Message.GetRootAs(data)
+    assert (message.Op() or b"").decode() == op
+    offset = 0
+    assert message.TensorsLength() == message.PlacementsLength() == len(tensors)
+    for index, (code, shape) in enumerate(tensors):
+        tensor, placement = message.Tensors(index), message.Placements(index)
+        assert tensor.Dtype() == code and tuple(tensor.Shape(i) for i in range(tensor.ShapeLength())) == shape
+        nbytes = math.prod(shape) * BY_CODE[code].itemsize
+        assert (placement.Segment(), placement.Codec(), placement.Offset(), placement.Nbytes()) == (
+            0,
+            0,
+            offset,
+            nbytes,
+        )
+        offset += nbytes
+    assert message.AttrsLength() == len(attrs)
+    for index, (name, value) in enumerate(attrs.items()):
+        attr = message.Attrs(index)
+        came: Any = {
+            gen.AttrType.Int: lambda attr: message.Ints(attr.Index()),
+            gen.AttrType.Float: lambda attr: message.Floats(attr.Index()),
+            gen.AttrType.String: lambda attr: attr.Text().decode(),
+            gen.AttrType.Bytes: lambda attr: bytes(attr.Data(i) for i in range(attr.DataLength())),
+            gen.AttrType.Ints: lambda attr: [attr.IntList(i) for i in range(attr.IntListLength())],
+            gen.AttrType.Strings: lambda attr: [attr.TextList(i).decode() for i in range(attr.TextListLength())],
+        }[attr.Type()](attr)
+        assert (attr.Name().decode(), came, type(came)) == (name, value, type(value))
+
+
+def build(order: tuple[str, ...], *, ints: Any = (5, -6), floats: Any = (0.25,), shared: bool = False) -> bytes:
+    """A message by a plain Builder, its parts written in any order: op "f", uint8[3] and float32[2], a, b, x and s."""
+    builder = flatbuffers.Builder(0)
+    made: dict[str, int] = {}
+
+    def string(text: str) -> int:
+        return builder.CreateSharedString(text) if shared else builder.CreateString(text)
+
+    def vector(start: Any, items: Any, prepend: Any) -> int:
+        start(builder, len(items))
+        for item in reversed(items):
+            prepend(item)
+        return builder.EndVector()
+
+    def tensor(code: int, dim: int) -> int:
+        shape = vector(gen.TensorStartShapeVector, [dim], builder.PrependUint64)
+        gen.TensorStart(builder)
+        gen.TensorAddShape(builder, shape)
+        gen.TensorAddDtype(builder, code)
+        return gen.TensorEnd(builder)
+
+    def attr(name: str, kind: int, index: int = 0, text: str | None = None) -> int:
+        name_at = string(name)
+        text_at = string(text) if text is not None else 0
+        gen.AttrStart(builder)
+        if text is not None:
+            gen.AttrAddText(builder, text_at)
+        gen.AttrAddIndex(builder, index)
+        gen.AttrAddType(builder, kind)
+        gen.AttrAddName(builder, name_at)
+        return gen.AttrEnd(builder)
+
+    for part in order:
+        if part == "op":
+            made[part] = string("f")
+        elif part == "tensors":
+            tables = [tensor(UINT8, 3), tensor(FLOAT32, 2)]
+            made[part] = vector(gen.MessageStartTensorsVector, tables, builder.PrependUOffsetTRelative)
+        elif part == "attrs":
+            kinds = gen.AttrType
+            tables = [attr("a", kinds.Int, 0), attr("x", kinds.Float, 0), attr("s", kinds.String, text="f")]
+            tables.append(attr("b", kinds.Int, 1))
+            made[part] = vector(gen.MessageStartAttrsVector, tables, builder.PrependUOffsetTRelative)
+        elif part == "ints":
+            made[part] = vector(gen.MessageStartIntsVector, ints, builder.PrependInt64)
+        elif part == "floats":
+            made[part] = vector(gen.MessageStartFloatsVector, floats, builder.PrependFloat64)
+        else:
+            gen.MessageStartPlacementsVector(builder, 2)
+            gen.CreatePlacement(builder, 0, 0, 3, 8)
+            gen.CreatePlacement(builder, 0, 0, 0, 3)
+            made[part] = builder.EndVector()
+    gen.MessageStart(builder)
+    for part in order[::-1]:
+        getattr(gen, f"MessageAdd{part.title()}")(builder, made[part])
+    builder.Finish(gen.MessageEnd(builder), file_identifier=b"FSM1")
+    return bytes(builder.Output())
+
+
+PARTS = ("op", "tensors", "attrs", "ints", "floats", "placements")
+
+
+def test_other_writers_orders_decode_whatever_they_hint() -> None:
+    tensors = [(UINT8, (3,)), (FLOAT32, (2,))]
+    orders = [PARTS, PARTS[::-1], *random.Random(1).sample(list(itertools.permutations(PARTS)), 50)]
+    for order, shared in itertools.product(orders, (False, True)):
+        decoder = Decoder(LIMITS)
+        for numbers in [((5, -6), (0.25,)), ((7, 8), (-0.5,)), ((5, -6), (0.25,))]:
+            data = build(order, ints=numbers[0], floats=numbers[1], shared=shared)
+            attrs = {"a": numbers[0][0], "x": numbers[1][0], "s": "f", "b": numbers[0][1]}
+            for hint in (0, 24, 48, 80, 88, 96, len(data) - 1):
+                check(decoder.decode(data, hint), "f", tensors, attrs)
+
+
+# ---- hostile ---------------------------------------------------------------------------------------------------------
+
+
+def test_cached_decode_is_full_decode_under_mutation() -> None:
+    """Change any byte of a message whose head is known: the cached way and a fresh decoder must agree."""
+    for op, tensors, attrs in MESSAGES:
+        data, hint = encode(op, tensors, attrs)
+        for at in range(len(data)):
+            for change in (1, 0xFF):
+                mutated = bytearray(data)
+                mutated[at] ^= change
+                warm = Decoder(LIMITS)
+                warm.decode(data, hint)
+                outcomes = []
+                for decoder in (warm, Decoder(LIMITS)):
+                    try:
+                        outcomes.append(repr(decoder.decode(bytes(mutated), hint)))
+                    except RemoteProtocolError as error:
+                        outcomes.append(str(error))
+                assert outcomes[0] == outcomes[1], (op, at, change)
+
+
+def test_same_head_with_another_tail() -> None:
+    data, hint = encode("f", [(UINT8, (3,))], {"n": 1, "x": 2.0})
+    decoder = Decoder(LIMITS)
+    decoder.decode(data, hint)
+    for tail in (data[-hint:-8], bytes(hint), data[-hint:][::-1], b""):
+        with pytest.raises(RemoteProtocolError):
+            decoder.decode(data[:-hint] + tail, len(tail))
+    check(decoder.decode(data, hint), "f", [(UINT8, (3,))], {"n": 1, "x": 2.0})
+
+
+def test_texts_in_the_varying_tail_are_never_cached() -> None:
+    """An attribute's text may point into the numbers: then the same head with other numbers is another text."""
+    data, hint = encode("f", [], {"n": struct.unpack("<q", b"\x03\0\0\0abc\0")[0], "s": "xyz"})
+    at = data.index(b"\x03\0\0\0xyz\0")
+    ints_at = len(data) - 8
+    (slot,) = [p for p in range(0, at, 4) if p + struct.unpack_from("<I", data, p)[0] == at]
+    aliased = bytearray(data)
+    struct.pack_into("<I", aliased, slot, ints_at - slot)
+    decoder = Decoder(LIMITS)
+    assert decoder.decode(bytes(aliased), hint).attrs["s"] == "abc"
+    aliased[-4:] = b"def\0"
+    assert decoder.decode(bytes(aliased), hint).attrs["s"] == "def"
+    assert not decoder._known
+
+
+def test_caches_are_bounded() -> None:
+    encoder, decoder = Encoder(LIMITS), Decoder(LIMITS)
+    for n in range(descriptor._CACHED_SHAPES + 50):
+        out, hint = encoder.encode(f"op {n}", [], {"n": n})
+        decoder.decode(bytes(out), hint)
+    assert len(encoder._templates) == len(decoder._known) == descriptor._CACHED_SHAPES
+    out, hint = encoder.encode("large", [], {"b": bytes(descriptor._MAX_CACHED_NBYTES)})
+    decoder.decode(bytes(out), hint)
+    assert all(known.message.op != "large" for known in decoder._known.values())
+    assert all(key[0] != "large" for key in encoder._templates)
+
+
+def test_parts_that_share_their_bytes_cannot_multiply() -> None:
+    """A list of 12000 names that are all the same 15 KB text is 180 MB to whoever believes it."""
+    builder = flatbuffers.Builder(0)
+    text = builder.CreateString("x" * 15_000)
+    name = builder.CreateString("n")
+    gen.AttrStartTextListVector(builder, 12_000)
+    for _ in range(12_000):
+        builder.PrependUOffsetTRelative(text)
+    texts = builder.EndVector()
+    gen.AttrStart(builder)
+    gen.AttrAddName(builder, name)
+    gen.AttrAddType(builder, gen.AttrType.Strings)
+    gen.AttrAddTextList(builder, texts)
+    attr = gen.AttrEnd(builder)
+    gen.MessageStartAttrsVector(builder, 1)
+    builder.PrependUOffsetTRelative(attr)
+    attrs = builder.EndVector()
+    gen.MessageStart(builder)
+    gen.MessageAddAttrs(builder, attrs)
+    builder.Finish(gen.MessageEnd(builder), file_identifier=b"FSM1")
+    data = bytes(builder.Output())
+    assert len(data) < LIMITS.max_metadata_nbytes
+    tracemalloc.start()
+    try:
+        with pytest.raises(RemoteProtocolError, match="metadata, overlaps: parts that share their bytes too often"):
+            Decoder(LIMITS).decode(data, 0)
+        assert tracemalloc.get_traced_memory()[1] < 20 * len(data)
+    finally:
+        tracemalloc.stop()
+
+
+def _patched(tensors: Any, old: bytes, new: bytes) -> bytes:
+    data, _ = encode("f", tensors)
+    assert data.count(old) == 1
+    return data.replace(old, new)
+
+
+U64 = struct.Struct("<Q")
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (b"", "metadata, file identifier: b'', expected b'FSM1'"),
+        (b"\xff\xff\xff\xffFSM1", "metadata, Message: 4 bytes at 4294967295, expected a place within 8 bytes"),
+        (_patched([(FLOAT32, (0x1234,))], U64.pack(0x1234), U64.pack(2**63)),
+         r"metadata, tensor 0 shape: \[9223372036854775808\], 36893488147419103232 bytes, expected at most 4294967296"),
+        (_patched([(UINT8, (0, 0x1234))], U64.pack(0x1234), U64.pack(2**40)),
+         r"metadata, tensor 0 shape: \[0, 1099511627776\], 1099511627776 bytes, expected at most 4294967296 bytes"),
+        (_patched([(FLOAT32, (0x1234,))], U64.pack(0x1234 * 4), U64.pack(8)),
+         r"metadata, tensor 0 \(segment, codec, offset, nbytes\): \(0, 0, 0, 8\), expected \(0, 0, 0, 18640\)"),
+    ],
+)  # fmt: skip
+def test_each_lie_has_its_error(data: bytes, text: str) -> None:
+    with pytest.raises(RemoteProtocolError, match=text):
+        Decoder(LIMITS).decode(data, 0)
+
+
+def test_unknown_dtype() -> None:
+    data, hint = encode("f", [(17, (1,))])
+    for code, expected in ((0, "0"), (18, "18"), (255, "255")):
+        mutants = [data[:at] + bytes([code]) + data[at + 1 :] for at in range(len(data)) if data[at] == 17]
+        errors = []
+        for mutant in mutants:
+            try:
+                Decoder(LIMITS).decode(mutant, hint)
+            except RemoteProtocolError as error:
+                errors.append(str(error))
+        assert f"metadata, tensor 0 dtype: {expected}, expected a code from 1 to 17" in errors

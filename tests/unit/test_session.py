@@ -1,0 +1,361 @@
+"""The state machine, without I/O: one table of bytes <-> events.
+
+Each row is driven through the reader whole, byte by byte, cut in arbitrary places, and with bytes after it. A row says
+which side reads, what state it is in first (a list of earlier frames and requests), the bytes, and the events.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from raw_peer import ABORT, CANCEL, ERROR, FLOAT32, GOODBYE, HELLO, REPLY, REQUEST, frame, hello, raw_frame
+
+from fastsplit.errors import LimitError, LocalProtocolError, PeerLostError, RemoteProtocolError
+from fastsplit.memory import Pool
+from fastsplit.schema.limits import Limits
+from fastsplit.wire.session import (
+    STAGING_NBYTES,
+    Cancel,
+    Error,
+    Event,
+    Failed,
+    Goodbye,
+    Hello,
+    Reply,
+    Request,
+    Session,
+)
+
+UINT8 = 2
+LIMITS = Limits(max_message_nbytes=2**22, max_tensors=4, max_dims=3)
+BIG = bytes(range(256)) * 100
+
+
+def make(
+    is_client: bool, *, requests: int = 0, greeted: bool = True, allocate: Callable[[int], Any] | None = None
+) -> Session:
+    session = Session(is_client=is_client, allocate=allocate or Pool().allocate, limits=LIMITS)
+    if greeted:
+        assert feed(session, hello()) == [("hello", Limits())]
+    for _ in range(requests):
+        session.request("f", (), {}, 0)
+    return session
+
+
+def plain(event: Event) -> Any:
+    """An event as values that can be compared: buffers become bytes, errors their text."""
+    if isinstance(event, (Request, Reply)):
+        kind = "request" if isinstance(event, Request) else "reply"
+        buffers = [bytes(buffer) for buffer in event.buffers]
+        shapes = [(desc.dtype.code, desc.shape) for desc in event.message.tensors]
+        return kind, event.request_id, event.message.op, shapes, dict(event.message.attrs), buffers, event.time_ns
+    if isinstance(event, Error):
+        return "error", event.request_id, event.code, event.text
+    if isinstance(event, Cancel):
+        return "cancel", event.request_id
+    if isinstance(event, Hello):
+        return "hello", event.limits
+    if isinstance(event, Goodbye):
+        return ("goodbye",)
+    assert isinstance(event, Failed) and type(event.error) is RemoteProtocolError
+    return "failed", str(event.error), event.tell
+
+
+def feed(session: Session, data: bytes, sizes: Callable[[], int] = lambda: 2**30) -> list[Any]:
+    """Reads as a link would, `sizes()` bytes at most each time, and stops where the stream is dead."""
+    events: list[Any] = []
+    at = 0
+    while at < len(data):
+        target = session.receive_buffers()[0]
+        part = data[at : at + min(len(target), sizes())]
+        target[: len(part)] = part
+        at += len(part)
+        events += map(plain, session.received(len(part)))
+        if events and events[-1][0] == "failed":
+            break
+    return events
+
+
+class Row(NamedTuple):
+    name: str
+    is_client: bool
+    data: bytes
+    events: list[Any]
+    requests: int = 0
+    greeted: bool = True
+
+
+SERVER, CLIENT = False, True
+REQUEST_1 = frame(REQUEST, 1, "add", [(FLOAT32, (2,)), (FLOAT32, ())], {"by": 2}, bytes(range(12)), time_ns=5)
+EVENT_1 = ("request", 1, "add", [(FLOAT32, (2,)), (FLOAT32, ())], {"by": 2}, [bytes(range(8)), bytes(range(8, 12))], 5)
+
+TABLE = [
+    Row("handshake, server", SERVER, hello(), [("hello", Limits())], greeted=False),
+    Row("handshake, client", CLIENT, hello(LIMITS), [("hello", LIMITS)], greeted=False),
+    Row("handshake and request at once", SERVER, hello() + REQUEST_1, [("hello", Limits()), EVENT_1], greeted=False),
+    Row("request", SERVER, REQUEST_1, [EVENT_1]),
+    Row("the same again, from the cache", SERVER, REQUEST_1 * 3, [EVENT_1] * 3),
+    Row("request without anything", SERVER, frame(REQUEST, 2**64 - 1), [("request", 2**64 - 1, "", [], {}, [], 0)]),
+    Row(
+        "empty tensors among others",
+        SERVER,
+        frame(REQUEST, 1, "f", [(UINT8, (0,)), (UINT8, (3,)), (UINT8, (2, 0))], {}, b"abc"),
+        [("request", 1, "f", [(UINT8, (0,)), (UINT8, (3,)), (UINT8, (2, 0))], {}, [b"", b"abc", b""], 0)],
+    ),
+    Row(
+        "a payload larger than the staging buffer",
+        SERVER,
+        frame(REQUEST, 1, "f", [(UINT8, (100, 256)), (UINT8, (1,))], {}, BIG + b"z") + REQUEST_1,
+        [("request", 1, "f", [(UINT8, (100, 256)), (UINT8, (1,))], {}, [BIG, b"z"], 0), EVENT_1],
+    ),
+    Row(
+        "a head larger than the staging buffer",
+        SERVER,
+        frame(REQUEST, 1, "f", [(UINT8, (5,))], {"b": BIG}, b"12345") + REQUEST_1,
+        [("request", 1, "f", [(UINT8, (5,))], {"b": BIG}, [b"12345"], 0), EVENT_1],
+    ),
+    Row("cancel", SERVER, REQUEST_1 + frame(CANCEL, 1), [EVENT_1, ("cancel", 1)]),
+    Row("goodbye", SERVER, frame(GOODBYE), [("goodbye",)]),
+    Row("reply", CLIENT, frame(REPLY, 1, "", [(UINT8, (2,))], {}, b"ok", time_ns=9),
+        [("reply", 1, "", [(UINT8, (2,))], {}, [b"ok"], 9)], requests=1),
+    Row("replies in another order, one an error", CLIENT,
+        frame(REPLY, 3) + frame(ERROR, 1, attrs={"code": "failed", "text": "why"}) + frame(REPLY, 2),
+        [("reply", 3, "", [], {}, [], 0), ("error", 1, "failed", "why"), ("reply", 2, "", [], {}, [], 0)], requests=3),
+    Row("an error without its texts", CLIENT, frame(ERROR, 1), [("error", 1, "failed", "no reason given")], requests=1),
+    Row("abort", CLIENT, frame(ABORT, attrs={"text": "bad"}),
+        [("failed", "the peer ended the connection: bad", False)], requests=1),
+    Row("abort in the handshake", CLIENT, frame(ABORT), greeted=False,
+        events=[("failed", "the peer ended the connection: no reason given", False)]),
+    Row("a reply, then abort: the reply counts", CLIENT, frame(REPLY, 1) + frame(ABORT, attrs={"text": "bad"}),
+        [("reply", 1, "", [], {}, [], 0), ("failed", "the peer ended the connection: bad", False)], requests=1),
+    Row("a request, then rubbish: the request counts", SERVER, REQUEST_1 + b"x" * 40,
+        [EVENT_1, ("failed", "header, magic: b'xxxx', expected b'FSPL'; the peer does not speak fastsplit", True)]),
+    Row("request before hello", SERVER, REQUEST_1, greeted=False,
+        events=[("failed", "a REQUEST frame in state 'handshake'", True)]),
+    Row("goodbye before hello", SERVER, frame(GOODBYE), greeted=False,
+        events=[("failed", "a GOODBYE frame in state 'handshake'", True)]),
+    Row("hello twice", SERVER, hello(), [("failed", "a HELLO frame in state 'open'", True)]),
+    Row("anything after goodbye", SERVER, frame(GOODBYE) + REQUEST_1,
+        [("goodbye",), ("failed", "a REQUEST frame in state 'ended'", True)]),
+    Row("a request from the server", CLIENT, REQUEST_1, [("failed", "a REQUEST frame from the server", True)]),
+    Row("a cancel from the server", CLIENT, frame(CANCEL, 1), [("failed", "a CANCEL frame from the server", True)]),
+    Row("a reply from the client", SERVER, frame(REPLY, 1), [("failed", "a REPLY frame from the client", True)]),
+    Row("an error from the client", SERVER, frame(ERROR, 1),
+        [("failed", "header, request_id: 1 in ERROR, expected one that has no answer yet", True)]),
+    Row("a reply to nothing", CLIENT, frame(REPLY, 9),
+        [("failed", "header, request_id: 9 in REPLY, expected one that has no answer yet", True)], requests=3),
+    Row("a second reply", CLIENT, frame(REPLY, 1) * 2,
+        [("reply", 1, "", [], {}, [], 0),
+         ("failed", "header, request_id: 1 in REPLY, expected one that has no answer yet", True)], requests=1),
+    Row("payload_nbytes larger than the tensors", SERVER,
+        frame(REQUEST, 1, "f", [(FLOAT32, (2,))], {}, b"", payload_nbytes=9),
+        [("failed", "header, payload_nbytes: 9, expected 8, the sum of its tensors", True)]),
+    Row("payload_nbytes smaller than the tensors", SERVER,
+        frame(REQUEST, 1, "f", [(FLOAT32, (2,))], {}, b"", payload_nbytes=7),
+        [("failed", "header, payload_nbytes: 7, expected 8, the sum of its tensors", True)]),
+    Row("tensors in a cancel", SERVER, frame(CANCEL, 1, "", [(UINT8, (1,))], {}, b"1"),
+        [("failed", "a CANCEL frame with 1 tensors, expected none", True)]),
+    Row("too many tensors", SERVER, frame(REQUEST, 1, "f", [(UINT8, (1,))] * 5, {}, b"12345"),
+        [("failed", "metadata, tensors: 5, expected at most 4", True)]),
+    Row("metadata that is none", SERVER, raw_frame(REQUEST, 1, b"12345678"),
+        [("failed", "metadata, file identifier: b'5678', expected b'FSM1'", True)]),
+    Row("no metadata", SERVER, raw_frame(REQUEST, 1),
+        [("failed", "metadata, file identifier: b'', expected b'FSM1'", True)]),
+    Row("hello without a cap", SERVER, hello(max_dims=None), greeted=False,
+        events=[("failed", "hello, max_dims: None, expected an int from 1 to 9223372036854775807", True)]),
+    Row("hello with a cap too low for a handshake", SERVER, hello(max_attrs=3), greeted=False,
+        events=[("failed", "hello, max_attrs: 3, expected an int from 16 to 9223372036854775807", True)]),
+    Row("hello without capabilities", SERVER, hello(capabilities="all"), greeted=False,
+        events=[("failed", "hello, capabilities: 'all', expected an int", True)]),
+]  # fmt: skip
+
+rows = pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
+
+
+@rows
+def test_whole(row: Row) -> None:
+    assert feed(make(row.is_client, requests=row.requests, greeted=row.greeted), row.data) == row.events
+
+
+@rows
+def test_byte_by_byte(row: Row) -> None:
+    session = make(row.is_client, requests=row.requests, greeted=row.greeted)
+    assert feed(session, row.data, lambda: 1) == row.events
+
+
+@rows
+def test_cut_anywhere(row: Row) -> None:
+    for seed in range(20):
+        sizes = random.Random(seed)
+        session = make(row.is_client, requests=row.requests, greeted=row.greeted)
+        assert feed(session, row.data, lambda: sizes.choice((1, 3, 39, 40, 41, 200, 5000))) == row.events  # noqa: B023
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in TABLE if row.events[-1][0] not in ("failed", "goodbye")], ids=lambda row: row.name
+)
+def test_with_trailing_bytes(row: Row) -> None:
+    """What follows a frame changes nothing about it, and is not lost."""
+    rest = frame(ABORT, attrs={"text": "trailing"})
+    failed = ("failed", "the peer ended the connection: trailing", False)
+    session = make(row.is_client, requests=row.requests, greeted=row.greeted)
+    assert feed(session, row.data + rest) == [*row.events, failed]
+    for cut in range(1, min(len(rest), 60)):
+        session = make(row.is_client, requests=row.requests, greeted=row.greeted)
+        assert feed(session, row.data + rest[:cut]) == row.events
+        assert feed(session, rest[cut:]) == [failed]
+
+
+# ---- out: the writer's bytes are what the reader's table has ---------------------------------------------------------
+
+
+def both() -> tuple[Session, Session]:
+    client, server = (Session(is_client=is_client, allocate=Pool().allocate) for is_client in (True, False))
+    assert feed(server, bytes(client.hello())) == feed(client, bytes(server.hello())) == [("hello", Limits())]
+    return client, server
+
+
+def test_a_conversation() -> None:
+    client, server = both()
+    first, head = client.request("add", [(FLOAT32, (2,)), (FLOAT32, ())], {"by": 2}, 12, 5)
+    assert bytes(head) + bytes(range(12)) == REQUEST_1
+    assert feed(server, bytes(head) + bytes(range(12))) == [EVENT_1]
+    second, head = client.request("f", (), {}, 0)
+    assert (first, second, client.inflight) == (1, 2, 2)
+    assert feed(server, bytes(head)) == [("request", 2, "f", [], {}, [], 0)]
+    assert feed(server, bytes(client.cancel(1))) == [("cancel", 1)]
+    reply = bytes(server.reply(2, [(UINT8, (2,))], 2, 7, {"n": 1})) + b"ok"
+    assert feed(client, reply) == [("reply", 2, "", [(UINT8, (2,))], {"n": 1}, [b"ok"], 7)]
+    assert feed(client, bytes(server.error(1, "cancelled", "t"))) == [("error", 1, "cancelled", "t")]
+    assert client.inflight == 0
+    assert feed(server, bytes(client.goodbye())) == [("goodbye",)]
+    with pytest.raises(LocalProtocolError, match="'f': a request before the handshake or after the end"):
+        client.request("f", (), {}, 0)
+    assert feed(client, bytes(server.abort("r"))) == [("failed", "the peer ended the connection: r", False)]
+
+
+def test_replies_still_count_after_our_goodbye() -> None:
+    client, server = both()
+    client.request("f", (), {}, 0)
+    client.goodbye()
+    assert feed(client, bytes(server.reply(1, (), 0, 0))) == [("reply", 1, "", [], {}, [], 0)]
+
+
+def test_a_request_before_the_handshake() -> None:
+    with pytest.raises(LocalProtocolError, match="before the handshake"):
+        make(CLIENT, greeted=False).request("f", (), {}, 0)
+
+
+def test_caps_of_the_peer_are_honoured_before_anything_changes() -> None:
+    client = make(CLIENT, greeted=False)
+    feed(client, hello(Limits(max_tensors=2, max_dims=2, max_attrs=16, max_inflight=1, max_message_nbytes=100)))
+    for tensors, attrs, text in [
+        ([(UINT8, (1,))] * 3, {}, "'f': 3 tensors, the peer accepts 2 in one message"),
+        ([(UINT8, (1, 1, 1))], {}, "'f' tensor 0: 3 dimensions, the peer accepts 2"),
+        ([(FLOAT32, (26,))], {}, "'f': 104 bytes of tensors, the peer accepts 100 in one message"),
+        ([], {str(n): n for n in range(17)}, "'f': 17 attributes, the peer accepts 16 in one message"),
+        ([], {"b": bytes(70_000)}, "metadata of 'f': 70092 bytes, the peer accepts 65536"),
+    ]:
+        with pytest.raises(LimitError) as caught:
+            client.request("f", tensors, attrs, 0)
+        assert str(caught.value) == text
+        assert client.inflight == 0
+    client.request("f", [(FLOAT32, (25,))], {}, 100)
+    with pytest.raises(LimitError, match="'f': 1 requests in flight, the peer accepts 1"):
+        client.request("f", (), {}, 0)
+
+
+def test_texts_of_errors_always_fit_and_always_encode() -> None:
+    client, server = make(CLIENT, requests=1), make(SERVER, greeted=False)
+    feed(server, hello(Limits(max_metadata_nbytes=4096)))
+    head = bytes(server.error(1, "failed", "\udc80" + "\U0001f600" * 10_000))
+    assert len(head) <= 40 + 4096
+    (event,) = feed(client, head)
+    assert event[:3] == ("error", 1, "failed") and event[3].startswith("?\U0001f600") and len(event[3]) > 800
+
+
+def test_abandoned_requests_are_read_and_dropped() -> None:
+    allocated: list[int] = []
+
+    def allocate(nbytes: int) -> Any:
+        allocated.append(nbytes)
+        return np.empty(nbytes, np.uint8)
+
+    for sizes in (2**30, 100):
+        client = make(CLIENT, requests=3, allocate=allocate)
+        assert client.abandon(1) and client.abandon(2) and not client.abandon(9)
+        data = frame(REPLY, 1, "", [(UINT8, (3_000_000,))], {}, bytes(3_000_000)) if sizes > 100 else b""
+        data += frame(REPLY, 2, "", [(UINT8, (3,))], {}, b"123") + frame(REPLY, 3, "", [(UINT8, (1,))], {}, b"x")
+        events = feed(client, data, lambda: sizes)  # noqa: B023
+        assert events[-1] == ("reply", 3, "", [(UINT8, (1,))], {}, [b"x"], 0)
+        assert all(event[5] == [] for event in events[:-1])
+        assert not client.abandon(2) and not client.abandon(3)
+    assert allocated == [1, 1]
+
+
+def test_what_a_reply_must_hold_is_checked_before_memory_is_allocated() -> None:
+    for tensors, text in [
+        ([(UINT8, (2,))], "a reply of 1 tensors, expected 2"),
+        ([(UINT8, (2,)), (UINT8, (4,))], "a reply's tensor 1: uint8[4], expected float32[1]"),
+        ([(UINT8, (1, 2)), (FLOAT32, (1,))], "a reply's tensor 0: uint8[1, 2], expected uint8[2]"),
+    ]:
+        client = make(CLIENT, allocate=_never)
+        client.request("f", (), {}, 0, 0, [(UINT8, (2,)), (FLOAT32, (1,))])
+        nbytes = sum(np.prod(shape) * (1 if code == UINT8 else 4) for code, shape in tensors)
+        data = frame(REPLY, 1, "", tensors, {}, bytes(int(nbytes)))
+        assert feed(client, data) == [("failed", text, True)]
+
+
+def _never(nbytes: int) -> Any:
+    pytest.fail(f"{nbytes} bytes were allocated")
+
+
+def test_nothing_is_allocated_for_a_frame_that_is_refused() -> None:
+    for row in TABLE:
+        if [event[0] for event in row.events] == ["failed"]:
+            session = make(row.is_client, requests=row.requests, greeted=row.greeted, allocate=_never)
+            assert feed(session, row.data) == row.events
+
+
+def test_staging() -> None:
+    """Bytes that came with their frame's head are copied over, at most the staging buffer's; all others are not."""
+    server = make(SERVER)
+    small = frame(REQUEST, 1, "f", [(UINT8, (1000,))], {}, bytes(1000))
+    feed(server, small)
+    assert server.staged_nbytes == 1000
+    feed(server, frame(REQUEST, 1, "f", [(UINT8, (100_000,))], {}, bytes(100_000)))
+    assert 1000 < server.staged_nbytes < 1000 + STAGING_NBYTES
+    for _ in range(2):  # a head that does not fit takes none of its payload along, and leaves nothing larger behind
+        before = server.staged_nbytes
+        feed(server, frame(REQUEST, 1, "f", [(UINT8, (100_000,))], {"b": bytes(20_000)}, bytes(100_000)))
+        assert server.staged_nbytes == before
+        assert sum(map(len, server.receive_buffers())) == STAGING_NBYTES
+
+
+def test_where_the_stream_ended() -> None:
+    request = frame(REQUEST, 1, "f", [(UINT8, (100,))], {}, bytes(100))
+    for cut, text in [
+        (0, "the peer closed the connection"),
+        (17, "the peer's stream ended after 17 bytes of a frame's head"),
+        (len(request) - 30, "the peer's stream ended 30 bytes before the end of a payload of 100 bytes"),
+    ]:
+        session = make(SERVER)
+        assert feed(session, request[:cut]) == []
+        assert session.at_frame_boundary == (cut == 0)
+        error = session.end_of_stream()
+        assert type(error) is PeerLostError and str(error) == text
+
+
+def test_capabilities_count_when_both_have_them() -> None:
+    session = Session(is_client=True, allocate=Pool().allocate, capabilities=0b110)
+    feed(session, hello(capabilities=0b011))
+    assert session.capabilities == 0b010
+
+
+def test_all_kinds_are_in_the_table() -> None:
+    kinds = {data[5] for row in TABLE for data in [row.data] if data[:4] == b"FSPL"}
+    assert kinds == {HELLO, REQUEST, REPLY, ERROR, CANCEL, GOODBYE, ABORT}
