@@ -1,8 +1,8 @@
 """What the two scripts share: usage, progress, threads, exit codes.
 
-Rules. A script's `main(argv)` returns its exit code: 0 ok, 1 failed, 2 usage, 3 cannot connect or timed out or peer lost,
-4 protocol or authentication, 5 verification, 130 interrupted. An error that fastsplit raises on purpose is one line on
-stderr; anything else is a bug and shows its traceback. Only results go to stdout.
+Rules. A script's `main(argv)` returns its exit code: 0 ok, 1 failed, 2 usage, 3 cannot connect or timed out or peer
+lost, 4 protocol or authentication, 5 verification, 130 interrupted. An error that fastsplit raises on purpose is one
+line on stderr; anything else is a bug and shows its traceback. Only results go to stdout.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def make_parser(module: str, description: str) -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--threads", type=positive_int, metavar="N", help="threads for torch (its own choice if not given)")
+    parser.add_argument(
+        "--threads", type=positive_int, metavar="N", help="threads for torch (its own choice if not given)"
+    )
     parser.add_argument("--verbose", action="store_true", help="log what happens on the connection to stderr")
     parser.add_argument("--version", action="version", version=f"fastsplit {__version__}")
     return parser
@@ -60,7 +62,10 @@ def progress(items: Iterable[Any], total: int, description: str) -> Iterable[Any
         from tqdm import tqdm
     except ImportError:  # a convenience of the extras, not of the core
         return items
-    return tqdm(items, total=total, desc=description, unit="tensor", file=sys.stderr, disable=None, leave=False)
+    bar: Iterable[Any] = tqdm(
+        items, total=total, desc=description, unit="tensor", file=sys.stderr, disable=None, leave=False
+    )
+    return bar
 
 
 def run_main(program: str, parse: Callable[[], argparse.Namespace], work: Callable[[argparse.Namespace], int]) -> int:

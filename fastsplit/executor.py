@@ -1,9 +1,9 @@
 """The GPU side: holds the weights, and computes what the TEE asks for.
 
-Rules. Stateless: a request holds all that it needs, so any number of clients may take turns. Arguments are checked against the
-configuration before they are used; what is wrong with them is the caller's error, by name. On the CPU results are computed
-straight into the reply's memory (`out=`); on a device they are computed there and copied into it once, which also waits for
-them, so that the time a handler took is the time the work took.
+Rules. Stateless: a request holds all that it needs, so any number of clients may take turns. Arguments are checked
+against the configuration before they are used; what is wrong with them is the caller's error, by name. On the CPU
+results are computed straight into the reply's memory (`out=`); on a device they are computed there and copied into it
+once, which also waits for them, so that the time a handler took is the time the work took.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -95,7 +96,9 @@ class Executor:
         return self._into_reply(
             call,
             self._shapes.embedding(len(ids))[0][1],
-            lambda out: torch.index_select(self._weights["model.embed_tokens.weight"], 0, self._to_device(ids), out=out),
+            lambda out: torch.index_select(
+                self._weights["model.embed_tokens.weight"], 0, self._to_device(ids), out=out
+            ),
         )
 
     def _linear(self, call: Call) -> list[torch.Tensor]:
@@ -139,14 +142,7 @@ class Executor:
         blocks = row_blocks(rows, positions, block_rows)
         for block, (_, shape) in zip(blocks, self._shapes.scores(blocks)):
             queries = self._by_kv_head(q[block.start : block.start + block.rows])
-            columns = keys[:, :, : block.columns]
-            replies.append(
-                self._into_reply(
-                    call,
-                    shape,
-                    lambda out, a=queries, b=columns: torch.bmm(a, b, out=out.view(len(b), -1, b.shape[2])),
-                )
-            )
+            replies.append(self._into_reply(call, shape, partial(_products, queries, keys[:, :, : block.columns])))
         return replies
 
     def _values(self, call: Call) -> torch.Tensor:
@@ -176,7 +172,7 @@ class Executor:
         return self._into_reply(call, self._shapes.values(rows)[0][1], compute)
 
     def _by_kv_head(self, q: torch.Tensor) -> torch.Tensor:
-        """[n, heads, head_dim] -> [kv_heads, (heads / kv_heads) * n, head_dim]: all queries of a kv head in one matrix."""
+        """[n, heads, head_dim] -> [kv_heads, heads / kv_heads * n, head_dim]: a kv head's queries in one matrix."""
         rows, heads, head_dim = q.shape
         kv_heads = self.config.num_key_value_heads
         return q.view(rows, kv_heads, heads // kv_heads, head_dim).permute(1, 2, 0, 3).reshape(kv_heads, -1, head_dim)
@@ -210,6 +206,11 @@ class Executor:
             wanted = ", ".join("n" if dim is None else str(dim) for dim in shape)
             came = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
             raise TensorError(f"{name}: {came}, expected {self.dtype} [{wanted}]")
+
+
+def _products(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+    """a @ b by kv head, written to `out`, [heads, rows, columns]."""
+    torch.bmm(a, b, out=out.view(len(b), -1, b.shape[2]))
 
 
 def _take(call: Call, count: int) -> tuple[torch.Tensor, ...]:

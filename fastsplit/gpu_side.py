@@ -16,7 +16,8 @@ if __package__ in (None, ""):  # run by path: this folder must not be where impo
 import argparse
 import signal
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 
 from fastsplit import cli
@@ -39,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
         "--model",
         required=True,
         metavar="DIR|random:PRESET[@SEED]",
-        help=f"a Hugging Face directory, or the shape of a public model with seeded random weights: {', '.join(PRESETS)}",
+        help=f"a Hugging Face directory, or a public model's shape with seeded random weights: {', '.join(PRESETS)}",
     )
     parser.add_argument(
         "--listen",
@@ -48,14 +49,39 @@ def _parser() -> argparse.ArgumentParser:
         help="unix:///path, tcp://host:port (port 0: any free one) or vsock://cid:port; only on this host",
     )
     parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda:N", help="where the weights are")
-    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="what the weights and all tensors are cast to")
+    parser.add_argument(
+        "--dtype", default="float32", choices=DTYPES, help="what the weights and all tensors are cast to"
+    )
     parser.add_argument("--max-connections", type=cli.positive_int, default=128, metavar="N", help="clients at a time")
     return parser
 
 
+@contextmanager
+def _stop_signals() -> Iterator[int]:
+    """SIGTERM and SIGINT raise KeyboardInterrupt in here; a read of the descriptor it gives ends when one comes.
+
+    The system may hand a signal to any thread; waiting for a lock, the main thread would never notice.
+    """
+    woken, wake = os.pipe()
+    os.set_blocking(wake, False)
+    handlers = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = signal.set_wakeup_fd(wake)
+    try:
+        yield woken
+    finally:
+        signal.set_wakeup_fd(before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        os.close(woken)
+        os.close(wake)
+
+
 def _serve(args: argparse.Namespace) -> int:
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stop)
+    with _stop_signals() as stopped:
+        return _serve_until(stopped, args)
+
+
+def _serve_until(stopped: int, args: argparse.Namespace) -> int:
     model = open_model(args.model)  # before torch is imported: a wrong name is answered at once
     from fastsplit.executor import Executor, choose_device
 
@@ -73,7 +99,7 @@ def _serve(args: argparse.Namespace) -> int:
         server.handlers.update(executor.handlers)
         server.start()
         print(f"READY uri={server.uri}", flush=True)
-        server.serve_forever()
+        os.read(stopped, 1)
     except KeyboardInterrupt:
         if not server.started:
             raise

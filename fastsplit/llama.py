@@ -1,7 +1,7 @@
 """What the TEE computes: RMSNorm, rotary embedding, causal softmax, SiLU. Pure functions of tensors.
 
-Rules. Tensors are token-major: [tokens, heads, head_dim], so that a prefix of a KV cache is contiguous. Whatever can work
-in place does, on memory that the caller owns, and says so. Norms, softmax and frequencies are computed in fp32 and
+Rules. Tensors are token-major: [tokens, heads, head_dim], so that a prefix of a KV cache is contiguous. Whatever can
+work in place does, on memory that the caller owns, and says so. Norms, softmax and frequencies are computed in fp32 and
 rounded to the tensor's dtype where HF's Llama rounds.
 """
 
@@ -20,7 +20,8 @@ __all__ = ["causal_softmax_", "inverse_frequencies", "rms_norm", "rotary_", "rot
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension; a new tensor. [n, hidden], [hidden] -> [n, hidden].
 
-    Zhang and Sennrich, 2019 (arXiv:1910.07467). The normalised rows are rounded to x's dtype before the weight, as in HF.
+    Zhang and Sennrich, 2019 (arXiv:1910.07467). The normalised rows are rounded to x's dtype before the weight, as in
+    HF.
     """
     if x.dtype == torch.float32:
         return F.rms_norm(x, (x.shape[-1],), weight, eps)
@@ -30,8 +31,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def inverse_frequencies(head_dim: int, rope: Rope) -> torch.Tensor:
     """Rotary frequencies in radians per position, [head_dim / 2], fp32.
 
-    theta^(-2i / head_dim) (Su et al., 2021, arXiv:2104.09864); `linear` divides by the factor; `llama3` divides the long
-    wavelengths, keeps the short ones and goes over smoothly in between (Llama 3.1's reference code).
+    theta^(-2i / head_dim) (Su et al., 2021, arXiv:2104.09864); `linear` divides by the factor; `llama3` divides the
+    long wavelengths, keeps the short ones and goes over smoothly in between (Llama 3.1's reference code).
     """
     frequencies = 1.0 / (rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
     if rope.kind == "linear":
@@ -70,7 +71,7 @@ def causal_softmax_(scores: torch.Tensor) -> torch.Tensor:
     if rows > 1:
         above = torch.ones(rows, rows, dtype=torch.bool).triu_(1)
         scores[..., -rows:].masked_fill_(above, -math.inf)
-    # Safe in place: each row is read whole (its maximum) before any of it is written. tests/unit/test_llama.py holds it to that.
+    # Safe in place: each row's maximum is taken before any of it is written; tests/unit/test_llama.py holds it to that.
     return torch.softmax(scores, dim=-1, out=scores)
 
 

@@ -1,12 +1,12 @@
 """What a model is: its configuration, its weights, where both come from.
 
-A model is named by a Hugging Face directory (config.json and safetensors) or by `random:PRESET[@SEED]`: the shape of a public
-model with seeded random weights. Both sides read the same names, so a TEE side with the same directory or preset has a
-trusted copy of configuration and norm weights without loading the rest.
+A model is named by a Hugging Face directory (config.json and safetensors) or by `random:PRESET[@SEED]`: the shape of
+a public model with seeded random weights. Both sides read the same names, so a TEE side with the same directory or
+preset has a trusted copy of configuration and norm weights without loading the rest.
 
-Rules. A configuration is refused if any part of it asks for something that is not computed here: no silent approximation. A
-weight's shape is checked against the configuration before it is read. Random weights depend only on seed and name, so
-that either side can make any one of them alone.
+Rules. A configuration is refused if any part of it asks for something that is not computed here: no silent
+approximation. A weight's shape is checked against the configuration before it is read. Random weights depend only on
+seed and name, so that either side can make any one of them alone.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ LINEARS = {
 
 @dataclass(frozen=True)
 class Rope:
-    """How rotary frequencies are made. The fields after `theta` are those of the kind's formula, as in HF's configurations."""
+    """How rotary frequencies are made. The fields after `theta` belong to the kind's formula, named as HF does."""
 
     kind: str = "default"  # default, linear, llama3
     theta: float = 10000.0
@@ -122,7 +122,7 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, values: dict[str, Any], eos_token_ids: tuple[int, ...] = ()) -> ModelConfig:
-        """The configuration in a HF config.json, of transformers 4 or 5. Raises ModelError for what is not supported."""
+        """The configuration in a config.json of transformers 4 or 5. Raises ModelError for what is not supported."""
         kind = values.get("model_type")
         if kind != "llama":
             raise ModelError(f"config, model_type: {kind!r}, expected 'llama'; other families are not supported yet")

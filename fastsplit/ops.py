@@ -1,7 +1,7 @@
 """The op contract that both sides share: names, arguments, results, shapes.
 
     op          attributes            tensors in                                  tensors out
-    describe    -                     -                                           -; attributes: name, config (JSON), dtype
+    describe    -                     -                                           - (attributes name, config, dtype)
     norms       -                     -                                           norms [2 * layers + 1, hidden]
     embedding   -                     ids [n] int64                               hidden states [n, hidden]
     linear      layer, names          x [n, in]                                   one [n, out] for each name
@@ -11,9 +11,9 @@
     lm_head     -                     x [n, hidden]                               logits [n, vocab]
 
 Rules. All tensors but ids are of the executor's dtype. kv heads travel unrepeated: query head h belongs to kv head
-h // (heads / kv_heads). q is scaled already. The n rows are the last n of the t positions, and a row block's columns stop at
-its last row's diagonal (`row_blocks`), so nothing above it is computed or sent but the block's own corner. What a reply must
-look like follows from the configuration alone, never from the peer.
+h // (heads / kv_heads). q is scaled already. The n rows are the last n of the t positions, and a row block's columns
+stop at its last row's diagonal (`row_blocks`), so nothing above it is computed or sent but the block's own corner.
+What a reply must look like follows from the configuration alone, never from the peer.
 """
 
 from __future__ import annotations

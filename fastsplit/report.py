@@ -1,9 +1,10 @@
 """Where the time of a run goes: one stopwatch, a table, JSON, a Chrome trace.
 
-How time is counted. The TEE side's clock never stops: each stretch of time is given, when it ends, to the one thing that it was
-spent on, so that nothing is counted twice and the parts add up to the wall clock. A call's stretch is split by what was
-measured in it: serialization (the channel's own clock), the executor's work (as its reply says, never more than was
-waited), and the rest, which is communication. What the TEE does between its named operations is "other".
+How time is counted. The TEE side's clock never stops: each stretch of time is given, when it ends, to the one thing
+that it was spent on, so that nothing is counted twice and the parts add up to the wall clock. A call's stretch is
+split by what was measured in it: serialization (the channel's own clock), the executor's work (as its reply says,
+never more than was waited), and the rest, which is communication. What the TEE does between its named operations is
+"other".
 
 Rules. Every number comes from the run. `_s` are seconds.
 """
@@ -70,11 +71,14 @@ class Recorder:
         if self._running:
             self._count("tee", name, self._mark(name), 0 if name == "other" else 1)
 
-    def call(self, name: str, work: Callable[[], Any], stats: Stats, ops: int = 1) -> Any:
-        """Runs one call to the executor. `name`: the operation, `ops`: how many of it the call batches."""
+    def call(self, name: str, ops: int, stats: Stats, work: Callable[..., Any], *args: Any) -> Any:
+        """Runs `work(*args)`, one call to the executor. `name`: the operation, `ops`: how many of it the call batches.
+
+        `stats`: what the connection counts; its growth says how the call's time divides.
+        """
         self.lap("other")
         serialization_s, remote_s = stats.serialization_s, stats.remote_s
-        result = work()
+        result = work(*args)
         if self._running:
             started_ns = self._since_ns
             elapsed_ns = self._mark(name, "calls")
@@ -189,9 +193,5 @@ def chrome_trace(recorder: Recorder, path: Path) -> None:
 def _nbytes(count: int) -> str:
     if count < 1000:
         return f"{count} B"
-    size, unit = float(count), "B"
-    for unit in ("kB", "MB", "GB", "TB"):
-        size /= 1000
-        if size < 1000:
-            break
-    return f"{size:.1f} {unit}"
+    power = min((len(str(count)) - 1) // 3, 4)
+    return f"{count / 1000**power:.1f} {'kMGT'[power - 1]}B"

@@ -1,11 +1,11 @@
 """The TEE side: the layer loop. Linear algebra goes to a backend, everything else happens here.
 
-A plan says what goes in one call: `per-op` sends q, k, v, gate and up one by one (9 calls a layer and 2), `batched` sends linear
-operations of the same input together (6 a layer and 2). The KV cache is here in both.
+A plan says what goes in one call: `per-op` sends q, k, v, gate and up one by one (9 calls a layer and 2), `batched`
+sends linear operations of the same input together (6 a layer and 2). The KV cache is here in both.
 
-Rules. Shapes and counts come from our own configuration; the backend's replies are checked against them before memory is allocated
-(`expect`). Tensors that arrive are ours: rotary, softmax, SiLU and the residual work in place on them and send the same
-memory back. Every stretch of time is recorded (report.py).
+Rules. Shapes and counts come from our own configuration; the backend's replies are checked against them before memory
+is allocated (`expect`). Tensors that arrive are ours: rotary, softmax, SiLU and the residual work in place on them
+and send the same memory back. Every stretch of time is recorded (report.py).
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ class RemoteModel:
 
     @classmethod
     def fetch(cls, channel: Channel, trusted: Model | None) -> RemoteModel:
-        """Asks the executor, and checks it against the trusted copy if there is one; then all that is used is the copy's.
+        """Asks the executor, and checks it against the trusted copy if there is one; then all that is used is the
+        copy's.
 
         Raises VerificationError where the two differ, RemoteProtocolError for an answer that makes no sense.
         """
@@ -140,7 +141,8 @@ def _compare(own: ModelConfig, theirs: ModelConfig) -> None:
 
 
 class KVCache:
-    """Keys and values of all positions so far, per layer, token-major: a prefix is contiguous and is sent as it lies."""
+    """Keys and values of all positions so far, per layer, token-major: a prefix is contiguous and is sent as it
+    lies."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, capacity: int) -> None:
         shape = (config.num_hidden_layers, capacity, config.num_key_value_heads, config.head_dim)
@@ -194,12 +196,10 @@ class Runner:
         positions = cache.length + rows
         cos, sin, q_cos, q_sin = (table[cache.length : positions] for table in self._rotary(positions))
         attention_groups, mlp_groups = PLANS[self.plan]
-        x = self._call("embedding", lambda: self._backend.embedding(ids))
+        x = self._call("embedding", self._backend.embedding, ids)
         for layer in range(config.num_hidden_layers):
             h = self._norm(x, 2 * layer)
-            q, k, v = (
-                out.view(rows, -1, config.head_dim) for out in self._linear(layer, attention_groups, h)
-            )
+            q, k, v = (out.view(rows, -1, config.head_dim) for out in self._linear(layer, attention_groups, h))
             if layer == config.num_hidden_layers - 1 and not all_logits and rows > 1:
                 # What the earlier rows would become is only read by layers that do not exist.
                 q, q_cos, q_sin, x, rows = q[-1:], q_cos[-1:], q_sin[-1:], x[-1:].clone(), 1
@@ -209,11 +209,11 @@ class Runner:
             keys, values = cache.append(layer, k, v)
             recorder.lap("kv_cache")
             blocks = row_blocks(rows, positions, choose_block_rows(rows))
-            scores = self._call("matmul", lambda q=q, keys=keys, blocks=blocks: self._backend.scores(q, keys, blocks))
+            scores = self._call("matmul", self._backend.scores, q, keys, blocks)
             for block in scores:
                 causal_softmax_(block)
             recorder.lap("softmax")
-            h = self._call("matmul", lambda scores=scores, values=values: self._backend.values(scores, values))
+            h = self._call("matmul", self._backend.values, scores, values)
             del scores, block
             (h,) = self._linear(layer, (("o",),), h)
             x = self._add(x, h)
@@ -225,7 +225,7 @@ class Runner:
             x = self._add(x, h)
         cache.length = positions
         h = self._norm(x, 2 * config.num_hidden_layers)
-        logits: torch.Tensor = self._call("lm_head", lambda: self._backend.lm_head(h))
+        logits: torch.Tensor = self._call("lm_head", self._backend.lm_head, h)
         return logits
 
     def generate(
@@ -261,13 +261,13 @@ class Runner:
                 token = sample(logits, sampling, generator)
                 recorder.lap("sampling")
 
-    def _call(self, name: str, work: Callable[[], Any], ops: int = 1) -> Any:
-        return self.recorder.call(name, work, self._backend.stats, ops)
+    def _call(self, name: str, work: Callable[..., Any], *args: Any, ops: int = 1) -> Any:
+        return self.recorder.call(name, ops, self._backend.stats, work, *args)
 
     def _linear(self, layer: int, groups: tuple[tuple[str, ...], ...], x: torch.Tensor) -> list[torch.Tensor]:
         outs: list[torch.Tensor] = []
         for names in groups:
-            outs += self._call("linear", lambda names=names: self._backend.linear(layer, names, x), len(names))
+            outs += self._call("linear", self._backend.linear, layer, names, x, ops=len(names))
         return outs
 
     def _norm(self, x: torch.Tensor, index: int) -> torch.Tensor:
@@ -301,7 +301,7 @@ class Sampling:
 
 
 def sample(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """The next token's id from logits [vocab] fp32: the greatest, or drawn as HF's warpers do (temperature, top-k, top-p).
+    """The next token's id from logits [vocab] fp32: the greatest, or drawn as HF does (temperature, top-k, top-p).
 
     Raises RemoteProtocolError if the logits are not numbers.
     """

@@ -1,6 +1,7 @@
-"""The TEE side as a script: runs prompts against a GPU side, prints text as it comes, and a report of where the time went.
+"""The TEE side as a script: runs a prompt against a GPU side, prints text as it comes, and where the time went.
 
-    python -m fastsplit.tee_side --connect URI [--model DIR] [--prompt TEXT | --prompt-file F | --prompt-ids 1,2,3 | --prefill N]
+    python -m fastsplit.tee_side --connect URI [--model DIR]
+        [--prompt TEXT | --prompt-file F | --prompt-ids 1,2,3 | --prefill N]
 
 Rules. Text (or, with `--format json`, exactly one JSON document) goes to stdout, everything else to stderr.
 """
@@ -59,7 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--plan", choices=_PLANS, default="batched", help="what goes in one call")
     parser.add_argument("--temperature", type=_not_negative, default=0.0, metavar="T", help="0 is greedy")
     parser.add_argument("--top-k", type=_count, default=0, metavar="K", help="draw from the K most likely; 0: from all")
-    parser.add_argument("--top-p", type=_share, default=1.0, metavar="P", help="draw from the most likely that make up P")
+    parser.add_argument(
+        "--top-p", type=_share, default=1.0, metavar="P", help="draw from the most likely that make up P"
+    )
     parser.add_argument("--seed", type=_count, default=0, metavar="N", help="of --prefill and of sampling")
     parser.add_argument("--timeout-s", type=_seconds, default=300.0, metavar="S", help="for each call")
     parser.add_argument("--connect-timeout-s", type=_seconds, default=10.0, metavar="S")
@@ -169,7 +172,9 @@ def _open_tokenizer(args: argparse.Namespace, trusted: Model | None) -> Any:
         if args.tokenizer is not None:
             raise ModelError(f"tokenizer {args.tokenizer!r}: no tokenizer.json there")
         if args.prompt is not None or args.prompt_file is not None or args.chat:
-            raise cli.Usage("a text prompt needs a tokenizer: give --tokenizer DIR, or --model DIR with tokenizer.json in it")
+            raise cli.Usage(
+                "a text prompt needs a tokenizer: give --tokenizer DIR, or --model DIR with tokenizer.json in it"
+            )
         return None
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is ever looked up anywhere else
     from transformers import AutoTokenizer

@@ -1,0 +1,294 @@
+"""The two scripts as two processes: what they print, what they count, and how they fail."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastsplit
+
+pytest.importorskip("transformers")
+from split import load_hf, make_model, relative_error
+
+ROOT = Path(fastsplit.__file__).parent.parent
+KEYS = {
+    "plan": str,
+    "uri": str,
+    "shm": bool,
+    "model": str,
+    "prompt_tokens": int,
+    "new_tokens": int,
+    "tokens": list,
+    "text": str,
+    "top_logits": list,
+    "rpc_calls": int,
+    "setup_calls": int,
+    "bytes_sent": int,
+    "bytes_received": int,
+    "bytes_shared": int,
+    "bytes_copied": int,
+    "wall_s": float,
+    "prefill_s": float,
+    "decode_s": float,
+    "serialization_s": float,
+    "communication_s": float,
+    "gpu_compute_s": float,
+    "tee_compute_s": float,
+    "ops": dict,
+}
+
+
+class GpuSide:
+    """A GPU side that is ready."""
+
+    def __init__(self, *args: str, listen: str, by_path: bool = False) -> None:
+        script = [str(ROOT / "fastsplit" / "gpu_side.py")] if by_path else ["-m", "fastsplit.gpu_side"]
+        self.process = subprocess.Popen(
+            [sys.executable, *script, "--listen", listen, *args], stdout=subprocess.PIPE, text=True, cwd=ROOT
+        )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line.startswith("READY uri="), line
+        self.uri = line.strip().removeprefix("READY uri=")
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        assert self.process.stdout is not None
+        self.process.send_signal(number)
+        try:
+            code = self.process.wait(20)
+        finally:
+            self.process.kill()
+        assert self.process.stdout.read() == "", "stdout has the READY line and nothing else"
+        self.process.stdout.close()
+        return code
+
+
+def run(module: str, *args: str, by_path: bool = False, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+    script = [str(ROOT / "fastsplit" / f"{module}.py")] if by_path else ["-m", f"fastsplit.{module}"]
+    return subprocess.run(
+        [sys.executable, *script, *args], capture_output=True, text=True, timeout=timeout_s, cwd=ROOT, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def gpu_side(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[GpuSide, Path]]:
+    directory = tmp_path_factory.mktemp("scripts")
+    make_model(directory / "model", {})
+    side = GpuSide("--model", str(directory / "model"), listen=f"unix://{directory}/gpu.sock")
+    yield side, directory / "model"
+    assert side.stop() == 0
+    assert not (directory / "gpu.sock").exists()
+
+
+@pytest.mark.parametrize("plan", ["per-op", "batched"])
+def test_json_is_one_document_with_hf_logits(gpu_side: tuple[GpuSide, Path], plan: str) -> None:
+    side, model = gpu_side
+    ids = [5, 17, 80, 3, 3, 42]
+    prompt = ",".join(map(str, ids))
+    flags = ("--model", str(model), "--plan", plan, "--format", "json", "--max-new-tokens", "5")
+    done = run("tee_side", "--connect", side.uri, "--prompt-ids", prompt, *flags)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    report: dict[str, Any] = json.loads(done.stdout)
+    assert {key: type(report[key]) for key in KEYS} == KEYS
+    reference = load_hf(model)
+    logits = reference(torch.tensor([ids])).logits[0, -1].detach()
+    top = torch.tensor([value for _, value in report["top_logits"]])
+    assert [index for index, _ in report["top_logits"]] == logits.topk(10).indices.tolist()
+    assert relative_error(top, logits.topk(10).values) <= 1e-5
+    expected = reference.generate(torch.tensor([ids]), max_new_tokens=5, do_sample=False)[0, len(ids) :]
+    assert report["tokens"] == expected.tolist()
+    assert (report["prompt_tokens"], report["new_tokens"], report["plan"]) == (6, 5, plan)
+    per_forward = {"per-op": 9, "batched": 6}[plan] * 3 + 2
+    assert report["rpc_calls"] == 5 * per_forward
+    assert report["setup_calls"] == 2
+    assert report["bytes_copied"] == report["bytes_shared"] == 0
+    parts = ("serialization_s", "communication_s", "gpu_compute_s", "tee_compute_s")
+    assert sum(report[part] for part in parts) == pytest.approx(report["wall_s"], rel=0.02)
+    assert sum(op["total_s"] for op in report["ops"].values()) == pytest.approx(
+        report["gpu_compute_s"] + report["tee_compute_s"]
+    )
+    assert {op["side"] for op in report["ops"].values()} == {"gpu", "tee"}
+
+
+def test_text_goes_to_stdout_and_the_report_to_stderr(gpu_side: tuple[GpuSide, Path], tmp_path: Path) -> None:
+    side, _model = gpu_side
+    trace = tmp_path / "trace.json"
+    done = run(
+        "tee_side",
+        "--connect",
+        side.uri,
+        "--prefill",
+        "9",
+        "--max-new-tokens",
+        "4",
+        "--trace",
+        str(trace),
+        by_path=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) == 4
+    assert "warning: configuration and norm weights come from the GPU side" in done.stderr
+    for word in ("RPC calls", "serialization", "embedding", "linear", "matmul", "lm_head", "rmsnorm", "rotary", "silu"):
+        assert word in done.stderr
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert {event["name"] for event in events} >= {"linear", "softmax"}
+    assert all(event["dur"] >= 0 for event in events if event["ph"] == "X")
+
+
+def test_max_new_tokens_0_stops_after_the_prompt(gpu_side: tuple[GpuSide, Path]) -> None:
+    side, _ = gpu_side
+    flags = ("--prefill", "20", "--max-new-tokens", "0", "--format", "json")
+    first, second = (json.loads(run("tee_side", "--connect", side.uri, *flags).stdout) for _ in range(2))
+    assert first["rpc_calls"] == 6 * 3 + 2
+    assert (first["tokens"], first["decode_s"]) == ([], 0)
+    assert first["top_logits"] == second["top_logits"], "the ids are seeded"
+
+
+def test_text_prompts_with_a_tokenizer(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {"<unk>": 0, "why": 1, "is": 2, "the": 3, "sky": 4, "blue": 5}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    make_model(tmp_path, {"vocab_size": len(words)})
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    template = "{% for m in messages %}is {{ m['content'] }}{% endfor %}"
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template})
+    )
+    (tmp_path / "prompt.txt").write_text("why is")
+    side = GpuSide("--model", str(tmp_path), listen="tcp://127.0.0.1:0")
+    try:
+        flags = ("--connect", side.uri, "--model", str(tmp_path), "--max-new-tokens", "6")
+        plain = json.loads(run("tee_side", *flags, "--prompt", "why is", "--format", "json").stdout)
+        assert plain["prompt_tokens"] == 2
+        inverse = {index: word for word, index in words.items()}
+        assert plain["text"].split() == [inverse[token] for token in plain["tokens"]]
+        streamed = run("tee_side", *flags, "--prompt-file", str(tmp_path / "prompt.txt"))
+        assert streamed.stdout == plain["text"] + "\n"
+        chat = json.loads(run("tee_side", *flags, "--prompt", "why is", "--format", "json", "--chat").stdout)
+        assert chat["prompt_tokens"] == 3
+    finally:
+        assert side.stop(signal.SIGINT) == 0
+
+
+FAILURES = {
+    "no flags": ((), 2, "--connect"),
+    "no prompt": (("--connect", "unix:///x"), 2, "--prompt"),
+    "two prompts": (("--connect", "unix:///x", "--prompt", "a", "--prefill", "1"), 2, "not allowed with"),
+    "unknown plan": (("--connect", "unix:///x", "--prefill", "1", "--plan", "best"), 2, "--plan"),
+    "not a number": (("--connect", "unix:///x", "--prompt-ids", "1,b"), 2, "numbers"),
+    "not an address": (("--connect", "http://x", "--prefill", "1"), 2, "scheme 'http'"),
+    "text without a tokenizer": (("--connect", "unix:///x", "--prompt", "a"), 2, "tokenizer"),
+    "no such model": (("--connect", "unix:///x", "--prefill", "1", "--model", "/nowhere"), 1, "no such directory"),
+    "no such prompt file": (("--connect", "unix:///x", "--prompt-file", "/nowhere"), 2, "tokenizer"),
+    "GPU side absent, unix": (("--connect", "unix:///nowhere.sock", "--prefill", "1"), 3, "cannot connect"),
+    "GPU side absent, tcp": (("--connect", "tcp://127.0.0.1:1", "--prefill", "1"), 3, "cannot connect"),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_tee_side_failures_have_one_line_and_their_code(name: str) -> None:
+    args, code, text = FAILURES[name]
+    done = run("tee_side", *args)
+    assert done.returncode == code
+    assert done.stdout == ""
+    assert text in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len([line for line in done.stderr.splitlines() if "tee_side: " in line]) == 1
+
+
+def test_prompts_that_do_not_fit(gpu_side: tuple[GpuSide, Path]) -> None:
+    side, _ = gpu_side
+    for flags, text in (
+        (("--prompt-ids", "97"), "prompt ids 97 to 97, expected 0 to 96"),
+        (("--prefill", "500", "--max-new-tokens", "13"), "the model has 512 positions"),
+    ):
+        done = run("tee_side", "--connect", side.uri, *flags)
+        assert done.returncode == 2
+        assert text in done.stderr
+
+
+def test_verification_failure(gpu_side: tuple[GpuSide, Path], tmp_path: Path) -> None:
+    side, _ = gpu_side
+    make_model(tmp_path, {}, seed=1)
+    done = run("tee_side", "--connect", side.uri, "--prefill", "3", "--model", str(tmp_path))
+    assert (done.returncode, done.stdout) == (5, "")
+    assert "verification: norm weights: 7 of 7 differ" in done.stderr
+
+
+GPU_FAILURES = {
+    "no model": ((), 2, "--model"),
+    "model directory missing": (("--model", "/nowhere"), 1, "no such directory"),
+    "unknown preset": (("--model", "random:huge"), 1, "preset 'huge'"),
+    "unknown device": (("--model", "random:tiny", "--device", "tpu"), 1, "device 'tpu'"),
+    "off loopback": (("--model", "random:tiny", "--listen", "tcp://0.0.0.0:0"), 2, "refused to listen"),
+    "no such folder": (("--model", "random:tiny", "--listen", "unix:///nowhere/x.sock"), 1, "cannot listen"),
+}
+
+
+@pytest.mark.parametrize("name", GPU_FAILURES)
+def test_gpu_side_failures_have_one_line_and_their_code(name: str) -> None:
+    args, code, text = GPU_FAILURES[name]
+    done = run("gpu_side", *args)
+    assert done.returncode == code
+    assert done.stdout == ""
+    assert text in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_port_and_path_in_use(gpu_side: tuple[GpuSide, Path]) -> None:
+    side, _ = gpu_side
+    done = run("gpu_side", "--model", "random:tiny", "--listen", side.uri)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "Address already in use" in done.stderr
+    with fastsplit.Server("tcp://127.0.0.1:0", {}) as server:
+        done = run("gpu_side", "--model", "random:tiny", "--listen", server.uri)
+    assert done.returncode == 1
+    assert "Address already in use" in done.stderr
+    with fastsplit.connect(side.uri, arrays="numpy") as channel:
+        assert "config" in channel.call("describe").attrs, "the first one goes on serving"
+
+
+@pytest.mark.parametrize("scheme", ["unix", "tcp"])
+def test_gpu_side_killed_in_the_middle(tmp_path: Path, scheme: str) -> None:
+    listen = f"unix://{tmp_path}/gpu.sock" if scheme == "unix" else "tcp://127.0.0.1:0"
+    side = GpuSide("--model", "random:tiny", listen=listen, by_path=True)
+    flags = ("--prefill", "2", "--max-new-tokens", "500", "--ignore-eos")
+    tee = subprocess.Popen(
+        [sys.executable, "-m", "fastsplit.tee_side", "--connect", side.uri, *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    assert tee.stdout is not None
+    tee.stdout.read(1)  # it is decoding
+    side.stop(signal.SIGKILL)
+    killed_at = time.monotonic()
+    _, stderr = tee.communicate(timeout=20)
+    assert tee.returncode == 3
+    assert "tee_side: connection: " in stderr
+    assert "Traceback" not in stderr
+    assert time.monotonic() - killed_at < 5
+
+
+def test_a_stalled_gpu_side_ends_in_a_deadline(tmp_path: Path) -> None:
+    side = GpuSide("--model", "random:tiny", listen=f"unix://{tmp_path}/gpu.sock")
+    side.process.send_signal(signal.SIGSTOP)
+    try:
+        done = run("tee_side", "--connect", side.uri, "--prefill", "2", "--connect-timeout-s", "1")
+        assert done.returncode == 3
+        assert "no handshake within 1.0 s" in done.stderr
+    finally:
+        side.process.send_signal(signal.SIGCONT)
+        assert side.stop() == 0
