@@ -23,6 +23,7 @@ from .errors import (
     ProtocolError,
     RemoteOpError,
     RemoteProtocolError,
+    SettingError,
     TensorError,
     VerificationError,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "RemoteProtocolError",
     "Result",
     "Server",
+    "SettingError",
     "Stats",
     "TensorError",
     "VerificationError",
@@ -61,4 +63,4 @@ __all__ = [
 __version__ = "0.1.0"
 
 connect = Channel
-"""Connects to a server: `connect(uri, *, arrays="auto", timeout_s=10.0, call_timeout_s=300.0, limits=None)`."""
+"""Connects to a server: `connect(uri, *, arrays="auto", timeout_s=10.0, call_timeout_s=300.0, ...)`, see Channel."""

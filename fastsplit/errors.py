@@ -2,6 +2,7 @@
 
     FastsplitError
     ├── AddressError (ValueError)            a URI that cannot be used, or must not be listened on
+    ├── SettingError (ValueError)            an argument or environment variable that cannot be used
     ├── TensorError (TypeError)              a value that has no tensor description: its dtype, its device, its layout
     ├── LimitError (ValueError)              we were asked to send more than a cap allows; nothing was sent
     ├── ConnectError (ConnectionError)       nobody there
@@ -38,6 +39,7 @@ __all__ = [
     "ProtocolError",
     "RemoteOpError",
     "RemoteProtocolError",
+    "SettingError",
     "TensorError",
     "VerificationError",
 ]
@@ -51,6 +53,12 @@ class FastsplitError(Exception):
 
 class AddressError(FastsplitError, ValueError):
     """A URI that is malformed, or an address that must not be listened on."""
+
+    exit_code = 2
+
+
+class SettingError(FastsplitError, ValueError):
+    """An argument or an environment variable that cannot be used."""
 
     exit_code = 2
 

@@ -9,6 +9,7 @@ into: writable, aligned to 64 bytes, valid until its last view dies.
 from __future__ import annotations
 
 import importlib.util
+import operator
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -37,7 +38,11 @@ class Arrays:
 
     def empty(self, shape: Sequence[int], dtype: Any, pool: Pool) -> Any:
         """A tensor of undefined content in aligned memory of `pool`. `dtype`: a name, or a torch or numpy dtype."""
-        desc = TensorDesc.of(dtype_of(dtype), [int(dim) for dim in ((shape,) if isinstance(shape, int) else shape)])
+        try:
+            dims = [operator.index(dim) for dim in ((shape,) if isinstance(shape, int) else shape)]
+        except TypeError:
+            raise TensorError(f"shape {shape!r}, expected ints") from None
+        desc = TensorDesc.of(dtype_of(dtype), dims)
         if any(dim < 0 for dim in desc.shape):
             raise TensorError(f"shape {list(desc.shape)}, expected dimensions of 0 or more")
         return self.view(pool.allocate(desc.nbytes), desc)
@@ -110,7 +115,7 @@ def _numpy_view(memory: Any, desc: TensorDesc) -> Any:
 def _outgoing_numpy(value: Any) -> tuple[Desc, Any, bool]:
     if not isinstance(value, np.ndarray):
         if not isinstance(value, np.generic) and not hasattr(value, "__array_interface__"):
-            raise TensorError(f"a {type(value).__name__} as tensor, expected a torch tensor or a numpy array")
+            raise TensorError(f"a tensor of type {type(value).__name__}, expected a torch tensor or a numpy array")
         value = np.asarray(value)
     copied = not value.flags.c_contiguous or not value.dtype.isnative
     if copied:  # not by ascontiguousarray: that makes a scalar one-dimensional

@@ -168,6 +168,8 @@ class Encoder:
 
     def _check(self, op: str, tensors: Sequence[tuple[int, tuple[int, ...]]], attrs: Attrs) -> None:
         limits = self.limits
+        if not isinstance(op, str):
+            raise LocalProtocolError(f"op: {op!r}, expected a string")
         if "" in attrs:
             raise LocalProtocolError(f"{op!r}: an attribute without a name")
         if len(tensors) > limits.max_tensors:

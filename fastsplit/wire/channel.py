@@ -29,13 +29,14 @@ from ..errors import (
     PeerLostError,
     RemoteOpError,
     RemoteProtocolError,
+    SettingError,
     TensorError,
 )
 from ..memory import Pool, pool
 from ..schema.limits import Limits
 from ..tensors import Arrays, collect, dtype_of
 from .address import connect_socket, parse_address
-from .link import Link, remaining_s
+from .link import Link, choose_spin_us, remaining_s
 from .session import CAPABILITIES, Error, Event, Failed, Goodbye, Hello, Reply, Session
 from .stats import Stats
 
@@ -43,6 +44,7 @@ __all__ = ["Channel", "Future", "Result"]
 
 _logger = logging.getLogger("fastsplit.channel")
 
+MAX_TIMEOUT_S = 1e6  # eleven days; beyond, poll's milliseconds and the header's nanoseconds would run out
 _RELIEF_S = 0.005  # how soon a sender that found another thread reading looks again whether it must read itself
 _LAST_WORDS_S = 0.5  # how long a failed sender waits for another thread to read why
 _LINGER_S = 0.5  # how long an aborted peer's bytes are read and dropped, so that it can read why
@@ -137,7 +139,16 @@ class Future:
 
 
 class Channel:
-    """A connection to a server. Made by `fastsplit.connect`; usable as a context manager."""
+    """A connection to a server. `fastsplit.connect` is this class; usable as a context manager.
+
+    `arrays`: what calls give, "torch", "numpy" or "auto" (torch where it is installed). `timeout_s`: for connecting and
+    the handshake. `call_timeout_s`: for each call that says nothing else, None for no deadline. `limits`: what is
+    accepted from the server. `spin_us`: how long a caller spins for its reply before it sleeps (FASTSPLIT_SPIN_US, or
+    50; 0 on one core). `pool`: where received tensors and `empty` take their memory.
+
+    Raises AddressError, ConnectError if nobody listens there, DeadlineError if there is no handshake in time, and
+    RemoteProtocolError if what listens there is no fastsplit.
+    """
 
     def __init__(
         self,
@@ -147,8 +158,12 @@ class Channel:
         timeout_s: float = 10.0,
         call_timeout_s: float | None = 300.0,
         limits: Limits | None = None,
+        spin_us: float | None = None,
         pool: Pool = pool,
     ) -> None:
+        for name, value in (("timeout_s", timeout_s), ("call_timeout_s", call_timeout_s)):
+            if value is not None and not 0 <= value <= MAX_TIMEOUT_S:
+                raise SettingError(f"{name}: {value!r}, expected 0 to {MAX_TIMEOUT_S:g}")
         self.uri = uri
         self.call_timeout_s = call_timeout_s
         self._pool = pool
@@ -165,7 +180,8 @@ class Channel:
         self._closed = False
         self._greeted = False
         deadline = time.monotonic() + timeout_s
-        self._link = Link(connect_socket(parse_address(uri), timeout_s))
+        spin_us = choose_spin_us(spin_us)
+        self._link = Link(connect_socket(parse_address(uri), timeout_s), spin_us)
         try:
             with contextlib.suppress(PeerLostError):  # refused at once: what the server said is still to be read
                 self._link.send_all([self._session.hello()], deadline)
@@ -261,6 +277,8 @@ class Channel:
         started_ns = perf_counter_ns()
         if timeout_s is None:
             timeout_s = self.call_timeout_s
+        elif not 0 <= timeout_s <= MAX_TIMEOUT_S:  # NaN is not, either
+            raise SettingError(f"timeout_s: {timeout_s!r}, expected 0 to {MAX_TIMEOUT_S:g}")
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         descs, buffers, nbytes, copied_nbytes = collect(tensors)
         expected = None if expect is None else [(dtype_of(dtype).code, tuple(shape)) for dtype, shape in expect]

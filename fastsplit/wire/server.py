@@ -29,7 +29,7 @@ from ..memory import Pool, pool
 from ..schema.limits import Limits
 from ..tensors import Arrays, collect
 from .address import UnixAddress, accept_socket, listen_socket, parse_address, remove_socket_file
-from .link import Link, remaining_s
+from .link import Link, choose_spin_us, cores, remaining_s
 from .session import CAPABILITIES, Cancel, Failed, Goodbye, Request, Session
 from .stats import Stats
 
@@ -97,6 +97,10 @@ class Server:
 
     A handler returns a tensor, a sequence of tensors, or None. Use `serve_forever`, or `start` and `close`, or `with`.
     `workers`: 0 runs each connection's requests one after another on its own thread; N runs them all in N threads.
+    `limits`: what is accepted from a client. `max_connections`: clients at a time; more are told so, and refused.
+    `handshake_timeout_s`, `send_timeout_s`: how long a client may take for its handshake, and to take a reply.
+    `spin_us`: how long a connection's thread spins for the next request before it sleeps (FASTSPLIT_SPIN_US, or 50);
+    never with workers, nor while there are as many clients as cores. `arrays`, `pool`: as for a Channel.
     """
 
     def __init__(
@@ -110,6 +114,7 @@ class Server:
         max_connections: int = 128,
         handshake_timeout_s: float = 10.0,
         send_timeout_s: float = 600.0,
+        spin_us: float | None = None,
         pool: Pool = pool,
     ) -> None:
         self.handlers = dict(handlers)
@@ -122,6 +127,9 @@ class Server:
         self._arrays = tensors.arrays(arrays)
         self._pool = pool
         self._workers = workers
+        # While the pool's threads work, a reader that spins would only take the interpreter from them.
+        self._spin_us = 0.0 if workers else choose_spin_us(spin_us)
+        self._cores = cores()
         self._executor: ThreadPoolExecutor | None = None
         self._listener: socket.socket | None = None
         self._inode = 0
@@ -333,6 +341,8 @@ class _Connection:
     def _read(self, deadline: float | None = None) -> bool:
         """Reads once and acts on what that completed. False when the client is done."""
         session = self.session
+        # As soon as clients are as many as cores, a core that spins for one of them is taken from another.
+        self.link.spin_us = self.server._spin_us if len(self.server._connections) < self.server._cores else 0.0
         received = self.link.receive_into(session.receive_buffers(), deadline)
         if received == 0:
             error = session.end_of_stream()

@@ -618,3 +618,23 @@ def test_shm_is_not_there_yet(channel: fastsplit.Channel) -> None:
 def test_sockets_are_not_inherited(channel: fastsplit.Channel) -> None:
     sock: socket.socket = channel._link._sock
     assert not sock.get_inheritable()
+
+
+@pytest.mark.parametrize("timeout_s", [float("nan"), float("inf"), -1, 1e7])
+def test_timeouts_that_are_none(server: fastsplit.Server, timeout_s: float) -> None:
+    with fastsplit.connect(server.uri, arrays="numpy") as channel:
+        with pytest.raises(fastsplit.SettingError, match=r"timeout_s: .*, expected 0 to 1e\+06"):
+            channel.call("echo", timeout_s=timeout_s)
+        assert channel.call("echo", timeout_s=1e6) == ()
+    for name in ("timeout_s", "call_timeout_s"):
+        with pytest.raises(fastsplit.SettingError, match=f"{name}: "):
+            fastsplit.connect(server.uri, **{name: timeout_s})  # type: ignore[arg-type]
+
+
+def test_calls_that_are_none(server: fastsplit.Server) -> None:
+    with fastsplit.connect(server.uri, arrays="numpy") as channel:
+        with pytest.raises(fastsplit.LocalProtocolError, match="op: 3, expected a string"):
+            channel.call(3)  # type: ignore[arg-type]
+        with pytest.raises(fastsplit.TensorError, match=r"shape \(1\.5,\), expected ints"):
+            channel.empty((1.5,))  # type: ignore[arg-type]
+        assert channel.call("echo") == ()

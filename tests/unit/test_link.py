@@ -13,8 +13,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from fastsplit.errors import DeadlineError, PeerLostError
-from fastsplit.wire.link import Link, remaining_s
+from fastsplit.errors import DeadlineError, PeerLostError, SettingError
+from fastsplit.wire import link as link_module
+from fastsplit.wire.link import Link, choose_spin_us, cores, remaining_s
 
 
 @pytest.fixture
@@ -247,3 +248,69 @@ def test_remaining_s() -> None:
     assert remaining_s(None) is None
     assert remaining_s(time.monotonic() - 5) == 0.0
     assert 4 < (remaining_s(time.monotonic() + 5) or 0) <= 5
+
+
+def test_a_reader_spins_before_it_sleeps_but_not_for_a_slow_peer() -> None:
+    ours, theirs = socket.socketpair()
+    link = Link(ours, spin_us=2000)
+    looks = _Looks(link)
+    buffer = memoryview(bytearray(8))
+    with theirs:
+        theirs.send(b"x")
+        assert link.receive_into([buffer], _soon()) == 1
+        assert looks.take() == 1, "bytes that are there are seen at the first look"
+        for _ in range(link_module._MAX_MISSES):
+            with pytest.raises(DeadlineError):
+                link.receive_into([buffer], _soon(0.01))
+            assert looks.take() > 1
+        for _ in range(link_module._RETRY_AFTER - 1):
+            with pytest.raises(DeadlineError):
+                link.receive_into([buffer], _soon(0.0))
+        assert looks.take() == 0, "the peer is slow: nothing is spent on it"
+        theirs.send(b"x")
+        assert link.receive_into([buffer], _soon()) == 1
+        assert looks.take() == 1, "now and then it is given another chance"
+        theirs.send(b"x")
+        assert link.receive_into([buffer], _soon()) == 1
+        assert looks.take() == 1, "and has used it"
+    link.close()
+
+
+class _Looks:
+    """Counts how often a link looks for bytes."""
+
+    def __init__(self, link: Link) -> None:
+        self._poll = link._readable
+        self._count = 0
+        link._readable = self  # type: ignore[assignment]
+
+    def poll(self, timeout: int) -> list[tuple[int, int]]:
+        self._count += 1
+        return self._poll.poll(timeout)
+
+    def take(self) -> int:
+        count, self._count = self._count, 0
+        return count
+
+
+def test_a_link_that_must_not_spin_does_not(ends: tuple[Link, socket.socket]) -> None:
+    link, theirs = ends
+    looks = _Looks(link)
+    theirs.send(b"x")
+    assert link.receive_into([memoryview(bytearray(8))], _soon()) == 1
+    assert looks.take() == 0
+
+
+def test_how_long_to_spin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FASTSPLIT_SPIN_US", raising=False)
+    assert choose_spin_us(7) == 7.0
+    assert choose_spin_us(None) == (link_module._SPIN_US if cores() > 1 else 0.0)
+    monkeypatch.setattr(link_module, "cores", lambda: 1)
+    assert choose_spin_us(None) == 0.0, "on one core it would only keep the peer from working"
+    monkeypatch.setenv("FASTSPLIT_SPIN_US", "12.5")
+    assert choose_spin_us(None) == 12.5
+    assert choose_spin_us(0) == 0.0
+    for wrong in ("much", "-1", "nan", "2e6"):
+        monkeypatch.setenv("FASTSPLIT_SPIN_US", wrong)
+        with pytest.raises(SettingError, match="expected"):
+            choose_spin_us(None)

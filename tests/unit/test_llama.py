@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
-from fastsplit.llama import causal_softmax_, inverse_frequencies, rms_norm, rotary_, rotary_table, silu_mul_
 from fastsplit.models import Rope
 from fastsplit.ops import row_blocks
 
+torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-from transformers.models.llama import modeling_llama as hf  # noqa: E402
+hf = pytest.importorskip("transformers.models.llama.modeling_llama")
+llama = pytest.importorskip("fastsplit.llama")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -26,7 +26,7 @@ def test_rms_norm_is_hf(dtype: torch.dtype) -> None:
     norm = hf.LlamaRMSNorm(48, eps=1e-5).to(dtype)
     norm.weight.data.normal_(1, 0.3)
     before = x.clone()
-    out = rms_norm(x, norm.weight.data, 1e-5)
+    out = llama.rms_norm(x, norm.weight.data, 1e-5)
     torch.testing.assert_close(out, norm(x), rtol=1e-6 if dtype is torch.float32 else 2**-7, atol=1e-6)
     assert torch.equal(x, before), "the residual stream is still needed"
 
@@ -34,11 +34,11 @@ def test_rms_norm_is_hf(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rotary_is_hf_and_in_place(dtype: torch.dtype) -> None:
     q = torch.randn(5, 3, 16).to(dtype)
-    cos, sin = rotary_table(9, 16, Rope(), dtype)
+    cos, sin = llama.rotary_table(9, 16, Rope(), dtype)
     full_cos, full_sin = (torch.cat([t, t], dim=-1)[4:9, 0][None] for t in (cos, sin))
     expected, _ = hf.apply_rotary_pos_emb(q.transpose(0, 1)[None], q.transpose(0, 1)[None], full_cos, full_sin)
     address = q.data_ptr()
-    out = rotary_(q, cos[4:9], sin[4:9])
+    out = llama.rotary_(q, cos[4:9], sin[4:9])
     assert out.data_ptr() == address
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
     torch.testing.assert_close(out, expected[0].transpose(0, 1), rtol=tolerance, atol=tolerance)
@@ -67,7 +67,7 @@ def test_frequencies_are_hf(rope: Rope) -> None:
         hidden_size=128, num_attention_heads=2, head_dim=64, max_position_embeddings=512, rope_parameters=parameters
     )
     expected = hf.LlamaRotaryEmbedding(config).inv_freq
-    torch.testing.assert_close(inverse_frequencies(64, rope), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(llama.inverse_frequencies(64, rope), expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -80,7 +80,7 @@ def test_causal_softmax_in_place_is_the_masked_one(dtype: torch.dtype, rows: int
     for start, count, columns in row_blocks(rows, positions, block):
         part = scores[:, start : start + count, :columns].clone()
         address = part.data_ptr()
-        out = causal_softmax_(part)
+        out = llama.causal_softmax_(part)
         assert out.data_ptr() == address
         torch.testing.assert_close(out, expected[:, start : start + count, :columns], rtol=1e-2, atol=1e-6)
         assert not expected[:, start : start + count, columns:].any(), "nothing that a block leaves out has any weight"
@@ -89,13 +89,13 @@ def test_causal_softmax_in_place_is_the_masked_one(dtype: torch.dtype, rows: int
 @pytest.mark.parametrize("columns", [1, 2, 15, 16, 17, 1000, 1024, 4096])
 def test_softmax_into_its_own_input_is_exact(columns: int) -> None:
     scores = torch.randn(3, 1, columns) * 5
-    assert torch.equal(causal_softmax_(scores.clone()), scores.softmax(-1))
+    assert torch.equal(llama.causal_softmax_(scores.clone()), scores.softmax(-1))
 
 
 def test_silu_mul_in_place() -> None:
     gate, up = torch.randn(4, 8), torch.randn(4, 8)
     expected = torch.nn.functional.silu(gate) * up
     address = gate.data_ptr()
-    out = silu_mul_(gate, up)
+    out = llama.silu_mul_(gate, up)
     assert out.data_ptr() == address
     torch.testing.assert_close(out, expected)

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from fastsplit.errors import ModelError
 from fastsplit.models import PRESETS, ModelConfig, Rope, norm_names, open_model
 
+torch = pytest.importorskip("torch")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
 BASE: dict[str, Any] = {

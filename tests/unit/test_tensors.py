@@ -157,10 +157,10 @@ def test_several_tensors_are_counted_together() -> None:
 @pytest.mark.parametrize(
     ("value", "text"),
     [
-        ([1.0, 2.0], "a list as tensor, expected a torch tensor or a numpy array"),
-        (3.0, "a float as tensor"),
-        (None, "a NoneType as tensor"),
-        ("text", "a str as tensor"),
+        ([1.0, 2.0], "a tensor of type list, expected a torch tensor or a numpy array"),
+        (3.0, "a tensor of type float"),
+        (None, "a tensor of type NoneType"),
+        ("text", "a tensor of type str"),
         (np.array([None]), "numpy dtype dtype.'O'., expected one of bool"),
         (np.array(["a"]), "numpy dtype"),
         (np.zeros(2, "datetime64[s]"), "numpy dtype"),
