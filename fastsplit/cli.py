@@ -19,6 +19,10 @@ from .errors import FastsplitError
 __all__ = ["Usage", "make_parser", "positive_int", "progress", "run_main", "set_threads"]
 
 
+_LINE_LENGTH = 1000
+_MOST_THREADS = 1024
+
+
 class Usage(FastsplitError):
     """Flags that do not go together."""
 
@@ -34,7 +38,7 @@ def make_parser(module: str, description: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--threads", type=positive_int, metavar="N", help="threads for torch (its own choice if not given)"
+        "--threads", type=_thread_count, metavar="N", help="threads for torch (its own choice if not given)"
     )
     parser.add_argument("--verbose", action="store_true", help="log what happens on the connection to stderr")
     parser.add_argument("--version", action="version", version=f"fastsplit {__version__}")
@@ -43,9 +47,19 @@ def make_parser(module: str, description: str) -> argparse.ArgumentParser:
 
 def positive_int(text: str) -> int:
     """An argparse type: a number of 1 or more."""
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}, expected 1 or more")
+        raise argparse.ArgumentTypeError(f"{text}, expected 1 or more")
+    return value
+
+
+def _thread_count(text: str) -> int:
+    value = positive_int(text)
+    if value > _MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"{value}, expected {_MOST_THREADS} at most")
     return value
 
 
@@ -74,22 +88,34 @@ def run_main(program: str, parse: Callable[[], argparse.Namespace], work: Callab
         args = parse()
     except SystemExit as stop:  # argparse has said what there is to say
         return stop.code if isinstance(stop.code, int) else 2
-    logging.basicConfig(
-        level=logging.DEBUG if args.verbose else logging.WARNING, format=f"{program}: %(message)s", stream=sys.stderr
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter(f"{program}: %(message)s"))
+    logging.basicConfig(level=logging.DEBUG if args.verbose else logging.WARNING, handlers=[handler])
     try:
         return work(args)
     except FastsplitError as error:
-        print(f"{program}: {_kind(error)}{error}", file=sys.stderr)
+        print(_line(f"{program}: {_kind(error)}{error}"), file=sys.stderr)
         return error.exit_code
     except (OSError, MemoryError) as error:
         text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         name = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
-        print(f"{program}: {name}{text}", file=sys.stderr)
+        print(_line(f"{program}: {name}{text}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return 130
+
+
+class _Formatter(logging.Formatter):
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return _line(super().formatMessage(record))
+
+
+def _line(text: str) -> str:
+    """`text`, some of which may be a peer's, as one line that is not long and that does nothing to a terminal."""
+    if len(text) > _LINE_LENGTH:
+        text = f"{text[:_LINE_LENGTH]}... ({len(text)} characters)"
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def _kind(error: FastsplitError) -> str:

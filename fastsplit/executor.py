@@ -9,6 +9,7 @@ once, which also waits for them, so that the time a handler took is the time the
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -16,9 +17,10 @@ from typing import Any
 
 import torch
 
-from .errors import ModelError, TensorError
+from .errors import LimitError, ModelError, TensorError
 from .models import DTYPES, LINEARS, Model, linear_name, norm_names
-from .ops import MAX_BLOCKS, Shapes, row_blocks
+from .ops import MAX_BLOCKS, Expected, Shapes, row_blocks
+from .schema.limits import Limits
 from .wire.server import Call, Handler
 
 __all__ = ["Executor", "choose_device"]
@@ -49,8 +51,12 @@ class Executor:
         device: torch.device | str = "cpu",
         dtype: str = "float32",
         progress: Callable[[Any, int], Any] | None = None,
+        max_reply_nbytes: int = Limits().max_message_nbytes,
     ) -> None:
-        """Loads all weights. `progress(items, total)` wraps the iteration over them. Raises ModelError."""
+        """Loads all weights. `progress(items, total)` wraps the iteration over them. Raises ModelError.
+
+        What would make a reply of more than `max_reply_nbytes` is refused before it is computed.
+        """
         if dtype not in DTYPES:
             raise ModelError(f"dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
         self.name = model.name
@@ -59,6 +65,7 @@ class Executor:
         self.dtype = dtype
         self._torch_dtype: torch.dtype = getattr(torch, dtype)
         self._shapes = Shapes(model.config, dtype)
+        self._max_reply_nbytes = max_reply_nbytes
         total = len(model.config.weight_shapes())
         items = model.items() if progress is None else progress(model.items(), total)
         self._weights = {name: weight.to(self.device, self._torch_dtype) for name, weight in items}
@@ -95,7 +102,7 @@ class Executor:
             raise ValueError(f"ids: {int(ids.min())} to {int(ids.max())}, expected 0 to {self.config.vocab_size - 1}")
         return self._into_reply(
             call,
-            self._shapes.embedding(len(ids))[0][1],
+            self._reply_shapes(self._shapes.embedding(len(ids)))[0],
             lambda out: torch.index_select(
                 self._weights["model.embed_tokens.weight"], 0, self._to_device(ids), out=out
             ),
@@ -109,18 +116,19 @@ class Executor:
         if not isinstance(names, list) or not names or any(name not in LINEARS for name in names):
             raise ValueError(f"names: {names!r}, expected a list of {', '.join(LINEARS)}")
         self._check("x", x, (None, self.config.in_features(names[0])))
+        if len(set(names)) < len(names):
+            raise ValueError(f"names: {names!r}, expected each once")
         if any(self.config.in_features(name) != x.shape[1] for name in names):
             raise ValueError(f"names: {names!r}, expected linear operations of the same input")
+        shapes = self._reply_shapes(self._shapes.linear(tuple(names), len(x)))
         x = self._to_device(x)
-        return [
-            self._apply(call, x, linear_name(layer, name), shape)
-            for name, (_, shape) in zip(names, self._shapes.linear(tuple(names), len(x)))
-        ]
+        return [self._apply(call, x, linear_name(layer, name), shape) for name, shape in zip(names, shapes)]
 
     def _lm_head(self, call: Call) -> torch.Tensor:
         (x,) = _take(call, 1)
         self._check("x", x, (None, self.config.hidden_size))
-        return self._apply(call, self._to_device(x), "lm_head", self._shapes.lm_head(len(x))[0][1])
+        (shape,) = self._reply_shapes(self._shapes.lm_head(len(x)))
+        return self._apply(call, self._to_device(x), "lm_head", shape)
 
     def _scores(self, call: Call) -> list[torch.Tensor]:
         q, k = _take(call, 2)
@@ -136,11 +144,12 @@ class Executor:
         count = -(-rows // block_rows)
         if count > MAX_BLOCKS:
             raise ValueError(f"block_rows: {block_rows}, which makes {count} blocks, expected at most {MAX_BLOCKS}")
+        blocks = row_blocks(rows, positions, block_rows)
+        shapes = self._reply_shapes(self._shapes.scores(blocks))
         q, k = self._to_device(q), self._to_device(k)
         keys = k.permute(1, 2, 0)  # [kv_heads, head_dim, t]
         replies = []
-        blocks = row_blocks(rows, positions, block_rows)
-        for block, (_, shape) in zip(blocks, self._shapes.scores(blocks)):
+        for block, shape in zip(blocks, shapes):
             queries = self._by_kv_head(q[block.start : block.start + block.rows])
             replies.append(self._into_reply(call, shape, partial(_products, queries, keys[:, :, : block.columns])))
         return replies
@@ -158,6 +167,7 @@ class Executor:
             if not 1 <= block.shape[2] <= len(v):
                 raise ValueError(f"row block {index}: {block.shape[2]} columns, expected 1 to v's {len(v)}")
             rows += block.shape[1]
+        (shape,) = self._reply_shapes(self._shapes.values(rows))
         values = self._to_device(v).transpose(0, 1)  # [kv_heads, t, head_dim]
 
         def compute(out: torch.Tensor) -> None:
@@ -169,7 +179,7 @@ class Executor:
                 out[start : start + count].view(by_token.shape).copy_(by_token)
                 start += count
 
-        return self._into_reply(call, self._shapes.values(rows)[0][1], compute)
+        return self._into_reply(call, shape, compute)
 
     def _by_kv_head(self, q: torch.Tensor) -> torch.Tensor:
         """[n, heads, head_dim] -> [kv_heads, heads / kv_heads * n, head_dim]: a kv head's queries in one matrix."""
@@ -185,6 +195,14 @@ class Executor:
         return self._into_reply(call, shape, lambda out: torch.addmm(bias, x, weight, out=out))
 
     # ---- memory and checks ----
+
+    def _reply_shapes(self, expected: Expected) -> list[tuple[int, ...]]:
+        """The shapes of a reply's tensors. Raises LimitError if it would be too large: some operations give far more
+        than they take."""
+        nbytes = sum(math.prod(shape) for _, shape in expected) * self._torch_dtype.itemsize
+        if nbytes > self._max_reply_nbytes:
+            raise LimitError(f"a reply of {nbytes} bytes, expected at most {self._max_reply_nbytes}")
+        return [shape for _, shape in expected]
 
     def _into_reply(self, call: Call, shape: Sequence[int], compute: Callable[[torch.Tensor], Any]) -> torch.Tensor:
         """The reply's memory, with what `compute(out)` writes."""

@@ -40,6 +40,16 @@ LINEARS = {
 """A layer's linear operations: our short name -> the name in a checkpoint."""
 
 
+_MOST = {
+    "hidden_size": 2**18,
+    "num_hidden_layers": 2**10,
+    "num_attention_heads": 2**12,
+    "num_key_value_heads": 2**12,
+    "head_dim": 2**12,
+}
+"""Far beyond any model there is: a TEE side without a trusted copy sizes its own memory by these."""
+
+
 @dataclass(frozen=True)
 class Rope:
     """How rotary frequencies are made. The fields after `theta` belong to the kind's formula, named as HF does."""
@@ -50,6 +60,22 @@ class Rope:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("default", "linear", "llama3"):
+            raise ModelError(f"config, rope_type: {self.kind!r}, expected default, linear or llama3")
+        for name in ("theta", "factor", "low_freq_factor", "high_freq_factor"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 < value <= 1e30:
+                raise ModelError(f"config, {name}: {value!r}, expected a number over 0")
+        context = self.original_max_position_embeddings
+        if type(context) is not int or not int(self.kind == "llama3") <= context <= 2**31:
+            raise ModelError(f"config, original_max_position_embeddings: {context!r}, expected an int of 1 or more")
+        if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            raise ModelError(
+                f"config, low_freq_factor: {self.low_freq_factor}, expected less than high_freq_factor, "
+                f"{self.high_freq_factor}"
+            )
 
 
 @dataclass(frozen=True)
@@ -73,9 +99,16 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type == "int" and (not isinstance(value, int) or not 1 <= value <= 2**31):
-                raise ModelError(f"config, {field.name}: {value!r}, expected an int of 1 or more")
+            value, most = getattr(self, field.name), _MOST.get(field.name, 2**31)
+            if field.type == "int" and (type(value) is not int or not 1 <= value <= most):
+                raise ModelError(f"config, {field.name}: {value!r}, expected an int from 1 to {most}")
+            if field.type == "bool" and not isinstance(value, bool):
+                raise ModelError(f"config, {field.name}: {value!r}, expected true or false")
+        eps: Any = self.rms_norm_eps
+        if not isinstance(eps, (int, float)) or not 0 <= eps <= 1:
+            raise ModelError(f"config, rms_norm_eps: {eps!r}, expected a number from 0 to 1")
+        if any(type(token) is not int for token in self.eos_token_ids):
+            raise ModelError(f"config, eos_token_id: {list(self.eos_token_ids)!r}, expected token ids")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ModelError(
                 f"config, num_attention_heads: {self.num_attention_heads}, expected a multiple of "
@@ -153,7 +186,7 @@ class ModelConfig:
             )
         except KeyError as error:
             raise ModelError(f"config, {error.args[0]}: missing") from None
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
             raise ModelError(f"config: {error}") from None
 
     def to_hf(self) -> dict[str, Any]:
@@ -193,7 +226,7 @@ def norm_names(num_hidden_layers: int) -> list[str]:
 def _token_ids(value: Any) -> tuple[int, ...]:
     if value is None:
         return ()
-    return tuple(int(item) for item in value) if isinstance(value, list) else (int(value),)
+    return tuple(value) if isinstance(value, list) else (value,)  # ModelConfig checks what they are
 
 
 def _rope_from_hf(values: dict[str, Any]) -> Rope:
@@ -299,8 +332,8 @@ def open_model(spec: str) -> Model:
         preset, _, seed = spec.removeprefix("random:").partition("@")
         if preset not in PRESETS:
             raise ModelError(f"model {spec!r}: preset {preset!r}, expected one of {', '.join(PRESETS)}")
-        if seed and not (seed.isascii() and seed.isdigit()):
-            raise ModelError(f"model {spec!r}: seed {seed!r}, expected a number")
+        if seed and not (seed.isascii() and seed.isdigit() and len(seed) < 20):
+            raise ModelError(f"model {spec!r}: seed {seed!r}, expected a number of less than 20 digits")
         return Model(spec, PRESETS[preset], None, _RandomWeights(int(seed or 0)))
     directory = Path(spec)
     if not directory.is_dir():
@@ -318,7 +351,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: {error}") from None
     if not isinstance(values, dict):
         raise ModelError(f"{path}: a {type(values).__name__}, expected a JSON object")

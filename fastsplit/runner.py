@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
-from .errors import RemoteProtocolError, VerificationError
+from .errors import ModelError, RemoteProtocolError, VerificationError
 from .llama import causal_softmax_, rms_norm, rotary_, rotary_table, silu_mul_
 from .models import DTYPES, Model, ModelConfig, Rope
 from .ops import Expected, RowBlock, Shapes, choose_block_rows, row_blocks
@@ -124,9 +124,11 @@ def _parse_config(text: Any) -> ModelConfig:
     try:
         values = json.loads(text)
         return ModelConfig(
-            **{**values, "rope": Rope(**values["rope"]), "eos_token_ids": tuple(map(int, values["eos_token_ids"]))}
+            **{**values, "rope": Rope(**values["rope"]), "eos_token_ids": tuple(values["eos_token_ids"])}
         )
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except ModelError as error:
+        raise RemoteProtocolError(f"describe, {error}") from None
+    except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
         raise RemoteProtocolError(f"describe, config: {error}, expected a model's configuration as JSON") from None
 
 
@@ -146,8 +148,8 @@ class KVCache:
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, capacity: int) -> None:
         shape = (config.num_hidden_layers, capacity, config.num_key_value_heads, config.head_dim)
-        self._keys = torch.empty(shape, dtype=dtype)
-        self._values = torch.empty(shape, dtype=dtype)
+        self._keys = _allocate(shape, dtype)
+        self._values = _allocate(shape, dtype)
         self.length = 0
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -160,13 +162,20 @@ class KVCache:
         return self._keys[layer, :end], self._values[layer, :end]
 
     def _grow(self, needed: int) -> None:
-        shape = list(self._keys.shape)
-        shape[1] = max(needed, 2 * shape[1])
+        layers, capacity, *row = self._keys.shape
+        shape = (layers, max(needed, 2 * capacity), *row)
         for name in ("_keys", "_values"):
             old = getattr(self, name)
-            new = torch.empty(shape, dtype=old.dtype)
+            new = _allocate(shape, old.dtype)
             new[:, : self.length] = old[:, : self.length]
             setattr(self, name, new)
+
+
+def _allocate(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    try:
+        return torch.empty(shape, dtype=dtype)
+    except RuntimeError:
+        raise MemoryError(f"no memory for a KV cache of {list(shape)}, {dtype}, twice") from None
 
 
 class Runner:
@@ -246,7 +255,7 @@ class Runner:
         generator = torch.Generator().manual_seed(sampling.seed)
         cache = self.new_cache(len(ids) + max_new_tokens)
         with recorder.phase("prefill"):
-            logits = self.forward(ids, cache)[-1].float()
+            logits = self._last_logits(ids, cache)
             token = sample(logits, sampling, generator) if max_new_tokens else None
             recorder.lap("sampling")
         if on_prefill is not None:
@@ -257,9 +266,16 @@ class Runner:
             if count == max_new_tokens or (token in self.config.eos_token_ids and not ignore_eos):
                 return
             with recorder.phase("decode"):
-                logits = self.forward(torch.tensor([token]), cache)[-1].float()
+                logits = self._last_logits(torch.tensor([token]), cache)
                 token = sample(logits, sampling, generator)
                 recorder.lap("sampling")
+
+    def _last_logits(self, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """[vocab] fp32. Raises RemoteProtocolError if they are not finite: nothing can be chosen by them."""
+        logits = self.forward(ids, cache)[-1].float()
+        if not bool(logits.isfinite().all()):
+            raise RemoteProtocolError("lm_head, logits: NaN or infinite, expected finite numbers")
+        return logits
 
     def _call(self, name: str, work: Callable[..., Any], *args: Any, ops: int = 1) -> Any:
         return self.recorder.call(name, ops, self._backend.stats, work, *args)
@@ -301,15 +317,12 @@ class Sampling:
 
 
 def sample(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """The next token's id from logits [vocab] fp32: the greatest, or drawn as HF does (temperature, top-k, top-p).
-
-    Raises RemoteProtocolError if the logits are not numbers.
-    """
-    if bool(torch.isnan(logits).any()):
-        raise RemoteProtocolError("lm_head, logits: NaN, expected numbers")
+    """The next token's id from finite logits [vocab] fp32: the greatest, or drawn as HF does (temperature, top-k,
+    top-p)."""
     if sampling.temperature == 0:
         return int(logits.argmax())
-    logits = logits / sampling.temperature
+    # From the greatest, so that no temperature makes it infinite; 1e-30 is a number in fp32.
+    logits = (logits - logits.max()) / max(sampling.temperature, 1e-30)
     if 0 < sampling.top_k < len(logits):
         logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], -torch.inf)
     if sampling.top_p < 1:

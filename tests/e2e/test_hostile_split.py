@@ -1,0 +1,213 @@
+"""A GPU side that lies, clients that ask for too much: one clear line and the documented exit code, nothing else."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastsplit
+from fastsplit import tee_side
+from fastsplit.errors import LimitError, ModelError, RemoteOpError
+from fastsplit.executor import Executor
+from fastsplit.models import ModelConfig, open_model
+from fastsplit.runner import Sampling, sample
+
+pytest.importorskip("transformers")
+import split  # noqa: F401 (one thread for torch)
+
+MODEL = open_model("random:tiny")
+
+
+@pytest.fixture(scope="module")
+def executor() -> Executor:
+    return Executor(MODEL)
+
+
+def config(rope: dict[str, Any] | None = None, **changes: Any) -> str:
+    """The tiny model's configuration as an executor describes it, with changes."""
+    values = asdict(MODEL.config)
+    values["rope"].update(rope or {})
+    return json.dumps({**values, **changes})
+
+
+def tee(executor: Executor, handlers: dict[str, Callable[..., Any]], *flags: str) -> int:
+    with fastsplit.Server("tcp://127.0.0.1:0", {**executor.handlers, **handlers}, arrays="torch") as server:
+        return tee_side.main(["--connect", server.uri, *(flags or ("--prefill", "5", "--max-new-tokens", "2"))])
+
+
+def describe(text: Any, dtype: str = "float32") -> dict[str, Callable[..., Any]]:
+    return {"describe": lambda call: call.reply_attrs.update(config=text, dtype=dtype, name="x")}
+
+
+def last_line(capfd: pytest.CaptureFixture[str]) -> str:
+    """The line that says what went wrong: the only one but for the warning that nothing is checked."""
+    out, err = capfd.readouterr()
+    assert out == ""
+    lines = [line for line in err.split("\n") if line and "warning: configuration" not in line]
+    assert len(lines) == 1, err
+    assert lines[0].isprintable()
+    assert len(lines[0]) < 1100
+    return lines[0]
+
+
+LIES = {
+    "nested JSON": "[" * 60000,
+    "not a string": 5,
+    "null": "null",
+    "a huge number": config(rms_norm_eps=10**400),
+    "a text as size": config(vocab_size="a"),
+    "a boolean as size": config(vocab_size=True),
+    "negative": config(hidden_size=-1),
+    "a million layers": config(num_hidden_layers=10**6),
+    "heads that fill the memory": config(num_attention_heads=2**20, num_key_value_heads=2**20),
+    "frequencies that fill the memory": config(head_dim=2**20),
+    "heads that do not divide": config(num_attention_heads=3),
+    "epsilon": config(rms_norm_eps="x"),
+    "NaN": config(rms_norm_eps=math.nan),
+    "infinite end": config(eos_token_ids=[math.inf]),
+    "end in a list": config(eos_token_ids=[[1]]),
+    "flag": config(attention_bias="no"),
+    "rope of no kind": config({"kind": "yarn"}),
+    "rope, theta": config({"theta": "x"}),
+    "rope, huge theta": config({"theta": 10**400}),
+    "rope, division by zero": config({"kind": "llama3", "low_freq_factor": 0, "original_max_position_embeddings": 8}),
+    "terminal escapes": config(**{"\x1b[2J\n": 1}),
+}
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_a_configuration_that_makes_no_sense(executor: Executor, capfd: pytest.CaptureFixture[str], name: str) -> None:
+    for flags in ((), ("--model", "random:tiny")):
+        assert tee(executor, describe(LIES[name]), "--prefill", "2", *flags) == 4
+        assert "protocol: describe, config" in last_line(capfd)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("flags", [("0",), ("2",), ("2", "--temperature", "1"), ("0", "--format", "json")])
+def test_logits_that_are_not_finite(
+    executor: Executor, capfd: pytest.CaptureFixture[str], value: float, flags: tuple[str, ...]
+) -> None:
+    logits = torch.zeros(1, 256)
+    logits[0, 7] = value
+    assert tee(executor, {"lm_head": lambda call: logits}, "--prefill", "2", "--max-new-tokens", *flags) == 4
+    assert "lm_head, logits" in last_line(capfd)
+
+
+@pytest.mark.parametrize("text", ["\x1b[2J\x07\r\nline\nline\u202e", "A" * 5_000_000])
+def test_the_text_of_an_error_is_one_plain_line(
+    executor: Executor, capfd: pytest.CaptureFixture[str], text: str
+) -> None:
+    def fail(call: fastsplit.Call) -> None:
+        raise RuntimeError(text)
+
+    assert tee(executor, {"linear": fail}) == 1
+    assert last_line(capfd).startswith("tee_side: linear: RuntimeError: ")
+
+
+REPLIES: dict[str, Callable[..., Any]] = {
+    "nothing": lambda call: None,
+    "too many": lambda call: [torch.ones(5, 64)] * 2,
+    "another dtype": lambda call: torch.ones(5, 64, dtype=torch.float64),
+    "another shape": lambda call: torch.ones(64, 5),
+    "gigabytes": lambda call: torch.ones(1, 1).expand(2**14, 2**12),
+}
+
+
+@pytest.mark.parametrize("name", REPLIES)
+def test_a_reply_that_was_not_asked_for(executor: Executor, capfd: pytest.CaptureFixture[str], name: str) -> None:
+    assert tee(executor, {"embedding": REPLIES[name]}) == 4
+    assert "protocol: a reply" in last_line(capfd)
+
+
+@pytest.mark.parametrize("op", ["describe", "norms", "embedding", "linear", "scores", "values", "lm_head"])
+def test_a_gpu_side_that_leaves(executor: Executor, capfd: pytest.CaptureFixture[str], op: str) -> None:
+    assert tee(executor, {op: lambda call: call._connection.link.shutdown()}) == 3
+    assert "connection: " in last_line(capfd)
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (("--prompt-ids", "9" * 30), "prompt ids"),
+        (("--prompt-ids", "-1"), "prompt ids"),
+        (("--prefill", "1" + "0" * 15), "512 positions"),
+        (("--prefill", "1" + "0" * 30), "512 positions"),
+    ],
+)
+def test_prompts_beyond_all_measure(
+    executor: Executor, capfd: pytest.CaptureFixture[str], flags: tuple[str, str], text: str
+) -> None:
+    assert tee(executor, {}, *flags) == 2
+    assert text in last_line(capfd)
+
+
+def test_a_trace_that_cannot_be_written_costs_only_the_trace(
+    executor: Executor, capfd: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--prefill", "2", "--max-new-tokens", "1", "--format", "json", "--trace", "/nowhere/trace.json")
+    assert tee(executor, {}, *flags) == 1
+    out, err = capfd.readouterr()
+    assert json.loads(out)["new_tokens"] == 1
+    assert "/nowhere/trace.json: No such file or directory" in err
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-45, 1e-6, 1e300, math.inf])
+def test_every_temperature_draws(temperature: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.tensor([-3e38, 1.0, 3e38, 2.0]) if temperature < 1 else torch.tensor([0.0, 1.0, 2.0, 3.0])
+    token = sample(logits, Sampling(temperature), generator)
+    assert token == 2 if temperature < 1 else 0 <= token < 4
+
+
+def test_requests_that_would_make_a_large_reply_are_refused() -> None:
+    executor = Executor(MODEL, max_reply_nbytes=40_000)
+    ids = torch.zeros(200, dtype=torch.int64)
+    with (
+        fastsplit.Server("tcp://127.0.0.1:0", executor.handlers, arrays="torch") as server,
+        fastsplit.connect(server.uri, arrays="torch") as channel,
+        fastsplit.connect(server.uri, arrays="torch") as other,
+    ):
+        for op, tensors, attrs in (
+            ("embedding", (ids,), {}),
+            ("linear", (torch.zeros(80, 64),), {"layer": 0, "names": ["gate"]}),
+            ("linear", (torch.zeros(50, 64),), {"layer": 0, "names": ["gate", "up"]}),
+            ("lm_head", (torch.zeros(40, 64),), {}),
+            ("scores", (torch.zeros(60, 4, 16), torch.zeros(60, 2, 16)), {"block_rows": 128}),
+            ("values", (torch.zeros(4, 157, 1), torch.zeros(1, 2, 16)), {}),
+        ):
+            with pytest.raises(RemoteOpError, match=f"{LimitError.__name__}: a reply of .* bytes, expected at most"):
+                channel.call(op, *tensors, **attrs)
+        with pytest.raises(RemoteOpError, match="each once"):
+            channel.call("linear", torch.zeros(1, 64), layer=0, names=["q", "q"])
+        assert other.call("embedding", ids[:9])[0].shape == (9, 64)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_attention_heads": 0},
+        {"eos_token_id": "x"},
+        {"rope_parameters": [1]},
+        {"rope_parameters": {"rope_type": "linear", "factor": 0}},
+        {"hidden_size": None},
+    ],
+)
+def test_config_json_of_odd_types(changes: dict[str, Any]) -> None:
+    values = {**MODEL.config.to_hf(), "head_dim": None, **changes}
+    with pytest.raises(ModelError, match="config"):
+        ModelConfig.from_hf(values)
+
+
+@pytest.mark.parametrize("text", ["garbage", "{}", "[]"])
+def test_a_tokenizer_that_is_none(capfd: pytest.CaptureFixture[str], tmp_path: Path, text: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(text)
+    flags = ("--connect", "unix:///nowhere.sock", "--tokenizer", str(tmp_path), "--prompt", "a")
+    assert tee_side.main(flags) == 1
+    assert "tee_side: tokenizer " in last_line(capfd)
