@@ -26,10 +26,6 @@ from .smollm2 import ConversionError, model_dir
 __all__ = ["DemoError", "main", "start_gpu_side", "stop"]
 
 _READY = "READY uri="
-_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""For both sides, which take turns on the same cores: OpenMP workers that spin after each parallel region, as they do
-by default, keep the other side from working. Measured on 2 cores with other work on them: 1.8 s a token; passive: 0.15
-s."""
 _READY_TIMEOUT_S = 120.0  # a cold disk and a slow import of torch; usually it takes seconds
 _STOP_TIMEOUT_S = 10.0
 
@@ -66,8 +62,7 @@ def start_gpu_side(
 ) -> tuple[subprocess.Popen[bytes], str]:
     """A GPU side that is ready, and the URI it listens on. Raises DemoError if it ends first, or takes too long."""
     command = [sys.executable, "-m", "fastsplit.gpu_side", "--model", str(model), "--listen", f"unix://{socket_path}"]
-    environment = {**_ENVIRONMENT, **os.environ}
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment)
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
     try:
         line = _read_line(process, time.monotonic() + timeout_s)
         if line is None:
@@ -105,7 +100,7 @@ def _run(prompt: str, max_new_tokens: str, plan: str) -> int:
             _say(f"prompt: {prompt}")
             command = [sys.executable, "-m", "fastsplit.tee_side", "--connect", uri, "--model", str(model), "--chat"]
             command += ["--prompt", prompt, "--max-new-tokens", max_new_tokens, "--plan", plan]
-            tee_side = subprocess.Popen(command, stdin=subprocess.DEVNULL, env={**_ENVIRONMENT, **os.environ})
+            tee_side = subprocess.Popen(command, stdin=subprocess.DEVNULL)
             try:
                 code = tee_side.wait()
             finally:

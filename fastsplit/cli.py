@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from . import __version__
 from .errors import FastsplitError
 
-__all__ = ["Usage", "make_parser", "positive_int", "progress", "run_main", "set_threads"]
+__all__ = ["Usage", "calm_openmp", "make_parser", "positive_int", "progress", "run_main", "set_threads"]
 
 
 _LINE_LENGTH = 1000
@@ -63,6 +64,17 @@ def _thread_count(text: str) -> int:
     return value
 
 
+def calm_openmp() -> None:
+    """Makes torch's threads sleep soon after a job. Call before torch is imported; the user's own settings win.
+
+    They would spin for some milliseconds, on the cores that the other process needs now. Measured with both sides on
+    two cores, TinyLlama's shape in fp32, 1024-token prefill: 8.5 s by default, 8.0 s if they sleep at once, 7.7 s so.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # GNU's own, and for it the one that counts
+
+
 def set_threads(count: int | None) -> None:
     if count is not None:
         import torch
@@ -91,6 +103,7 @@ def run_main(program: str, parse: Callable[[], argparse.Namespace], work: Callab
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter(f"{program}: %(message)s"))
     logging.basicConfig(level=logging.DEBUG if args.verbose else logging.WARNING, handlers=[handler])
+    calm_openmp()
     try:
         return work(args)
     except FastsplitError as error:

@@ -129,7 +129,8 @@ class Server:
         self._workers = workers
         # While the pool's threads work, a reader that spins would only take the interpreter from them.
         self._spin_us = 0.0 if workers else choose_spin_us(spin_us)
-        self._cores = cores()
+        # As soon as clients are as many as cores, a core that spins for one of them is taken from another.
+        self._most_spinning = max(cores(), 2) - 1
         self._executor: ThreadPoolExecutor | None = None
         self._listener: socket.socket | None = None
         self._inode = 0
@@ -320,7 +321,10 @@ class _Connection:
         finally:
             self.ended = True
             if error is not None and not self.server._closing.is_set():
-                _logger.warning("%s: a connection ended: %s", self.server.uri, error)
+                # Who leaves before the handshake only wanted to see whether anybody is here.
+                greeted = self.session.peer_limits is not None or isinstance(error, RemoteProtocolError)
+                level = logging.WARNING if greeted else logging.DEBUG
+                _logger.log(level, "%s: a connection ended: %s", self.server.uri, error)
             self.link.shutdown()
             with self._sending:  # a worker may be in a system call on the descriptor
                 self.link.close()
@@ -341,8 +345,8 @@ class _Connection:
     def _read(self, deadline: float | None = None) -> bool:
         """Reads once and acts on what that completed. False when the client is done."""
         session = self.session
-        # As soon as clients are as many as cores, a core that spins for one of them is taken from another.
-        self.link.spin_us = self.server._spin_us if len(self.server._connections) < self.server._cores else 0.0
+        server = self.server
+        self.link.spin_us = server._spin_us if len(server._connections) <= server._most_spinning else 0.0
         received = self.link.receive_into(session.receive_buffers(), deadline)
         if received == 0:
             error = session.end_of_stream()

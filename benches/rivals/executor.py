@@ -1,0 +1,56 @@
+"""The executor's process for benchmarks: fastsplit and all rivals out of one copy of the weights.
+
+    python -m benches.rivals.executor --model random:tiny
+
+Prints one line `READY {"fastsplit-unix": "unix:///...", ...}` on stdout when all sockets listen, and ends when its
+stdin does, so that it never outlives who started it. A service that nobody calls sleeps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from fastsplit import Server
+from fastsplit.executor import Executor, choose_device
+from fastsplit.models import DTYPES, open_model
+
+from .service import RivalService
+
+__all__ = ["RIVALS", "main"]
+
+RIVALS = {"original-tcp": "original", "tuned-tcp": "tuned", "tuned-ipc": "tuned"}
+"""The rivals' systems, and which way each sends tensors."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benches.rivals.executor", description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", default="random:tiny", help="a HF directory, or random:PRESET[@SEED]")
+    parser.add_argument("--device", default="cpu", help="auto, cpu or cuda:N")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
+    parser.add_argument("--threads", type=int, default=0, help="torch's threads; 0: one for each core")
+    args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    with ExitStack() as stack:
+        executor = Executor(open_model(args.model), device=choose_device(args.device), dtype=args.dtype)
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fastsplit-bench-")))
+        addresses = {}
+        for system, uri in (("fastsplit-unix", f"unix://{directory}/gpu.sock"), ("fastsplit-tcp", "tcp://127.0.0.1:0")):
+            addresses[system] = stack.enter_context(Server(uri, executor.handlers)).uri
+        for system, way in RIVALS.items():
+            address = "tcp://127.0.0.1:*" if system.endswith("tcp") else f"ipc://{directory}/{system}.sock"
+            addresses[system] = stack.enter_context(RivalService(address, way, executor)).address
+        print("READY", json.dumps(addresses), flush=True)
+        sys.stdin.read()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""The rivals' GPU side: a zmq REP socket in a thread, computing with an Executor's own weights.
+
+Rules. Embedding, linear operations and lm_head are the Executor's own handlers, so the arithmetic is the same. Scores
+and values are computed here, since the rivals send all heads and the whole square. One request at a time, as REP has
+it. A reply says how long its computation took; a failed one says why.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from time import perf_counter_ns
+from typing import Any
+
+import torch
+import zmq
+
+from fastsplit.executor import Executor
+
+from .messages import MESSAGES
+
+__all__ = ["RivalService"]
+
+_POLL_MS = 100  # how often a service that waits looks whether it is to end
+
+
+class _Call:
+    """What an Executor's handler needs of a `fastsplit.Call`."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor], attrs: dict[str, Any]) -> None:
+        self.tensors = tuple(tensors)
+        self.attrs = attrs
+        self.reply_attrs: dict[str, Any] = {}
+
+    def empty(self, shape: Sequence[int], dtype: str) -> torch.Tensor:
+        return torch.empty(tuple(shape), dtype=getattr(torch, dtype))
+
+
+class RivalService:
+    """Serves on a zmq `address` ("tcp://127.0.0.1:*", "ipc:///path") until closed. `way`: "original" or "tuned"."""
+
+    def __init__(self, address: str, way: str, executor: Executor) -> None:
+        self._executor = executor
+        self._messages = MESSAGES[way]()
+        self._context = zmq.Context()
+        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.REP)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.RCVTIMEO, _POLL_MS)
+        self._socket.bind(address)
+        endpoint: Any = self._socket.getsockopt(zmq.LAST_ENDPOINT)
+        self.address: str = endpoint.decode()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._serve, name=f"rival {way} {self.address}", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._closing.set()
+        self._thread.join()
+        self._socket.close()
+        self._context.term()
+
+    def __enter__(self) -> RivalService:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _serve(self) -> None:
+        messages, socket = self._messages, self._socket
+        while not self._closing.is_set():
+            try:
+                frames = socket.recv_multipart(0, messages.zmq_copies)
+            except zmq.Again:
+                continue
+            socket.send_multipart(self._answer(frames), copy=messages.zmq_copies)
+
+    def _answer(self, frames: list[Any]) -> list[Any]:
+        try:
+            head, tensors = self._messages.decode(frames)
+            started_ns = perf_counter_ns()
+            results = self._compute(head["op"], head["attrs"], tensors)
+            compute_s = (perf_counter_ns() - started_ns) * 1e-9
+        except Exception as error:  # noqa: BLE001 - whatever it was, the caller waits for an answer
+            return self._messages.encode({"error": f"{type(error).__name__}: {error}"}, [])
+        return self._messages.encode({"compute_s": compute_s}, results)
+
+    def _compute(self, op: str, attrs: dict[str, Any], tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+        if op in ("scores", "values"):
+            left, right = (tensor.to(self._executor.device) for tensor in tensors)
+            return [(_scores if op == "scores" else _values)(left, right).cpu()]
+        call: Any = _Call(tensors, attrs)
+        results = self._executor.handlers[op](call)
+        return [results] if isinstance(results, torch.Tensor) else results
+
+
+def _scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """[n, heads, head_dim], [t, heads, head_dim] -> [heads, n, t], what the mask will hide included."""
+    return torch.bmm(q.transpose(0, 1), k.permute(1, 2, 0))
+
+
+def _values(probabilities: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """[heads, n, t], [t, heads, head_dim] -> [n, heads * head_dim]."""
+    return torch.bmm(probabilities, v.transpose(0, 1)).transpose(0, 1).reshape(probabilities.shape[1], -1)

@@ -1,0 +1,181 @@
+"""The benchmarks' rivals: tensors get there and back whole, copies are counted, errors and silence are answers.
+
+What a rival may not be is worse than it has to be, or wrong: a comparison is worth as much as its rival.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zmq
+import zmq.utils.garbage
+
+from benches.rivals.backend import RivalBackend
+from benches.rivals.messages import MESSAGES, Messages
+from benches.rivals.raw_socket import one_way_bytes_per_s
+from benches.rivals.service import RivalService
+from fastsplit.errors import DeadlineError, RemoteOpError
+from fastsplit.executor import Executor
+from fastsplit.models import open_model
+from fastsplit.ops import RowBlock
+
+WAYS = sorted(MESSAGES)
+
+
+@pytest.fixture(autouse=True)
+def no_zmq_thread() -> Iterator[None]:
+    """pyzmq starts a thread at the first send without a copy, and keeps it; here it ends with the test."""
+    yield
+    zmq.utils.garbage.gc.stop()
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def executor() -> Executor:
+    return Executor(open_model("random:tiny@5"))
+
+
+@pytest.fixture
+def backend(way: str, executor: Executor) -> Iterator[RivalBackend]:
+    with (
+        RivalService("tcp://127.0.0.1:*", way, executor) as service,
+        RivalBackend(service.address, way, executor.config) as backend,
+    ):
+        yield backend
+
+
+def send(messages: Messages, head: dict[str, Any], tensors: list[Any]) -> tuple[list[Any], int]:
+    """The frames as the other end gets them, and their bytes; through a real socket."""
+    with zmq.Context() as context, context.socket(zmq.PAIR) as near, context.socket(zmq.PAIR) as far:
+        near.bind("inproc://messages")
+        far.connect("inproc://messages")
+        near.send_multipart(messages.encode(head, tensors), copy=messages.zmq_copies)
+        frames = far.recv_multipart(copy=messages.zmq_copies)
+    return frames, sum(map(len, frames))
+
+
+# ---- messages --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int64", "uint8"])
+@pytest.mark.parametrize("shape", [(3, 5), (), (0, 4), (2, 1, 7)])
+def test_a_tensor_arrives_as_it_was(way: str, dtype: str, shape: tuple[int, ...]) -> None:
+    tensor = (torch.rand(shape) * 100).to(getattr(torch, dtype))
+    frames, _ = send(MESSAGES[way](), {"op": "x", "attrs": {"layer": 3}}, [tensor])
+    head, (arrived,) = MESSAGES[way]().decode(frames)
+    assert head == {"op": "x", "attrs": {"layer": 3}}
+    assert arrived.dtype == tensor.dtype
+    assert arrived.shape == tensor.shape
+    assert torch.equal(arrived, tensor)
+
+
+def test_what_arrives_is_writable(way: str) -> None:
+    frames, _ = send(MESSAGES[way](), {}, [torch.zeros(64 * 1024), torch.zeros(3)])
+    for arrived in MESSAGES[way]().decode(frames)[1]:
+        arrived += 1  # a read-only array would have made torch warn, which is an error here
+        assert bool((arrived == 1).all())
+
+
+def test_the_original_copies_on_the_way_out_and_on_the_way_in() -> None:
+    near, far = MESSAGES["original"](), MESSAGES["original"]()
+    frames, _ = send(near, {}, [torch.zeros(10, 10), torch.zeros(5)])
+    far.decode(frames)
+    assert (near.copied_nbytes, far.copied_nbytes) == (420, 420)
+
+
+def test_the_tuned_one_copies_only_what_is_not_contiguous() -> None:
+    near, far = MESSAGES["tuned"](), MESSAGES["tuned"]()
+    strided = torch.arange(12.0).view(3, 4).t()
+    frames, _ = send(near, {}, [torch.zeros(10, 10), strided])
+    _, (_, arrived) = far.decode(frames)
+    assert torch.equal(arrived, strided)
+    assert (near.copied_nbytes, far.copied_nbytes) == (48, 0)
+
+
+def test_the_tuned_one_sends_and_uses_memory_where_it_lies() -> None:
+    tensor = torch.zeros(1000)
+    _, out = MESSAGES["tuned"]().encode({}, [tensor])
+    assert out.ctypes.data == tensor.data_ptr()
+    frames, _ = send(MESSAGES["tuned"](), {}, [tensor])
+    _, (arrived,) = MESSAGES["tuned"]().decode(frames)
+    assert arrived.numpy().__array_interface__["data"][0] == _address(frames[1])
+
+
+def _address(frame: Any) -> int:
+    return int(np.frombuffer(frame.buffer, np.uint8).ctypes.data)
+
+
+# ---- service and backend ---------------------------------------------------------------------------------------------
+
+
+def test_scores_are_one_square_of_all_heads(backend: RivalBackend, executor: Executor) -> None:
+    config = executor.config
+    q = torch.rand(7, config.num_attention_heads, config.head_dim)
+    k = torch.rand(9, config.num_key_value_heads, config.head_dim)
+    (scores,) = backend.scores(q, k, [RowBlock(0, 7, 9)])
+    repeats = config.num_attention_heads // config.num_key_value_heads
+    expected = torch.einsum("nhd,thd->hnt", q, k.repeat_interleave(repeats, dim=1))
+    torch.testing.assert_close(scores, expected)
+
+
+def test_values_are_token_major(backend: RivalBackend, executor: Executor) -> None:
+    config = executor.config
+    weights = torch.rand(config.num_attention_heads, 7, 9)
+    v = torch.rand(9, config.num_key_value_heads, config.head_dim)
+    repeats = config.num_attention_heads // config.num_key_value_heads
+    expected = torch.einsum("hnt,thd->nhd", weights, v.repeat_interleave(repeats, dim=1)).reshape(7, -1)
+    torch.testing.assert_close(backend.values([weights], v), expected)
+
+
+def test_every_byte_is_counted(backend: RivalBackend, executor: Executor) -> None:
+    x = torch.rand(6, executor.config.hidden_size)
+    q, k = backend.linear(0, ("q", "k"), x)
+    stats = backend.stats
+    payload_in = q.nbytes + k.nbytes
+    assert stats.calls == 1
+    assert x.nbytes < stats.bytes_sent < x.nbytes + 200
+    assert payload_in < stats.bytes_received < payload_in + 300
+    assert 0 < stats.remote_s < stats.wait_s
+    assert stats.serialization_s > 0
+
+
+def test_repeated_kv_heads_are_counted_as_copied(executor: Executor) -> None:
+    config = executor.config
+    with (
+        RivalService("tcp://127.0.0.1:*", "tuned", executor) as service,
+        RivalBackend(service.address, "tuned", config) as backend,
+    ):
+        q = torch.rand(4, config.num_attention_heads, config.head_dim)
+        backend.scores(q, torch.rand(4, config.num_key_value_heads, config.head_dim), [RowBlock(0, 4, 4)])
+        assert backend.stats.bytes_copied == q.nbytes  # k has as many heads as q by then
+
+
+def test_a_failed_operation_says_why_and_the_next_one_works(backend: RivalBackend, executor: Executor) -> None:
+    x = torch.rand(2, executor.config.hidden_size)
+    with pytest.raises(RemoteOpError, match=r"linear: ValueError: layer: 99"):
+        backend.linear(99, ("q",), x)
+    assert len(backend.linear(0, ("q",), x)) == 1
+
+
+def test_nobody_there_is_a_deadline(way: str, executor: Executor) -> None:
+    with RivalBackend("tcp://127.0.0.1:9", way, executor.config, timeout_s=0.1) as backend:
+        with pytest.raises(DeadlineError, match=r"embedding: no reply from tcp://127.0.0.1:9 within 0.1 s"):
+            backend.embedding(torch.tensor([1]))
+
+
+# ---- the floor -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["unix", "tcp"])
+@pytest.mark.parametrize("buffers", [1, 3])
+def test_the_raw_socket_has_a_rate(kind: str, buffers: int) -> None:
+    rate = one_way_bytes_per_s(kind, message_nbytes=100_000, buffers=buffers, counts=(2, 10))
+    assert 1e6 < rate < 1e12
