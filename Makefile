@@ -45,7 +45,7 @@ coverage: $(VENV)/.test-ready ## Runs the tests and reports which lines and bran
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
-bench: $(VENV)/.test-ready ## Runs the benchmarks, and writes their results to benches/results/.
+bench: $(VENV)/.test-ready ## Runs the benchmarks (10 minutes, 11 GB), and writes their results to benches/results/.
 	$(BIN)/python -m pytest benches/bench_descriptor.py --benchmark-columns=min,median,iqr,rounds --benchmark-sort=fullname
 	$(BIN)/python -m benches.bench_wire
 	$(BIN)/python -m benches.bench_prefill

@@ -283,7 +283,8 @@ class Channel:
         descs, buffers, nbytes, copied_nbytes = collect(tensors)
         expected = None if expect is None else [(dtype_of(dtype).code, tuple(shape)) for dtype, shape in expect]
         time_ns = 0 if timeout_s is None else max(int(timeout_s * 1e9), 1)
-        self._sending.acquire()
+        if not self._sending.acquire(timeout=-1 if timeout_s is None else timeout_s):
+            raise DeadlineError(f"{op}: not sent within {timeout_s} s, since other calls were")
         try:
             if self._closed:
                 raise ClosedError(f"the channel is closed: {self._error}")
@@ -320,11 +321,16 @@ class Channel:
 
     def _send(self, future: Future, buffers: list[Any], nbytes: int, deadline: float | None) -> None:
         """Sends a frame, reading meanwhile if the socket is full. The caller holds `_sending`."""
+        left: Sequence[Any] = buffers
         try:
             left = self._link.send(buffers, nbytes)
             while left:
                 left = self._send_rest(left, deadline)
         except DeadlineError:
+            if left is buffers:  # not a byte of it: the stream is as it was
+                self._futures.pop(future._id, None)
+                self._session.retract(future._id)
+                raise DeadlineError(f"{future.op}: not sent within {future._timeout_s} s") from None
             raise self._end(
                 DeadlineError(f"{future.op}: not sent within {future._timeout_s} s; the connection is closed")
             ) from None

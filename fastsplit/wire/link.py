@@ -200,7 +200,7 @@ class Link:
 
         A sleep that ends at once costs more than it saves: the wake-up itself, an idle core's way back, and caches that
         have gone cold (all Python code is then two to three times slower). Measured on two cores, a call with a
-        64-byte tensor: 90 us -> 40 us.
+        64-byte tensor over a unix socket: 88 us -> 26 us with numpy arrays, 112 us -> 31 us with torch's.
         """
         if self._misses >= _MAX_MISSES:
             self._skipped += 1

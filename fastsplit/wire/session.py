@@ -204,6 +204,10 @@ class Session:
         self._unwanted.discard(request_id)
         return False
 
+    def retract(self, request_id: int) -> None:
+        """Forgets a request of which no byte was sent."""
+        self._open.pop(request_id, None)
+
     def cancel(self, request_id: int) -> bytearray:
         """Tells the server that nobody waits for an answer."""
         return self._frame(Kind.CANCEL, request_id, "", (), {})

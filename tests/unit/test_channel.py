@@ -638,3 +638,29 @@ def test_calls_that_are_none(server: fastsplit.Server) -> None:
         with pytest.raises(fastsplit.TensorError, match=r"shape \(1\.5,\), expected ints"):
             channel.empty((1.5,))  # type: ignore[arg-type]
         assert channel.call("echo") == ()
+
+
+def test_a_deadline_before_the_first_byte_costs_only_its_call(
+    server: fastsplit.Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(*_: object, **__: object) -> None:
+        raise DeadlineError("late")
+
+    with fastsplit.connect(server.uri, arrays="numpy") as channel:
+        with monkeypatch.context() as patch:
+            patch.setattr(channel._link, "send", lambda buffers, nbytes=-1: buffers)  # the socket is full
+            patch.setattr(channel._link, "wait", late)
+            with pytest.raises(DeadlineError, match=r"echo: not sent within 0\.1 s$"):
+                channel.call("echo", np.zeros(3), timeout_s=0.1)
+        assert channel._session.inflight == 0
+        assert len(channel.call("echo", np.zeros(3))) == 1
+
+
+def test_a_call_does_not_wait_for_ever_behind_anothers_send(server: fastsplit.Server) -> None:
+    with fastsplit.connect(server.uri, arrays="numpy") as channel:
+        with (
+            channel._sending,
+            pytest.raises(DeadlineError, match=r"echo: not sent within 0\.05 s, since other calls were"),
+        ):
+            channel.call("echo", timeout_s=0.05)
+        assert channel.call("echo") == ()
