@@ -36,7 +36,7 @@ class Arrays:
         self.view = view
         """`view(memory, desc)`: a tensor over `memory`, flat uint8 of exactly `desc.nbytes` bytes. Copies nothing."""
 
-    def empty(self, shape: Sequence[int], dtype: Any, pool: Pool) -> Any:
+    def empty(self, shape: int | Sequence[int], dtype: Any, pool: Pool) -> Any:
         """A tensor of undefined content in aligned memory of `pool`. `dtype`: a name, or a torch or numpy dtype."""
         try:
             dims = [operator.index(dim) for dim in ((shape,) if isinstance(shape, int) else shape)]

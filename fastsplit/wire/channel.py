@@ -228,7 +228,7 @@ class Channel:
 
         `dtype`: a name such as "bfloat16", or a torch or numpy dtype. Raises TensorError for another.
         """
-        return self._arrays.empty((shape,) if isinstance(shape, int) else shape, dtype, self._pool)
+        return self._arrays.empty(shape, dtype, self._pool)
 
     def call(
         self,

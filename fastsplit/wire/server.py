@@ -31,7 +31,6 @@ from ..tensors import Arrays, collect
 from .address import UnixAddress, accept_socket, listen_socket, parse_address, remove_socket_file
 from .link import Link, choose_spin_us, cores, remaining_s
 from .session import CAPABILITIES, Cancel, Failed, Goodbye, Request, Session
-from .stats import Stats
 
 __all__ = ["Call", "Handler", "Server"]
 
@@ -69,7 +68,7 @@ class Call:
     def empty(self, shape: int | Sequence[int], dtype: Any = "float32") -> Any:
         """A tensor of undefined content in the memory that replies are sent from fastest, for the handler to return."""
         connection = self._connection
-        return connection.server._arrays.empty((shape,) if isinstance(shape, int) else shape, dtype, connection.pool)
+        return connection.server._arrays.empty(shape, dtype, connection.pool)
 
     @property
     def remaining_s(self) -> float | None:
@@ -293,7 +292,6 @@ class _Connection:
         self._sending = threading.Lock()  # the link's writing side and the session's outgoing side
         self._idle = threading.Condition()  # guards `_pending`
         self._pending: set[int] = set()  # requests that have no answer yet, where a pool runs them
-        self.stats = Stats()
 
     def refuse(self, reason: str) -> None:
         """Says why, and closes. For a connection whose thread was never started."""
@@ -461,9 +459,7 @@ class _Connection:
             time_ns = perf_counter_ns() - started_ns
             if not isinstance(result, (tuple, list)):
                 result = () if result is None else (result,)
-            descs, buffers, nbytes, copied_nbytes = collect(result)
-            self.stats.calls += 1
-            self.stats.bytes_copied += copied_nbytes
+            descs, buffers, nbytes, _ = collect(result)
             with self._sending:
                 head = self.session.reply(request_id, descs, nbytes, time_ns, call.reply_attrs)
         except BaseException as error:  # sys.exit() in a handler must not end the server's threads either

@@ -34,6 +34,7 @@ from ..errors import LimitError, LocalProtocolError, PeerLostError, RemoteProtoc
 from ..schema.descriptor import Attrs, Decoder, Encoder, Message, TensorDesc
 from ..schema.dtypes import BY_CODE
 from ..schema.limits import Limits
+from ..tensors import Desc
 from .frame import HEADER_NBYTES, VERSION, Header, Kind, pack_header, parse_header
 
 __all__ = [
@@ -63,7 +64,6 @@ _SCRATCH_NBYTES = 1024**2
 _MAX_TEXT_NBYTES = 3500  # of an ERROR or ABORT: with the rest of the frame it fits the smallest metadata cap
 _SOFTWARE = "fastsplit"
 
-Desc = tuple[int, tuple[int, ...]]  # dtype code, shape
 Expected = Sequence[Desc] | None
 
 
