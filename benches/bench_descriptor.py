@@ -20,8 +20,10 @@ import pytest
 
 from benches.environment import describe, save
 from fastsplit.schema import message_generated as gen
-from fastsplit.schema.descriptor import Attrs, Decoder, Encoder
+from fastsplit.schema.decoder import Decoder
+from fastsplit.schema.descriptor import Attrs
 from fastsplit.schema.dtypes import BY_CODE
+from fastsplit.schema.encoder import Encoder
 from fastsplit.schema.limits import Limits
 
 OP = "linear"

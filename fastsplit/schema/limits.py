@@ -31,6 +31,10 @@ class Limits:
     """Attributes of one message."""
     max_inflight: int = 1024
     """Requests on one connection that have no reply yet."""
+    max_segments: int = 64
+    """Segments of the peer's shared memory that are mapped at the same time."""
+    max_shared_nbytes: int = 8 * 1024**3
+    """Bytes of all these segments together. It is the peer's memory: what counts here is address space."""
 
     def __post_init__(self) -> None:
         for field in fields(self):

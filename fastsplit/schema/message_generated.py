@@ -67,6 +67,30 @@ def CreatePlacement(builder, segment, codec, offset, nbytes):
     return builder.Offset()
 
 
+class Return(object):
+    __slots__ = ['_tab']
+
+    @classmethod
+    def SizeOf(cls):
+        return 16
+
+    # Return
+    def Init(self, buf, pos):
+        self._tab = flatbuffers.table.Table(buf, pos)
+
+    # Return
+    def Segment(self): return self._tab.Get(flatbuffers.number_types.Uint32Flags, self._tab.Pos + flatbuffers.number_types.UOffsetTFlags.py_type(0))
+    # Return
+    def Offset(self): return self._tab.Get(flatbuffers.number_types.Uint64Flags, self._tab.Pos + flatbuffers.number_types.UOffsetTFlags.py_type(8))
+
+def CreateReturn(builder, segment, offset):
+    builder.Prep(8, 16)
+    builder.PrependUint64(offset)
+    builder.Pad(4)
+    builder.PrependUint32(segment)
+    return builder.Offset()
+
+
 class Tensor(object):
     __slots__ = ['_tab']
 
@@ -456,8 +480,31 @@ class Message(object):
         o = flatbuffers.number_types.UOffsetTFlags.py_type(self._tab.Offset(14))
         return o == 0
 
+    # Message
+    def Returns(self, j):
+        o = flatbuffers.number_types.UOffsetTFlags.py_type(self._tab.Offset(16))
+        if o != 0:
+            x = self._tab.Vector(o)
+            x += flatbuffers.number_types.UOffsetTFlags.py_type(j) * 16
+            obj = Return()
+            obj.Init(self._tab.Bytes, x)
+            return obj
+        return None
+
+    # Message
+    def ReturnsLength(self):
+        o = flatbuffers.number_types.UOffsetTFlags.py_type(self._tab.Offset(16))
+        if o != 0:
+            return self._tab.VectorLen(o)
+        return 0
+
+    # Message
+    def ReturnsIsNone(self):
+        o = flatbuffers.number_types.UOffsetTFlags.py_type(self._tab.Offset(16))
+        return o == 0
+
 def MessageStart(builder):
-    builder.StartObject(6)
+    builder.StartObject(7)
 
 def MessageAddOp(builder, op):
     builder.PrependUOffsetTRelativeSlot(0, flatbuffers.number_types.UOffsetTFlags.py_type(op), 0)
@@ -491,6 +538,12 @@ def MessageAddPlacements(builder, placements):
 
 def MessageStartPlacementsVector(builder, numElems):
     return builder.StartVector(24, numElems, 8)
+
+def MessageAddReturns(builder, returns):
+    builder.PrependUOffsetTRelativeSlot(6, flatbuffers.number_types.UOffsetTFlags.py_type(returns), 0)
+
+def MessageStartReturnsVector(builder, numElems):
+    return builder.StartVector(16, numElems, 8)
 
 def MessageEnd(builder):
     return builder.EndObject()

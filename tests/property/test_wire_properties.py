@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from raw_peer import hello
 
 from fastsplit.errors import RemoteProtocolError
-from fastsplit.schema.descriptor import Decoder, Encoder
+from fastsplit.schema.decoder import Decoder
 from fastsplit.schema.dtypes import BY_CODE
+from fastsplit.schema.encoder import Encoder
 from fastsplit.schema.limits import Limits
 from fastsplit.wire.session import Failed, Reply, Request, Session
 

@@ -16,8 +16,10 @@ import pytest
 from fastsplit.errors import LimitError, LocalProtocolError, RemoteProtocolError
 from fastsplit.schema import descriptor
 from fastsplit.schema import message_generated as gen
-from fastsplit.schema.descriptor import Decoder, Encoder, Message
+from fastsplit.schema.decoder import Decoder
+from fastsplit.schema.descriptor import Message
 from fastsplit.schema.dtypes import BY_CODE
+from fastsplit.schema.encoder import Encoder
 from fastsplit.schema.limits import Limits
 
 LIMITS = Limits()
@@ -305,11 +307,11 @@ def test_texts_in_the_varying_tail_are_never_cached() -> None:
 
 def test_caches_are_bounded() -> None:
     encoder, decoder = Encoder(LIMITS), Decoder(LIMITS)
-    for n in range(descriptor._CACHED_SHAPES + 50):
+    for n in range(descriptor.CACHED_SHAPES + 50):
         out, hint = encoder.encode(f"op {n}", [], {"n": n})
         decoder.decode(bytes(out), hint)
-    assert len(encoder._templates) == len(decoder._known) == descriptor._CACHED_SHAPES
-    out, hint = encoder.encode("large", [], {"b": bytes(descriptor._MAX_CACHED_NBYTES)})
+    assert len(encoder._templates) == len(decoder._known) == descriptor.CACHED_SHAPES
+    out, hint = encoder.encode("large", [], {"b": bytes(descriptor.MAX_CACHED_NBYTES)})
     decoder.decode(bytes(out), hint)
     assert all(known.message.op != "large" for known in decoder._known.values())
     assert all(key[0] != "large" for key in encoder._templates)
@@ -384,3 +386,172 @@ def test_unknown_dtype() -> None:
             except RemoteProtocolError as error:
                 errors.append(str(error))
         assert f"metadata, tensor 0 dtype: {expected}, expected a code from 1 to 17" in errors
+
+
+# ---- places and returns ----------------------------------------------------------------------------------------------
+
+TWO = [(FLOAT32, (2, 3)), (UINT8, (5,))]
+PLACES = (3, 64, 24, 2**32 - 1, 2**63, 5)
+SHARED: list[tuple[list[tuple[int, tuple[int, ...]]], dict[str, Any], tuple[int, ...], tuple[int, ...], int]] = [
+    # tensors, attributes, placements, returns, bytes in the payload
+    (TWO, {}, PLACES, (), 0),
+    (TWO, {"n": 1, "x": 0.5, "s": "t"}, PLACES, (1, 2**64 - 1), 0),
+    (TWO, {"x": 0.5}, (0, 0, 24, 3, 7, 5), (1, 0, 2, 64), 24),  # one here, one there
+    (TWO, {}, (3, 7, 24, 0, 0, 5), (), 5),
+    (TWO, {"n": 1}, (), (1, 0, 1, 0, 1, 0), 29),  # none there
+    ([], {}, (), (5, 6), 0),
+    ([], {"n": 1}, (), (5, 6, 7, 8), 0),
+    ([(UINT8, (0,)), (UINT8, (2,))], {}, (0, 0, 0, 1, 2, 2), (), 0),
+    ([(BFLOAT16, (4,))] * 5, {}, tuple(n for at in range(5) for n in (2, 64 * at, 8)), (4, 1) * 32, 0),
+]
+shared = pytest.mark.parametrize(("tensors", "attrs", "placements", "returns", "payload"), SHARED)
+
+
+@shared
+def test_places_and_returns_round_trip(tensors: Any, attrs: Any, placements: Any, returns: Any, payload: int) -> None:
+    """In full, from the caches, and by a full decode of the same bytes: all three mean the same."""
+    encoder, decoder = Encoder(LIMITS), Decoder(LIMITS)
+    for _ in range(3):
+        out, hint = encoder.encode("f", tensors, attrs, placements, returns)
+        for reader, varying in ((decoder, hint), (Decoder(LIMITS), hint), (Decoder(LIMITS), 0)):
+            message = reader.decode(bytes(out), varying)
+            assert (message.placements, message.returns, message.payload_nbytes) == (placements, returns, payload)
+            assert message.attrs == attrs
+            assert [(desc.dtype.code, desc.shape) for desc in message.tensors] == tensors
+    assert len(encoder._templates) == len(decoder._known) == 1
+
+
+@shared
+def test_returns_are_last_and_the_hint_covers_all_that_varies(
+    tensors: Any, attrs: Any, placements: Any, returns: Any, payload: int
+) -> None:
+    out, hint = Encoder(LIMITS).encode("f", tensors, attrs, placements, returns)
+    words = struct.unpack(f"<{len(returns)}Q", out[len(out) - 8 * len(returns) :]) if returns else ()
+    assert words == returns
+    counts = [sum(type(v) is int for v in attrs.values()), sum(type(v) is float for v in attrs.values())]
+    sizes = [8 * counts[0], 8 * counts[1], 24 * len(tensors), 8 * len(returns)]
+    assert hint == sum(sizes) + 8 * (sum(1 for size in sizes if size) - 1)
+
+
+def test_one_shape_serves_every_place() -> None:
+    encoder, decoder = Encoder(LIMITS), Decoder(LIMITS)
+    rng = random.Random(5)
+    for _ in range(50):
+        placements = (rng.randrange(2**32), rng.randrange(2**64), 24, rng.randrange(1, 2**32), rng.randrange(2**64), 5)
+        if not placements[0]:
+            continue
+        returns = tuple(rng.randrange(1, 2**32) if n % 2 == 0 else rng.randrange(2**64) for n in range(6))
+        out, hint = encoder.encode("f", TWO, {}, placements, returns)
+        message = decoder.decode(bytes(out), hint)
+        assert (message.placements, message.returns) == (placements, returns)
+        out, hint = encoder.encode("f", TWO, {}, (), returns)  # and none of them is left behind in the template
+        assert decoder.decode(bytes(out), hint).placements == ()
+    assert len(encoder._templates) == len(decoder._known) == 1
+
+
+PLACE_AT, RETURN_AT = -(2 * 24 + 8 + 2 * 16), -(2 * 16)  # from the end of a message with two of each
+
+
+@pytest.mark.parametrize(
+    ("at", "layout", "value", "text"),
+    [
+        (PLACE_AT + 4, "<B", 1, "tensor 0 (segment, codec, offset, nbytes): (3, 1, 64, 24), expected (3, 0, 64, 24)"),
+        (PLACE_AT + 5, "<B", 1, "tensor 0 (segment, codec, offset, nbytes): (3, 256, 64, 24), expected (3, 0, 64, 24)"),
+        (PLACE_AT + 7, "<B", 128, "tensor 0 (segment, codec, offset, nbytes): (3, 2147483648, 64, 24), expected"),
+        (PLACE_AT + 16, "<Q", 23, "tensor 0 (segment, codec, offset, nbytes): (3, 0, 64, 23), expected (3, 0, 64, 24)"),
+        (PLACE_AT + 16, "<Q", 0, "tensor 0 (segment, codec, offset, nbytes): (3, 0, 64, 0), expected (3, 0, 64, 24)"),
+        (PLACE_AT + 24 + 16, "<Q", 2**64 - 1, f"tensor 1 (segment, codec, offset, nbytes): (9, 0, 0, {2**64 - 1})"),
+        (PLACE_AT, "<I", 0, "tensor 0 (segment, codec, offset, nbytes): (0, 0, 64, 24), expected (0, 0, 0, 24)"),
+        (PLACE_AT + 24, "<I", 0, None),  # the second one in the payload: at 0, since the first is not
+        (RETURN_AT, "<I", 0, "returns, segment: 0, expected a segment's number and zero padding"),
+        (RETURN_AT + 16, "<I", 0, "returns, segment: 0, expected a segment's number and zero padding"),
+        (RETURN_AT + 4, "<I", 1, f"returns, segment: {2**32 + 1}, expected a segment's number and zero padding"),
+        (RETURN_AT + 8, "<Q", 2**64 - 1, None),  # whether there is such a place is for the arena to know
+        (RETURN_AT - 4, "<I", 3, "returns"),  # their count
+        (RETURN_AT - 4, "<I", 2**31, "returns"),
+        (PLACE_AT - 4, "<I", 3, "placements"),
+        (PLACE_AT - 4, "<I", 1, "placements: 1, expected 2, one for each tensor"),
+        (PLACE_AT - 4, "<I", 0, "placements: 0, expected 2, one for each tensor"),
+    ],
+)
+def test_every_number_is_checked_anew(at: int, layout: str, value: int, text: str | None) -> None:
+    """In full and from the cache alike, which has seen this very shape before."""
+    out, hint = Encoder(LIMITS).encode("f", TWO, {"n": 4}, (3, 64, 24, 9, 0, 5), (1, 2, 3, 4))
+    decoder = Decoder(LIMITS)
+    decoder.decode(bytes(out), hint)
+    struct.pack_into(layout, out, len(out) + at, value)
+    errors = set()
+    for reader, varying in ((decoder, hint), (Decoder(LIMITS), hint), (Decoder(LIMITS), 0)):
+        if text is None:
+            reader.decode(bytes(out), varying)
+            continue
+        with pytest.raises(RemoteProtocolError) as caught:
+            reader.decode(bytes(out), varying)
+        assert f"metadata, {text}" in str(caught.value)
+        errors.add(str(caught.value))
+    assert len(errors) <= 1
+
+
+def test_padding_between_the_vectors_is_not_believed_from_the_cache() -> None:
+    """Bytes that say nothing may be anything, but a cached shape has them as they were: both read the same message."""
+    out, hint = Encoder(LIMITS).encode("f", TWO, {"n": 4}, (3, 64, 24, 9, 0, 5), (1, 2, 3, 4))
+    decoder = Decoder(LIMITS)
+    message = decoder.decode(bytes(out), hint)
+    for at in (RETURN_AT - 8, PLACE_AT - 8):
+        changed = bytearray(out)
+        changed[len(out) + at] = 1
+        assert decoder.decode(bytes(changed), hint) == message == Decoder(LIMITS).decode(bytes(changed), 0)
+
+
+def test_any_byte_of_places_and_returns_reads_the_same_with_and_without_the_cache() -> None:
+    out, hint = Encoder(LIMITS).encode("f", TWO, {"n": 4, "x": 1.5}, (3, 64, 24, 9, 0, 5), (1, 2, 3, 4))
+    decoder = Decoder(LIMITS)
+    decoder.decode(bytes(out), hint)
+
+    def read(reader: Decoder, data: bytes, varying: int) -> Any:
+        try:
+            return repr(reader.decode(data, varying))  # NaN is not even equal to itself
+        except RemoteProtocolError as error:
+            return error.args
+
+    refused = 0
+    for at in range(len(out) - hint - 8, len(out)):
+        for value in (0, 1, 0x7F, 0x80, 0xFF):
+            changed = bytearray(out)
+            changed[at] = value
+            outcome = read(decoder, bytes(changed), hint)
+            assert outcome == read(Decoder(LIMITS), bytes(changed), 0), (at, value)
+            refused += isinstance(outcome, tuple)
+    assert refused > 100
+
+
+def test_fewer_or_more_places_than_tensors() -> None:
+    """By a writer of its own, since ours cannot."""
+    for count in (0, 1, 3):
+        builder = flatbuffers.Builder(256)
+        gen.MessageStartPlacementsVector(builder, count)
+        for _ in range(count):
+            gen.CreatePlacement(builder, 3, 0, 0, 1)
+        placements = builder.EndVector()
+        tables = []
+        for _ in range(2):
+            gen.TensorStart(builder)
+            gen.TensorAddDtype(builder, UINT8)
+            tables.append(gen.TensorEnd(builder))
+        gen.MessageStartTensorsVector(builder, 2)
+        for table in tables:
+            builder.PrependUOffsetTRelative(table)
+        tensors = builder.EndVector()
+        gen.MessageStart(builder)
+        gen.MessageAddTensors(builder, tensors)
+        gen.MessageAddPlacements(builder, placements)
+        builder.Finish(gen.MessageEnd(builder), file_identifier=b"FSM1")
+        with pytest.raises(RemoteProtocolError, match=f"placements: {count}, expected 2, one for each tensor"):
+            Decoder(LIMITS).decode(bytes(builder.Output()), 0)
+
+
+def test_returns_count_against_the_metadata_cap() -> None:
+    encoder = Encoder(Limits(max_metadata_nbytes=4096))
+    encoder.encode("f", [], {}, (), (1, 0) * 200)
+    with pytest.raises(LimitError, match=r"metadata of 'f': .* bytes, the peer accepts 4096"):
+        encoder.encode("f", [], {}, (), (1, 0) * 300)

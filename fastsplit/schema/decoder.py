@@ -1,0 +1,285 @@
+"""Reads and validates metadata from the peer (descriptor.py says how it lies and why).
+
+Rules. Nothing from the peer is believed: every offset, length, count, string and number is checked against the buffer
+and the limits before it is used, and an error names the field, what came and what was expected. (flat.py reads
+FlatBuffers' primitives, this module what our schema makes of them.) A cached head is only trusted if no part of what it
+describes lies in the bytes that vary, so a hit means what a full decode would have meant. Caches are bounded; each
+connection has its own.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from . import message_generated as gen
+from .descriptor import (
+    CACHED_SHAPES,
+    FILE_IDENTIFIER,
+    MAX_CACHED_NBYTES,
+    PLACEMENT_NBYTES,
+    RETURN_NBYTES,
+    Message,
+    Tail,
+    TensorDesc,
+    inline_placements,
+)
+from .dtypes import BY_CODE
+from .flat import NO_VECTOR, U8, U32, Reader, Table, Vector
+from .limits import Limits
+
+__all__ = ["Decoder"]
+
+
+_new = tuple.__new__  # a NamedTuple without its own constructor: 0.2 us less
+
+
+class _Known(NamedTuple):
+    """A head (all bytes before the numbers) that was validated, and what it means."""
+
+    message: Message  # with placements and returns empty
+    nbytes: int  # of the whole metadata
+    slots: tuple[tuple[str, int | None, Any], ...]  # attr name, index into the unpacked numbers or None, fixed value
+    tail: Tail
+    gaps: list[tuple[int, int]]
+    inline: tuple[int, ...]
+    inline_nbytes: int
+
+
+class Decoder:
+    """Reads and validates metadata from the peer. One for each connection; not thread-safe (one thread reads).
+
+    Raises RemoteProtocolError for anything that is not exactly as it must be, and never allocates more than a small
+    multiple of the metadata's own size, which the frame header's cap bounds. Whether a segment exists is not for it to
+    know: it checks that what lies in the payload lies there in order, and that each placement has its tensor's size.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._known: dict[bytes, _Known] = {}
+
+    def decode(self, metadata: bytes, varying_nbytes: int) -> Message:
+        """The message that `metadata` holds.
+
+        `varying_nbytes` is the sender's hint of how many bytes at the end are numbers; a wrong one only costs time.
+        """
+        cut = len(metadata) - varying_nbytes
+        known = self._known.get(metadata[:cut]) if cut > 0 else None
+        if known is None or len(metadata) != known.nbytes:
+            return self._decode_new(metadata, cut)
+        message, _, slots, tail, gaps, inline, inline_nbytes = known
+        if tail.numbers is None and not slots:
+            return message
+        values: tuple[Any, ...] = () if tail.numbers is None else tail.numbers.unpack_from(metadata, cut)
+        for index, gap in gaps:
+            if values[index] != gap:
+                return self._decode_new(metadata, cut)
+        placements = values[tail.placements]
+        if placements == inline:
+            placements, payload_nbytes = (), inline_nbytes
+        else:
+            payload_nbytes = _check_placements(placements, message.tensors)
+        attrs: dict[str, Any] = {}
+        for name, number, value in slots:
+            if number is not None:
+                attrs[name] = values[number]
+            else:
+                attrs[name] = value if not isinstance(value, list) else value.copy()
+        returns = values[tail.returns]
+        if returns:
+            _check_returns(returns)
+        return _new(Message, (message[0], message[1], attrs, payload_nbytes, placements, returns))
+
+    def _decode_new(self, metadata: bytes, cut: int) -> Message:
+        reader = _MessageReader(metadata, self._limits)
+        message = reader.read()
+        tail = Tail(reader.ints.count, reader.floats.count, len(message.tensors), len(message.returns) // 2)
+        cacheable = len(metadata) <= MAX_CACHED_NBYTES and reader.is_canonical(tail)
+        if cacheable and cut == len(metadata) - tail.nbytes:
+            if len(self._known) >= CACHED_SHAPES:
+                del self._known[next(iter(self._known))]
+            self._known[metadata[:cut]] = self._remember(metadata, message, reader, tail)
+        return message
+
+    @staticmethod
+    def _remember(metadata: bytes, message: Message, reader: _MessageReader, tail: Tail) -> _Known:
+        starts = {gen.AttrType.Int: tail.ints.start, gen.AttrType.Float: tail.floats.start}
+        slots = tuple(
+            (name, starts[kind] + index, None)
+            if index is not None
+            else (name, None, value.copy() if isinstance(value, list) else value)
+            for name, kind, index, value in reader.slots
+        )
+        inline = inline_placements([desc.nbytes for desc in message.tensors])
+        return _Known(
+            Message(message.op, message.tensors, {}, 0),
+            len(metadata),
+            slots,
+            tail,
+            tail.gaps,
+            inline,
+            sum(desc.nbytes for desc in message.tensors),
+        )
+
+
+def _check_placements(flat: Sequence[int], tensors: Sequence[TensorDesc]) -> int:
+    """Checks placements against the tensors, and returns how many bytes of them the frame's payload holds."""
+    payload_nbytes = 0
+    for index, desc in enumerate(tensors):
+        segment, offset, nbytes = flat[3 * index : 3 * index + 3]
+        if nbytes != desc.nbytes or segment >= 2**32 or (segment == 0 and offset != payload_nbytes):
+            expected = (segment % 2**32, 0, offset if segment % 2**32 else payload_nbytes, desc.nbytes)
+            raise Reader.error(
+                f"tensor {index} (segment, codec, offset, nbytes)",
+                str((segment % 2**32, segment >> 32, offset, nbytes)),
+                str(expected),
+            )
+        if segment == 0:
+            payload_nbytes += nbytes
+    return payload_nbytes
+
+
+def _check_returns(flat: Sequence[int]) -> None:
+    for segment in flat[::2]:
+        if not 1 <= segment < 2**32:
+            raise Reader.error("returns, segment", str(segment), "a segment's number and zero padding")
+
+
+class _MessageReader:
+    """One full decode. After `read`, `slots`, `ints` and `floats` say how the attributes were laid out."""
+
+    def __init__(self, metadata: bytes, limits: Limits) -> None:
+        self._reader = Reader(metadata)
+        self._nbytes = len(metadata)
+        self._limits = limits
+        self._identifier = metadata[4:8]
+        self.slots: list[tuple[str, int, int | None, Any]] = []  # name, type, index among ints or floats, fixed value
+        self.ints = self.floats = self._placements = self._returns = NO_VECTOR
+
+    def read(self) -> Message:
+        reader = self._reader
+        if self._identifier != FILE_IDENTIFIER:
+            raise reader.error("file identifier", repr(self._identifier), repr(FILE_IDENTIFIER))
+        root = reader.table(reader.indirect(0, "root"), "Message")
+        op = root.text(0, "op")
+        tensors = self._read_tensors(root)
+        self.ints = self._varying(root, 3, 8, "ints")
+        self.floats = self._varying(root, 4, 8, "floats")
+        self._read_attrs(root)
+        placements = self._read_placements(root, tensors)
+        payload_nbytes = _check_placements(placements, tensors)
+        if placements == inline_placements([desc.nbytes for desc in tensors]):
+            placements = ()
+        attrs = {name: value for name, _, _, value in self.slots}
+        return Message(op, tensors, attrs, payload_nbytes, placements, self._read_returns(root))
+
+    def is_canonical(self, tail: Tail) -> bool:
+        """Whether the numbers lie last, as `Tail` says, and nothing else was read from among them."""
+        return (
+            (not self._returns.count or self._returns.at == self._nbytes - tail.returns_back)
+            and (not self._placements.count or self._placements.at == self._nbytes - tail.placements_back)
+            and (not self.floats.count or self.floats.at == self._nbytes - tail.floats_back)
+            and (not self.ints.count or self.ints.at == self._nbytes - tail.ints_back)
+            and self._reader.extent <= self._nbytes - tail.nbytes
+        )
+
+    def _varying(self, root: Table, slot: int, element_nbytes: int, field: str) -> Vector:
+        # The length word may stand among the bytes that vary; the Decoder compares it itself (gap, rest).
+        extent = self._reader.extent
+        vector = root.vector(slot, element_nbytes, 8, field)
+        self._reader.extent = extent
+        return vector
+
+    def _tables(self, vector: Vector, name: str) -> list[tuple[str, Table]]:
+        tables = []
+        for index in range(vector.count):
+            field = f"{name} {index}"
+            at = self._reader.indirect(vector.at + 4 * index, field)
+            tables.append((field, self._reader.table(at, field)))
+        return tables
+
+    def _read_tensors(self, root: Table) -> tuple[TensorDesc, ...]:
+        vector = root.vector(1, 4, 4, "tensors")
+        limits = self._limits
+        if vector.count > limits.max_tensors:
+            raise self._reader.error("tensors", str(vector.count), f"at most {limits.max_tensors}")
+        descs = []
+        for field, table in self._tables(vector, "tensor"):
+            code = table.scalar(0, U8, f"{field} dtype")
+            dtype = BY_CODE.get(code)
+            if dtype is None:
+                raise self._reader.error(f"{field} dtype", str(code), f"a code from 1 to {max(BY_CODE)}")
+            dims = table.vector(1, 8, 8, f"{field} shape")
+            if dims.count > limits.max_dims:
+                raise self._reader.error(f"{field} dimensions", str(dims.count), f"at most {limits.max_dims}")
+            shape = struct.unpack(f"<{dims.count}Q", self._reader.read(dims.at, 8 * dims.count))
+            # Zero counts as one here: an empty tensor's other dims must not overflow what numpy and torch can hold.
+            extent = math.prod([dim or 1 for dim in shape]) * dtype.itemsize
+            if extent > limits.max_message_nbytes:
+                raise self._reader.error(
+                    f"{field} shape", f"{list(shape)}, {extent} bytes", f"at most {limits.max_message_nbytes} bytes"
+                )
+            descs.append(TensorDesc.of(dtype, shape))
+        return tuple(descs)
+
+    def _read_placements(self, root: Table, tensors: tuple[TensorDesc, ...]) -> tuple[int, ...]:
+        vector = self._placements = self._varying(root, 5, PLACEMENT_NBYTES, "placements")
+        if vector.count != len(tensors):
+            raise self._reader.error("placements", str(vector.count), f"{len(tensors)}, one for each tensor")
+        total = sum(desc.nbytes for desc in tensors)
+        if total > self._limits.max_message_nbytes:
+            raise self._reader.error("bytes of all tensors", str(total), f"at most {self._limits.max_message_nbytes}")
+        return self._read_varying(vector, 3)
+
+    def _read_returns(self, root: Table) -> tuple[int, ...]:
+        self._returns = self._varying(root, 6, RETURN_NBYTES, "returns")
+        returns = self._read_varying(self._returns, 2)
+        _check_returns(returns)
+        return returns
+
+    def _read_varying(self, vector: Vector, words: int) -> tuple[int, ...]:
+        extent = self._reader.extent
+        raw = self._reader.read(vector.at, vector.count * words * 8)
+        self._reader.extent = extent  # these bytes are the varying part itself
+        return struct.unpack(f"<{vector.count * words}Q", raw)
+
+    def _read_attrs(self, root: Table) -> None:
+        reader = self._reader
+        vector = root.vector(2, 4, 4, "attrs")
+        if vector.count > self._limits.max_attrs:
+            raise reader.error("attrs", str(vector.count), f"at most {self._limits.max_attrs}")
+        for field, table in self._tables(vector, "attr"):
+            name = table.text(0, f"{field} name")
+            if not name or any(name == known for known, _, _, _ in self.slots):
+                raise reader.error(f"{field} name", repr(name), "a name that is not empty and comes once")
+            kind = table.scalar(1, U8, f"{field} type")
+            index = table.scalar(2, U32, f"{field} index")
+            self.slots.append((name, kind, *self._read_value(table, kind, index, f"attr {name!r}")))
+
+    def _read_value(self, table: Table, kind: int, index: int, field: str) -> tuple[int | None, Any]:
+        reader = self._reader
+        if kind in (gen.AttrType.Int, gen.AttrType.Float):
+            vector, layout = (self.ints, "<q") if kind == gen.AttrType.Int else (self.floats, "<d")
+            if index >= vector.count:
+                raise reader.error(f"{field} index", str(index), f"less than {vector.count}")
+            extent = reader.extent
+            (value,) = struct.unpack(layout, reader.read(vector.at + 8 * index, 8))
+            reader.extent = extent  # these bytes are the varying part itself
+            return index, value
+        if kind == gen.AttrType.String:
+            return None, table.text(3, field)
+        if kind == gen.AttrType.Bytes:
+            data = table.vector(4, 1, 1, field)
+            return None, reader.read(data.at, data.count)
+        if kind == gen.AttrType.Ints:
+            ints = table.vector(5, 8, 8, field)
+            return None, list(struct.unpack(f"<{ints.count}q", reader.read(ints.at, 8 * ints.count)))
+        if kind == gen.AttrType.Strings:
+            texts = table.vector(6, 4, 4, field)
+            reader.charge(4 * texts.count)
+            return None, [
+                reader.text(reader.indirect(texts.at + 4 * index, field), field) for index in range(texts.count)
+            ]
+        raise reader.error(f"{field} type", str(kind), "1 to 6")
