@@ -5,6 +5,7 @@
     ├── SettingError (ValueError)            an argument or environment variable that cannot be used
     ├── TensorError (TypeError)              a value that has no tensor description: its dtype, its device, its layout
     ├── LimitError (ValueError)              we were asked to send more than a cap allows; nothing was sent
+    ├── ArenaFull (MemoryError)              no room in shared memory: a limit, the system's memory, or a deadline
     ├── ConnectError (ConnectionError)       nobody there
     ├── PeerLostError (ConnectionError)      the peer went away; what was in flight has no answer
     ├── ClosedError                          used after close(), or after an error that ended the connection
@@ -27,6 +28,7 @@ from typing import ClassVar
 
 __all__ = [
     "AddressError",
+    "ArenaFull",
     "CancelledError",
     "ClosedError",
     "ConnectError",
@@ -69,6 +71,10 @@ class TensorError(FastsplitError, TypeError):
 
 class LimitError(FastsplitError, ValueError):
     """A message of ours is over a cap. Raised before anything is sent; the connection lives on."""
+
+
+class ArenaFull(FastsplitError, MemoryError):
+    """Shared memory has no room: over its limit, the system has none, or nothing was given back within the deadline."""
 
 
 class ConnectError(FastsplitError, ConnectionError):

@@ -14,11 +14,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+from collections import deque
 from typing import Any
 
 import numpy as np
 
-__all__ = ["ALIGNMENT", "Memory", "Pool", "pool"]
+__all__ = ["ALIGNMENT", "Lease", "Memory", "Pool", "pool"]
 
 ALIGNMENT = 64
 """Bytes: a cache line, and what the widest vector units want."""
@@ -33,6 +34,27 @@ _HUGE_PAGE_NBYTES = 2 * 1024**2
 
 Memory = np.ndarray[Any, np.dtype[np.uint8]]
 """Flat, writable, aligned."""
+
+
+class Lease(np.ndarray):
+    """The right to use a piece of shared memory; what is made of it (numpy or torch) keeps it alive.
+
+    At its death `token` goes to `home`, which knows what to do with it (wire/arena.py); `segment` is what must stay
+    mapped. A subclass of ndarray, since that is the cheapest object with a buffer and `__del__` (0.3 us), and torch
+    takes it as it is. numpy does not look for the owner behind an array of another class, so views keep the lease.
+    """
+
+    __slots__ = ("home", "segment", "token")
+
+    home: deque[Any]
+    token: Any
+    segment: Any
+
+    def __del__(self) -> None:
+        try:  # noqa: SIM105 (contextlib.suppress would cost more than all the rest)
+            self.home.append(self.token)
+        except AttributeError:
+            pass  # a copy that numpy made of a lease, which holds nothing
 
 
 class _Lease(ctypes.Array):  # type: ignore[type-arg]

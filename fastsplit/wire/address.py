@@ -1,5 +1,7 @@
 """Addresses: `unix:///path`, `tcp://host:port`, `vsock://cid:port`, and sockets that are bound or connected to them.
 
+Each may say `?shm=off` (no shared memory), `?shm=/dev/shm/NAME` (segments with names that start so), or `?shm=auto`.
+
 Rules. A listener may only be where nobody but this host's own users can reach it, since links are not authenticated
 yet: unix sockets (mode 0600), loopback tcp, the local vsock cid. Everything else is refused before it is bound.
 """
@@ -17,8 +19,19 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ..errors import AddressError, ConnectError, DeadlineError
+from .segment import check_prefix
 
-__all__ = ["Address", "TcpAddress", "UnixAddress", "VsockAddress", "connect_socket", "listen_socket", "parse_address"]
+__all__ = [
+    "SHM_AUTO",
+    "SHM_OFF",
+    "Address",
+    "TcpAddress",
+    "UnixAddress",
+    "VsockAddress",
+    "connect_socket",
+    "listen_socket",
+    "parse_address",
+]
 
 _VMADDR_CID_LOCAL = 1
 _UNIX_SNDBUF_NBYTES = 2 * 1024**2
@@ -26,30 +39,37 @@ _UNIX_SNDBUF_NBYTES = 2 * 1024**2
 messages of 8 MiB: 4.5 -> 6 GB/s. (tcp tunes its own buffers, and setting them would turn that off.)"""
 
 
+SHM_AUTO, SHM_OFF = "auto", "off"
+
+
 @dataclass(frozen=True)
 class UnixAddress:
     path: str
+    shm: str = SHM_AUTO
 
     def __str__(self) -> str:
-        return f"unix://{self.path}"
+        return f"unix://{self.path}{_query(self.shm)}"
 
 
 @dataclass(frozen=True)
 class TcpAddress:
     host: str
     port: int
+    shm: str = SHM_AUTO
 
     def __str__(self) -> str:
-        return f"tcp://[{self.host}]:{self.port}" if ":" in self.host else f"tcp://{self.host}:{self.port}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"tcp://{host}:{self.port}{_query(self.shm)}"
 
 
 @dataclass(frozen=True)
 class VsockAddress:
     cid: int
     port: int
+    shm: str = SHM_AUTO
 
     def __str__(self) -> str:
-        return f"vsock://{self.cid}:{self.port}"
+        return f"vsock://{self.cid}:{self.port}{_query(self.shm)}"
 
 
 Address = UnixAddress | TcpAddress | VsockAddress
@@ -61,15 +81,16 @@ def parse_address(uri: str) -> Address:
         parts = urlsplit(uri)
     except ValueError as error:
         raise AddressError(f"address {uri!r}: {error}") from None
-    if parts.query or parts.fragment:
-        raise AddressError(f"address {uri!r}: options {parts.query or parts.fragment!r}, expected none")
+    if parts.fragment:
+        raise AddressError(f"address {uri!r}: fragment {parts.fragment!r}, expected none")
+    shm = _parse_shm(uri, parts.query)
     if parts.scheme == "unix":
         path = parts.netloc + parts.path
         if not path.startswith("/"):
             raise AddressError(f"address {uri!r}: path {path!r}, expected an absolute one, as in unix:///run/demo.sock")
         if len(os.fsencode(path)) > 107:
             raise AddressError(f"address {uri!r}: a path of {len(os.fsencode(path))} bytes, expected at most 107")
-        return UnixAddress(path)
+        return UnixAddress(path, shm)
     if parts.scheme not in ("tcp", "vsock"):
         raise AddressError(f"address {uri!r}: scheme {parts.scheme!r}, expected unix, tcp or vsock")
     if parts.path or "@" in parts.netloc:
@@ -82,10 +103,29 @@ def parse_address(uri: str) -> Address:
         host, _, port_text = parts.netloc.rpartition(":")
         if not (_is_u32(host) and _is_u32(port_text)):
             raise AddressError(f"address {uri!r}: expected vsock://cid:port with two numbers of 32 bits")
-        return VsockAddress(int(host), int(port_text))
+        return VsockAddress(int(host), int(port_text), shm)
     if port is None or not parts.hostname:
         raise AddressError(f"address {uri!r}: expected tcp://host:port with a port from 0 to 65535")
-    return TcpAddress(parts.hostname, port)
+    return TcpAddress(parts.hostname, port, shm)
+
+
+def _parse_shm(uri: str, query: str) -> str:
+    """The option `shm`: "auto", "off", or the path that named segments start with."""
+    if not query:
+        return SHM_AUTO
+    key, _, value = query.partition("=")
+    if key != "shm":
+        raise AddressError(f"address {uri!r}: option {query!r}, expected shm=auto, shm=off or shm=/dev/shm/NAME")
+    if value in (SHM_AUTO, SHM_OFF):
+        return value
+    try:
+        return check_prefix(value)
+    except AddressError as error:
+        raise AddressError(f"address {uri!r}: {error}, or off, or auto") from None
+
+
+def _query(shm: str) -> str:
+    return "" if shm == SHM_AUTO else f"?shm={shm}"
 
 
 def _is_u32(text: str) -> bool:
@@ -154,9 +194,10 @@ def listen_socket(address: Address, backlog: int = 128) -> tuple[socket.socket, 
             os.chmod(address.path, 0o600)  # where the kernel ignores the mode of an unbound socket
         sock.listen(backlog)
         if isinstance(address, TcpAddress):
-            address = TcpAddress(address.host, sock.getsockname()[1])
+            address = TcpAddress(address.host, sock.getsockname()[1], address.shm)
         elif isinstance(address, VsockAddress):
-            address = VsockAddress(*sock.getsockname())
+            cid, port = sock.getsockname()
+            address = VsockAddress(cid, port, address.shm)
         return sock, address
     except BaseException:
         sock.close()
@@ -218,7 +259,7 @@ def _loopback(address: TcpAddress) -> TcpAddress:
             f"{address}: refused to listen: links are not authenticated yet, so a listener may only be on loopback "
             f"(127.0.0.0/8 or ::1), and this is {', '.join(hosts)}"
         )
-    return TcpAddress(hosts[0], address.port)
+    return TcpAddress(hosts[0], address.port, address.shm)
 
 
 def _remove_stale(address: UnixAddress) -> None:

@@ -16,12 +16,13 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from time import perf_counter_ns
 from typing import Any
 
 from .. import tensors
 from ..errors import (
+    ArenaFull,
     CancelledError,
     ClosedError,
     DeadlineError,
@@ -34,10 +35,13 @@ from ..errors import (
 )
 from ..memory import Pool, pool
 from ..schema.limits import Limits
-from ..tensors import Arrays, collect, dtype_of
+from ..tensors import Arrays, Outgoing, dtype_of
 from .address import connect_socket, parse_address
-from .link import Link, choose_spin_us, remaining_s
-from .session import CAPABILITIES, Error, Event, Failed, Goodbye, Hello, Reply, Session
+from .connection import Connection
+from .future import Future, Result
+from .link import choose_spin_us, remaining_s
+from .segment import Hook
+from .session import MAX_RETURNS, Attached, Error, Event, Failed, Goodbye, Hello, Reply, ReturnsWanted
 from .stats import Stats
 
 __all__ = ["Channel", "Future", "Result"]
@@ -47,95 +51,8 @@ _logger = logging.getLogger("fastsplit.channel")
 MAX_TIMEOUT_S = 1e6  # eleven days; beyond, poll's milliseconds and the header's nanoseconds would run out
 _RELIEF_S = 0.005  # how soon a sender that found another thread reading looks again whether it must read itself
 _LAST_WORDS_S = 0.5  # how long a failed sender waits for another thread to read why
+_ASK_EVERY_S = 0.02  # how often a side that is short of memory asks for returns
 _LINGER_S = 0.5  # how long an aborted peer's bytes are read and dropped, so that it can read why
-
-
-class Result(tuple):  # type: ignore[type-arg]
-    """The tensors of a reply: a tuple, with what else the reply said.
-
-    The tensors are writable and the caller's own. `attrs`: the reply's attributes. `remote_s`: seconds in the handler,
-    as the server says, but never more than this side waited. `wait_s`: seconds from the end of encoding the request to
-    the reply.
-    """
-
-    attrs: dict[str, Any]
-    remote_s: float
-    wait_s: float
-
-
-class Future:
-    """A call in flight. Made by `Channel.submit`."""
-
-    __slots__ = (
-        "__weakref__",
-        "_callbacks",
-        "_channel",
-        "_deadline",
-        "_done",
-        "_error",
-        "_id",
-        "_result",
-        "_sent_ns",
-        "_timeout_s",
-        "op",
-    )
-
-    def __init__(
-        self, channel: Channel, request_id: int, op: str, deadline: float | None, timeout_s: float | None, sent_ns: int
-    ) -> None:
-        self.op = op
-        self._channel = channel
-        self._id = request_id
-        self._deadline = deadline
-        self._timeout_s = timeout_s
-        self._sent_ns = sent_ns
-        self._done = False
-        self._result: Result | None = None
-        self._error: BaseException | None = None
-        self._callbacks: list[Callable[[Future], object]] | None = None
-
-    def __repr__(self) -> str:
-        state = "pending" if not self._done else "failed" if self._error is not None else "done"
-        return f"<Future of {self.op!r}, {state}>"
-
-    def done(self) -> bool:
-        """Whether the reply (or an error) is in. Does not read: only somebody's `result` or `call` does."""
-        return self._done
-
-    def cancelled(self) -> bool:
-        """Whether `cancel` came before the reply."""
-        return isinstance(self._error, CancelledError)
-
-    def result(self, timeout: float | None = None) -> Result:
-        """Waits for the reply's tensors, `timeout` seconds at most. Returns the same object each time.
-
-        Raises DeadlineError when `timeout` passes (the call goes on) or the call's own deadline does (it is cancelled),
-        and what `Channel.call` raises.
-        """
-        if not self._done:
-            self._channel._wait_for(self, timeout)
-        if self._error is not None:
-            raise self._error
-        assert self._result is not None
-        return self._result
-
-    def exception(self, timeout: float | None = None) -> BaseException | None:
-        """Waits like `result`, and returns the call's error, None if it has none."""
-        if not self._done:
-            self._channel._wait_for(self, timeout)
-        return self._error
-
-    def cancel(self) -> bool:
-        """Gives the call up: False if its reply was in already. The server is told; a handler at work may go on."""
-        return self._channel._give_up(self, CancelledError(f"{self.op}: cancelled"))
-
-    def add_done_callback(self, callback: Callable[[Future], object]) -> None:
-        """Calls `callback(future)` when the call is done: at once if it is, otherwise from the thread that reads."""
-        with self._channel._lock:
-            if not self._done:
-                self._callbacks = [*(self._callbacks or ()), callback]
-                return
-        callback(self)
 
 
 class Channel:
@@ -144,7 +61,10 @@ class Channel:
     `arrays`: what calls give, "torch", "numpy" or "auto" (torch where it is installed). `timeout_s`: for connecting and
     the handshake. `call_timeout_s`: for each call that says nothing else, None for no deadline. `limits`: what is
     accepted from the server. `spin_us`: how long a caller spins for its reply before it sleeps (FASTSPLIT_SPIN_US, or
-    50; 0 on one core). `pool`: where received tensors and `empty` take their memory.
+    50; 0 on one core). `pool`: where tensors that are not in shared memory take theirs. `on_segment(address, nbytes)`:
+    called for each segment of shared memory that is mapped; it may give a function to call before that is unmapped.
+
+    On a unix socket memory is shared unless the URI says `?shm=off`; see `shm`, `shm_reason` and docs/protocol.md.
 
     Raises AddressError, ConnectError if nobody listens there, DeadlineError if there is no handshake in time, and
     RemoteProtocolError if what listens there is no fastsplit.
@@ -160,18 +80,16 @@ class Channel:
         limits: Limits | None = None,
         spin_us: float | None = None,
         pool: Pool = pool,
+        on_segment: Hook | None = None,
     ) -> None:
         for name, value in (("timeout_s", timeout_s), ("call_timeout_s", call_timeout_s)):
             if value is not None and not 0 <= value <= MAX_TIMEOUT_S:
                 raise SettingError(f"{name}: {value!r}, expected 0 to {MAX_TIMEOUT_S:g}")
         self.uri = uri
         self.call_timeout_s = call_timeout_s
-        self._pool = pool
         self._arrays = tensors.arrays(arrays)
         self._stats = Stats()
-        self._session = Session(is_client=True, allocate=pool.allocate, limits=limits, capabilities=CAPABILITIES)
         self._futures: dict[int, Future] = {}
-        self._sending = threading.Lock()  # the link's writing side and the session's outgoing side
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)  # `_lock` guards the next four, and the futures' outcomes
         self._reading = False
@@ -179,22 +97,47 @@ class Channel:
         self._error: FastsplitError | None = None
         self._closed = False
         self._greeted = False
+        self._answer: Attached | None = None
+        self._asked_at = 0.0
         deadline = time.monotonic() + timeout_s
         spin_us = choose_spin_us(spin_us)
-        self._link = Link(connect_socket(parse_address(uri), timeout_s), spin_us)
+        address = parse_address(uri)
+        connection = self._connection = Connection(
+            connect_socket(address, timeout_s),
+            address,
+            is_client=True,
+            limits=limits,
+            spin_us=spin_us,
+            pool=pool,
+            relieve=self._relieve,
+            hook=on_segment,
+        )
+        self._sending = connection.sending
+        self._session = connection.session
         try:
             with contextlib.suppress(PeerLostError):  # refused at once: what the server said is still to be read
-                self._link.send_all([self._session.hello()], deadline)
+                connection.link.send_all([self._session.hello()], deadline)
             while not self._greeted:
-                self._read_once(deadline)
-                if self._error is not None:
-                    raise self._error
+                self._read_for_handshake(deadline)
+            answered = connection.offer_ring(deadline)
+            if answered is not None:
+                answered(self._read_answer(deadline).text)
         except DeadlineError:
             self._end(ClosedError("the handshake failed"))
             raise DeadlineError(f"{uri}: connected, but no handshake within {timeout_s} s") from None
         except BaseException:
             self._end(ClosedError("the handshake failed"))
             raise
+
+    def _read_answer(self, deadline: float) -> Attached:
+        while self._answer is None:
+            self._read_for_handshake(deadline)
+        return self._answer
+
+    def _read_for_handshake(self, deadline: float) -> None:
+        self._read_once(deadline)
+        if self._error is not None:
+            raise self._error
 
     def __repr__(self) -> str:
         return f"<Channel to {self.uri}, {'closed' if self.closed else 'open'}>"
@@ -213,22 +156,36 @@ class Channel:
     @property
     def stats(self) -> Stats:
         """Counts and times since the connection was made. The same object each time; its numbers go on growing."""
-        stats, link = self._stats, self._link
-        stats.bytes_sent, stats.bytes_received = link.bytes_sent, link.bytes_received
-        stats.bytes_staged = self._session.staged_nbytes
-        return stats
+        self._connection.fill(self._stats)
+        return self._stats
 
     @property
     def shm(self) -> bool:
         """Whether tensors cross in shared memory on this connection."""
-        return False
+        return self._connection.arena is not None
 
-    def empty(self, shape: int | Sequence[int], dtype: Any = "float32") -> Any:
+    @property
+    def shm_reason(self) -> str:
+        """Which shared memory is used, or why none is; for people to read."""
+        return self._connection.shm_reason
+
+    def empty(self, shape: int | Sequence[int], dtype: Any = "float32", *, timeout_s: float | None = None) -> Any:
         """A tensor of undefined content, in the memory that this link sends from fastest; the caller's own.
 
-        `dtype`: a name such as "bfloat16", or a torch or numpy dtype. Raises TensorError for another.
+        `dtype`: a name such as "bfloat16", or a torch or numpy dtype. Where memory is shared, it lies there: it goes by
+        reference, and whoever gets it works on the same bytes. `timeout_s`: how long to wait for room there, the
+        channel's `call_timeout_s` if None. Raises TensorError for another dtype, ArenaFull.
         """
-        return self._arrays.empty(shape, dtype, self._pool)
+        deadline = self._deadline(timeout_s)[1]
+        return self._arrays.empty(shape, dtype, lambda nbytes: self._connection.allocate(nbytes, deadline))
+
+    def trim(self) -> int:
+        """Gives shared memory that is not in use back to the system. Returns its bytes.
+
+        What has not been used for half a minute is given back without this, as calls go on.
+        """
+        arena = self._connection.arena
+        return 0 if arena is None else arena.trim(0.0)
 
     def call(
         self,
@@ -242,9 +199,10 @@ class Channel:
         """Runs `op` on the server and returns the tensors of its reply: writable, the caller's own.
 
         `tensors`: torch tensors or numpy arrays; they are sent out of their own memory and must not change until the
-        call returns. `attrs`: ints, floats, strings, bytes, lists of ints or of strings. `timeout_s`: seconds for the
-        whole call, the channel's `call_timeout_s` if None. `expect`: (dtype, shape) of each tensor that the reply must
-        hold; a peer that sends anything else has broken the protocol, and nothing is allocated for it.
+        call returns. Those that lie in shared memory go by reference: what the handler changes in them has changed
+        here. `attrs`: ints, floats, strings, bytes, lists of ints or of strings. `timeout_s`: seconds for the whole
+        call, the channel's `call_timeout_s` if None. `expect`: (dtype, shape) of each tensor that the reply must hold;
+        a peer that sends anything else has broken the protocol, and nothing is allocated for it.
 
         Raises RemoteOpError if the handler failed, DeadlineError, TensorError for a tensor that cannot be sent,
         LimitError over a cap of the server's, PeerLostError, ClosedError, RemoteProtocolError.
@@ -262,7 +220,8 @@ class Channel:
     ) -> Future:
         """Sends a request as `call` does, and returns a Future of its reply. Any number may be in flight.
 
-        When it returns, the tensors are sent and may change.
+        When it returns, the tensors are sent and may change; but those that lie in shared memory are the server's, too,
+        until it is done with them.
         """
         return self._start(op, tensors, timeout_s, expect, attrs)
 
@@ -275,12 +234,14 @@ class Channel:
         attrs: dict[str, Any],
     ) -> Future:
         started_ns = perf_counter_ns()
-        if timeout_s is None:
-            timeout_s = self.call_timeout_s
-        elif not 0 <= timeout_s <= MAX_TIMEOUT_S:  # NaN is not, either
-            raise SettingError(f"timeout_s: {timeout_s!r}, expected 0 to {MAX_TIMEOUT_S:g}")
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        descs, buffers, nbytes, copied_nbytes = collect(tensors)
+        timeout_s, deadline = self._deadline(timeout_s)
+        self._connection.link.wake_early()
+        try:
+            out = self._connection.prepare(tensors, deadline)
+        except ArenaFull:
+            if self._closed:
+                raise ClosedError(f"the channel is closed: {self._error}") from None
+            raise
         expected = None if expect is None else [(dtype_of(dtype).code, tuple(shape)) for dtype, shape in expect]
         time_ns = 0 if timeout_s is None else max(int(timeout_s * 1e9), 1)
         if not self._sending.acquire(timeout=-1 if timeout_s is None else timeout_s):
@@ -288,19 +249,36 @@ class Channel:
         try:
             if self._closed:
                 raise ClosedError(f"the channel is closed: {self._error}")
-            request_id, head = self._session.request(op, descs, attrs, nbytes, time_ns, expected)
+            connection = self._connection
+            arena = connection.arena
+            if arena is not None and (arena.has_news or len(arena.returns) > MAX_RETURNS):
+                self._send_news(op, timeout_s, deadline)
+            request_id, head = self._session.request(
+                op, out.descs, attrs, out.nbytes, time_ns, expected, out.placements
+            )
             encoded_ns = perf_counter_ns()
             future = Future(self, request_id, op, deadline, timeout_s, encoded_ns)
             self._futures[request_id] = future
             stats = self._stats
             stats.calls += 1
-            stats.bytes_copied += copied_nbytes
+            stats.bytes_copied += out.copied_nbytes
+            connection.lent_nbytes += out.shared_nbytes
             stats.serialization_s += (encoded_ns - started_ns) * 1e-9
-            self._send(future, [head, *buffers], len(head) + nbytes, deadline)
+            if arena is not None:
+                arena.lend(out.placements)
+            self._send(future, out, head, deadline)
             stats.wait_s += (perf_counter_ns() - encoded_ns) * 1e-9
         finally:
             self._release_sending()
         return future
+
+    def _deadline(self, timeout_s: float | None) -> tuple[float | None, float | None]:
+        """Seconds that a call may take, and when they are over."""
+        if timeout_s is None:
+            timeout_s = self.call_timeout_s
+        elif not 0 <= timeout_s <= MAX_TIMEOUT_S:  # NaN is not, either
+            raise SettingError(f"timeout_s: {timeout_s!r}, expected 0 to {MAX_TIMEOUT_S:g}")
+        return timeout_s, None if timeout_s is None else time.monotonic() + timeout_s
 
     def close(self) -> None:
         """Ends the connection: the server is told, and calls in flight fail with ClosedError. Idempotent."""
@@ -312,24 +290,27 @@ class Channel:
         if first and self._sending.acquire(timeout=0.1):  # not if a send is stuck: then the end says enough
             try:
                 with contextlib.suppress(FastsplitError):
-                    self._link.send([self._session.goodbye()])
+                    self._connection.link.send([self._session.goodbye()])
             finally:
                 self._release_sending()
         self._end(ClosedError("the channel was closed"))
 
     # ---- sending ----
 
-    def _send(self, future: Future, buffers: list[Any], nbytes: int, deadline: float | None) -> None:
-        """Sends a frame, reading meanwhile if the socket is full. The caller holds `_sending`."""
-        left: Sequence[Any] = buffers
+    def _send(self, future: Future, out: Outgoing, head: bytearray, deadline: float | None) -> None:
+        """Sends a frame, reading meanwhile if there is no room for it. The caller holds `_sending`."""
+        buffers: Sequence[Any] = [head, *out.buffers]
+        left = buffers
         try:
-            left = self._link.send(buffers, nbytes)
+            left = self._connection.link.send(buffers, len(head) + out.nbytes)
             while left:
                 left = self._send_rest(left, deadline)
         except DeadlineError:
             if left is buffers:  # not a byte of it: the stream is as it was
                 self._futures.pop(future._id, None)
                 self._session.retract(future._id)
+                if self._connection.arena is not None:
+                    self._connection.arena.lend(out.placements, -1)
                 raise DeadlineError(f"{future.op}: not sent within {future._timeout_s} s") from None
             raise self._end(
                 DeadlineError(f"{future.op}: not sent within {future._timeout_s} s; the connection is closed")
@@ -342,12 +323,28 @@ class Channel:
             self._end(ClosedError("the connection was closed: a send was interrupted"))
             raise
 
+    def _send_news(self, op: str, timeout_s: float | None, deadline: float | None) -> None:
+        """Sends what must go before the next frame. The caller holds `_sending`."""
+        try:
+            for frame in self._connection.news(deadline):
+                left: Sequence[Any] = self._connection.link.send([frame])
+                while left:
+                    left = self._send_rest(left, deadline)
+        except DeadlineError:
+            late = DeadlineError(f"{op}: a segment was not sent within {timeout_s} s; the connection is closed")
+            raise self._end(late) from None
+        except FastsplitError as error:
+            raise self._end(error) from None
+        except BaseException:
+            self._end(ClosedError("the connection was closed: a send was interrupted"))
+            raise
+
     def _send_rest(self, left: Sequence[Any], deadline: float | None) -> Sequence[Any]:
         reading = self._take_reading()
         try:
             soon = None if reading else time.monotonic() + _RELIEF_S
             try:
-                readable, writable = self._link.wait(
+                readable, writable = self._connection.link.wait(
                     deadline if soon is None or (deadline is not None and deadline < soon) else soon, reading=reading
                 )
             except DeadlineError:
@@ -362,7 +359,7 @@ class Channel:
         finally:
             if reading:
                 self._leave_reading()
-        return self._link.send(left) if writable else left
+        return self._connection.link.send(left) if writable else left
 
     def _read_last_words(self, future: Future) -> None:
         """Reads what is there already, or lets the thread that reads do so. What ends the connection is kept."""
@@ -385,10 +382,7 @@ class Channel:
             # Best effort: the server may save some work; an answer that comes all the same is dropped.
             try:
                 if not self._closed:
-                    frame = self._session.cancel(future._id)
-                    left = self._link.send([frame])
-                    if left and len(left[0]) < len(frame):
-                        self._link.send_all(left, time.monotonic() + _RELIEF_S)
+                    self._connection.send_small(self._session.cancel(future._id))
             except FastsplitError as lost:
                 self._end(lost)
             finally:
@@ -461,14 +455,17 @@ class Channel:
         """
         session = self._session
         try:
-            received = self._link.receive_into(session.receive_buffers(), deadline, blocking=blocking)
-            if received == 0:
+            events = self._connection.link.receive(session, deadline, blocking=blocking)
+            if events is None:
                 self._end(session.end_of_stream())
                 return
-            for event in session.received(received):
+            for event in events:
                 self._handle(event)
         except DeadlineError:
             raise
+        except RemoteProtocolError as error:  # the link's, which no session was told
+            self._abort(error)
+            self._end(error)
         except FastsplitError as error:
             self._end(error)
         except BaseException:
@@ -500,6 +497,10 @@ class Channel:
                 self._settle(future, None, _remote_error(future, event))
         elif isinstance(event, Hello):
             self._greeted = True
+        elif isinstance(event, Attached):
+            self._answer = event
+        elif isinstance(event, ReturnsWanted):
+            self._give_back()
         elif isinstance(event, Goodbye):
             self._end(PeerLostError("the server closed the connection"))
         elif isinstance(event, Failed):
@@ -531,6 +532,39 @@ class Channel:
             except Exception:
                 _logger.exception("a callback of %r failed", future)
 
+    # ---- shared memory ----
+
+    def _give_back(self) -> None:
+        """The server is short of memory. Whoever sends at this moment takes returns along anyway."""
+        if self._sending.acquire(blocking=False):
+            try:
+                if not self._closed:
+                    self._connection.give_back()
+            finally:
+                self._release_sending()
+
+    def _relieve(self, deadline: float | None) -> None:
+        """Our own memory is full: asks the server for returns, and reads for a moment if nobody else does."""
+        now = time.monotonic()
+        if now - self._asked_at > _ASK_EVERY_S and self._sending.acquire(blocking=False):
+            self._asked_at = now
+            try:
+                if not self._closed:
+                    self._connection.send_small(self._session.want_returns())
+            finally:
+                self._release_sending()
+        soon = now + _RELIEF_S if deadline is None else min(now + _RELIEF_S, deadline)
+        if self._take_reading():
+            try:
+                with contextlib.suppress(DeadlineError):
+                    self._read_once(soon)
+            finally:
+                self._leave_reading()
+        else:
+            time.sleep(0.001)
+        if self._error is not None:
+            raise self._error
+
     # ---- ending ----
 
     def _abort(self, error: RemoteProtocolError) -> None:
@@ -539,10 +573,10 @@ class Channel:
         if self._sending.acquire(blocking=False):
             try:
                 with contextlib.suppress(FastsplitError):
-                    self._link.send([self._session.abort(str(error))])
+                    self._connection.link.send([self._session.abort(str(error))])
             finally:
                 self._release_sending()
-            self._link.linger(time.monotonic() + _LINGER_S)
+            self._connection.link.linger(time.monotonic() + _LINGER_S)
 
     def _fail(self, error: FastsplitError) -> FastsplitError:
         """Nothing can be called any more, and every future gets the error; the first error stays. Returns that."""
@@ -561,7 +595,7 @@ class Channel:
     def _end(self, error: FastsplitError) -> FastsplitError:
         """Ends the connection. Returns the error that did so first."""
         error = self._fail(error)
-        self._link.shutdown()
+        self._connection.link.shutdown()
         self._close_when_unused()
         return error
 
@@ -579,7 +613,7 @@ class Channel:
             try:
                 with self._lock:
                     if not self._reading:
-                        self._link.close()
+                        self._connection.close()
                         return
             finally:
                 self._sending.release()

@@ -21,7 +21,11 @@ HEADER_NBYTES = _HEADER.size
 
 
 class Kind(IntEnum):
-    """What a frame is. Requests and cancellations go from client to server, replies and errors back."""
+    """What a frame is. Requests and cancellations go from client to server, replies and errors back.
+
+    The last four are about shared memory: a segment to map, the answer where that is a ring, a segment to forget, and
+    returns that do not wait for another frame.
+    """
 
     HELLO = 1
     REQUEST = 2
@@ -30,6 +34,10 @@ class Kind(IntEnum):
     CANCEL = 5
     GOODBYE = 6
     ABORT = 7
+    SEGMENT = 8
+    ATTACHED = 9
+    RETIRE = 10
+    RETURN = 11
 
 
 _LAST_KIND = int(max(Kind))

@@ -4,6 +4,8 @@ Rules. Deadlines are `time.monotonic()` seconds, None for none. A read that time
 the session. A write that times out in the middle of a frame leaves the stream in doubt; the caller must end the
 connection. Every OSError becomes PeerLostError here, and only here. One thread may read while another writes.
 
+On a unix socket that may bring shared memory, reads take descriptors along: a plain read would drop them.
+
 Why the socket is blocking and still written with MSG_DONTWAIT: a read is one system call (SO_RCVTIMEO gives it its
 deadline), and a write never blocks, so that its caller can read meanwhile; two peers that both only write would wait
 for ever.
@@ -11,6 +13,7 @@ for ever.
 
 from __future__ import annotations
 
+import array
 import contextlib
 import os
 import select
@@ -18,12 +21,14 @@ import socket
 import struct
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import DeadlineError, PeerLostError, SettingError
+from ..errors import DeadlineError, FastsplitError, PeerLostError, RemoteProtocolError, SettingError
+from .session import Event, Session
 
-__all__ = ["Link", "choose_spin_us", "cores", "remaining_s"]
+__all__ = ["Link", "Spin", "choose_spin_us", "cores", "remaining_s"]
 
 _MAX_IOVECS = 64  # of 1024 that Linux takes; a message has at most a few
 _DONTWAIT = int(socket.MSG_DONTWAIT)  # socket's own constants are enums, slow to combine
@@ -35,6 +40,12 @@ _MAX_MISSES = 4  # waits in a row that outlasted their spin, after which a link 
 _RETRY_AFTER = 32  # ... but for one wait in so many, to see whether the peer has become quick
 _DISCARD_NBYTES = 64 * 1024
 _MAX_DISCARDS = 64
+_MAX_DESCRIPTORS = 4
+"""Descriptors in one message; fastsplit sends one at a time. What is more is the peer's fault."""
+_MAX_UNCLAIMED = 128
+"""Descriptors whose announcements have not been read yet: those of many segments may come at once."""
+_ANCILLARY_NBYTES = socket.CMSG_SPACE(4 * _MAX_DESCRIPTORS)
+_CLOSE_ON_EXEC = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
 
 
 def remaining_s(deadline: float | None) -> float | None:
@@ -65,12 +76,41 @@ def choose_spin_us(spin_us: float | None) -> float:
     return float(spin_us)
 
 
-class Link:
-    """One connected socket. Owns it. `spin_us`: how long a blocking read spins before it sleeps, see `_spin`."""
+class Spin:
+    """Whether it pays to spin before sleeping: not while the peer is slower than that."""
 
-    def __init__(self, sock: socket.socket, spin_us: float = 0.0) -> None:
+    __slots__ = ("_misses", "_skipped", "spin_us")
+
+    def __init__(self, spin_us: float) -> None:
         self.spin_us = spin_us
         self._misses = self._skipped = 0
+
+    def begin(self) -> bool:
+        """Whether to spin now. Afterwards say `hit` or `miss`."""
+        if self._misses >= _MAX_MISSES:
+            self._skipped += 1
+            if self._skipped < _RETRY_AFTER:
+                return False
+            self._skipped = 0
+        return True
+
+    def hit(self) -> None:
+        self._misses = 0
+
+    def miss(self) -> None:
+        self._misses += 1
+
+
+class Link:
+    """One connected socket. Owns it. `spin_us`: how long a blocking read spins before it sleeps, see `_spin_for_bytes`.
+
+    `with_descriptors`: the peer may send descriptors; they are collected in `descriptors`, whose owner closes them.
+    """
+
+    def __init__(self, sock: socket.socket, spin_us: float = 0.0, *, with_descriptors: bool = False) -> None:
+        self.descriptors: deque[int] = deque()
+        self._with_descriptors = with_descriptors
+        self.spin = Spin(spin_us)
         self._readable = select.poll()
         self._readable.register(sock, select.POLLIN)
         self._sock = sock
@@ -82,6 +122,14 @@ class Link:
         self._close_lock = threading.Lock()
         self.bytes_sent = 0
         self.bytes_received = 0
+
+    @property
+    def spin_us(self) -> float:
+        return self.spin.spin_us
+
+    @spin_us.setter
+    def spin_us(self, value: float) -> None:
+        self.spin.spin_us = value
 
     def send(self, buffers: Sequence[Any], nbytes: int = -1) -> Sequence[Any]:
         """Sends what the kernel takes now, in one system call, and returns what is left of `buffers`.
@@ -115,6 +163,21 @@ class Link:
             self.wait(deadline, reading=False)
             left = self.send(left)
 
+    def send_with_descriptor(self, data: Any, fd: int, deadline: float | None) -> None:
+        """Sends `data`, and with its first byte a descriptor. Raises PeerLostError, DeadlineError."""
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
+        while True:
+            try:
+                sent = self._sock.sendmsg([data], ancillary, _SEND_FLAGS)
+                break
+            except BlockingIOError:
+                self.wait(deadline, reading=False)
+            except OSError as error:
+                raise _lost(error) from None
+        self.bytes_sent += sent
+        if sent < len(data):
+            self.send_all([memoryview(data)[sent:]], deadline)
+
     def wait(self, deadline: float | None, *, reading: bool) -> tuple[bool, bool]:
         """Waits until the socket is (readable, writable); readable only if `reading`. Raises DeadlineError."""
         timeout_s = remaining_s(deadline)
@@ -126,24 +189,64 @@ class Link:
         # an error or a hang-up counts as both: the next read or write says what it is
         return reading and bool(events & ~select.POLLOUT), bool(events & ~select.POLLIN)
 
+    def receive(self, session: Session, deadline: float | None, *, blocking: bool = True) -> list[Event] | None:
+        """Reads once and gives it to the session; returns what that completed, None at the end of the stream.
+
+        Raises PeerLostError, DeadlineError (nothing is lost, another read may go on).
+        """
+        received = self.receive_into(session.receive_buffers(), deadline, blocking=blocking)
+        return session.received(received) if received else None
+
+    def receive_bell(self, scratch: memoryview, deadline: float | None) -> bool:
+        """Sleeps until the peer sends a byte, which says nothing. False at the end of the stream.
+
+        Raises PeerLostError, DeadlineError.
+        """
+        try:
+            return self._receive_into([scratch], deadline, 0) > 0
+        except PeerLostError:
+            return False
+
+    def wake_early(self) -> None:
+        """A socket's sleeper is only woken by bytes of a frame."""
+
+    def take_descriptor(self) -> int | None:
+        """The next descriptor that came, the caller's to close; None if there is none."""
+        return self.descriptors.popleft() if self.descriptors else None
+
+    def receive_descriptors(self, scratch: memoryview) -> None:
+        """Collects what is there already: descriptors, and bytes that say nothing."""
+        with contextlib.suppress(DeadlineError, PeerLostError):
+            for _ in range(_MAX_DISCARDS):  # a peer may send bytes for ever
+                if self.descriptors or not self._receive_into([scratch], None, _DONTWAIT):
+                    break
+
     def receive_into(self, buffers: Sequence[memoryview], deadline: float | None, *, blocking: bool = True) -> int:
         """Reads at least one byte into the buffers, in order; returns how many, 0 at the end of the stream.
 
         Raises PeerLostError, DeadlineError (nothing is lost, another read may go on).
         """
-        flags = 0 if blocking else _DONTWAIT
-        if blocking and self.spin_us:
-            self._spin()
+        if blocking and self.spin.spin_us:
+            self._spin_for_bytes()
+        return self._receive_into(buffers, deadline, 0 if blocking else _DONTWAIT)
+
+    def _receive_into(self, buffers: Sequence[memoryview], deadline: float | None, flags: int) -> int:
         while True:
-            if blocking:
+            if not flags:
                 self._arm(deadline)
             try:
-                if len(buffers) == 1:
+                if self._with_descriptors:
+                    received, ancillary, message_flags, _ = self._sock.recvmsg_into(
+                        buffers[:_MAX_IOVECS], _ANCILLARY_NBYTES, flags | _CLOSE_ON_EXEC
+                    )
+                    if ancillary:
+                        self._keep_descriptors(ancillary, message_flags)
+                elif len(buffers) == 1:
                     received = self._sock.recv_into(buffers[0], 0, flags)
                 else:
                     received = self._sock.recvmsg_into(buffers[:_MAX_IOVECS], 0, flags)[0]
             except BlockingIOError:
-                if not blocking:
+                if flags:
                     raise DeadlineError("nothing to read") from None
                 if deadline is not None and time.monotonic() >= deadline:
                     raise DeadlineError("nothing came from the peer") from None
@@ -152,6 +255,17 @@ class Link:
             else:
                 self.bytes_received += received
                 return received
+
+    def _keep_descriptors(self, ancillary: list[tuple[int, int, bytes]], message_flags: int) -> None:
+        for level, kind, data in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds = array.array("i")
+                fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+                self.descriptors.extend(fds)
+        if message_flags & socket.MSG_CTRUNC:
+            raise RemoteProtocolError(f"descriptors: more than {_MAX_DESCRIPTORS} in one message, expected one")
+        if len(self.descriptors) > _MAX_UNCLAIMED:
+            raise RemoteProtocolError(f"descriptors: {len(self.descriptors)} without a SEGMENT, expected one for each")
 
     def linger(self, deadline: float) -> None:
         """Ends the writing direction, and drops what the peer still sends until it closes or the deadline passes.
@@ -163,8 +277,8 @@ class Link:
             self._sock.shutdown(socket.SHUT_WR)
             while self.receive_into([scratch], deadline) and time.monotonic() < deadline:
                 pass
-        except (OSError, PeerLostError, DeadlineError):
-            return  # it is gone, or does not go: either way we have done what we could
+        except (OSError, FastsplitError):
+            return  # it is gone, or does not go, or sends nonsense: either way we have done what we could
 
     def shutdown(self) -> None:
         """Ends both directions; a thread that waits in a read or a write wakes up with the end of the stream."""
@@ -185,6 +299,8 @@ class Link:
                     if not self._sock.recv(_DISCARD_NBYTES, _DONTWAIT):
                         break
             self._sock.close()
+            while self.descriptors:
+                os.close(self.descriptors.popleft())
 
     def peer_left(self) -> bool:
         """Whether the peer has ended its writing direction, or is gone. Takes a system call; reads nothing."""
@@ -195,25 +311,22 @@ class Link:
             return True
         return bool(poll.poll(0))
 
-    def _spin(self) -> None:
+    def _spin_for_bytes(self) -> None:
         """Looks for bytes again and again, for `spin_us` at most; for nothing while the peer is slower than that.
 
         A sleep that ends at once costs more than it saves: the wake-up itself, an idle core's way back, and caches that
         have gone cold (all Python code is then two to three times slower). Measured on two cores, a call with a
         64-byte tensor over a unix socket: 88 us -> 26 us with numpy arrays, 112 us -> 31 us with torch's.
         """
-        if self._misses >= _MAX_MISSES:
-            self._skipped += 1
-            if self._skipped < _RETRY_AFTER:
-                return
-            self._skipped = 0
+        if not self.spin.begin():
+            return
         poll = self._readable.poll
-        end_ns = time.perf_counter_ns() + int(self.spin_us * 1e3)
+        end_ns = time.perf_counter_ns() + int(self.spin.spin_us * 1e3)
         while not poll(0):
             if time.perf_counter_ns() >= end_ns:
-                self._misses += 1
+                self.spin.miss()
                 return
-        self._misses = 0
+        self.spin.hit()
 
     def _arm(self, deadline: float | None) -> None:
         if deadline is None:

@@ -18,6 +18,7 @@ import select
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter_ns
@@ -27,15 +28,21 @@ from .. import tensors
 from ..errors import ClosedError, DeadlineError, FastsplitError, PeerLostError, RemoteProtocolError
 from ..memory import Pool, pool
 from ..schema.limits import Limits
-from ..tensors import Arrays, collect
+from ..tensors import Arrays
 from .address import UnixAddress, accept_socket, listen_socket, parse_address, remove_socket_file
-from .link import Link, choose_spin_us, cores, remaining_s
-from .session import CAPABILITIES, Cancel, Failed, Goodbye, Request, Session
+from .arena import IDLE_S
+from .connection import Connection
+from .link import choose_spin_us, cores, remaining_s
+from .segment import Hook
+from .session import MAX_RETURNS, Cancel, Event, Failed, Goodbye, Request, ReturnsWanted, RingOffered
+from .stats import Stats
 
 __all__ = ["Call", "Handler", "Server"]
 
 _logger = logging.getLogger("fastsplit.server")
 
+_ASK_EVERY_S = 0.02  # how often a side that is short of memory asks for returns
+_RELIEF_S = 0.005  # how long it reads before it looks again
 _LINGER_S = 1.0  # how long an aborted peer's bytes are read and dropped, so that it can read why
 
 
@@ -66,9 +73,15 @@ class Call:
         self._deadline = deadline
 
     def empty(self, shape: int | Sequence[int], dtype: Any = "float32") -> Any:
-        """A tensor of undefined content in the memory that replies are sent from fastest, for the handler to return."""
+        """A tensor of undefined content in the memory that replies are sent from fastest, for the handler to return.
+
+        Where memory is shared it lies there. Waits for room as long as the caller does for its reply. Raises ArenaFull.
+        """
         connection = self._connection
-        return connection.server._arrays.empty(shape, dtype, connection.pool)
+        deadline = self._deadline
+        if deadline is None:
+            deadline = time.monotonic() + connection.server.send_timeout_s
+        return connection.server._arrays.empty(shape, dtype, lambda nbytes: connection.wire.allocate(nbytes, deadline))
 
     @property
     def remaining_s(self) -> float | None:
@@ -84,7 +97,7 @@ class Call:
             self._request_id in connection.cancelled
             or self.remaining_s == 0.0
             or connection.ended
-            or (not connection.server._closing.is_set() and connection.link.peer_left())
+            or (not connection.server._closing.is_set() and connection.wire.link.peer_left())
         )
 
 
@@ -99,7 +112,7 @@ class Server:
     `limits`: what is accepted from a client. `max_connections`: clients at a time; more are told so, and refused.
     `handshake_timeout_s`, `send_timeout_s`: how long a client may take for its handshake, and to take a reply.
     `spin_us`: how long a connection's thread spins for the next request before it sleeps (FASTSPLIT_SPIN_US, or 50);
-    never with workers, nor while there are as many clients as cores. `arrays`, `pool`: as for a Channel.
+    never with workers, nor while there are as many clients as cores. `arrays`, `pool`, `on_segment`: as for a Channel.
     """
 
     def __init__(
@@ -115,6 +128,7 @@ class Server:
         send_timeout_s: float = 600.0,
         spin_us: float | None = None,
         pool: Pool = pool,
+        on_segment: Hook | None = None,
     ) -> None:
         self.handlers = dict(handlers)
         self.limits = limits or Limits()
@@ -126,6 +140,8 @@ class Server:
         self._arrays = tensors.arrays(arrays)
         self._pool = pool
         self._workers = workers
+        self._on_segment = on_segment
+        self._past = Stats()  # of connections that have ended
         # While the pool's threads work, a reader that spins would only take the interpreter from them.
         self._spin_us = 0.0 if workers else choose_spin_us(spin_us)
         # As soon as clients are as many as cores, a core that spins for one of them is taken from another.
@@ -149,6 +165,15 @@ class Server:
     def connections(self) -> int:
         """How many clients are connected."""
         return len(self._connections)
+
+    @property
+    def stats(self) -> Stats:
+        """Counts of all connections since the server was made: a snapshot. `calls` are replies, `remote_s` is 0."""
+        with self._lock:
+            total = Stats().add(self._past)
+            for connection in self._connections:
+                total.add(connection.stats())
+        return total
 
     @property
     def started(self) -> bool:
@@ -219,13 +244,13 @@ class Server:
         deadline = time.monotonic() + timeout_s
         connections = list(self._connections)
         for connection in connections:
-            connection.link.shutdown_reading()
+            connection.wire.link.shutdown_reading()
         others = [connection for connection in connections if connection.thread is not threading.current_thread()]
         for connection in others:  # a handler that closes its server gets to answer first
             connection.thread.join(max(deadline - time.monotonic(), 0.0))
         for connection in others:
             if connection.thread.is_alive():
-                connection.link.shutdown()
+                connection.wire.link.shutdown()
                 connection.thread.join(0.1)
         if self._executor is not None:
             self._executor.shutdown(wait=False, cancel_futures=True)
@@ -273,7 +298,9 @@ class Server:
 
     def _forget(self, connection: _Connection) -> None:
         with self._lock:
-            self._connections.discard(connection)
+            if connection in self._connections:
+                self._connections.discard(connection)
+                self._past.add(connection.stats())
 
 
 class _Connection:
@@ -281,24 +308,39 @@ class _Connection:
 
     def __init__(self, server: Server, sock: socket.socket) -> None:
         self.server = server
-        self.pool = server._pool
-        self.link = Link(sock)
-        self.session = Session(
-            is_client=False, allocate=self.pool.allocate, limits=server.limits, capabilities=CAPABILITIES
+        self.wire = Connection(
+            sock,
+            server._address,
+            is_client=False,
+            limits=server.limits,
+            spin_us=0.0,
+            pool=server._pool,
+            relieve=self._relieve,
+            hook=server._on_segment,
         )
+        self.session = self.wire.session
         self.thread = threading.Thread(target=self._serve, name=f"fastsplit-serve {server.uri}", daemon=True)
         self.cancelled: set[int] = set()
         self.ended = False
-        self._sending = threading.Lock()  # the link's writing side and the session's outgoing side
+        self._sending = self.wire.sending
+        self._stats = Stats()
+        self._waiting: deque[Request] = deque()  # came in while a handler waited for memory
+        self._broken: RemoteProtocolError | None = None  # by the client, while a handler waited for memory
+        self._asked_at = 0.0
         self._idle = threading.Condition()  # guards `_pending`
         self._pending: set[int] = set()  # requests that have no answer yet, where a pool runs them
 
     def refuse(self, reason: str) -> None:
         """Says why, and closes. For a connection whose thread was never started."""
         with contextlib.suppress(PeerLostError):
-            self.link.send([self.session.abort(reason)])
-        self.link.shutdown()
-        self.link.close()  # at once, since others wait to be accepted
+            self.wire.link.send([self.session.abort(reason)])
+        self.wire.link.shutdown()
+        self.wire.close()  # at once, since others wait to be accepted
+
+    def stats(self) -> Stats:
+        """What was counted so far."""
+        self.wire.fill(self._stats)
+        return self._stats
 
     # ---- the connection's thread ----
 
@@ -307,7 +349,11 @@ class _Connection:
         try:
             going_on = self._greet()
             while going_on:
-                going_on = self._read()
+                while self._waiting:
+                    self._dispatch(self._waiting.popleft())
+                if self._broken is not None:
+                    raise self._broken
+                going_on = self._read_or_trim()
             self._drain()
         except RemoteProtocolError as protocol_error:
             error = protocol_error
@@ -319,20 +365,21 @@ class _Connection:
         finally:
             self.ended = True
             if error is not None and not self.server._closing.is_set():
-                # Who leaves before the handshake only wanted to see whether anybody is here.
+                # Who leaves before the handshake only wanted to see whether anybody is here. The error's text, not the
+                # error: whoever keeps the record would keep its frames, and the shared memory that lies in them.
                 greeted = self.session.peer_limits is not None or isinstance(error, RemoteProtocolError)
                 level = logging.WARNING if greeted else logging.DEBUG
-                _logger.log(level, "%s: a connection ended: %s", self.server.uri, error)
-            self.link.shutdown()
+                _logger.log(level, "%s: a connection ended: %s", self.server.uri, str(error))
+            self.wire.link.shutdown()
             with self._sending:  # a worker may be in a system call on the descriptor
-                self.link.close()
+                self.wire.close()
             self.server._forget(self)
 
     def _greet(self) -> bool:
         timeout_s = self.server.handshake_timeout_s
         deadline = time.monotonic() + timeout_s
         try:
-            self.link.send_all([self.session.hello()], deadline)
+            self.wire.link.send_all([self.session.hello()], deadline)
             while self.session.peer_limits is None:
                 if not self._read(deadline):
                     return False
@@ -340,34 +387,90 @@ class _Connection:
             raise RemoteProtocolError(f"no handshake within {timeout_s} s") from None
         return True
 
+    def _read_or_trim(self) -> bool:
+        """Reads; but if nothing comes for long, gives unused memory back first, and only then sleeps for good."""
+        arena = self.wire.arena
+        if arena is not None:
+            try:
+                return self._read(time.monotonic() + IDLE_S)
+            except DeadlineError:
+                if arena.trim():
+                    with self._sending:
+                        self._send_news(time.monotonic() + self.server.send_timeout_s)
+        return self._read()
+
     def _read(self, deadline: float | None = None) -> bool:
         """Reads once and acts on what that completed. False when the client is done."""
-        session = self.session
-        server = self.server
-        self.link.spin_us = server._spin_us if len(server._connections) <= server._most_spinning else 0.0
-        received = self.link.receive_into(session.receive_buffers(), deadline)
-        if received == 0:
-            error = session.end_of_stream()
-            if session.at_frame_boundary:
-                self.ended = not self.server._closing.is_set()  # else it is we who ended the reading
-                return False
-            raise error
-        events = session.received(received)
-        if len(events) > 1:  # a cancellation that came with its request is in time
-            self.cancelled.update(event.request_id for event in events if isinstance(event, Cancel))
+        events = self._receive(deadline)
+        if events is None:
+            return False
         for event in events:
             if isinstance(event, Request):
                 self._dispatch(event)
-            elif isinstance(event, Cancel):
-                self._cancel(event.request_id)
-            elif isinstance(event, Goodbye):
-                self.ended = True
+            elif not self._handle(event):
                 return False
-            elif isinstance(event, Failed):
-                if event.tell:
-                    raise event.error
-                raise PeerLostError(str(event.error))
         return True
+
+    def _receive(self, deadline: float | None) -> list[Event] | None:
+        """Reads once. None at the end of the stream."""
+        session, link, server = self.session, self.wire.link, self.server
+        link.spin.spin_us = server._spin_us if len(server._connections) <= server._most_spinning else 0.0
+        # What is in a ring already can be read for as long as the client goes on writing.
+        events = link.receive(session, deadline) if not server._closing.is_set() else None
+        if events is None:
+            error = session.end_of_stream()
+            if session.at_frame_boundary:
+                self.ended = not server._closing.is_set()  # else it is we who ended the reading
+                return None
+            raise error
+        if len(events) > 1:  # a cancellation that came with its request is in time
+            self.cancelled.update(event.request_id for event in events if isinstance(event, Cancel))
+        return events
+
+    def _handle(self, event: Event) -> bool:
+        """Acts on anything but a request. False when the client is done."""
+        if isinstance(event, Cancel):
+            self._cancel(event.request_id)
+        elif isinstance(event, RingOffered):
+            with self._sending:
+                self.wire.attach_ring(event, time.monotonic() + self.server.handshake_timeout_s)
+        elif isinstance(event, ReturnsWanted):
+            with self._sending:
+                self.wire.give_back()
+        elif isinstance(event, Goodbye):
+            self.ended = True
+            return False
+        elif isinstance(event, Failed):
+            if event.tell:
+                raise event.error
+            raise PeerLostError(str(event.error))
+        return True
+
+    def _relieve(self, deadline: float | None) -> None:
+        """Our memory is full: asks the client for returns, and reads for a moment if this is the thread that reads."""
+        now = time.monotonic()
+        if now - self._asked_at > _ASK_EVERY_S:
+            self._asked_at = now
+            with self._sending:
+                self.wire.send_small(self.session.want_returns())
+        if threading.current_thread() is not self.thread or len(self._waiting) >= self.server.limits.max_inflight:
+            time.sleep(0.001)
+            return
+        with contextlib.suppress(DeadlineError):
+            events = self._receive(now + _RELIEF_S if deadline is None else min(now + _RELIEF_S, deadline))
+            if events is None:
+                raise PeerLostError("the client left while a handler waited for memory")
+            for event in events:
+                if isinstance(event, Request):
+                    self._waiting.append(event)
+                    continue
+                try:
+                    going_on = self._handle(event)
+                except RemoteProtocolError as error:
+                    self._broken = error
+                    raise
+                if not going_on:
+                    raise PeerLostError("the client left while a handler waited for memory")
 
     def _dispatch(self, request: Request) -> None:
         deadline = time.monotonic() + request.time_ns * 1e-9 if request.time_ns else None
@@ -391,7 +494,7 @@ class _Connection:
 
     def _cancel(self, request_id: int) -> None:
         with self._idle:
-            if request_id in self._pending:
+            if request_id in self._pending or any(request.request_id == request_id for request in self._waiting):
                 self.cancelled.add(request_id)
             else:
                 self.cancelled.discard(request_id)
@@ -404,7 +507,7 @@ class _Connection:
             with self._idle:
                 self._idle.wait_for(lambda: not self._pending, timeout=self.server.send_timeout_s)
         with self._sending:
-            self.link.send([self.session.goodbye()])
+            self.wire.link.send([self.session.goodbye()])
 
     def _abort(self, reason: str) -> None:
         self.ended = True
@@ -413,10 +516,10 @@ class _Connection:
             return
         try:
             with contextlib.suppress(FastsplitError):
-                self.link.send_all([self.session.abort(reason)], deadline)
+                self.wire.link.send_all([self.session.abort(reason)], deadline)
         finally:
             self._sending.release()
-        self.link.linger(deadline)
+        self.wire.link.linger(deadline)
 
     # ---- requests ----
 
@@ -426,8 +529,8 @@ class _Connection:
                 self._run(request, deadline)
         except FastsplitError as error:
             if not self.ended:
-                _logger.warning("%s: a reply could not be sent: %s", self.server.uri, error)
-            self.link.shutdown()
+                _logger.warning("%s: a reply could not be sent: %s", self.server.uri, str(error))
+            self.wire.link.shutdown()
         finally:
             self._done(request.request_id)
 
@@ -452,38 +555,75 @@ class _Connection:
             self._answer_error(request_id, "unknown-op", f"no such operation here; there are: {known}")
             return
         try:
-            tensors = tuple(map(self.server._arrays.view, request.buffers, message.tensors))
-            call = Call(self, request_id, message.op, tensors, message.attrs or {}, deadline)
+            call = Call(
+                self,
+                request_id,
+                message.op,
+                tuple(map(self.server._arrays.view, request.buffers, message.tensors)),
+                message.attrs or {},
+                deadline,
+            )
+            request.buffers.clear()
             started_ns = perf_counter_ns()
             result = handler(call)
             time_ns = perf_counter_ns() - started_ns
+            self.wire.link.wake_early()
+            call.tensors = ()  # what of them is not in the result dies now, and goes back with this very reply
             if not isinstance(result, (tuple, list)):
                 result = () if result is None else (result,)
-            descs, buffers, nbytes, _ = collect(result)
-            with self._sending:
-                head = self.session.reply(request_id, descs, nbytes, time_ns, call.reply_attrs)
-        except BaseException as error:  # sys.exit() in a handler must not end the server's threads either
-            if not isinstance(error, FastsplitError):
-                _logger.debug("%s: the handler of %r failed", self.server.uri, message.op, exc_info=True)
-            self._answer_error(request_id, "failed", _describe(error))
+            if deadline is None:
+                deadline = time.monotonic() + self.server.send_timeout_s
+            out = self.wire.prepare(result, deadline)
+        except BaseException as error:  # noqa: BLE001 (sys.exit() in a handler must not end the server's threads either)
+            self._answer_failure(request_id, message.op, error)
             return
-        self._send([head, *buffers], len(head) + nbytes)
+        with self._sending:
+            self._send_news(deadline)
+            try:
+                head = self.session.reply(request_id, out.descs, out.nbytes, time_ns, call.reply_attrs, out.placements)
+            except Exception as error:  # noqa: BLE001 (attributes of the handler's that are no such thing, for example)
+                failure = error
+            else:
+                arena = self.wire.arena
+                if arena is not None:
+                    arena.lend(out.placements)
+                stats = self._stats
+                stats.calls += 1
+                stats.bytes_copied += out.copied_nbytes
+                self.wire.lent_nbytes += out.shared_nbytes
+                self._send([head, *out.buffers], len(head) + out.nbytes)
+                return
+        self._answer_failure(request_id, message.op, failure)
+        del failure  # it keeps this frame, and with it the tensors
+
+    def _answer_failure(self, request_id: int, op: str, error: BaseException) -> None:
+        if not isinstance(error, FastsplitError):
+            _logger.debug("%s: the handler of %r failed", self.server.uri, op, exc_info=error)
+        self._answer_error(request_id, "failed", _describe(error))
 
     def _answer_error(self, request_id: int, code: str, text: str) -> None:
         with self._sending:
             frame = self.session.error(request_id, code, text)
-        self._send([frame], len(frame))
+            self._send([frame], len(frame))
+
+    def _send_news(self, deadline: float) -> None:
+        """Sends what must go before the next frame. The caller holds `_sending`."""
+        arena = self.wire.arena
+        if arena is not None and (arena.has_news or len(arena.returns) > MAX_RETURNS):
+            for frame in self.wire.news(deadline):
+                self._send([frame], len(frame))
 
     def _send(self, buffers: list[Any], nbytes: int) -> None:
-        with self._sending:
-            left = self.link.send(buffers, nbytes)
-            if left:
-                try:
-                    self.link.send_all(left, time.monotonic() + self.server.send_timeout_s)
-                except DeadlineError:
-                    raise PeerLostError(
-                        f"the client did not take its reply within {self.server.send_timeout_s} s"
-                    ) from None
+        """Sends a frame. The caller holds `_sending`."""
+        link = self.wire.link
+        left = link.send(buffers, nbytes)
+        if left:
+            try:
+                link.send_all(left, time.monotonic() + self.server.send_timeout_s)
+            except DeadlineError:
+                raise PeerLostError(
+                    f"the client did not take its reply within {self.server.send_timeout_s} s"
+                ) from None
 
 
 def _describe(error: BaseException) -> str:

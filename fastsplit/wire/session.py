@@ -6,6 +6,7 @@
       REQUEST id, op, attrs, tensors ------->          any number in flight
       CANCEL id ---------------------------->          optional; the request is still answered
              <-----------------  REPLY id, tensors     or ERROR id; in any order, exactly one for each request
+      SEGMENT, RETIRE, RETURN <------------->          where both sides share memory: see arena.py
       GOODBYE ------------------------------>          or from the server; then the stream ends
       ABORT  <------------------------------>          the other side broke the protocol, and how; then the stream ends
 
@@ -13,6 +14,9 @@ How bytes come in. The owner asks `receive_buffers()` where the next bytes belon
 `received(n)`. A frame's head is read into a small staging buffer; as soon as its metadata is complete and valid, memory
 for its tensors is allocated and the rest is read straight into it. What of a payload came in the same read as its head
 (at most STAGING_NBYTES) is copied over and counted in `staged_nbytes`: that is what one read for a small message costs.
+
+Tensors in shared memory have no bytes in the stream: the arena (`shared`) says where they are, and takes note of what
+the peer says about its own. Through a ring frames come slot by slot (`received_slot`), never with a payload.
 
 Rules. Events come in the order of the bytes, however these were cut up. A Failed event is the last one: the stream is
 dead; `abort` makes the frame that tells the peer. Errors of our own (LimitError, LocalProtocolError) are raised before
@@ -24,22 +28,27 @@ the session is open.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from enum import Enum
 from time import perf_counter_ns
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from ..errors import LimitError, LocalProtocolError, PeerLostError, RemoteProtocolError
-from ..schema.descriptor import Attrs, Decoder, Encoder, Message, TensorDesc
+from ..schema.decoder import Decoder
+from ..schema.descriptor import Attrs, AttrValue, Message, TensorDesc
 from ..schema.dtypes import BY_CODE
+from ..schema.encoder import Encoder
 from ..schema.limits import Limits
 from ..tensors import Desc
 from .frame import HEADER_NBYTES, VERSION, Header, Kind, pack_header, parse_header
 
 __all__ = [
     "CAPABILITIES",
+    "MAX_RETURNS",
     "STAGING_NBYTES",
+    "Attached",
     "Cancel",
     "Error",
     "Event",
@@ -49,20 +58,24 @@ __all__ = [
     "Hello",
     "Reply",
     "Request",
+    "ReturnsWanted",
+    "RingOffered",
     "Session",
 ]
 
 STAGING_NBYTES = 4096
-CAPABILITIES = 0
-"""Bits of what this side can do beyond the base protocol. A bit counts when both sides set it. None is assigned yet."""
+CAPABILITIES = 1
+"""Bits of what this side can do beyond the base protocol. A bit counts when both sides set it. 1: shared memory."""
+SHARED_MEMORY = 1
 
 # plain ints: looking up and comparing an enum's members costs more than the rest of a check
-_HELLO, _REQUEST, _REPLY, _ERROR, _CANCEL, _ABORT = (
-    int(kind) for kind in (Kind.HELLO, Kind.REQUEST, Kind.REPLY, Kind.ERROR, Kind.CANCEL, Kind.ABORT)
-)
+_HELLO, _REQUEST, _REPLY, _ERROR, _CANCEL, _GOODBYE, _ABORT, _SEGMENT, _ATTACHED, _RETIRE, _RETURN = map(int, Kind)
 _SCRATCH_NBYTES = 1024**2
 _MAX_TEXT_NBYTES = 3500  # of an ERROR or ABORT: with the rest of the frame it fits the smallest metadata cap
 _SOFTWARE = "fastsplit"
+MAX_RETURNS = 32
+"""Returns that ride on another frame; if more are waiting, they get one of their own."""
+_MAX_RETURNS_ALONE = 48  # in a frame of their own: it fits a ring's slot, so that it is sent whole or not at all
 
 Expected = Sequence[Desc] | None
 
@@ -106,6 +119,23 @@ class Hello(NamedTuple):
     capabilities: int
 
 
+class RingOffered(NamedTuple):
+    """Server: the client has made a ring; `attached` is the answer."""
+
+    nbytes: int
+    name: str
+
+
+class Attached(NamedTuple):
+    """Client: the server's answer to the ring, an empty text if it has mapped it."""
+
+    text: str
+
+
+class ReturnsWanted(NamedTuple):
+    """The peer is short of memory: it wants its returns now."""
+
+
 class Goodbye(NamedTuple):
     """The peer will say nothing more."""
 
@@ -117,13 +147,30 @@ class Failed(NamedTuple):
     tell: bool
 
 
-Event = Request | Reply | Error | Cancel | Hello | Goodbye | Failed
+Event = Request | Reply | Error | Cancel | Hello | RingOffered | Attached | ReturnsWanted | Goodbye | Failed
+
+
+class Shared(Protocol):
+    """What a session needs of an arena."""
+
+    returns: deque[tuple[int, int]]
+
+    def take_returns(self, at_most: int) -> list[int]: ...
+    def untake_returns(self, taken: Sequence[int]) -> None: ...
+    def attach(self, segment_id: int, nbytes: int, name: str) -> None: ...
+    def retire(self, segment_id: int) -> None: ...
+    def resolve(self, segment_id: int, offset: int, desc: TensorDesc) -> Any: ...
+    def returned(self, returns: Sequence[int]) -> None: ...
 
 
 class _State(Enum):
     HANDSHAKE = "handshake"
     OPEN = "open"
     ENDED = "ended"
+
+
+_OPEN = _State.OPEN
+_NO_REQUEST: Any = object()
 
 
 class _Incoming:
@@ -139,10 +186,21 @@ class _Incoming:
 
 
 class Session:
-    """One end of one connection. `allocate(nbytes)` gives writable memory for one tensor, as a flat uint8 array."""
+    """One end of one connection. `allocate(nbytes)` gives writable memory for one tensor, as a flat uint8 array.
+
+    `offer`: attributes for the HELLO. `greeted(attrs, peer_limits)` is called with the peer's before anything else that
+    it sent is looked at; it gives the arena, None where no memory is shared.
+    """
 
     def __init__(
-        self, *, is_client: bool, allocate: Callable[[int], Any], limits: Limits | None = None, capabilities: int = 0
+        self,
+        *,
+        is_client: bool,
+        allocate: Callable[[int], Any],
+        limits: Limits | None = None,
+        capabilities: int = 0,
+        offer: Mapping[str, AttrValue] | None = None,
+        greeted: Callable[[dict[str, Any], Limits], Shared | None] | None = None,
     ) -> None:
         self.is_client = is_client
         self.limits = limits or Limits()
@@ -150,6 +208,13 @@ class Session:
         self.capabilities = capabilities
         self.staged_nbytes = 0
         self.decode_ns = 0
+        self.shared: Shared | None = None
+        self.returns: list[int] = []
+        """What went back with the last frame."""
+        self._offer = dict(offer or {})
+        self._share = greeted
+        self._part: bytearray | None = None  # of a frame that takes several slots
+        self._part_nbytes = 0
         self._allocate = allocate
         self._state = _State.HANDSHAKE  # of what comes in
         self._aborted = False  # by the peer
@@ -168,7 +233,8 @@ class Session:
 
     def hello(self) -> bytearray:
         """The handshake: the first frame of either side."""
-        attrs = {"software": _SOFTWARE, "version": VERSION, "capabilities": self.capabilities, **asdict(self.limits)}
+        attrs: dict[str, Any] = {"software": _SOFTWARE, "version": VERSION, "capabilities": self.capabilities}
+        attrs |= asdict(self.limits) | self._offer
         return self._frame(Kind.HELLO, 0, "hello", (), attrs)
 
     @property
@@ -177,9 +243,18 @@ class Session:
         return len(self._open)
 
     def request(
-        self, op: str, tensors: Sequence[Desc], attrs: Attrs, nbytes: int, time_ns: int = 0, expect: Expected = None
+        self,
+        op: str,
+        tensors: Sequence[Desc],
+        attrs: Attrs,
+        nbytes: int,
+        time_ns: int = 0,
+        expect: Expected = None,
+        placements: Sequence[int] = (),
     ) -> tuple[int, bytearray]:
         """A request's id and head. `expect`: what its reply must hold, checked before memory is allocated for it.
+
+        `nbytes`: of the payload that follows. `placements`: see Encoder.encode.
 
         Raises LimitError over a cap of the peer's, LocalProtocolError if the session is not open or an attribute is
         not valid.
@@ -191,7 +266,7 @@ class Session:
                 f"{op!r}: {len(self._open)} requests in flight, the peer accepts {self.peer_limits.max_inflight}"
             )
         request_id = self._next_id
-        frame = self._frame(_REQUEST, request_id, op, tensors, attrs, nbytes, time_ns)
+        frame = self._frame(_REQUEST, request_id, op, tensors, attrs, nbytes, time_ns, placements)
         self._next_id = request_id + 1
         self._open[request_id] = expect
         return request_id, frame
@@ -207,20 +282,57 @@ class Session:
     def retract(self, request_id: int) -> None:
         """Forgets a request of which no byte was sent."""
         self._open.pop(request_id, None)
+        self.take_back()
 
     def cancel(self, request_id: int) -> bytearray:
         """Tells the server that nobody waits for an answer."""
         return self._frame(Kind.CANCEL, request_id, "", (), {})
 
     def reply(
-        self, request_id: int, tensors: Sequence[Desc], nbytes: int, time_ns: int, attrs: Attrs | None = None
+        self,
+        request_id: int,
+        tensors: Sequence[Desc],
+        nbytes: int,
+        time_ns: int,
+        attrs: Attrs | None = None,
+        placements: Sequence[int] = (),
     ) -> bytearray:
         """A reply's head. Raises LimitError over a cap of the peer's."""
-        return self._frame(_REPLY, request_id, "", tensors, attrs or {}, nbytes, time_ns)
+        return self._frame(_REPLY, request_id, "", tensors, attrs or {}, nbytes, time_ns, placements)
 
     def error(self, request_id: int, code: str, text: str) -> bytearray:
         """An answer that says why there is no reply. `code`: failed, unknown-op, deadline or cancelled."""
         return self._frame(Kind.ERROR, request_id, "", (), {"code": code, "text": _sendable(text)})
+
+    def segment(self, segment_id: int, nbytes: int, name: str) -> bytearray:
+        """Announces a segment of ours; id 0 is the ring."""
+        return self._frame(_SEGMENT, 0, "", (), {"id": segment_id, "nbytes": nbytes, "name": name})
+
+    def attached(self, text: str) -> bytearray:
+        """Server: the answer to the ring. `text`: why it could not be mapped, empty if it was."""
+        return self._frame(_ATTACHED, 0, "", (), {"text": _sendable(text)})
+
+    def retire(self, segment_id: int) -> bytearray:
+        """A segment of ours that is used no more."""
+        return self._frame(_RETIRE, 0, "", (), {"id": segment_id})
+
+    def give_back(self) -> bytearray | None:
+        """The returns that are too many to ride on another frame, None if they are not."""
+        shared = self.shared
+        if shared is None or len(shared.returns) <= MAX_RETURNS:
+            return None
+        return self._frame(_RETURN, 0, "", (), {"wanted": 0}, most_returns=_MAX_RETURNS_ALONE)
+
+    def give_back_all(self) -> bytearray | None:
+        """Returns at once, None if there are none."""
+        shared = self.shared
+        if shared is None or not shared.returns:
+            return None
+        return self._frame(_RETURN, 0, "", (), {"wanted": 0}, most_returns=_MAX_RETURNS_ALONE)
+
+    def want_returns(self) -> bytearray:
+        """Asks the peer for its returns."""
+        return self._frame(_RETURN, 0, "", (), {"wanted": 1})
 
     def goodbye(self) -> bytearray:
         """This side will say nothing more."""
@@ -241,10 +353,32 @@ class Session:
         attrs: Attrs,
         nbytes: int = 0,
         time_ns: int = 0,
+        placements: Sequence[int] = (),
+        most_returns: int = MAX_RETURNS,
     ) -> bytearray:
-        frame, varying_nbytes = self._encoder.encode(op, tensors, attrs)
+        shared = self.shared
+        if shared is None or not shared.returns:
+            if self.returns:
+                self.returns = []
+            frame, varying_nbytes = self._encoder.encode(op, tensors, attrs, placements)
+        else:
+            returns = self.returns = shared.take_returns(most_returns)
+            try:
+                frame, varying_nbytes = self._encoder.encode(op, tensors, attrs, placements, returns)
+            except LimitError:  # perhaps it fits without them
+                self.take_back()
+                frame, varying_nbytes = self._encoder.encode(op, tensors, attrs, placements)
+            except BaseException:
+                self.take_back()
+                raise
         pack_header(frame, kind, request_id, varying_nbytes, nbytes, time_ns)
         return frame
+
+    def take_back(self) -> None:
+        """The last frame was not sent: its returns are still to be made."""
+        if self.shared is not None and self.returns:
+            self.shared.untake_returns(self.returns)
+        self.returns = []
 
     # ---- in ----
 
@@ -270,14 +404,70 @@ class Session:
                 self._advance(incoming, nbytes)
                 if not incoming.targets:
                     self._incoming = None
-                    events.append(self._complete(incoming.header, incoming.message, incoming.buffers))
+                    self._append(events, self._complete(incoming.header, incoming.message, incoming.buffers))
         except RemoteProtocolError as error:
-            self._state = _State.ENDED
-            self._may_request = False
-            events.append(Failed(error, tell=not self._aborted))
+            self._fail(error, events)
         finally:
             self.decode_ns += perf_counter_ns() - started_ns
         return events
+
+    def received_slot(self, slot: bytes) -> list[Event]:
+        """Takes one slot of a ring: the start of a frame, or the next part of one that is longer than a slot."""
+        started_ns = perf_counter_ns()
+        events: list[Event] = []
+        try:
+            part = self._part
+            if part is None:
+                header = parse_header(slot, 0, self.limits)
+                if header[4]:
+                    raise RemoteProtocolError(f"header, payload_nbytes: {header[4]} in a ring, expected 0")
+                frame_nbytes = HEADER_NBYTES + header[2]
+                if frame_nbytes <= len(slot):
+                    self._read_frame(header, slot[HEADER_NBYTES:frame_nbytes], events)
+                else:
+                    self._part, self._part_nbytes = bytearray(slot), frame_nbytes
+            else:
+                part += slot
+                if len(part) >= self._part_nbytes:
+                    self._part = None
+                    header = parse_header(part, 0, self.limits)
+                    self._read_frame(header, bytes(part[HEADER_NBYTES : self._part_nbytes]), events)
+        except RemoteProtocolError as error:
+            self._fail(error, events)
+        finally:
+            self.decode_ns += perf_counter_ns() - started_ns
+        return events
+
+    def _read_frame(self, header: Header, metadata: bytes, events: list[Event]) -> None:
+        message = self._decoder.decode(metadata, header[3])
+        if header[0] == _REPLY and self.is_client and self._state is _OPEN and not message.payload_nbytes:
+            # What `_admit`, `_make_room` and `_complete` do, in one piece: 2 us less a call.
+            request_id = header[1]
+            expected = self._open.pop(request_id, _NO_REQUEST)
+            if expected is not None:
+                if expected is _NO_REQUEST:
+                    self._check_answer(header, message)
+                _check_expected(expected, message.tensors)
+            if self._unwanted:
+                self._unwanted.discard(request_id)
+            events.append(Reply(request_id, message, self._take_references(message), header[5]))
+            return
+        if header[0] == _REQUEST and not self.is_client and self._state is _OPEN and not message.payload_nbytes:
+            events.append(Request(header[1], message, self._take_references(message), header[5]))
+            return
+        self._admit(header, message)
+        buffers = self._make_room(message) if message.tensors else []
+        self._append(events, self._complete(header, message, buffers))
+
+    @staticmethod
+    def _append(events: list[Event], event: Event | None) -> None:
+        if event is not None:
+            events.append(event)
+
+    def _fail(self, error: RemoteProtocolError, events: list[Event]) -> None:
+        self._state = _State.ENDED
+        self._may_request = False
+        events.append(Failed(error, tell=not self._aborted))
 
     def end_of_stream(self) -> PeerLostError:
         """The error that the end of the peer's stream means for what is in flight."""
@@ -289,14 +479,15 @@ class Session:
                 f"the peer's stream ended {missing} bytes before the end of a payload of "
                 f"{self._incoming.header[4]} bytes"
             )
-        if self._filled:
-            return PeerLostError(f"the peer's stream ended after {self._filled} bytes of a frame's head")
+        if self._filled or self._part:
+            came = self._filled or len(self._part or b"")
+            return PeerLostError(f"the peer's stream ended after {came} bytes of a frame's head")
         return PeerLostError("the peer closed the connection")
 
     @property
     def at_frame_boundary(self) -> bool:
         """Whether every byte that came in belongs to a whole frame."""
-        return self._incoming is None and not self._filled
+        return self._incoming is None and not self._filled and self._part is None
 
     def _read_staged(self, events: list[Event]) -> None:
         """Takes whole frames out of the staging buffer, and leaves the rest at its start."""
@@ -322,16 +513,15 @@ class Session:
                 break
             buffers = []
             if wanted:
-                for desc in message.tensors:
-                    buffer = self._allocate(desc.nbytes)
-                    if desc.nbytes:
-                        memoryview(buffer)[:] = staging[at : at + desc.nbytes]
-                        at += desc.nbytes
-                    buffers.append(buffer)
+                buffers = self._make_room(message)
+                for target in _inline(message, buffers):
+                    target[:] = staging[at : at + len(target)]
+                    at += len(target)
                 self.staged_nbytes += payload_nbytes
             else:
+                self._drop_references(message)
                 at += payload_nbytes
-            events.append(self._complete(header, message, buffers))
+            self._append(events, self._complete(header, message, buffers))
         if at == filled:
             self._filled = 0
             self._staging = self._small_staging
@@ -392,9 +582,51 @@ class Session:
     def _open_payload(self, header: Header, message: Message, wanted: bool) -> _Incoming:
         """Finds a place for a payload that is still to come."""
         if not wanted:
+            self._drop_references(message)
             return _Incoming(header, message, [], self._scratch_targets(header[4]))
-        buffers = [self._allocate(desc.nbytes) for desc in message.tensors]
-        return _Incoming(header, message, buffers, [memoryview(buffer) for buffer in buffers if len(buffer)])
+        buffers = self._make_room(message)
+        return _Incoming(header, message, buffers, _inline(message, buffers))
+
+    def _take_references(self, message: Message) -> list[Any]:
+        """Leases on all tensors of a message without a payload, and its returns taken note of."""
+        shared, placements = self.shared, message.placements
+        buffers: list[Any] = []
+        if shared is not None and placements:
+            at = 0
+            for desc in message.tensors:
+                segment = placements[at]
+                buffers.append(
+                    shared.resolve(segment, placements[at + 1], desc) if segment else self._allocate(desc.nbytes)
+                )
+                at += 3
+        elif message.tensors:
+            buffers = self._make_room(message)
+        if message.returns:
+            self._take_returns(message)
+        return buffers
+
+    def _take_returns(self, message: Message) -> None:
+        if self.shared is None:
+            raise RemoteProtocolError("returns: expected none, since no shared memory was agreed on")
+        self.shared.returned(message.returns)
+
+    def _make_room(self, message: Message) -> list[Any]:
+        """Memory for each tensor: fresh for those in the payload, leases on what is in shared memory."""
+        placements = message.placements
+        if not placements:
+            return [self._allocate(desc.nbytes) for desc in message.tensors]
+        shared = self.shared
+        if shared is None:
+            raise RemoteProtocolError("placement: in shared memory, expected in the payload: none was agreed on")
+        return [
+            shared.resolve(placements[at], placements[at + 1], desc) if placements[at] else self._allocate(desc.nbytes)
+            for at, desc in zip(range(0, len(placements), 3), message.tensors)
+        ]
+
+    def _drop_references(self, message: Message) -> None:
+        """Takes and drops what nobody waits for, so that it goes back."""
+        if message.placements:
+            self._make_room(Message(message.op, message.tensors, {}, 0, message.placements))
 
     def _check_answer(self, header: Header, message: Message) -> bool:
         kind, request_id = header[0], header[1]
@@ -416,8 +648,10 @@ class Session:
         whole, rest = divmod(nbytes, _SCRATCH_NBYTES)
         return [self._scratch] * whole + ([self._scratch[:rest]] if rest else [])
 
-    def _complete(self, header: Header, message: Message, buffers: list[Any]) -> Event:
+    def _complete(self, header: Header, message: Message, buffers: list[Any]) -> Event | None:
         kind, request_id = header[0], header[1]
+        if message.returns:
+            self._take_returns(message)
         if kind == _REQUEST:
             return Request(request_id, message, buffers, header[5])
         if kind == _REPLY or kind == _ERROR:  # noqa: SIM109 (faster so)
@@ -431,8 +665,31 @@ class Session:
             return Cancel(request_id)
         if kind == _HELLO:
             return self._greeted(message)
+        if kind >= _SEGMENT:
+            return self._take_note(kind, message)
         self._state = _State.ENDED
         return Goodbye()
+
+    def _take_note(self, kind: int, message: Message) -> Event | None:
+        """What the peer says about shared memory."""
+        shared = self.shared
+        if shared is None:
+            raise RemoteProtocolError(f"a {Kind(kind).name} frame, expected none: no shared memory was agreed on")
+        if kind == _RETURN:
+            return ReturnsWanted() if _attr(kind, message, "wanted", int) else None
+        if kind == _ATTACHED and self.is_client:
+            return Attached(_attr(kind, message, "text", str))
+        if kind == _RETIRE:
+            shared.retire(_attr(kind, message, "id", int))
+            return None
+        if kind == _SEGMENT:
+            segment_id = _attr(kind, message, "id", int)
+            nbytes, name = _attr(kind, message, "nbytes", int), _attr(kind, message, "name", str)
+            if segment_id or self.is_client:
+                shared.attach(segment_id, nbytes, name)
+                return None
+            return RingOffered(nbytes, name)
+        raise RemoteProtocolError(f"a {Kind(kind).name} frame from the client")
 
     def _greeted(self, message: Message) -> Hello:
         values: dict[str, Any] = {field.name: message.attrs.get(field.name) for field in fields(Limits)}
@@ -447,12 +704,31 @@ class Session:
         self._encoder = Encoder(self.peer_limits, HEADER_NBYTES)
         self._state = _State.OPEN
         self._may_request = True
+        if self._share is not None:
+            self.shared = self._share(message.attrs, self.peer_limits)
         return Hello(self.peer_limits, self.capabilities)
 
 
 def _sendable(text: str) -> str:
     """A text of ours that always encodes and always fits: not Unicode or too long, it loses what must go."""
     return text.encode(errors="replace")[:_MAX_TEXT_NBYTES].decode(errors="ignore")
+
+
+def _attr(kind: int, message: Message, name: str, wanted: type[Any]) -> Any:
+    value = message.attrs.get(name)
+    if not isinstance(value, wanted):
+        raise RemoteProtocolError(f"{Kind(kind).name}, {name}: {value!r}, expected {wanted.__name__}")
+    return value
+
+
+def _inline(message: Message, buffers: Sequence[Any]) -> list[memoryview]:
+    """The buffers that bytes of the payload belong in, in order; those with none are left out."""
+    placements = message.placements
+    return [
+        memoryview(buffer)
+        for index, buffer in enumerate(buffers)
+        if not (placements and placements[3 * index]) and len(buffer)
+    ]
 
 
 def _check_expected(expected: Sequence[Desc], tensors: Sequence[TensorDesc]) -> None:

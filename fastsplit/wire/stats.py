@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 __all__ = ["Stats"]
@@ -18,9 +18,10 @@ class Stats:
     """Bytes through the socket, frames' heads included."""
     bytes_received: int = 0
     bytes_shared: int = 0
-    """Tensor bytes that crossed by reference, in shared memory."""
+    """Tensor bytes that crossed by reference, in shared memory, both ways."""
     bytes_copied: int = 0
-    """Tensor bytes that fastsplit had to copy to send them: not contiguous, not little-endian, or on another device."""
+    """Tensor bytes that fastsplit had to copy to send them. Over a socket: not contiguous, not little-endian, or on
+    another device. Where memory is shared: all that did not lie in it."""
     bytes_staged: int = 0
     """Tensor bytes that arrived in the same read as their frame's head (at most 4 KiB a frame) and were copied over."""
     serialization_s: float = 0.0
@@ -37,3 +38,9 @@ class Stats:
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "communication_s": self.communication_s}
+
+    def add(self, other: Stats) -> Stats:
+        """Adds another connection's counts and times. Returns itself."""
+        for field in fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+        return self

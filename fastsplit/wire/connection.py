@@ -1,0 +1,235 @@
+"""One end of a connection: its link, its session, its shared memory. What a Channel and a Server have in common.
+
+Rules. `sending` covers the link's writing side and the session's outgoing side; whoever calls a method that sends holds
+it. The arena exists from the peer's HELLO on, if both sides agreed on one; the ring replaces the link during the
+handshake, before any request.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from ..errors import ArenaFull, DeadlineError, PeerLostError, RemoteProtocolError
+from ..memory import Memory, Pool
+from ..schema.limits import Limits
+from ..tensors import Outgoing, collect, share
+from .address import Address
+from .arena import Arena
+from .link import Link
+from .ring import RING_NBYTES, RingLink
+from .segment import Hook, Memfd
+from .session import CAPABILITIES, RingOffered, Session
+from .sharing import Offer, Sharing, agree, offer
+from .stats import Stats
+
+__all__ = ["Connection"]
+
+
+_SMALL_S = 0.005  # how long the rest of a frame may take that the socket took only a part of
+
+
+class Connection:
+    """`relieve(deadline)`: see Arena. `hook`: see segment.Hook."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        address: Address,
+        *,
+        is_client: bool,
+        limits: Limits | None,
+        spin_us: float,
+        pool: Pool,
+        relieve: Callable[[float | None], None],
+        hook: Hook | None,
+    ) -> None:
+        self.is_client = is_client
+        self.pool = pool
+        self.arena: Arena | None = None
+        self.shm_reason = "off: not agreed on yet"
+        self.sending = threading.Lock()
+        self.lent_nbytes = 0
+        """Tensor bytes that went out by reference. The sender counts them."""
+        self._relieve = relieve
+        self._hook = hook
+        self._sharing: Sharing | None = None
+        self._offer = offer(address, sock, is_client=is_client)
+        self.link: Link | RingLink = Link(sock, spin_us, with_descriptors=Memfd.kind in self._offer.kinds)
+        self.session = Session(
+            is_client=is_client,
+            allocate=pool.allocate,
+            limits=limits,
+            capabilities=CAPABILITIES if self._offer.kinds else 0,
+            offer=self._offer.attrs(),
+            greeted=self._greeted,
+        )
+
+    # ---- memory ----
+
+    def allocate(self, nbytes: int, deadline: float | None = None) -> Memory:
+        """Memory that this connection sends from fastest, flat uint8. Raises ArenaFull at the deadline, MemoryError."""
+        arena = self.arena
+        if arena is not None and not arena.closed:
+            try:
+                return arena.allocate(nbytes, deadline)
+            except ArenaFull:
+                if not arena.closed:  # else the connection ended meanwhile
+                    raise
+        return self.pool.allocate(nbytes)
+
+    def prepare(self, tensors: Sequence[Any], deadline: float | None) -> Outgoing:
+        """What is needed to send tensors. Raises TensorError, ArenaFull at the deadline."""
+        arena = self.arena
+        return collect(tensors) if arena is None else share(tensors, arena, deadline)
+
+    def fill(self, stats: Stats) -> None:
+        """Writes what the link, the session and the arena count into `stats`."""
+        link = self.link
+        stats.bytes_sent, stats.bytes_received = link.bytes_sent, link.bytes_received
+        stats.bytes_staged = self.session.staged_nbytes
+        stats.bytes_shared = self.lent_nbytes + (0 if self.arena is None else self.arena.shared_nbytes)
+
+    # ---- what goes before a frame ----
+
+    def news(self, deadline: float | None) -> Iterator[bytearray]:
+        """Frames that must go out before the next one: segments, and returns that are too many to ride on it.
+
+        Descriptors are sent here, through the socket, each just before its frame: the peer takes only a few ahead. The
+        caller sends each frame before it asks for the next, or ends the connection. Raises PeerLostError, DeadlineError
+        (then the stream is in doubt).
+        """
+        arena, link, session = self.arena, self.link, self.session
+        if arena is None:
+            return
+        news = arena.news()
+        if news is not None:
+            for segment in news[1]:  # first, since what is new may only fit the peer's cap without them
+                yield session.retire(segment.id)
+            for segment in news[0]:
+                frame = session.segment(segment.id, segment.nbytes, segment.name)
+                if segment.fd is None:
+                    yield frame
+                    continue
+                if isinstance(link, RingLink):
+                    link.send_descriptor(segment.fd, deadline)
+                else:
+                    link.send_with_descriptor(frame, segment.fd, deadline)
+                os.close(segment.fd)
+                segment.fd = None
+                if isinstance(link, RingLink):
+                    yield frame
+        while (frame_or_none := session.give_back()) is not None:
+            yield frame_or_none
+
+    def send_small(self, frame: bytearray) -> bool:
+        """Sends a frame that fits a slot if there is room for it now; False if nothing of it was sent.
+
+        Raises PeerLostError, then nothing more can be sent.
+        """
+        link = self.link
+        left = link.send([frame])
+        if left and len(left[0]) == len(frame):
+            self.session.take_back()
+            return False
+        if left:
+            try:
+                link.send_all(left, time.monotonic() + _SMALL_S)
+            except DeadlineError:
+                link.shutdown()  # the stream is in doubt
+                raise PeerLostError("the connection is lost: the peer took only a part of a frame") from None
+        return True
+
+    def give_back(self) -> None:
+        """Sends all returns, as far as there is room for them now. Raises what `send_small` does."""
+        while (frame := self.session.give_back_all()) is not None:
+            if not self.send_small(frame):
+                return  # the peer asks again
+
+    # ---- the handshake ----
+
+    def _greeted(self, attrs: dict[str, Any], peer_limits: Limits) -> Arena | None:
+        peer = Offer.of(attrs)
+        client, server = (self._offer, peer) if self.is_client else (peer, self._offer)
+        sharing = self._sharing = agree(client, server, is_client=self.is_client)
+        self.shm_reason = sharing.reason
+        if sharing.factory is None:
+            return None
+        if not isinstance(sharing.factory, Memfd) and self._offer.prefix:  # not where the peer says
+            sharing.factory.sweep()
+        self.arena = Arena(
+            is_client=self.is_client,
+            factory=sharing.factory,
+            take_descriptor=self._take_descriptor,
+            relieve=self._relieve,
+            limits=self.session.limits,
+            peer_limits=peer_limits,
+            hook=self._hook,
+        )
+        return self.arena
+
+    def _take_descriptor(self) -> int | None:
+        return self.link.take_descriptor()  # of the link that is there by then
+
+    def offer_ring(self, deadline: float | None) -> Callable[[str], None] | None:
+        """Client: makes the ring and announces it. Returns what to call with the server's answer; None for no ring."""
+        sharing, link = self._sharing, self.link
+        if sharing is None or sharing.factory is None or not sharing.ring or isinstance(link, RingLink):
+            return None
+        try:
+            memory, fd, name = sharing.factory.create(RING_NBYTES)
+        except ArenaFull as error:
+            self._without_ring(str(error))
+            return None
+        RingLink.format(memory)
+        frame = self.session.segment(0, RING_NBYTES, name)
+        if fd is None:
+            link.send_all([frame], deadline)
+        else:
+            try:
+                link.send_with_descriptor(frame, fd, deadline)
+            finally:
+                os.close(fd)
+
+        def answered(text: str) -> None:
+            if text:
+                self._without_ring(text)
+            else:
+                self.link = RingLink(link, memory, is_client=True)
+
+        return answered
+
+    def attach_ring(self, event: RingOffered, deadline: float | None) -> None:
+        """Server: maps the client's ring and says so; if that fails, says why, and both go on with the socket.
+
+        Raises RemoteProtocolError.
+        """
+        sharing, link = self._sharing, self.link
+        if sharing is None or sharing.factory is None or not sharing.ring or isinstance(link, RingLink):
+            raise RemoteProtocolError("SEGMENT, id: 0, expected no ring, or no other one")
+        fd = link.take_descriptor() if not event.name else None
+        try:
+            memory = sharing.factory.attach(fd, event.name, event.nbytes)
+        except OSError as error:
+            why = f"the server cannot map the ring: {error.strerror}"
+            self._without_ring(why)
+            link.send_all([self.session.attached(why)], deadline)
+            return
+        ring = RingLink(link, memory, is_client=False)
+        link.send_all([self.session.attached("")], deadline)
+        self.link = ring
+
+    def _without_ring(self, why: str) -> None:
+        self.shm_reason = f"{self.shm_reason.partition(',')[0]}, control over the socket: {why}"
+
+    # ---- the end ----
+
+    def close(self) -> None:
+        """Closes the link and forgets the shared memory; what lies in it lives on. Nobody may be sending or reading."""
+        self.link.close()
+        if self.arena is not None:
+            self.arena.close()
