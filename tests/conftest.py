@@ -11,6 +11,7 @@ import contextlib
 import gc
 import importlib.util
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -23,6 +24,7 @@ from typing import Any
 import pytest
 
 import fastsplit
+from fastsplit.wire import ring, sharing
 
 if importlib.util.find_spec("torch") is not None:
     import torch  # noqa: F401  (here, so that what its import opens is no test's leak)
@@ -56,10 +58,20 @@ def _children() -> set[int]:
 
 
 def _shared_names() -> set[str]:
-    # other programs use /dev/shm too: only what is named after us or this process is ours
+    # other programs use /dev/shm too: ours is what is named after this process or us, unless a test or a benchmark that
+    # runs beside this one put its own number into the name, and lives
+    found = set()
     with contextlib.suppress(OSError):
-        return {name for name in os.listdir("/dev/shm") if "fastsplit" in name or str(os.getpid()) in name}
-    return set()
+        for name in os.listdir("/dev/shm"):
+            owner = re.match(r"fastsplit[-_][a-z]+[-_](\d+)", name)
+            others = owner is not None and int(owner[1]) not in (os.getpid(), *_children()) and _lives(owner[1])
+            if str(os.getpid()) in name or ("fastsplit" in name and not others):
+                found.add(name)
+    return found
+
+
+def _lives(pid: str) -> bool:
+    return os.path.exists(f"/proc/{pid}")
 
 
 _WATCHED: dict[str, Callable[[], set[Any]]] = {
@@ -110,7 +122,12 @@ def _why_no_vsock() -> str | None:
 
 
 _WHY_NOT: dict[str, Callable[[], str | None]] = {"tcp6": _why_no_tcp6, "vsock": _why_no_vsock}
-LINKS = ("unix", "tcp4", "tcp6", "vsock")
+SOCKET_LINKS = ("unix", "tcp4", "tcp6", "vsock")
+RING_LINKS = ("shm", "shm-named", "shm-weak")
+"""Shared memory with control in a ring: memfd segments, named ones, and memfd ones as on a weakly ordered processor."""
+LINKS = (*SOCKET_LINKS, *RING_LINKS, "shm-socket")
+"""The last one shares memory, but control goes over the socket, as between two kinds of libc."""
+SHM_PREFIX = f"/dev/shm/fastsplit-test-{os.getpid()}"
 
 
 @pytest.fixture
@@ -126,12 +143,20 @@ def unix_uri(socket_dir: Path) -> str:
     return f"unix://{socket_dir}/s"
 
 
-def _uri(link: str, socket_dir: Path) -> str:
+def _uri(link: str, socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     reason = _WHY_NOT[link]() if link in _WHY_NOT else None
     if reason is not None:
         pytest.skip(reason)
+    if link == "shm-socket":
+        monkeypatch.setattr(sharing, "semaphores", lambda: "")
+    elif link == "shm-weak":
+        monkeypatch.setattr(ring, "_STRONGLY_ORDERED", False)
     return {
-        "unix": f"unix://{socket_dir}/s",
+        "unix": f"unix://{socket_dir}/s?shm=off",
+        "shm": f"unix://{socket_dir}/s",
+        "shm-named": f"tcp://127.0.0.1:0?shm={SHM_PREFIX}",
+        "shm-weak": f"unix://{socket_dir}/s",
+        "shm-socket": f"unix://{socket_dir}/s",
         "tcp4": "tcp://127.0.0.1:0",
         "tcp6": "tcp://[::1]:0",
         "vsock": f"vsock://1:{_VSOCK_ANY_PORT}",
@@ -139,15 +164,20 @@ def _uri(link: str, socket_dir: Path) -> str:
 
 
 @pytest.fixture(params=LINKS)
-def uri(request: pytest.FixtureRequest, socket_dir: Path) -> str:
+def link(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def uri(link: str, socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Where to listen, once for each link. A server's own `uri` says where it really is."""
-    return _uri(request.param, socket_dir)
+    return _uri(link, socket_dir, monkeypatch)
 
 
-@pytest.fixture(params=("unix", "tcp4"))
-def socket_uri(request: pytest.FixtureRequest, socket_dir: Path) -> str:
-    """The same for tests of what happens above the link: the two kinds of kernel sockets whose behaviour differs."""
-    return _uri(request.param, socket_dir)
+@pytest.fixture(params=("unix", "tcp4", "shm"))
+def socket_uri(request: pytest.FixtureRequest, socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The same for tests of what happens above the link: two kinds of kernel sockets that differ, and a ring."""
+    return _uri(request.param, socket_dir, monkeypatch)
 
 
 # ---- both ends -------------------------------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
 """One suite over every link, through the public names alone: the same call works on each, and costs what it should.
 
-Byte counts are exact. A frame is a 40-byte header, its metadata and its payload; the metadata of a message is a
-multiple of 8 bytes and the same for every message of one shape, so what a second call of the same shape costs is known
-from the first one's counts.
+Byte counts are exact. Over sockets a frame is a 40-byte header, its metadata and its payload; the metadata of a message
+is a multiple of 8 bytes and the same for every message of one shape, so what a second call of the same shape costs is
+known from the first one's counts. Where memory is shared no tensor's byte goes through a socket: what does not lie in
+shared memory is copied into it, once, and what does is not copied at all. With control in a ring the sockets carry at
+most a byte a call each way, to wake a sleeper.
 """
 
 from __future__ import annotations
@@ -14,12 +16,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import SHM_PREFIX
 
 import fastsplit
 
 torch = pytest.importorskip("torch")
 
 HEADER_NBYTES = 40
+MOST_WAKES = 2  # bytes that a call may send through the socket beside a ring: for its frame, and for room in the ring
 
 
 def _scale(call: fastsplit.Call) -> Any:
@@ -80,6 +84,15 @@ def _address(tensor: Any) -> int:
     return int(tensor.data_ptr() if isinstance(tensor, torch.Tensor) else tensor.ctypes.data)
 
 
+def _in_ring(channel: fastsplit.Channel) -> bool:
+    return "control in a ring" in channel.shm_reason
+
+
+def _copied(channel: fastsplit.Channel, *tensors: Any) -> int:
+    """What sending contiguous tensors that are not in shared memory copies."""
+    return sum(int(tensor.nbytes) for tensor in tensors) if channel.shm else 0
+
+
 def _counts(channel: fastsplit.Channel) -> tuple[int, int, int]:
     stats = channel.stats
     return stats.bytes_sent, stats.bytes_received, stats.bytes_copied
@@ -107,7 +120,8 @@ def test_round_trip(channel: fastsplit.Channel, kind: str, shape: tuple[int, ...
     assert tuple(y.shape) == shape
     assert str(y.dtype).removeprefix("torch.") == dtype
     assert np.array_equal(np.asarray(y), x)
-    assert channel.stats.bytes_copied == 0
+    assert channel.stats.bytes_copied == _copied(channel, x)
+    assert channel.stats.bytes_shared == 2 * _copied(channel, x)  # there and back
 
 
 @pytest.mark.parametrize("nbytes", [1, 63, 64, 513, 3900, 4096, 65536, 65537, 5_000_001])
@@ -133,6 +147,19 @@ def test_sizes_that_cross_every_buffer(channel: fastsplit.Channel, kind: str) ->
 
 def test_contiguous_tensors_are_not_copied_and_every_byte_is_counted(channel: fastsplit.Channel, kind: str) -> None:
     small, large = (_make(kind, np.zeros(n, np.float32)) for n in (1000, 1001))
+    if channel.shm:
+        for _ in range(2):  # a segment is announced; then the server has something to give back with each reply
+            channel.call("echo", small, small)
+        heads = _cost(channel, lambda: channel.call("echo", small, small))
+        assert heads[2] == 8000 == _copied(channel, small, small)
+        if _in_ring(channel):
+            assert max(heads[:2]) <= MOST_WAKES
+            assert max(_cost(channel, lambda: channel.call("echo", large, large))[:2]) <= MOST_WAKES
+            return
+        assert min(heads[:2]) > HEADER_NBYTES and heads[0] % 8 == heads[1] % 8 == 0 and max(heads[:2]) < 400
+        assert _cost(channel, lambda: channel.call("echo", small, small)) == heads
+        assert _cost(channel, lambda: channel.call("echo", large, large)) == (*heads[:2], 8008)
+        return
     heads = _cost(channel, lambda: channel.call("echo", small, small))
     assert heads[0] > 8000 + HEADER_NBYTES and (heads[0] - 8000 - HEADER_NBYTES) % 8 == 0
     assert heads[1] > 8000 + HEADER_NBYTES and (heads[1] - 8000 - HEADER_NBYTES) % 8 == 0
@@ -145,12 +172,14 @@ def test_what_is_not_contiguous_is_copied_once_and_counted_exactly(channel: fast
     base = _make(kind, np.arange(3000, dtype=np.float64).reshape(50, 60))
     whole = base[:, :30] + 0
     heads = _cost(channel, lambda: channel.call("echo", whole))
-    assert heads[2] == 0
+    assert heads[2] == _copied(channel, whole)
     strided = base[:, ::2]
-    assert _cost(channel, lambda: channel.call("echo", strided)) == (*heads[:2], 50 * 30 * 8)
+    cost = _cost(channel, lambda: channel.call("echo", strided))
+    assert cost[2] == 50 * 30 * 8
+    assert channel.shm or cost[:2] == heads[:2]
     (y,) = channel.call("echo", base.T)
     assert np.array_equal(np.asarray(y), np.asarray(base).T)
-    assert channel.stats.bytes_copied == 50 * 30 * 8 + 3000 * 8
+    assert channel.stats.bytes_copied == 50 * 30 * 8 + 3000 * 8 + _copied(channel, whole)
 
 
 def test_attributes_come_back_as_they_went(channel: fastsplit.Channel) -> None:
@@ -189,8 +218,51 @@ def test_empty_on_both_sides(channel: fastsplit.Channel, kind: str) -> None:
     x[...] = 2
     (y,) = channel.call("scale", x, by=3.0)
     assert bool((y == 6).all()) and channel.stats.bytes_copied == 0
+    # where memory is shared the handler worked in place, on the caller's own tensor; elsewhere on one of its own
+    assert (_address(x) == _address(y)) == channel.shm
+    assert bool((x == (6 if channel.shm else 2)).all())
     (z,) = channel.call("fresh", shape=[4, 4], dtype="int32")
-    assert bool((z == 7).all()) and tuple(z.shape) == (4, 4)
+    assert bool((z == 7).all()) and tuple(z.shape) == (4, 4) and _address(z) % 64 == 0
+    assert channel.stats.bytes_shared == (60 + 60 + 64 if channel.shm else 0)
+    assert channel.stats.bytes_copied == 0
+
+
+def test_a_tensor_goes_back_and_forth_without_a_copy(
+    channel: fastsplit.Channel, server: fastsplit.Server, kind: str
+) -> None:
+    """The server's memory or ours, whole or a part of it: what came is worked on and sent back as it lies."""
+    (x,) = channel.call("fresh", shape=[40, 50], dtype="float64")
+    before = channel.stats.bytes_sent
+    for turn in range(5):
+        (y,) = channel.call("scale", x[10:20], by=2.0)
+        assert tuple(y.shape) == (10, 50)
+        if not channel.shm:
+            x[10:20] = y
+        assert bool((x[10:20] == 7 * 2 ** (turn + 1)).all()) and bool((x[20:] == 7).all())
+    assert channel.stats.bytes_copied == 0 and server.stats.bytes_copied == 0
+    if channel.shm:
+        assert channel.stats.bytes_shared == server.stats.bytes_shared == 40 * 50 * 8 + 5 * 2 * 10 * 50 * 8
+        assert channel.stats.bytes_sent - before < 5 * 400
+    else:
+        assert channel.stats.bytes_shared == 0 and channel.stats.bytes_sent - before > 5 * 10 * 50 * 8
+
+
+def test_which_memory_is_shared(channel: fastsplit.Channel, link: str) -> None:
+    assert channel.shm == link.startswith("shm")
+    assert (
+        channel.shm_reason
+        == {
+            "unix": "off: the client's URI says shm=off",
+            "tcp4": "off: over tcp it must be asked for, with ?shm=/dev/shm/NAME",
+            "tcp6": "off: over tcp it must be asked for, with ?shm=/dev/shm/NAME",
+            "vsock": "off: the two sides may be on different hosts",
+            "shm": "memfd segments, control in a ring",
+            "shm-weak": "memfd segments, control in a ring",
+            "shm-named": f"segments named {SHM_PREFIX}-..., control in a ring",
+            "shm-socket": "memfd segments, control over the socket: "
+            "semaphores are none that are known and none that are known",
+        }[link]
+    )
 
 
 def test_submit_many(channel: fastsplit.Channel, kind: str) -> None:
@@ -230,7 +302,7 @@ def test_stats_of_one_call(channel: fastsplit.Channel, kind: str) -> None:
     assert 0.05 <= stats.remote_s <= stats.wait_s < 5
     assert 0 < stats.serialization_s < 0.05
     assert 0 <= stats.communication_s == stats.wait_s - stats.remote_s
-    assert stats.as_dict()["bytes_copied"] == 0
+    assert stats.as_dict()["bytes_copied"] == (40 if channel.shm else 0)
 
 
 def test_two_servers_and_many_clients(server: fastsplit.Server) -> None:
@@ -265,8 +337,9 @@ def test_server_gone(channel: fastsplit.Channel, server: fastsplit.Server) -> No
 
 @pytest.mark.slow
 @pytest.mark.timeout(60)
-def test_more_than_two_gibibytes(unix_uri: str) -> None:
-    """One read, one write, one length of 32 bits or of int: each would break on this."""
+@pytest.mark.parametrize("shm", [False, True], ids=["unix", "shm"])
+def test_more_than_two_gibibytes(unix_uri: str, shm: bool) -> None:
+    """One read, one write, one length of 32 bits or of int: each would break on this. So would one placement."""
     nbytes = 2**31 + 12_345
     marks = [0, 1, 2**31 - 1, 2**31, nbytes - 1]
 
@@ -276,13 +349,17 @@ def test_more_than_two_gibibytes(unix_uri: str) -> None:
         x[marks] = [5, 4, 3, 2, 1]
         return x
 
-    with fastsplit.Server(unix_uri, {"check": check}, arrays="numpy") as server:
+    uri = unix_uri if shm else f"{unix_uri}?shm=off"
+    with fastsplit.Server(uri, {"check": check}, arrays="numpy") as server:
         with fastsplit.connect(server.uri, arrays="numpy") as channel:
-            x = np.zeros(nbytes, np.uint8)
+            x = channel.empty(nbytes, "uint8") if shm else np.zeros(nbytes, np.uint8)
             x[marks] = [1, 2, 3, 4, 5]
             (y,) = channel.call("check", x)
             assert [int(y[at]) for at in marks] == [5, 4, 3, 2, 1]
-            assert channel.stats.bytes_sent > nbytes and channel.stats.bytes_received > nbytes
+            if shm:
+                assert y.ctypes.data == x.ctypes.data and channel.stats.bytes_sent < 4096
+            else:
+                assert channel.stats.bytes_sent > nbytes and channel.stats.bytes_received > nbytes
             assert channel.stats.bytes_copied == 0
             del x, y
     fastsplit.memory.pool.trim()

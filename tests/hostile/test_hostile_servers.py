@@ -168,7 +168,7 @@ def test_the_servers_reason_reaches_a_sender_while_another_thread_reads(socket_u
                 reader.join()
             assert isinstance(waiting.exception(), RemoteProtocolError)
         if uri.startswith("unix"):
-            os.unlink(uri.removeprefix("unix://"))
+            os.unlink(uri.removeprefix("unix://").partition("?")[0])
 
 
 def test_a_server_that_stays_silent_after_our_abort(socket_uri: str) -> None:

@@ -45,7 +45,10 @@ def test_parse(uri: str, address: object) -> None:
     [
         ("unix://demo.sock", "path 'demo.sock', expected an absolute one"),
         ("unix:///" + "x" * 107, "a path of 108 bytes, expected at most 107"),
-        ("unix:///a?shm=1", "options 'shm=1', expected none"),
+        ("unix:///a?shm=1", "shm: '1', expected /dev/shm/NAME with letters, digits and . _ - in NAME, or off, or auto"),
+        ("unix:///a?shm=/dev/shm/../x", "shm: '/dev/shm/../x', expected /dev/shm/NAME"),
+        ("tcp://h:1?token=x", "option 'token=x', expected shm=auto, shm=off or shm=/dev/shm/NAME"),
+        ("tcp://h:1?shm=off&shm=auto", "shm: 'off&shm=auto', expected /dev/shm/NAME"),
         ("tcp://127.0.0.1", "expected tcp://host:port with a port from 0 to 65535"),
         ("tcp://:80", "expected tcp://host:port"),
         ("tcp://h:65536", "expected tcp://host:port with a port from 0 to 65535"),

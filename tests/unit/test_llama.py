@@ -26,7 +26,10 @@ def test_rms_norm_is_hf(dtype: torch.dtype) -> None:
     norm = hf.LlamaRMSNorm(48, eps=1e-5).to(dtype)
     norm.weight.data.normal_(1, 0.3)
     before = x.clone()
-    out = llama.rms_norm(x, norm.weight.data, 1e-5)
+    memory = torch.full((9, 48), torch.nan, dtype=dtype)
+    out = llama.rms_norm(x, norm.weight.data, 1e-5, memory[1:8])
+    assert out.data_ptr() == memory[1:].data_ptr()
+    assert bool(memory[0].isnan().all() and memory[8].isnan().all())
     torch.testing.assert_close(out, norm(x), rtol=1e-6 if dtype is torch.float32 else 2**-7, atol=1e-6)
     assert torch.equal(x, before), "the residual stream is still needed"
 

@@ -15,8 +15,9 @@ from raw_peer import GOODBYE, RawPeer, hello, serving
 import fastsplit
 from fastsplit.schema.dtypes import BY_CODE
 from fastsplit.schema.limits import Limits
-from fastsplit.wire import frame
+from fastsplit.wire import frame, ring
 from fastsplit.wire.session import Session
+from fastsplit.wire.sharing import Offer
 
 DOC = (Path(__file__).resolve().parents[2] / "docs" / "protocol.md").read_text()
 
@@ -92,12 +93,25 @@ def test_handshake_attributes() -> None:
             return super()._greeted(message)
 
     reader = Recorder(is_client=False, allocate=bytearray)
-    data = Session(is_client=True, allocate=bytearray).hello()
+    offered = Offer(("memfd",), "", "", "glibc-64", "0" * 16)
+    data = Session(is_client=True, allocate=bytearray, offer=offered.attrs()).hello()
     reader.receive_buffers()[0][: len(data)] = data
     reader.received(len(data))
     rows = {name: {"String": str, "Int": int}[kind] for name, kind, _ in _table("attribute")}
     assert {name: type(value) for name, value in came[0].attrs.items()} == rows
     assert came[0].op == "hello"
+
+
+def test_ring_table() -> None:
+    places = {int(at): size for at, size, _ in _table("at")}
+    spaces, items, slots = ring._SPACE_AT, ring._ITEMS_AT, ring._SLOTS_AT
+    nbytes = ring.SLOTS * ring.SLOT_NBYTES
+    assert list(places) == [0, *ring._ASLEEP_AT, ring._FENCE_AT, *spaces, *items, slots, slots + nbytes]
+    assert places[0] == str(ring._HEADER.size)
+    assert {places[at] for at in spaces} == {f"2 x {ring._STRIDE}"}
+    assert {places[at] for at in items} == {f"{ring.SLOTS} x {ring._STRIDE}"}
+    assert {places[at] for at in (slots, slots + nbytes)} == {f"{ring.SLOTS} x {ring.SLOT_NBYTES}"}
+    assert slots + 2 * nbytes == ring.RING_NBYTES and f"{ring.RING_NBYTES} bytes" in DOC.replace("\n", " ")
 
 
 def test_error_codes_are_the_ones_in_the_source() -> None:

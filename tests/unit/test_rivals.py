@@ -5,7 +5,12 @@ What a rival may not be is worse than it has to be, or wrong: a comparison is wo
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +19,13 @@ import torch
 import zmq
 import zmq.utils.garbage
 
+from benches.echoes import ECHOES
+from benches.echoes.pair import Pair
 from benches.rivals.backend import RivalBackend
 from benches.rivals.messages import MESSAGES, Messages
 from benches.rivals.raw_socket import one_way_bytes_per_s
 from benches.rivals.service import RivalService
+from benches.rounds import interleaved
 from fastsplit.errors import DeadlineError, RemoteOpError
 from fastsplit.executor import Executor
 from fastsplit.models import open_model
@@ -179,3 +187,93 @@ def test_nobody_there_is_a_deadline(way: str, executor: Executor) -> None:
 def test_the_raw_socket_has_a_rate(kind: str, buffers: int) -> None:
     rate = one_way_bytes_per_s(kind, message_nbytes=100_000, buffers=buffers, counts=(2, 10))
     assert 1e6 < rate < 1e12
+
+
+# ---- echoes ----------------------------------------------------------------------------------------------------------
+
+RIVAL_ECHOES = [name for name in ECHOES if not name.startswith("fastsplit")]
+
+
+def bench_shm(output: Path, *options: str) -> tuple[dict[str, Any], str]:
+    """The command's JSON, and what it wrote."""
+    run = subprocess.run(
+        [sys.executable, "-m", "benches.bench_shm", "--rounds", "1", *options, "--output", str(output)],
+        cwd=Path(__file__).resolve().parents[2],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(output.read_text()), run.stdout
+
+
+def shm_names() -> set[str]:
+    """What the rivals may have in /dev/shm."""
+    return {
+        path.name for path in Path("/dev/shm").iterdir() if path.name.startswith(("fastsplit_bench_", "psm_", "torch_"))
+    }
+
+
+@pytest.mark.slow
+def test_every_rival_brings_the_bytes_back_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    before = shm_names()
+    result, text = bench_shm(tmp_path / "result.json", "--sizes", "64 B", "8 MiB", "--only", *RIVAL_ECHOES)
+    assert all("No module" in reason or "bytes free" in reason for reason in result["left_out"].values())
+    measured = {(one["system"], one["mode"], one["size"]): one for one in result["round_trips"]}
+    for name in RIVAL_ECHOES:
+        assert name in result["left_out"] or name in text
+    assert measured["unix socket", "sleeping", "64 B"]["times_unix_socket"] == 1.0
+    for one in measured.values():
+        assert len(one["round_trip_us"]) == 1
+        assert 0 < one["median_us"] < 1e6
+        assert one["cpu_us"] > 0
+    deadline = time.monotonic() + 5
+    while left := shm_names() - before:  # torch has a process of its own for that
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_fastsplit_beside_them_goes_by_reference_and_copies_once(tmp_path: Path) -> None:
+    result, text = bench_shm(tmp_path / "result.json", "--sizes", "64 B", "8 MiB", "--only", "fastsplit")
+    assert not result["left_out"]
+    measured = {(one["system"], one["mode"], one["size"]): one["median_us"] for one in result["round_trips"]}
+    for mode in ("spinning", "sleeping"):
+        by_reference, by_socket = (measured[f"fastsplit {link}, numpy", mode, "8 MiB"] for link in ("shm", "unix"))
+        assert by_reference < by_socket
+    (copied,) = result["copies"]
+    assert copied["size"] == "8 MiB"
+    assert copied["share_of_numpy"] > 0
+    assert "a copy into the arena" in text
+
+
+def test_the_steps_of_a_round_trip_add_up(tmp_path: Path) -> None:
+    profile = bench_shm(tmp_path / "result.json", "--profile")[0]["profile"]
+    assert sum(step["total_ns"] for step in profile["steps"] if not step["part"]) == pytest.approx(
+        profile["sum_us"] * 1e3
+    )
+    assert all(step["ns"] > 0 for step in profile["steps"])
+    assert profile["sum_us"] + profile["rest_us"] == pytest.approx(profile["round_trip_us"])
+
+
+def test_a_rival_that_brings_other_bytes_back_ends_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Pair("unix socket", None)
+    try:
+        pair.connect()
+        pair.prepare(64)
+        pair.check(64, "sleeping")
+        pair.check(64, "spinning")
+        wall_s, client_cpu_s, peer_cpu_s = pair.run(64, "sleeping", 50)
+        assert wall_s > 0
+        assert client_cpu_s >= 0
+        assert peer_cpu_s >= 0
+        honest = pair.client.marked
+        monkeypatch.setattr(pair.client, "marked", lambda run, message: honest(run, message)[::-1])
+        with pytest.raises(SystemExit, match="unix socket, 64 bytes, sleeping: the reply is not what it should be"):
+            pair.check(64, "sleeping")
+    finally:
+        pair.close()
+
+
+def test_systems_take_turns_at_being_first() -> None:
+    assert list(interleaved([["a", "b", "c"], ["x"]], 2, "turns")) == [*"abc", "x", *"bca", "x"]

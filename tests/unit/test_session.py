@@ -7,18 +7,38 @@ which side reads, what state it is in first (a list of earlier frames and reques
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from raw_peer import ABORT, CANCEL, ERROR, FLOAT32, GOODBYE, HELLO, REPLY, REQUEST, frame, hello, raw_frame
+from raw_peer import (
+    ABORT,
+    ATTACHED,
+    CANCEL,
+    ERROR,
+    FLOAT32,
+    GOODBYE,
+    HELLO,
+    REPLY,
+    REQUEST,
+    RETIRE,
+    RETURN,
+    SEGMENT,
+    frame,
+    hello,
+    raw_frame,
+)
 
 from fastsplit.errors import LimitError, LocalProtocolError, PeerLostError, RemoteProtocolError
 from fastsplit.memory import Pool
+from fastsplit.schema.descriptor import TensorDesc
 from fastsplit.schema.limits import Limits
 from fastsplit.wire.session import (
+    MAX_RETURNS,
     STAGING_NBYTES,
+    Attached,
     Cancel,
     Error,
     Event,
@@ -27,6 +47,8 @@ from fastsplit.wire.session import (
     Hello,
     Reply,
     Request,
+    ReturnsWanted,
+    RingOffered,
     Session,
 )
 
@@ -61,6 +83,12 @@ def plain(event: Event) -> Any:
         return "hello", event.limits
     if isinstance(event, Goodbye):
         return ("goodbye",)
+    if isinstance(event, RingOffered):
+        return "ring", event.nbytes, event.name
+    if isinstance(event, Attached):
+        return "attached", event.text
+    if isinstance(event, ReturnsWanted):
+        return ("returns wanted",)
     assert isinstance(event, Failed) and type(event.error) is RemoteProtocolError
     return "failed", str(event.error), event.tell
 
@@ -359,3 +387,364 @@ def test_capabilities_count_when_both_have_them() -> None:
 def test_all_kinds_are_in_the_table() -> None:
     kinds = {data[5] for row in TABLE for data in [row.data] if data[:4] == b"FSPL"}
     assert kinds == {HELLO, REQUEST, REPLY, ERROR, CANCEL, GOODBYE, ABORT}
+
+
+# ---- shared memory ---------------------------------------------------------------------------------------------------
+
+
+class Memory:
+    """What a session needs of an arena: one segment, number 2 or 1, whose bytes count up, and notes of all calls."""
+
+    def __init__(self) -> None:
+        self.returns: deque[tuple[int, int]] = deque()
+        self.calls: list[tuple[Any, ...]] = []
+        self.bytes = np.arange(4096).astype(np.uint8)
+
+    def take_returns(self, at_most: int) -> list[int]:
+        return [number for _ in range(min(at_most, len(self.returns))) for number in self.returns.popleft()]
+
+    def untake_returns(self, taken: Sequence[int]) -> None:
+        self.returns.extendleft(reversed(list(zip(taken[::2], taken[1::2], strict=True))))
+
+    def attach(self, segment_id: int, nbytes: int, name: str) -> None:
+        self.calls.append(("attach", segment_id, nbytes, name))
+
+    def retire(self, segment_id: int) -> None:
+        self.calls.append(("retire", segment_id))
+
+    def resolve(self, segment_id: int, offset: int, desc: TensorDesc) -> Any:
+        if segment_id > 2:
+            raise RemoteProtocolError("placement: nowhere")
+        self.calls.append(("resolve", segment_id, offset, desc.nbytes))
+        return self.bytes[offset : offset + desc.nbytes]
+
+    def returned(self, returns: Sequence[int]) -> None:
+        self.calls.append(("returned", *returns))
+
+
+def sharing(is_client: bool, *, requests: int = 0) -> tuple[Session, Memory]:
+    """An open session with shared memory."""
+    memory = Memory()
+    greeted: list[Any] = []
+
+    def agree(attrs: dict[str, Any], limits: Limits) -> Memory:
+        greeted.append((attrs["shm"], limits))
+        return memory
+
+    session = Session(is_client=is_client, allocate=Pool().allocate, limits=LIMITS, greeted=agree)
+    assert feed(session, hello(shm="tape")) == [("hello", Limits())] and greeted == [("tape", Limits())]
+    for _ in range(requests):
+        session.request("f", (), {}, 0)
+    return session, memory
+
+
+def feed_slots(session: Session, data: bytes, slot_nbytes: int = 1024) -> list[Any]:
+    """One frame, slot by slot, the last one filled up with what was there before."""
+    events: list[Any] = []
+    for at in range(0, len(data), slot_nbytes):
+        slot = data[at : at + slot_nbytes]
+        events += map(plain, session.received_slot(slot + b"\xff" * (slot_nbytes - len(slot))))
+    return events
+
+
+def feeds(data: bytes) -> list[Callable[[Session], list[Any]]]:
+    """The ways that a frame can come in."""
+    return [
+        lambda session: feed(session, data),
+        lambda session: feed(session, data, lambda: 1),
+        lambda session: feed_slots(session, data),
+        lambda session: feed_slots(session, data, 64),
+    ]
+
+
+PAIR = [(FLOAT32, (2,)), (UINT8, (3,))]
+BY_REFERENCE = frame(REQUEST, 5, "f", PAIR, {"n": 1}, placements=(2, 16, 8, 2, 100, 3), returns=(1, 64, 1, 128))
+
+
+def test_tensors_by_reference() -> None:
+    for way in feeds(BY_REFERENCE):
+        session, memory = sharing(SERVER)
+        expected = ("request", 5, "f", PAIR, {"n": 1}, [bytes(range(16, 24)), bytes((100, 101, 102))], 0)
+        assert way(session) == [expected]
+        assert memory.calls == [("resolve", 2, 16, 8), ("resolve", 2, 100, 3), ("returned", 1, 64, 1, 128)]
+
+
+def test_a_reply_by_reference() -> None:
+    data = frame(REPLY, 1, "", PAIR, {}, placements=(2, 16, 8, 1, 100, 3), returns=(1, 64), time_ns=7)
+    for way in feeds(data):
+        session, memory = sharing(CLIENT, requests=1)
+        assert way(session) == [("reply", 1, "", PAIR, {}, [bytes(range(16, 24)), bytes((100, 101, 102))], 7)]
+        assert memory.calls == [("resolve", 2, 16, 8), ("resolve", 1, 100, 3), ("returned", 1, 64)]
+        assert session.inflight == 0
+
+
+def test_some_by_reference_and_some_in_the_payload() -> None:
+    tensors = [(UINT8, (5,)), (UINT8, (2,)), (UINT8, (4000,)), (UINT8, (1,))]
+    data = frame(
+        REQUEST, 1, "f", tensors, {}, b"12345" + bytes(4000), placements=(0, 0, 5, 2, 9, 2, 0, 5, 4000, 1, 7, 1)
+    )
+    for sizes in (lambda: 2**30, lambda: 1, lambda: 300):
+        session, memory = sharing(SERVER)
+        assert feed(session, data, sizes) == [
+            ("request", 1, "f", tensors, {}, [b"12345", bytes((9, 10)), bytes(4000), bytes((7,))], 0)
+        ]
+        assert memory.calls == [("resolve", 2, 9, 2), ("resolve", 1, 7, 1)]
+    session, memory = sharing(SERVER)
+    assert feed_slots(session, data)[0] == ("failed", "header, payload_nbytes: 4005 in a ring, expected 0", True)
+
+
+def test_empty_tensors_lie_nowhere() -> None:
+    for way in feeds(frame(REQUEST, 1, "f", [(UINT8, (0,)), (UINT8, (2,))], {}, placements=(0, 0, 0, 2, 4, 2))):
+        session, memory = sharing(SERVER)
+        assert way(session) == [("request", 1, "f", [(UINT8, (0,)), (UINT8, (2,))], {}, [b"", bytes((4, 5))], 0)]
+        assert memory.calls == [("resolve", 2, 4, 2)]
+
+
+NOTES: list[tuple[str, bool, bytes, list[Any], list[tuple[Any, ...]]]] = [
+    # name, whether a client reads it, the frame, its events, the calls
+    ("a segment, by the server", CLIENT, frame(SEGMENT, attrs={"id": 2, "nbytes": 64, "name": "n"}), [],
+     [("attach", 2, 64, "n")]),
+    ("a segment, by the client", SERVER, frame(SEGMENT, attrs={"id": 1, "nbytes": 64, "name": ""}), [],
+     [("attach", 1, 64, "")]),
+    ("a ring", SERVER, frame(SEGMENT, attrs={"id": 0, "nbytes": 64, "name": "n"}), [("ring", 64, "n")], []),
+    ("number 0 from the server is no ring", CLIENT, frame(SEGMENT, attrs={"id": 0, "nbytes": 64, "name": ""}), [],
+     [("attach", 0, 64, "")]),
+    ("attached", CLIENT, frame(ATTACHED, attrs={"text": ""}), [("attached", "")], []),
+    ("not attached", CLIENT, frame(ATTACHED, attrs={"text": "why"}), [("attached", "why")], []),
+    ("attached, by the client", SERVER, frame(ATTACHED, attrs={"text": ""}),
+     [("failed", "a ATTACHED frame from the client", True)], []),
+    ("retire", CLIENT, frame(RETIRE, attrs={"id": 2}), [], [("retire", 2)]),
+    ("retire, by the client", SERVER, frame(RETIRE, attrs={"id": 1}), [], [("retire", 1)]),
+    ("returns alone", SERVER, frame(RETURN, attrs={"wanted": 0}, returns=(1, 64)), [], [("returned", 1, 64)]),
+    ("returns are wanted", CLIENT, frame(RETURN, attrs={"wanted": 1}), [("returns wanted",)], []),
+    ("both", SERVER, frame(RETURN, attrs={"wanted": 1}, returns=(1, 64)), [("returns wanted",)],
+     [("returned", 1, 64)]),
+    ("returns on a goodbye", SERVER, frame(GOODBYE, returns=(1, 64)), [("goodbye",)], [("returned", 1, 64)]),
+    ("returns on a cancel", SERVER, frame(CANCEL, 3, returns=(1, 64)), [("cancel", 3)], [("returned", 1, 64)]),
+    ("returns on an error", CLIENT, frame(ERROR, 1, returns=(2, 64)),
+     [("error", 1, "failed", "no reason given")], [("returned", 2, 64)]),
+    ("a segment without a number", CLIENT, frame(SEGMENT, attrs={"nbytes": 64, "name": ""}),
+     [("failed", "SEGMENT, id: None, expected int", True)], []),
+    ("a segment without a size", CLIENT, frame(SEGMENT, attrs={"id": 2, "nbytes": "64", "name": ""}),
+     [("failed", "SEGMENT, nbytes: '64', expected int", True)], []),
+    ("a segment without a name", CLIENT, frame(SEGMENT, attrs={"id": 2, "nbytes": 64}),
+     [("failed", "SEGMENT, name: None, expected str", True)], []),
+    ("attached without a text", CLIENT, frame(ATTACHED), [("failed", "ATTACHED, text: None, expected str", True)], []),
+    ("retire of no number", CLIENT, frame(RETIRE, attrs={"id": 2.0}),
+     [("failed", "RETIRE, id: 2.0, expected int", True)], []),
+    ("a return that says nothing", CLIENT, frame(RETURN), [("failed", "RETURN, wanted: None, expected int", True)], []),
+    ("a segment with a tensor", CLIENT, frame(SEGMENT, attrs={"id": 2}, tensors=[(UINT8, (0,))]),
+     [("failed", "a SEGMENT frame with 1 tensors, expected none", True)], []),
+    ("a retirement with a tensor by reference", CLIENT,
+     frame(RETIRE, attrs={"id": 2}, tensors=[(UINT8, (1,))], placements=(2, 0, 1)),
+     [("failed", "a RETIRE frame with 1 tensors, expected none", True)], []),
+    ("a place that there is none", SERVER, frame(REQUEST, 1, "f", [(UINT8, (1,))], placements=(9, 0, 1)),
+     [("failed", "placement: nowhere", True)], []),
+]  # fmt: skip
+notes = pytest.mark.parametrize(
+    ("is_client", "data", "events", "calls"), [row[1:] for row in NOTES], ids=[row[0] for row in NOTES]
+)
+
+
+@notes
+def test_what_the_peer_says_of_shared_memory(
+    is_client: bool, data: bytes, events: list[Any], calls: list[tuple[Any, ...]]
+) -> None:
+    for way in feeds(data):
+        session, memory = sharing(is_client, requests=1 if is_client else 0)
+        assert way(session) == events
+        assert memory.calls == calls
+
+
+@pytest.mark.parametrize("kind", [SEGMENT, ATTACHED, RETIRE, RETURN])
+@pytest.mark.parametrize("is_client", [CLIENT, SERVER])
+def test_shared_memory_in_every_other_state(kind: int, is_client: bool) -> None:
+    names = {SEGMENT: "SEGMENT", ATTACHED: "ATTACHED", RETIRE: "RETIRE", RETURN: "RETURN"}
+    attrs = {"id": 2, "nbytes": 64, "name": "", "text": "", "wanted": 0}
+    data = frame(kind, attrs=attrs)
+    for way in feeds(data):
+        failed = ("failed", f"a {names[kind]} frame in state 'handshake'", True)
+        assert way(make(is_client, greeted=False)) == [failed]
+        none = ("failed", f"a {names[kind]} frame, expected none: no shared memory was agreed on", True)
+        assert way(make(is_client)) == [none]
+        session, memory = sharing(is_client)
+        feed(session, frame(GOODBYE))
+        assert way(session) == [("failed", f"a {names[kind]} frame in state 'ended'", True)] and not memory.calls
+
+
+def test_by_reference_where_no_memory_is_shared() -> None:
+    for way in feeds(frame(REQUEST, 1, "f", [(UINT8, (1,))], placements=(1, 0, 1))):
+        assert way(make(SERVER)) == [
+            ("failed", "placement: in shared memory, expected in the payload: none was agreed on", True)
+        ]
+    for way in feeds(frame(REPLY, 1, "", [(UINT8, (1,))], placements=(1, 0, 1))):
+        assert way(make(CLIENT, requests=1)) == [
+            ("failed", "placement: in shared memory, expected in the payload: none was agreed on", True)
+        ]
+    for data in (frame(REQUEST, 1, "f", returns=(1, 0)), frame(GOODBYE, returns=(1, 0))):
+        for way in feeds(data):
+            assert way(make(SERVER)) == [
+                ("failed", "returns: expected none, since no shared memory was agreed on", True)
+            ]
+
+
+def test_a_reply_to_nothing_through_a_ring() -> None:
+    session, memory = sharing(CLIENT, requests=1)
+    data = frame(REPLY, 9, "", [(UINT8, (1,))], placements=(2, 0, 1))
+    text = "header, request_id: 9 in REPLY, expected one that has no answer yet"
+    assert feed_slots(session, data) == [("failed", text, True)] and not memory.calls
+    session, memory = sharing(CLIENT, requests=1)
+    assert feed_slots(session, frame(REPLY, 1)) == [("reply", 1, "", [], {}, [], 0)]
+    assert feed_slots(session, frame(REPLY, 1))[0][1].startswith("header, request_id: 1 in REPLY")
+    session, _ = sharing(SERVER)
+    assert feed_slots(session, frame(REPLY, 1)) == [("failed", "a REPLY frame from the client", True)]
+    session, _ = sharing(CLIENT)
+    assert feed_slots(session, frame(REQUEST, 1)) == [("failed", "a REQUEST frame from the server", True)]
+
+
+def test_what_is_expected_of_a_reply_by_reference() -> None:
+    for way in feeds(frame(REPLY, 1, "", [(UINT8, (2,))], placements=(2, 0, 2))):
+        session, memory = sharing(CLIENT)
+        session.request("f", (), {}, 0, 0, [(UINT8, (3,))])
+        assert way(session) == [("failed", "a reply's tensor 0: uint8[2], expected uint8[3]", True)]
+        assert memory.calls == []  # refused before any of it was looked at
+
+
+def test_what_nobody_waits_for_goes_back() -> None:
+    """It is resolved, so that its lease dies, and with that returns."""
+    for way in feeds(frame(REPLY, 1, "", [(UINT8, (2,))], placements=(2, 0, 2), returns=(1, 64))):
+        session, memory = sharing(CLIENT, requests=1)
+        assert session.abandon(1)
+        assert len(way(session)) == 1 and session.inflight == 0
+        assert memory.calls == [("resolve", 2, 0, 2), ("returned", 1, 64)]
+        assert not session.abandon(1)
+
+
+# ---- slots -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_frame_in_many_slots() -> None:
+    session, _ = sharing(SERVER)
+    data = frame(REQUEST, 1, "f", [], {"b": BIG})
+    events = ("request", 1, "f", [], {"b": BIG}, [], 0)
+    for _ in range(2):
+        for at in range(0, len(data) - 1024, 1024):
+            assert session.received_slot(data[at : at + 1024]) == []
+            assert not session.at_frame_boundary
+        last = data[len(data) // 1024 * 1024 :]
+        assert [plain(event) for event in session.received_slot(last.ljust(1024, b"\0"))] == [events]
+        assert session.at_frame_boundary
+
+
+def test_a_stream_that_ends_between_slots() -> None:
+    session, _ = sharing(SERVER)
+    session.received_slot(frame(REQUEST, 1, "f", [], {"b": BIG})[:1024])
+    assert str(session.end_of_stream()) == "the peer's stream ended after 1024 bytes of a frame's head"
+
+
+@pytest.mark.parametrize(
+    ("slot", "text"),
+    [
+        (b"x" * 1024, "header, magic: b'xxxx', expected b'FSPL'; the peer does not speak fastsplit"),
+        (bytes(1024), r"header, magic: b'\x00\x00\x00\x00', expected b'FSPL'; the peer does not speak fastsplit"),
+        (raw_frame(REQUEST, 1, b"12345678").ljust(1024), "metadata, file identifier: b'5678', expected b'FSM1'"),
+        (
+            raw_frame(REQUEST, 1, metadata_nbytes=2**32 - 1).ljust(1024),
+            "header, metadata_nbytes: 4294967295, expected at most 65536",
+        ),
+    ],
+)
+def test_slots_that_hold_no_frame(slot: bytes, text: str) -> None:
+    session, _ = sharing(SERVER)
+    assert [plain(event) for event in session.received_slot(slot)] == [("failed", text, True)]
+
+
+# ---- returns that go out ---------------------------------------------------------------------------------------------
+
+
+def _read(data: bytes | None) -> Any:
+    """What a session with shared memory takes from a frame of ours: its returns."""
+    assert data is not None
+    session, memory = sharing(SERVER)
+    feed(session, bytes(data))
+    return [call[1:] for call in memory.calls if call[0] == "returned"]
+
+
+def test_returns_ride_along_with_whatever_goes_out() -> None:
+    for make_frame in (
+        lambda session: session.request("f", (), {}, 0)[1],
+        lambda session: session.cancel(1),
+        lambda session: session.segment(1, 64, ""),
+        lambda session: session.retire(1),
+        lambda session: session.want_returns(),
+        lambda session: session.goodbye(),
+    ):
+        session, memory = sharing(CLIENT)
+        assert _read(make_frame(session)) == []
+        session, memory = sharing(CLIENT)
+        memory.returns.extend([(2, 0), (2, 64)])
+        assert _read(make_frame(session)) == [(2, 0, 2, 64)]
+        assert not memory.returns and session.returns == [2, 0, 2, 64]
+
+
+def test_so_many_returns_ride_on_a_frame() -> None:
+    session, memory = sharing(CLIENT)
+    places = [(2, 64 * number) for number in range(MAX_RETURNS + 3)]
+    memory.returns.extend(places)
+    data = session.request("f", (), {}, 0)[1]
+    assert _read(data) == [tuple(number for place in places[:MAX_RETURNS] for number in place)]
+    assert list(memory.returns) == places[MAX_RETURNS:]
+    assert session.give_back() is None  # the rest rides on the next
+    assert _read(session.give_back_all()) == [tuple(number for place in places[MAX_RETURNS:] for number in place)]
+    assert session.give_back_all() is None
+
+
+def test_too_many_returns_get_frames_of_their_own() -> None:
+    """Each fits a ring's slot, so that it is sent whole or not at all."""
+    session, memory = sharing(CLIENT)
+    memory.returns.extend((2**32 - 2, 2**64 - 64) for _ in range(100))
+    sizes = []
+    while (data := session.give_back()) is not None:
+        assert len(data) <= 1024
+        sizes.append(len(_read(data)[0]) // 2)
+    assert sum(sizes) + len(memory.returns) == 100 and len(memory.returns) <= MAX_RETURNS
+    assert make(CLIENT).give_back() is None and make(CLIENT).give_back_all() is None
+
+
+def test_returns_of_a_frame_that_was_not_sent_are_still_to_be_made() -> None:
+    session, memory = sharing(CLIENT)
+    memory.returns.extend([(2, 0), (2, 64)])
+    request_id, _ = session.request("f", (), {}, 0)
+    memory.returns.append((2, 128))  # meanwhile
+    session.retract(request_id)
+    assert list(memory.returns) == [(2, 0), (2, 64), (2, 128)] and session.inflight == 0 and session.returns == []
+    session.take_back()
+    assert list(memory.returns) == [(2, 0), (2, 64), (2, 128)]
+    session.request("f", (), {}, 0)
+    session.take_back()
+    session.take_back()  # only once
+    assert list(memory.returns) == [(2, 0), (2, 64), (2, 128)]
+
+
+def test_a_frame_that_fits_only_without_returns_goes_without() -> None:
+    session, memory = sharing(CLIENT)
+    room = 65536 - 40 - 8 * 12
+    memory.returns.extend((2, 64 * number) for number in range(MAX_RETURNS))
+    data = session.request("f", (), {"b": bytes(room)}, 0)[1]
+    assert _read(data) == [] and len(memory.returns) == MAX_RETURNS
+    for attrs, error in (({"b": bytes(70_000)}, LimitError), ({"a": None}, LocalProtocolError)):
+        with pytest.raises(error):
+            session.request("f", (), attrs, 0)
+        assert len(memory.returns) == MAX_RETURNS and memory.returns[0] == (2, 0)
+
+
+def test_the_offer_is_in_the_hello() -> None:
+    session = Session(is_client=True, allocate=Pool().allocate, capabilities=1, offer={"shm": "memfd", "other": 5})
+    seen: list[Any] = []
+
+    def agree(attrs: dict[str, Any], limits: Limits) -> None:
+        seen.append(({name: attrs[name] for name in ("shm", "other", "capabilities")}, limits))
+
+    server = Session(is_client=False, allocate=Pool().allocate, greeted=agree)
+    assert feed(server, bytes(session.hello())) == [("hello", Limits())]
+    assert seen == [({"shm": "memfd", "other": 5, "capabilities": 1}, Limits())] and server.shared is None

@@ -11,7 +11,7 @@ from fastsplit.errors import TensorError
 from fastsplit.memory import Pool
 from fastsplit.schema.descriptor import TensorDesc
 from fastsplit.schema.dtypes import BY_CODE, BY_NAME
-from fastsplit.tensors import Arrays, arrays, collect, dtype_of
+from fastsplit.tensors import Arrays, arrays, collect, dtype_of, share
 
 torch = pytest.importorskip("torch")
 
@@ -24,7 +24,7 @@ def _address(tensor: Any) -> int:
 
 def _sent(tensor: Any) -> tuple[Any, bytes, int, bool]:
     """One tensor's description, wire bytes, copied bytes, and whether the bytes are its own memory."""
-    (desc,), buffers, nbytes, copied_nbytes = collect([tensor])
+    (desc,), buffers, nbytes, copied_nbytes = collect([tensor])[:4]
     data = b"".join(memoryview(buffer).cast("B") for buffer in buffers)
     assert len(data) == nbytes
     own = copied_nbytes == 0 if isinstance(tensor, np.generic) else _address(np.asarray(buffers[0])) == _address(tensor)
@@ -72,7 +72,7 @@ def test_empty_tensors(row: Any, kind: str) -> None:
     for shape in [(0,), (0, 5), (4, 0, 2)]:
         array = _bits(shape, row)
         tensor = _of_torch(array, row) if kind == "torch" else array
-        descs, buffers, nbytes, copied_nbytes = collect([tensor, tensor])
+        descs, buffers, nbytes, copied_nbytes = collect([tensor, tensor])[:4]
         assert descs == [(row.code, shape)] * 2 and (buffers, nbytes, copied_nbytes) == ([], 0, 0)
         came = arrays(kind).view(Pool().allocate(0), TensorDesc.of(row, shape))
         assert tuple(came.shape) == shape and came.dtype == tensor.dtype
@@ -149,7 +149,7 @@ def test_torch_layouts(make: Any, copied: bool) -> None:
 
 def test_several_tensors_are_counted_together() -> None:
     x = np.arange(12, dtype=np.float32).reshape(3, 4)
-    descs, buffers, nbytes, copied_nbytes = collect([x, x.T, torch.zeros(0), torch.ones(3), x[:, :2]])
+    descs, buffers, nbytes, copied_nbytes = collect([x, x.T, torch.zeros(0), torch.ones(3), x[:, :2]])[:4]
     assert [shape for _, shape in descs] == [(3, 4), (4, 3), (0,), (3,), (3, 2)]
     assert (len(buffers), nbytes, copied_nbytes) == (4, 48 + 48 + 12 + 24, 48 + 24)
 
@@ -185,15 +185,15 @@ def test_empty(kind: str) -> None:
         ([4], torch.bfloat16),
         ((0, 2), np.dtype("u2")),
     ]:
-        tensor = made.empty(shape, dtype, Pool())
+        tensor = made.empty(shape, dtype, Pool().allocate)
         assert tuple(tensor.shape) == tuple((shape,) if isinstance(shape, int) else shape)
-        assert collect([tensor])[0][0][0] == dtype_of(dtype).code
+        assert collect([tensor]).descs[0][0] == dtype_of(dtype).code
         assert _address(tensor) % 64 == 0 or not np.prod(shape)
         tensor[...] = 1
     with pytest.raises(TensorError, match=r"shape \[2, -1\], expected dimensions of 0 or more"):
-        made.empty((2, -1), "float32", Pool())
+        made.empty((2, -1), "float32", Pool().allocate)
     with pytest.raises(TensorError, match="dtype 'floaty', expected one of"):
-        made.empty(2, "floaty", Pool())
+        made.empty(2, "floaty", Pool().allocate)
 
 
 def test_dtype_of() -> None:
@@ -211,3 +211,228 @@ def test_kinds() -> None:
     assert arrays(made) is made and isinstance(made, Arrays)
     with pytest.raises(ValueError, match="arrays 'jax', expected 'auto', 'torch' or 'numpy'"):
         arrays("jax")
+
+
+# ---- shared memory ---------------------------------------------------------------------------------------------------
+
+
+class Memory:
+    """A piece of memory that is shared, as number 7, and hands itself out from the front."""
+
+    def __init__(self) -> None:
+        self.bytes = Pool().allocate(64 * 1024)
+        self.bytes[:] = 0xEE
+        self.used = 0
+
+    def place(self, address: int, nbytes: int) -> tuple[int, int] | None:
+        offset = address - self.bytes.ctypes.data
+        return (7, offset) if offset >= 0 and offset + nbytes <= len(self.bytes) else None
+
+    def allocate(self, nbytes: int, deadline: float | None = None) -> Any:
+        assert deadline == 5.0
+        garbage = [np.full((), 0x77, dtype) for dtype in ("u1", "u2", "u4", "u8", "c16") for _ in range(20)]
+        assert garbage  # whatever was freed too early is overwritten now
+        memory = self.bytes[self.used : self.used + nbytes]
+        self.used += -(-nbytes // 64) * 64
+        return memory
+
+    def of(self, kind: str, row: Any, shape: tuple[int, ...]) -> Any:
+        """A tensor that lies in it, with random bits."""
+        desc = TensorDesc.of(row, shape)
+        memory = self.allocate(desc.nbytes, 5.0)
+        memory[:] = _bits(shape, row).reshape(-1).view(np.uint8)
+        return arrays(kind).view(memory, desc)
+
+
+def _shared(memory: Memory, tensor: Any) -> tuple[Any, bytes, int, int]:
+    """One tensor's description, the bytes that the peer will see, how many were copied, and their offset."""
+    descs, buffers, nbytes, copied_nbytes, placements, shared_nbytes, kept = share([tensor], memory, 5.0)
+    assert (tuple(buffers), nbytes, len(descs)) == ((), 0, 1)
+    segment, offset, size = placements
+    assert size == shared_nbytes and segment == (7 if size else 0)
+    assert len(kept) == (1 if size else 0)
+    return descs[0], bytes(memory.bytes[offset : offset + size]), copied_nbytes, offset
+
+
+@every_dtype
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+def test_what_lies_in_shared_memory_goes_by_reference(row: Any, kind: str) -> None:
+    for shape in SHAPES:
+        memory = Memory()
+        memory.allocate(100, 5.0)
+        tensor = memory.of(kind, row, shape)
+        used = memory.used
+        desc, data, copied_nbytes, offset = _shared(memory, tensor)
+        assert desc == (row.code, shape) and data == _bits(shape, row).tobytes()
+        assert (copied_nbytes, offset, memory.used) == (0, 128, used)  # nothing copied, nothing taken
+        assert _address(tensor) == memory.bytes.ctypes.data + offset
+
+
+@every_dtype
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+def test_parts_of_it_too(row: Any, kind: str) -> None:
+    memory = Memory()
+    tensor = memory.of(kind, row, (6, 8))
+    rows = tensor[2:5]
+    desc, data, copied_nbytes, offset = _shared(memory, rows)
+    assert desc == (row.code, (3, 8)) and data == _bits((6, 8), row)[2:5].tobytes()
+    assert (copied_nbytes, offset) == (0, 16 * row.itemsize)
+
+
+@every_dtype
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_what_is_not_contiguous_there_is_copied_once(row: Any, kind: str, layout: Any) -> None:
+    memory = Memory()
+    tensor = layout(memory.of(kind, row, (6, 8)))
+    used = memory.used
+    expected = np.ascontiguousarray(layout(_bits((6, 8), row).view(f"V{row.itemsize}"))).tobytes()
+    desc, data, copied_nbytes, offset = _shared(memory, tensor)
+    assert desc == (row.code, tuple(tensor.shape))
+    assert data == expected and copied_nbytes == len(data) and offset == used
+
+
+@every_dtype
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+def test_what_lies_elsewhere_is_copied_once(row: Any, kind: str) -> None:
+    for shape in SHAPES:
+        memory = Memory()
+        array = _bits(shape, row)
+        tensor = _of_torch(array, row) if kind == "torch" else array
+        desc, data, copied_nbytes, offset = _shared(memory, tensor)
+        assert desc == (row.code, shape) and data == array.tobytes()
+        assert (copied_nbytes, offset) == (len(data), 0)
+
+
+@every_dtype
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+def test_empty_tensors_lie_nowhere(row: Any, kind: str) -> None:
+    memory = Memory()
+    for shape in [(0,), (0, 5), (4, 0, 2)]:
+        array = _bits(shape, row)
+        for tensor in (_of_torch(array, row) if kind == "torch" else array, memory.of(kind, row, shape)):
+            descs, _, _, copied_nbytes, placements, shared_nbytes, _ = share([tensor], memory, 5.0)
+            assert descs == [(row.code, shape)] and (copied_nbytes, shared_nbytes) == (0, 0)
+            assert (placements[0], placements[2]) == (0, 0) or placements[0] == 7
+    assert memory.used == 0
+
+
+@pytest.mark.parametrize("make", [row[0] for row in NUMPY_LAYOUTS.values()], ids=NUMPY_LAYOUTS)
+def test_numpy_layouts_are_copied_right(make: Any) -> None:
+    array = make()
+    native = np.asarray(array).astype(array.dtype.newbyteorder("="))
+    desc, data, copied_nbytes, _ = _shared(Memory(), array)
+    assert desc == (BY_NAME[native.dtype.name].code, array.shape)
+    assert data == native.tobytes(order="C") and copied_nbytes == len(data)
+
+
+@pytest.mark.parametrize("make", [row[0] for row in TORCH_LAYOUTS.values()], ids=TORCH_LAYOUTS)
+def test_torch_layouts_are_copied_right(make: Any) -> None:
+    tensor = make()
+    plain = tensor.detach().clone(memory_format=torch.contiguous_format).resolve_conj().resolve_neg()
+    desc, data, copied_nbytes, _ = _shared(Memory(), tensor)
+    assert desc == (BY_NAME[str(tensor.dtype)[6:]].code, tuple(tensor.shape))
+    assert data == bytes(plain.reshape(-1).view(torch.uint8).tolist()) and copied_nbytes == len(data)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "by_reference"),
+    [
+        (lambda x: x.conj(), False),
+        (lambda x: x.conj().imag, False),
+        (lambda x: x._neg_view(), False),
+        (lambda x: x.conj().conj(), True),
+        (lambda x: x.real, False),
+        (lambda x: x.view(torch.float32), True),
+        (lambda x: x.requires_grad_(), True),
+        (torch.nn.Parameter, True),
+        (lambda x: x.t(), False),
+        (lambda x: x[:1], True),
+        (lambda x: x[0, 1], True),
+        (lambda x: x.expand(2, 3, 4), False),
+        (lambda x: x.view(torch.float32).view(torch.bfloat16), True),
+    ],
+)
+def test_torch_tensors_in_shared_memory_that_mean_something_else(spoil: Any, by_reference: bool) -> None:
+    memory = Memory()
+    tensor = spoil(memory.of("torch", BY_NAME["complex64"], (3, 4)))
+    plain = tensor.detach().clone(memory_format=torch.contiguous_format).resolve_conj().resolve_neg()
+    desc, data, copied_nbytes, offset = _shared(memory, tensor)
+    assert desc == (BY_NAME[str(tensor.dtype)[6:]].code, tuple(tensor.shape))
+    assert data == bytes(plain.reshape(-1).view(torch.uint8).tolist())
+    assert copied_nbytes == (0 if by_reference else len(data)) and (offset < 128) == by_reference
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+def test_a_place_that_is_not_aligned_to_the_item_is_copied(kind: str) -> None:
+    memory = Memory()
+    memory.used = 128
+    if kind == "numpy":
+        tensor = np.ndarray(3, np.float64, memory.bytes, 4)
+    else:
+        tensor = torch.frombuffer(memory.bytes, dtype=torch.float64, count=3, offset=4)
+    tensor[:] = 2.0
+    _, data, copied_nbytes, offset = _shared(memory, tensor)
+    assert data == np.full(3, 2.0).tobytes() and (copied_nbytes, offset) == (24, 128)
+
+
+def test_read_only_arrays_go_by_reference_too() -> None:
+    memory = Memory()
+    array = memory.of("numpy", BY_NAME["int32"], (5,))
+    array.flags.writeable = False
+    _, data, copied_nbytes, offset = _shared(memory, array)
+    assert (data, copied_nbytes, offset) == (array.tobytes(), 0, 0)
+
+
+def test_numpy_scalars_are_alive_while_they_are_copied() -> None:
+    for value in (np.float64(1.5), np.complex128(1 + 2j), np.int16(-3), np.uint8(200)):
+        desc, data, copied_nbytes, _ = _shared(Memory(), value)
+        assert desc == (BY_NAME[value.dtype.name].code, ()) and data == value.tobytes()
+        assert copied_nbytes == value.nbytes
+
+
+def test_a_view_that_only_begins_or_ends_in_shared_memory_is_copied() -> None:
+    raw = Pool().allocate(4096)
+    raw[:] = np.arange(4096).astype(np.uint8)
+    memory = Memory()
+    memory.bytes = raw[1024:2048]
+    for cut in (slice(1000, 1100), slice(2000, 2049), slice(0, 4096)):
+        outside = Memory()
+        outside.place = lambda address, nbytes: (  # type: ignore[method-assign]
+            Memory.place(outside, address, nbytes)  # noqa: B023
+            if memory.place(address, nbytes) is None
+            else pytest.fail("it is not all there")
+        )
+        _, data, copied_nbytes, _ = _shared(outside, raw[cut])
+        assert data == raw[cut].tobytes() and copied_nbytes == len(data)
+
+
+def test_several_tensors_are_shared_together() -> None:
+    memory = Memory()
+    x = memory.of("numpy", BY_NAME["float32"], (3, 4))
+    out = share([x, x.T, torch.zeros(0), np.ones(3), x[1:]], memory, 5.0)
+    assert [shape for _, shape in out.descs] == [(3, 4), (4, 3), (0,), (3,), (2, 4)]
+    assert list(out.placements) == [7, 0, 48, 7, 64, 48, 0, 0, 0, 7, 128, 24, 7, 16, 32]
+    assert (out.shared_nbytes, out.copied_nbytes) == (48 + 48 + 24 + 32, 48 + 24)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [1.0],
+        None,
+        np.array([None]),
+        np.zeros(2, "datetime64[s]"),
+        torch.zeros(2, 2).to_sparse(),
+        torch.zeros(2, device="meta"),
+        torch.zeros(2, dtype=torch.float8_e4m3fnuz),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_has_no_description_cannot_be_shared(value: Any) -> None:
+    memory = Memory()
+    with pytest.raises(TensorError) as caught:
+        share([value], memory, 5.0)
+    with pytest.raises(TensorError) as expected:
+        collect([value])
+    assert str(caught.value) == str(expected.value) and memory.used == 0
