@@ -1,9 +1,10 @@
 """The GPU side: holds the weights, and computes what the TEE asks for.
 
 Rules. Stateless: a request holds all that it needs, so any number of clients may take turns. Arguments are checked
-against the configuration before they are used; what is wrong with them is the caller's error, by name. On the CPU
-results are computed straight into the reply's memory (`out=`); on a device they are computed there and copied into it
-once, which also waits for them, so that the time a handler took is the time the work took.
+against the configuration before they are used; what is wrong with them is the caller's error, by name. What is checked
+is private to us (descriptions), or copied first (token ids): tensors may lie in memory that the caller can write to.
+Where inputs are read and results are computed is the device's business (devices.py); a handler returns when its results
+are complete, so that the time it took is the time the work took.
 """
 
 from __future__ import annotations
@@ -17,58 +18,45 @@ from typing import Any
 
 import torch
 
+from .devices import Cpu, Device, Work
 from .errors import LimitError, ModelError, TensorError
 from .models import DTYPES, LINEARS, Model, linear_name, norm_names
 from .ops import MAX_BLOCKS, Expected, Shapes, row_blocks
 from .schema.limits import Limits
+from .wire.segment import Hook
 from .wire.server import Call, Handler
 
-__all__ = ["Executor", "choose_device"]
-
-
-def choose_device(name: str) -> torch.device:
-    """The device that "auto", "cpu" or "cuda:N" names. Raises ModelError if it is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ModelError(f"device {name!r}: {str(error).splitlines()[0]}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ModelError(f"device {name!r}, expected auto, cpu or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ModelError(f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
+__all__ = ["Executor"]
 
 
 class Executor:
-    """One model's weights on one device. `handlers` is what a `Server` takes."""
+    """One model's weights on one device. `handlers` and `on_segment` are what a `Server` takes."""
 
     def __init__(
         self,
         model: Model,
         *,
-        device: torch.device | str = "cpu",
+        device: Device | None = None,
         dtype: str = "float32",
         progress: Callable[[Any, int], Any] | None = None,
         max_reply_nbytes: int = Limits().max_message_nbytes,
     ) -> None:
-        """Loads all weights. `progress(items, total)` wraps the iteration over them. Raises ModelError.
+        """Loads all weights. `device`: the CPU if None. `progress(items, total)` wraps the iteration over the weights.
 
-        What would make a reply of more than `max_reply_nbytes` is refused before it is computed.
+        Raises ModelError. What would make a reply of more than `max_reply_nbytes` is refused before it is computed.
         """
         if dtype not in DTYPES:
             raise ModelError(f"dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
         self.name = model.name
         self.config = model.config
-        self.device = torch.device(device)
+        self.device: Device = Cpu() if device is None else device
         self.dtype = dtype
         self._torch_dtype: torch.dtype = getattr(torch, dtype)
         self._shapes = Shapes(model.config, dtype)
         self._max_reply_nbytes = max_reply_nbytes
         total = len(model.config.weight_shapes())
         items = model.items() if progress is None else progress(model.items(), total)
-        self._weights = {name: weight.to(self.device, self._torch_dtype) for name, weight in items}
+        self._weights = {name: weight.to(self.device.torch_device, self._torch_dtype) for name, weight in items}
         if model.config.tie_word_embeddings:
             self._weights["lm_head.weight"] = self._weights["model.embed_tokens.weight"]
         self.handlers: dict[str, Handler] = {
@@ -81,6 +69,11 @@ class Executor:
             "lm_head": self._lm_head,
         }
 
+    @property
+    def on_segment(self) -> Hook | None:
+        """What must be told of shared memory that is mapped, None if nothing."""
+        return self.device.on_segment
+
     # ---- set-up ----
 
     def _describe(self, call: Call) -> None:
@@ -90,7 +83,9 @@ class Executor:
 
     def _norms(self, call: Call) -> torch.Tensor:
         rows = [self._weights[name] for name in norm_names(self.config.num_hidden_layers)]
-        return torch.stack(rows).cpu()
+        (shape,) = self._reply_shapes(self._shapes.norms())
+        with self.device.work() as work:
+            return self._into_reply(call, work, shape, lambda out: torch.stack(rows, out=out))
 
     # ---- compute ----
 
@@ -98,15 +93,15 @@ class Executor:
         (ids,) = _take(call, 1)
         if ids.dtype != torch.int64 or ids.dim() != 1:
             raise TensorError(f"ids: {ids.dtype} {list(ids.shape)}, expected int64 [n]")
+        ids = ids.clone()  # the caller may change shared memory between the check and the look-up, and what is looked
+        # up by an id out of range is memory of ours
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
             raise ValueError(f"ids: {int(ids.min())} to {int(ids.max())}, expected 0 to {self.config.vocab_size - 1}")
-        return self._into_reply(
-            call,
-            self._reply_shapes(self._shapes.embedding(len(ids)))[0],
-            lambda out: torch.index_select(
-                self._weights["model.embed_tokens.weight"], 0, self._to_device(ids), out=out
-            ),
-        )
+        (shape,) = self._reply_shapes(self._shapes.embedding(len(ids)))
+        table = self._weights["model.embed_tokens.weight"]
+        with self.device.work() as work:
+            ids = work.take(ids)
+            return self._into_reply(call, work, shape, lambda out: torch.index_select(table, 0, ids, out=out))
 
     def _linear(self, call: Call) -> list[torch.Tensor]:
         (x,) = _take(call, 1)
@@ -121,14 +116,16 @@ class Executor:
         if any(self.config.in_features(name) != x.shape[1] for name in names):
             raise ValueError(f"names: {names!r}, expected linear operations of the same input")
         shapes = self._reply_shapes(self._shapes.linear(tuple(names), len(x)))
-        x = self._to_device(x)
-        return [self._apply(call, x, linear_name(layer, name), shape) for name, shape in zip(names, shapes)]
+        with self.device.work() as work:
+            x = work.take(x)
+            return [self._apply(call, work, x, linear_name(layer, name), shape) for name, shape in zip(names, shapes)]
 
     def _lm_head(self, call: Call) -> torch.Tensor:
         (x,) = _take(call, 1)
         self._check("x", x, (None, self.config.hidden_size))
         (shape,) = self._reply_shapes(self._shapes.lm_head(len(x)))
-        return self._apply(call, self._to_device(x), "lm_head", shape)
+        with self.device.work() as work:
+            return self._apply(call, work, work.take(x), "lm_head", shape)
 
     def _scores(self, call: Call) -> list[torch.Tensor]:
         q, k = _take(call, 2)
@@ -146,13 +143,15 @@ class Executor:
             raise ValueError(f"block_rows: {block_rows}, which makes {count} blocks, expected at most {MAX_BLOCKS}")
         blocks = row_blocks(rows, positions, block_rows)
         shapes = self._reply_shapes(self._shapes.scores(blocks))
-        q, k = self._to_device(q), self._to_device(k)
-        keys = k.permute(1, 2, 0)  # [kv_heads, head_dim, t]
-        replies = []
-        for block, shape in zip(blocks, shapes):
-            queries = self._by_kv_head(q[block.start : block.start + block.rows])
-            replies.append(self._into_reply(call, shape, partial(_products, queries, keys[:, :, : block.columns])))
-        return replies
+        with self.device.work() as work:
+            q, k = work.take(q), work.take(k)
+            keys = k.permute(1, 2, 0)  # [kv_heads, head_dim, t]
+            replies = []
+            for block, shape in zip(blocks, shapes):
+                queries = q[block.start : block.start + block.rows]
+                compute = partial(self._products, queries, keys[:, :, : block.columns])
+                replies.append(self._into_reply(call, work, shape, compute))
+            return replies
 
     def _values(self, call: Call) -> torch.Tensor:
         if len(call.tensors) < 2:
@@ -168,31 +167,40 @@ class Executor:
                 raise ValueError(f"row block {index}: {block.shape[2]} columns, expected 1 to v's {len(v)}")
             rows += block.shape[1]
         (shape,) = self._reply_shapes(self._shapes.values(rows))
-        values = self._to_device(v).transpose(0, 1)  # [kv_heads, t, head_dim]
-
-        def compute(out: torch.Tensor) -> None:
+        reply: torch.Tensor = call.empty(shape, self.dtype)
+        with self.device.work() as work:
+            values = work.take(v).transpose(0, 1)  # [kv_heads, t, head_dim]
             start = 0
-            for block in probabilities:
+            for block in probabilities:  # one by one: a device computes with one while the next is on its way
                 count, columns = block.shape[1:]
-                weighted = torch.bmm(self._to_device(block).view(kv_heads, -1, columns), values[:, :columns])
-                by_token = weighted.view(kv_heads, heads // kv_heads, count, head_dim).permute(2, 0, 1, 3)
-                out[start : start + count].view(by_token.shape).copy_(by_token)
+                compute = partial(self._weighted, work.take(block), values[:, :columns])
+                work.give(reply[start : start + count], compute)
                 start += count
+        return reply
 
-        return self._into_reply(call, shape, compute)
-
-    def _by_kv_head(self, q: torch.Tensor) -> torch.Tensor:
-        """[n, heads, head_dim] -> [kv_heads, heads / kv_heads * n, head_dim]: a kv head's queries in one matrix."""
+    @staticmethod
+    def _products(q: torch.Tensor, keys: torch.Tensor, out: torch.Tensor) -> None:
+        """[n, heads, head_dim], [kv_heads, head_dim, t] -> [heads, n, t]: a kv head's queries as one matrix."""
         rows, heads, head_dim = q.shape
-        kv_heads = self.config.num_key_value_heads
-        return q.view(rows, kv_heads, heads // kv_heads, head_dim).permute(1, 2, 0, 3).reshape(kv_heads, -1, head_dim)
+        kv_heads = len(keys)
+        by_kv_head = q.view(rows, kv_heads, heads // kv_heads, head_dim).permute(1, 2, 0, 3)
+        torch.bmm(by_kv_head.reshape(kv_heads, -1, head_dim), keys, out=out.view(kv_heads, -1, keys.shape[2]))
 
-    def _apply(self, call: Call, x: torch.Tensor, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    @staticmethod
+    def _weighted(probabilities: torch.Tensor, values: torch.Tensor, out: torch.Tensor) -> None:
+        """[heads, n, t], [kv_heads, t, head_dim] -> [n, heads * head_dim]."""
+        heads, rows, columns = probabilities.shape
+        kv_heads, _, head_dim = values.shape
+        weighted = torch.bmm(probabilities.view(kv_heads, -1, columns), values)
+        by_token = weighted.view(kv_heads, heads // kv_heads, rows, head_dim).permute(2, 0, 1, 3)
+        out.view(by_token.shape).copy_(by_token)
+
+    def _apply(self, call: Call, work: Work, x: torch.Tensor, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         weight = self._weights[f"{name}.weight"].t()
         bias = self._weights.get(f"{name}.bias")
         if bias is None:
-            return self._into_reply(call, shape, lambda out: torch.mm(x, weight, out=out))
-        return self._into_reply(call, shape, lambda out: torch.addmm(bias, x, weight, out=out))
+            return self._into_reply(call, work, shape, lambda out: torch.mm(x, weight, out=out))
+        return self._into_reply(call, work, shape, lambda out: torch.addmm(bias, x, weight, out=out))
 
     # ---- memory and checks ----
 
@@ -204,19 +212,13 @@ class Executor:
             raise LimitError(f"a reply of {nbytes} bytes, expected at most {self._max_reply_nbytes}")
         return [shape for _, shape in expected]
 
-    def _into_reply(self, call: Call, shape: Sequence[int], compute: Callable[[torch.Tensor], Any]) -> torch.Tensor:
-        """The reply's memory, with what `compute(out)` writes."""
+    def _into_reply(
+        self, call: Call, work: Work, shape: Sequence[int], compute: Callable[[torch.Tensor], Any]
+    ) -> torch.Tensor:
+        """The reply's memory, with what `compute(out)` writes by the time the work is over."""
         reply: torch.Tensor = call.empty(shape, self.dtype)
-        if self.device.type == "cpu":
-            compute(reply)
-        else:
-            out = torch.empty(reply.shape, dtype=self._torch_dtype, device=self.device)
-            compute(out)
-            reply.copy_(out)
+        work.give(reply, compute)
         return reply
-
-    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if self.device.type == "cpu" else tensor.to(self.device)
 
     def _check(self, name: str, tensor: torch.Tensor, shape: tuple[int | None, ...]) -> None:
         fits = tensor.dim() == len(shape) and all(want in (None, have) for want, have in zip(shape, tensor.shape))
@@ -224,11 +226,6 @@ class Executor:
             wanted = ", ".join("n" if dim is None else str(dim) for dim in shape)
             came = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
             raise TensorError(f"{name}: {came}, expected {self.dtype} [{wanted}]")
-
-
-def _products(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
-    """a @ b by kv head, written to `out`, [heads, rows, columns]."""
-    torch.bmm(a, b, out=out.view(len(b), -1, b.shape[2]))
 
 
 def _take(call: Call, count: int) -> tuple[torch.Tensor, ...]:

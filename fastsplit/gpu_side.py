@@ -83,16 +83,18 @@ def _serve(args: argparse.Namespace) -> int:
 
 def _serve_until(stopped: int, args: argparse.Namespace) -> int:
     model = open_model(args.model)  # before torch is imported: a wrong name is answered at once
-    from fastsplit.executor import Executor, choose_device
+    from fastsplit.devices import open_device
+    from fastsplit.executor import Executor
 
     cli.set_threads(args.threads)
+    device = open_device(args.device)
     # The address comes before the weights: a port in use is no reason to wait for them.
-    server = Server(args.listen, {}, arrays="torch", max_connections=args.max_connections)
+    server = Server(args.listen, {}, arrays="torch", max_connections=args.max_connections, on_segment=device.on_segment)
     server.bind()
     try:
         executor = Executor(
             model,
-            device=choose_device(args.device),
+            device=device,
             dtype=args.dtype,
             progress=lambda items, total: cli.progress(items, total, "loading weights"),
         )
@@ -105,6 +107,8 @@ def _serve_until(stopped: int, args: argparse.Namespace) -> int:
             raise
     finally:
         server.close()
+    if device.summary is not None:
+        print(f"{_PROGRAM}: {device.summary}", file=sys.stderr)
     return 0
 
 

@@ -164,6 +164,7 @@ def table(report: dict[str, Any]) -> str:
         f"bytes: sent {_nbytes(report['bytes_sent'])}, received {_nbytes(report['bytes_received'])}, "
         f"shared {_nbytes(report['bytes_shared'])}, copied {_nbytes(report['bytes_copied'])}"
     )
+    lines.append(f"shared memory: {'yes' if report['shm'] else 'no'}, {_plain(report['shm_reason'])}")
     if wall_s and overhead_s > 0.5 * wall_s:
         lines.append(
             f"communication is {100 * overhead_s / wall_s:.0f} % of the wall clock: "
@@ -188,6 +189,11 @@ def chrome_trace(recorder: Recorder, path: Path) -> None:
         for track, name, start_ns, duration_ns in recorder.spans
     ]
     path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}), encoding="utf-8")
+
+
+def _plain(text: str) -> str:
+    """One short line: part of it may be the peer's words."""
+    return "".join(char if char.isprintable() else "?" for char in text[:200])
 
 
 def _nbytes(count: int) -> str:

@@ -5,7 +5,14 @@ sends linear operations of the same input together (6 a layer and 2). The KV cac
 
 Rules. Shapes and counts come from our own configuration; the backend's replies are checked against them before memory
 is allocated (`expect`). Tensors that arrive are ours: rotary, softmax, SiLU and the residual work in place on them
-and send the same memory back. Every stretch of time is recorded (report.py).
+and send the same memory back. Everything else that is sent lies in memory of the backend's (`Backend.empty`): the KV
+cache and what RMSNorm writes. So where both sides share memory nothing but token ids is copied to be sent. What is not
+needed any more is let go at once, so that its memory serves again within the layer. Every stretch of time is recorded
+(report.py).
+
+Memory that is shared can be changed by the untrusted side at any moment, also after it was sent or received. For
+arithmetic that is no more than an executor that computes wrongly. But what is checked and then used, or decided upon,
+is copied to private memory first and only the copy is looked at: norm weights, logits.
 """
 
 from __future__ import annotations
@@ -40,6 +47,9 @@ class Backend(Protocol):
     @property
     def stats(self) -> Stats: ...
 
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Memory of undefined content from which tensors are sent fastest, views of it included; the caller's own."""
+
     def embedding(self, ids: torch.Tensor) -> torch.Tensor: ...
 
     def linear(self, layer: int, names: tuple[str, ...], x: torch.Tensor) -> Sequence[torch.Tensor]: ...
@@ -61,6 +71,10 @@ class RemoteBackend:
     @property
     def stats(self) -> Stats:
         return self._channel.stats
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        tensor: torch.Tensor = self._channel.empty(shape, dtype)
+        return tensor
 
     def embedding(self, ids: torch.Tensor) -> torch.Tensor:
         return self._one("embedding", self._shapes.embedding(len(ids)), ids)
@@ -109,7 +123,8 @@ class RemoteModel:
         if trusted is not None:
             _compare(trusted.config, config)
             config = trusted.config
-        (norms,) = channel.call("norms", expect=Shapes(config, dtype).norms())
+        (received,) = channel.call("norms", expect=Shapes(config, dtype).norms())
+        norms = received.clone()  # the peer may change what is in shared memory between a comparison and its use
         if trusted is not None:
             own = trusted.norms().to(norms.dtype)
             if not torch.equal(own, norms):
@@ -143,39 +158,36 @@ def _compare(own: ModelConfig, theirs: ModelConfig) -> None:
 
 
 class KVCache:
-    """Keys and values of all positions so far, per layer, token-major: a prefix is contiguous and is sent as it
-    lies."""
+    """Keys and values of all positions so far, token-major: a prefix is contiguous and is sent as it lies.
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, capacity: int) -> None:
-        shape = (config.num_hidden_layers, capacity, config.num_key_value_heads, config.head_dim)
-        self._keys = _allocate(shape, dtype)
-        self._values = _allocate(shape, dtype)
+    Each layer has memory of its own, from the backend: growing takes one layer's old and new memory at a time, not the
+    whole cache's twice.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, capacity: int, backend: Backend) -> None:
+        self._row = (config.num_key_value_heads, config.head_dim)
+        self._dtype = dtype
+        self._backend = backend
+        self._keys = [self._allocate(capacity) for _ in range(config.num_hidden_layers)]
+        self._values = [self._allocate(capacity) for _ in range(config.num_hidden_layers)]
         self.length = 0
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Adds [n, kv_heads, head_dim] after the `length` positions before, and returns all: views of the cache."""
-        end = self.length + len(k)
-        if end > self._keys.shape[1]:
-            self._grow(end)
-        self._keys[layer, self.length : end] = k
-        self._values[layer, self.length : end] = v
-        return self._keys[layer, :end], self._values[layer, :end]
+        return self._append(self._keys, layer, k), self._append(self._values, layer, v)
 
-    def _grow(self, needed: int) -> None:
-        layers, capacity, *row = self._keys.shape
-        shape = (layers, max(needed, 2 * capacity), *row)
-        for name in ("_keys", "_values"):
-            old = getattr(self, name)
-            new = _allocate(shape, old.dtype)
-            new[:, : self.length] = old[:, : self.length]
-            setattr(self, name, new)
+    def _append(self, layers: list[torch.Tensor], layer: int, rows: torch.Tensor) -> torch.Tensor:
+        end = self.length + len(rows)
+        memory = layers[layer]
+        if end > len(memory):
+            grown = self._allocate(max(end, 2 * len(memory)))
+            grown[: self.length] = memory[: self.length]
+            memory = layers[layer] = grown
+        memory[self.length : end] = rows
+        return memory[:end]
 
-
-def _allocate(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    try:
-        return torch.empty(shape, dtype=dtype)
-    except RuntimeError:
-        raise MemoryError(f"no memory for a KV cache of {list(shape)}, {dtype}, twice") from None
+    def _allocate(self, capacity: int) -> torch.Tensor:
+        return self._backend.empty((capacity, *self._row), self._dtype)
 
 
 class Runner:
@@ -193,47 +205,54 @@ class Runner:
         self._tables: tuple[torch.Tensor, ...] = ()
 
     def new_cache(self, capacity: int) -> KVCache:
-        return KVCache(self.config, self._dtype, capacity)
+        """Room for `capacity` positions; it grows if there are more."""
+        return KVCache(self.config, self._dtype, capacity, self._backend)
 
     def forward(self, ids: torch.Tensor, cache: KVCache, *, all_logits: bool = False) -> torch.Tensor:
         """Logits for the ids [n] int64 after what is in the cache, which grows by n: [1, vocab], or [n, vocab].
 
-        Without `all_logits` only the last row goes through what follows the last layer's keys and values.
+        Without `all_logits` only the last row goes through what follows the last layer's keys and values. The logits
+        are as they came, in memory that the executor may share: copy them before anything is decided by them.
         """
         config, recorder = self.config, self.recorder
         rows = len(ids)
         positions = cache.length + rows
         cos, sin, q_cos, q_sin = (table[cache.length : positions] for table in self._rotary(positions))
         attention_groups, mlp_groups = PLANS[self.plan]
+        # What every norm of this pass writes into: once a call has returned, nobody reads what it was sent any more.
+        normed = self._backend.empty((rows, config.hidden_size), self._dtype)
         x = self._call("embedding", self._backend.embedding, ids)
         for layer in range(config.num_hidden_layers):
-            h = self._norm(x, 2 * layer)
+            h = self._norm(x, 2 * layer, normed)
             q, k, v = (out.view(rows, -1, config.head_dim) for out in self._linear(layer, attention_groups, h))
             if layer == config.num_hidden_layers - 1 and not all_logits and rows > 1:
                 # What the earlier rows would become is only read by layers that do not exist.
                 q, q_cos, q_sin, x, rows = q[-1:], q_cos[-1:], q_sin[-1:], x[-1:].clone(), 1
+                normed = normed[:1]
             rotary_(q, q_cos, q_sin)
             rotary_(k, cos, sin)
             recorder.lap("rotary")
             keys, values = cache.append(layer, k, v)
+            del k, v
             recorder.lap("kv_cache")
             blocks = row_blocks(rows, positions, choose_block_rows(rows))
             scores = self._call("matmul", self._backend.scores, q, keys, blocks)
+            del q, keys
             for block in scores:
                 causal_softmax_(block)
             recorder.lap("softmax")
             h = self._call("matmul", self._backend.values, scores, values)
-            del scores, block
+            del scores, block, values
             (h,) = self._linear(layer, (("o",),), h)
             x = self._add(x, h)
-            gate, up = self._linear(layer, mlp_groups, self._norm(x, 2 * layer + 1))
+            gate, up = self._linear(layer, mlp_groups, self._norm(x, 2 * layer + 1, normed))
             h = silu_mul_(gate, up)
             del gate, up
             recorder.lap("silu")
             (h,) = self._linear(layer, (("down",),), h)
             x = self._add(x, h)
         cache.length = positions
-        h = self._norm(x, 2 * config.num_hidden_layers)
+        h = self._norm(x, 2 * config.num_hidden_layers, normed)
         logits: torch.Tensor = self._call("lm_head", self._backend.lm_head, h)
         return logits
 
@@ -272,7 +291,8 @@ class Runner:
 
     def _last_logits(self, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """[vocab] fp32. Raises RemoteProtocolError if they are not finite: nothing can be chosen by them."""
-        logits = self.forward(ids, cache)[-1].float()
+        # A private copy before anything is checked: in shared memory the peer could change what was found to be finite.
+        logits = self.forward(ids, cache)[-1].to(torch.float32, copy=True)
         if not bool(logits.isfinite().all()):
             raise RemoteProtocolError("lm_head, logits: NaN or infinite, expected finite numbers")
         return logits
@@ -286,8 +306,8 @@ class Runner:
             outs += self._call("linear", self._backend.linear, layer, names, x, ops=len(names))
         return outs
 
-    def _norm(self, x: torch.Tensor, index: int) -> torch.Tensor:
-        h = rms_norm(x, self._norms[index], self.config.rms_norm_eps)
+    def _norm(self, x: torch.Tensor, index: int, out: torch.Tensor) -> torch.Tensor:
+        h = rms_norm(x, self._norms[index], self.config.rms_norm_eps, out)
         self.recorder.lap("rmsnorm")
         return h
 

@@ -113,6 +113,7 @@ def _run(args: argparse.Namespace) -> int:
             "plan": args.plan,
             "uri": args.connect,
             "shm": channel.shm,
+            "shm_reason": channel.shm_reason,
             "model": model.name,
             "dtype": model.dtype,
             "prompt_tokens": len(ids),

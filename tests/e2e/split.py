@@ -11,9 +11,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastsplit
+from fastsplit.devices import Device
 from fastsplit.executor import Executor
-from fastsplit.models import Model, open_model
-from fastsplit.runner import RemoteBackend, RemoteModel, Runner
+from fastsplit.models import Model, ModelConfig, open_model
+from fastsplit.runner import PLANS, RemoteBackend, RemoteModel, Runner
 
 # Both sides are in this process: two pools of OpenMP threads that spin for the same cores would only slow each other
 # down.
@@ -81,9 +82,11 @@ def load_hf(directory: Path | str, dtype: str = "float32", attention: str = "eag
 
 
 @contextlib.contextmanager
-def split(model: Model, uri: str, *, plan: str, dtype: str = "float32") -> Iterator[tuple[Runner, fastsplit.Channel]]:
+def split(
+    model: Model, uri: str, *, plan: str, dtype: str = "float32", device: Device | None = None
+) -> Iterator[tuple[Runner, fastsplit.Channel]]:
     """Both sides on `uri`, the TEE side with the trusted copy."""
-    executor = Executor(model, dtype=dtype)
+    executor = Executor(model, dtype=dtype, device=device)
     with (
         fastsplit.Server(uri, executor.handlers, arrays="torch") as server,
         fastsplit.connect(server.uri, arrays="torch") as channel,
@@ -91,6 +94,18 @@ def split(model: Model, uri: str, *, plan: str, dtype: str = "float32") -> Itera
     ):
         remote = RemoteModel.fetch(channel, model)
         yield Runner(remote, RemoteBackend(channel, remote.config, remote.dtype), plan), channel
+
+
+def decode_elements(config: ModelConfig, plan: str, positions: int) -> tuple[int, int]:
+    """Elements of all tensors that a decode step with so many positions has to send, and to receive, but for its ids:
+    what the split has to move and nothing else."""
+    hidden, inter, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    heads, q = config.num_attention_heads, config.num_attention_heads * config.head_dim
+    kv_row = config.num_key_value_heads * config.head_dim
+    inputs = sum(len(groups) for groups in PLANS[plan]) * hidden
+    sent = layers * (inputs + (q + positions * kv_row) + (heads * positions + positions * kv_row) + q + inter)
+    received = layers * ((q + 2 * kv_row) + heads * positions + q + hidden + 2 * inter + hidden)
+    return sent + hidden, received + hidden + config.vocab_size
 
 
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:

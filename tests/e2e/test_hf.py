@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from lazy_driver import STREAMS, LazyDriver
 
+from fastsplit.devices import Cuda
 from fastsplit.errors import RemoteOpError, VerificationError
 from fastsplit.models import open_model
 from fastsplit.ops import choose_block_rows, row_blocks
@@ -15,7 +17,7 @@ from fastsplit.runner import PLANS, RemoteModel, Runner, Sampling, sample
 pytest.importorskip("transformers")
 import itertools
 
-from split import CONFIGS, LLAMA3_ROPE, load_hf, make_model, relative_error, split
+from split import CONFIGS, LLAMA3_ROPE, decode_elements, load_hf, make_model, relative_error, split
 
 CALLS = {"per-op": (9, 2), "batched": (6, 2)}
 FP32_TOLERANCE = 1e-5
@@ -64,12 +66,25 @@ def test_low_precision_is_as_close_to_fp32_as_hf_is(tmp_path: Path, uri: str, na
 
 
 @pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("eager", [(), STREAMS], ids=["as late as possible", "as soon as possible"])
+def test_the_cuda_path_gives_the_same(tmp_path: Path, uri: str, plan: str, eager: tuple[str, ...]) -> None:
+    model = make_model(tmp_path / "model", CONFIGS["everything at once"])
+    reference = load_hf(tmp_path / "model")
+    ids = torch.randint(0, 97, (150,), generator=torch.Generator().manual_seed(1))
+    with split(model, uri, plan=plan, device=Cuda(LazyDriver(eager))) as (runner, _):
+        logits = runner.forward(ids, runner.new_cache(150), all_logits=True)
+        assert relative_error(logits, reference(ids[None]).logits[0]) <= FP32_TOLERANCE
+        expected = reference.generate(ids[None, :11], max_new_tokens=8, do_sample=False)[0, 11:].tolist()
+        assert list(runner.generate(ids[:11], 8)) == expected
+
+
+@pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("prompt", [1, 40, 200])
 def test_exact_counts_of_prefill_and_each_step(tmp_path: Path, uri: str, plan: str, prompt: int) -> None:
     model = make_model(tmp_path / "model", {})
     config = model.config
     ids = torch.arange(prompt) % 97
-    with split(model, uri, plan=plan) as (runner, channel):
+    with split(model, f"{uri}?shm=off", plan=plan) as (runner, channel):
         counts, sent, received = [], [], []
         for _ in runner.generate(ids, 4):
             counts.append(channel.stats.calls)
@@ -80,23 +95,17 @@ def test_exact_counts_of_prefill_and_each_step(tmp_path: Path, uri: str, plan: s
         assert counts[0] - setup == _calls(plan, config.num_hidden_layers)
         assert [b - a for a, b in itertools.pairwise(counts)] == [_calls(plan, config.num_hidden_layers)] * 3
         assert runner.recorder.rpc_calls == 4 * _calls(plan, config.num_hidden_layers)
-        # Payload of the first decode step, in elements: what the split has to move and nothing else.
-        hidden, inter, t = config.hidden_size, config.intermediate_size, prompt + 1
-        heads, kv = config.num_attention_heads, config.num_key_value_heads
-        q, kv_row = heads * config.head_dim, kv * config.head_dim
-        inputs = len(PLANS[plan][0]) * hidden + len(PLANS[plan][1]) * hidden
-        out = config.num_hidden_layers * (inputs + (q + t * kv_row) + (heads * t + t * kv_row) + q + inter)
-        back = config.num_hidden_layers * ((q + 2 * kv_row) + heads * t + q + hidden + 2 * inter + hidden)
+        out, back = decode_elements(config, plan, prompt + 1)
         heads_nbytes = 600 * _calls(plan, config.num_hidden_layers)  # header and metadata of each message
-        assert 0 < sent[1] - sent[0] - 4 * (out + hidden) - 8 < heads_nbytes
-        assert 0 < received[1] - received[0] - 4 * (back + hidden + config.vocab_size) < heads_nbytes
+        assert 0 < sent[1] - sent[0] - 4 * out - 8 < heads_nbytes
+        assert 0 < received[1] - received[0] - 4 * back < heads_nbytes
 
 
 def test_prefill_moves_only_what_is_below_the_diagonal(tmp_path: Path, uri: str) -> None:
     model = make_model(tmp_path / "model", {"num_hidden_layers": 1})
     ids = torch.zeros(300, dtype=torch.int64)
     elements = sum(block.rows * block.columns for block in row_blocks(300, 300, choose_block_rows(300)))
-    with split(model, uri, plan="batched") as (runner, channel):
+    with split(model, f"{uri}?shm=off", plan="batched") as (runner, channel):
         runner.forward(ids, runner.new_cache(300), all_logits=True)
         whole = channel.stats.bytes_received
         runner.forward(ids, runner.new_cache(300))

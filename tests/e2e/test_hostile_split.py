@@ -128,7 +128,7 @@ def test_a_reply_that_was_not_asked_for(executor: Executor, capfd: pytest.Captur
 
 @pytest.mark.parametrize("op", ["describe", "norms", "embedding", "linear", "scores", "values", "lm_head"])
 def test_a_gpu_side_that_leaves(executor: Executor, capfd: pytest.CaptureFixture[str], op: str) -> None:
-    assert tee(executor, {op: lambda call: call._connection.link.shutdown()}) == 3
+    assert tee(executor, {op: lambda call: call._connection.wire.link.shutdown()}) == 3
     assert "connection: " in last_line(capfd)
 
 

@@ -24,6 +24,7 @@ KEYS = {
     "plan": str,
     "uri": str,
     "shm": bool,
+    "shm_reason": str,
     "model": str,
     "prompt_tokens": int,
     "new_tokens": int,
@@ -111,7 +112,9 @@ def test_json_is_one_document_with_hf_logits(gpu_side: tuple[GpuSide, Path], pla
     per_forward = {"per-op": 9, "batched": 6}[plan] * 3 + 2
     assert report["rpc_calls"] == 5 * per_forward
     assert report["setup_calls"] == 2
-    assert report["bytes_copied"] == report["bytes_shared"] == 0
+    assert report["shm"] is True
+    assert report["bytes_copied"] == 8 * (6 + 4), "token ids"
+    assert report["bytes_shared"] > 10_000 > report["bytes_copied"]
     parts = ("serialization_s", "communication_s", "gpu_compute_s", "tee_compute_s")
     assert sum(report[part] for part in parts) == pytest.approx(report["wall_s"], rel=0.02)
     assert sum(op["total_s"] for op in report["ops"].values()) == pytest.approx(
@@ -138,11 +141,23 @@ def test_text_goes_to_stdout_and_the_report_to_stderr(gpu_side: tuple[GpuSide, P
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.split()) == 4
     assert "warning: configuration and norm weights come from the GPU side" in done.stderr
+    assert "\nshared memory: yes, " in done.stderr
     for word in ("RPC calls", "serialization", "embedding", "linear", "matmul", "lm_head", "rmsnorm", "rotary", "silu"):
         assert word in done.stderr
     events = json.loads(trace.read_text())["traceEvents"]
     assert {event["name"] for event in events} >= {"linear", "softmax"}
     assert all(event["dur"] >= 0 for event in events if event["ph"] == "X")
+
+
+def test_without_shared_memory_the_report_says_why(gpu_side: tuple[GpuSide, Path]) -> None:
+    side, _ = gpu_side
+    flags = ("--connect", f"{side.uri}?shm=off", "--prefill", "9", "--max-new-tokens", "1")
+    done = run("tee_side", *flags)
+    assert (done.returncode, done.stdout.count("\n")) == (0, 1), done.stderr
+    assert "\nshared memory: no, off: the client's URI says shm=off\n" in done.stderr
+    report = json.loads(run("tee_side", *flags, "--format", "json").stdout)
+    assert (report["shm"], report["shm_reason"]) == (False, "off: the client's URI says shm=off")
+    assert report["bytes_copied"] == report["bytes_shared"] == 0
 
 
 def test_max_new_tokens_0_stops_after_the_prompt(gpu_side: tuple[GpuSide, Path]) -> None:
