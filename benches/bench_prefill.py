@@ -2,6 +2,7 @@
 
     python -m benches.bench_prefill                      TinyLlama-1.1B's shape, 1024 tokens, fp32: about 15 minutes
     python -m benches.bench_prefill --model random:tiny --prefill 200 --rounds 1
+    python -m benches.bench_prefill --only fastsplit     those whose names have that in them
 
 How it is measured. Three processes: this one is the TEE side and drives one `Runner` a system; one executor serves
 fastsplit and the rivals out of one copy of the weights; one runs HF. Only one system is at work at any moment. Every
@@ -9,14 +10,18 @@ system first runs a short prompt untimed; then come the rounds, each with every 
 reverse order, so that what drifts on the machine does not favour one of them. The table shows medians; the JSON has
 every round.
 
+Fastsplit runs over a unix socket with shared memory (fastsplit-shm) and without (fastsplit-unix), and over tcp. Below
+the table stands what each of them really had, and why.
+
 What the columns are. wall, comm, serial, gpu, tee: seconds, the first being the sum of the others; serialization is
-this side's, the executor's own is within communication. sent+recv: bytes through the socket. copied: bytes of tensors
-that this side's code copied to send or receive them. staged: fastsplit's bytes that came in the same read as a
-frame's head. floor: how long a bare sendall / recv_into loop over the same kind of socket, measured in this run, needs
-for those bytes (8 MiB messages out of and into 128 MiB, so that no cache flatters it), and how many times that the
-communication took. RSS: the most memory while the system ran, of this process and of the one with the weights, which
-both keep buffers from one run to the next. others: CPU seconds that other programs used meanwhile, more than a few
-tenths of which spoil the row. error: the last row's logits against HF's eager, max |difference| / max |logit|.
+this side's, the executor's own is within communication. sent+recv: bytes through the socket. shared: bytes of tensors
+that crossed by reference, in shared memory. copied: bytes of tensors that this side's code copied to send or receive
+them. staged: fastsplit's bytes that came in the same read as a frame's head. floor: how long a bare sendall / recv_into
+loop over the same kind of socket, measured in this run, needs for those bytes (8 MiB messages out of and into 128 MiB,
+so that no cache flatters it), and how many times that the communication took. RSS: the most memory while the system
+ran, of this process and of the one with the weights, which both keep buffers from one run to the next; shared memory
+counts in both. others: CPU seconds that other programs used meanwhile, more than a few tenths of which spoil the row.
+error: the last row's logits against HF's eager, max |difference| / max |logit|.
 
 HF runs with `use_cache=True` and `logits_to_keep=1`, as the split fills its KV cache and computes one row of logits.
 """
@@ -54,11 +59,17 @@ from .rivals.raw_socket import one_way_bytes_per_s
 __all__ = ["main"]
 
 REFERENCE = "hf-eager"
-SYSTEMS = ("fastsplit-unix", "fastsplit-tcp", *RIVALS, REFERENCE, "hf-sdpa")
+FASTSPLIT = {
+    "fastsplit-shm": ("fastsplit-unix", ""),
+    "fastsplit-unix": ("fastsplit-unix", "?shm=off"),
+    "fastsplit-tcp": ("fastsplit-tcp", ""),
+}
+"""System -> which of the executor's addresses, and what the URI says beside it."""
+SYSTEMS = (*FASTSPLIT, *RIVALS, REFERENCE, "hf-sdpa")
 
-_SYSTEMS_HELP = f"some of {', '.join(SYSTEMS)}"
+_SYSTEMS_HELP = f"systems with TEXT in their names, of {', '.join(SYSTEMS)}"
 _WARM_UP_TOKENS = 64
-_COUNTERS = ("calls", "bytes_sent", "bytes_received", "bytes_copied", "bytes_staged")
+_COUNTERS = ("calls", "bytes_sent", "bytes_received", "bytes_shared", "bytes_copied", "bytes_staged")
 
 Measurement = dict[str, Any]
 """One prefill: seconds, counts and bytes by name."""
@@ -71,6 +82,9 @@ class System:
     name: str
     run: Callable[[torch.Tensor], tuple[Measurement, torch.Tensor]]
     worker_pid: int
+    shm: bool | None = None
+    """Whether tensors crossed in shared memory; None where that is no question."""
+    shm_reason: str = ""
     rounds: list[Measurement] = field(default_factory=list)
 
 
@@ -102,7 +116,7 @@ def _hf_system(name: str, channel: fastsplit.Channel, worker_pid: int) -> System
 def _open_systems(stack: ExitStack, names: list[str], args: argparse.Namespace) -> list[System]:
     model = open_model(args.model)
     options = ["--model", args.model, "--dtype", args.dtype, "--threads", str(args.threads)]
-    systems = []
+    systems: list[System] = []
     if any(not name.startswith("hf-") for name in names):
         _progress("starting the executor")
         executor = stack.enter_context(process("benches.rivals.executor", *options, "--device", args.device))
@@ -113,14 +127,14 @@ def _open_systems(stack: ExitStack, names: list[str], args: argparse.Namespace) 
             backend: Any
             if name in RIVALS:
                 backend = stack.enter_context(RivalBackend(addresses[name], RIVALS[name], model.config))
-                runner = Runner(known, backend, "batched")
-            elif name in addresses:
-                channel = stack.enter_context(fastsplit.connect(addresses[name], call_timeout_s=600))
+                systems.append(_split_system(name, Runner(known, backend, "batched"), backend, executor.pid))
+            elif name in FASTSPLIT:
+                address, query = FASTSPLIT[name]
+                channel = stack.enter_context(fastsplit.connect(addresses[address] + query, call_timeout_s=600))
                 backend = RemoteBackend(channel, model.config, args.dtype)
-                runner = Runner(known, backend, args.plan)
-            else:
-                continue
-            systems.append(_split_system(name, runner, backend, executor.pid))
+                system = _split_system(name, Runner(known, backend, args.plan), backend, executor.pid)
+                system.shm, system.shm_reason = channel.shm, channel.shm_reason
+                systems.append(system)
     if any(name.startswith("hf-") for name in names):
         _progress("starting HF")
         hf = stack.enter_context(process("benches.rivals.hf", *options))
@@ -213,6 +227,7 @@ _COLUMNS: tuple[tuple[str, int, Callable[[Measurement], str | None]], ...] = (
     ("tee s", 8, lambda m: f"{m['tee_compute_s']:.3f}"),
     ("RPCs", 6, lambda m: f"{m['rpc_calls']:.0f}"),
     ("sent+recv MB", 14, lambda m: f"{(m['bytes_sent'] + m['bytes_received']) / 1e6:.1f}"),
+    ("shared MB", 11, lambda m: f"{m['bytes_shared'] / 1e6:.1f}"),
     ("copied MB", 11, lambda m: f"{m['bytes_copied'] / 1e6:.1f}"),
     ("staged kB", 11, lambda m: f"{m['bytes_staged'] / 1e3:.1f}"),
     ("floor s", 15, lambda m: f"{m['socket_floor_s']:.3f} ({m['communication_to_floor']:.2f}x)"),
@@ -250,13 +265,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=0, help="torch's, in every process; 0: one for each core")
     parser.add_argument("--plan", default="batched", choices=sorted(PLANS), help="fastsplit's; the rivals are batched")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
-        "--systems", nargs="+", default=list(SYSTEMS), choices=SYSTEMS, metavar="SYSTEM", help=_SYSTEMS_HELP
-    )
+    parser.add_argument("--only", nargs="+", metavar="TEXT", help=_SYSTEMS_HELP)
     parser.add_argument("--output", type=Path, help="the JSON file (default: benches/results/prefill-...json)")
     args = parser.parse_args(argv)
     if args.prefill < 1 or args.rounds < 1:
         parser.error("--prefill and --rounds must be 1 or more")
+    names = [name for name in SYSTEMS if not args.only or any(text in name for text in args.only)]
+    if not names:
+        parser.error(f"--only {' '.join(args.only)}: no such system")
     if args.threads:
         torch.set_num_threads(args.threads)
     environment = _environment(argv)
@@ -264,7 +280,7 @@ def main(argv: list[str] | None = None) -> int:
     ids = torch.randint(0, vocab_size, (args.prefill,), generator=torch.Generator().manual_seed(args.seed))
     raw_before = _raw_sockets()
     with torch.inference_mode(), ExitStack() as stack:
-        systems = _open_systems(stack, [name for name in SYSTEMS if name in args.systems], args)
+        systems = _open_systems(stack, names, args)
         _measure(systems, ids, args.rounds)
     # The floor belongs to the run as a whole: before and after, the better of the two.
     raw_bytes_per_s = {name: max(rate, raw_before[name]) for name, rate in _raw_sockets().items()}
@@ -274,12 +290,17 @@ def main(argv: list[str] | None = None) -> int:
         "environment": environment,
         "options": {name: value for name, value in vars(args).items() if name != "output"},
         "raw_socket_bytes_per_s": raw_bytes_per_s,
+        "links": {system.name: {"shm": system.shm, "reason": system.shm_reason} for system in systems},
         "medians": medians,
         "rounds": {system.name: system.rounds for system in systems},
     }
     output = save("prefill", result, args.output)
     print(_table(medians))
     rates = ", ".join(f"{kind} {rate / 1e9:.2f} GB/s" for kind, rate in raw_bytes_per_s.items())
+    print()
+    for system in systems:
+        if system.shm is not None:
+            print(f"{system.name}, shared memory: {system.shm_reason}")
     print(f"\n{args.model}, {args.prefill} tokens, {args.dtype}, medians of {args.rounds}; raw socket: {rates}")
     print(output)
     return 0

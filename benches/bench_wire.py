@@ -26,7 +26,6 @@ import json
 import os
 import socket
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -39,6 +38,9 @@ import numpy as np
 
 import fastsplit
 from benches.environment import describe, save
+from benches.placement import on_cpu, separate_cpus
+from benches.processes import process
+from benches.rounds import interleaved
 from benches.wire_peer import RAW_COUNT, RAW_ECHO, RAW_HEADER, RAW_TAKE, receive_exactly
 
 LINKS = ("unix", "tcp")
@@ -69,53 +71,18 @@ class Series:
         return statistics.median(self.rounds)
 
 
-# ---- processes and placement -----------------------------------------------------------------------------------------
-
-
-def _separate_cpus() -> tuple[int, int] | None:
-    """Two CPUs that this process may use, on two cores where there are two. None if there is only one."""
-    cpus = sorted(os.sched_getaffinity(0))
-    by_core = {}
-    for cpu in reversed(cpus):
-        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
-        try:
-            core = ((topology / "physical_package_id").read_text(), (topology / "core_id").read_text())
-        except OSError:
-            core = ("", str(cpu))
-        by_core[core] = cpu
-    chosen = sorted(by_core.values()) if len(by_core) > 1 else cpus
-    return (chosen[0], chosen[1]) if len(chosen) > 1 else None
-
-
-@contextlib.contextmanager
-def _on_cpu(cpu: int | None) -> Iterator[None]:
-    before = os.sched_getaffinity(0)
-    if cpu is not None:
-        os.sched_setaffinity(0, {cpu})
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
+# ---- the other end -----------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def _peer(system: str, cpu: int | None, sndbuf_nbytes: int = 0, spin_us: int = 0) -> Iterator[dict[str, str]]:
     """The URIs of a running peer."""
-    command = [sys.executable, "-m", "benches.wire_peer", system, "--sndbuf-nbytes", str(sndbuf_nbytes)]
+    options = ["--sndbuf-nbytes", str(sndbuf_nbytes)]
     if cpu is not None:
-        command += ["--cpu", str(cpu)]
-    root = Path(__file__).resolve().parents[1]
-    environment = {**os.environ, "FASTSPLIT_SPIN_US": str(spin_us)}
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root, env=environment) as process:
-        assert process.stdin is not None and process.stdout is not None
-        line = process.stdout.readline()
-        if not line:
-            raise SystemExit(f"the {system} peer did not start: exit code {process.wait()}")
-        try:
-            yield json.loads(line)
-        finally:
-            process.stdin.close()  # it ends by itself
-            process.wait(10)
+        options += ["--cpu", str(cpu)]
+    environment = {"FASTSPLIT_SPIN_US": str(spin_us)}
+    with process("benches.wire_peer", system, *options, environment=environment) as peer:
+        yield json.loads(peer.ready)
 
 
 def _connect_raw(uri: str, sndbuf_nbytes: int) -> socket.socket:
@@ -235,7 +202,7 @@ def _fastsplit_nothing(channel: fastsplit.Channel, count: int) -> Callable[[], f
 
 
 def _measure(placement: str, cpus: tuple[int | None, int | None], args: argparse.Namespace) -> list[Series]:
-    with _on_cpu(cpus[0]), ExitStack() as stack:
+    with on_cpu(cpus[0]), ExitStack() as stack:
         kinds = [kind for kind in SPIN_US if args.torch or "torch" not in kind]
         uris = {
             kind: stack.enter_context(_peer(kind.partition(",")[0], cpus[1], spin_us=SPIN_US[kind])) for kind in kinds
@@ -291,16 +258,8 @@ def _run_rounds(series: list[Series], rounds: int) -> None:
         groups.setdefault((one.link, one.what), []).append(one)
     for one in series:
         one.run()  # pages, caches, templates
-    for number in range(rounds):
-        _progress(f"{series[0].placement}: round {number + 1} of {rounds}")
-        for group in groups.values():
-            turn = number % len(group)
-            for one in group[turn:] + group[:turn]:
-                one.rounds.append(one.run())
-
-
-def _progress(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+    for one in interleaved(list(groups.values()), rounds, series[0].placement):
+        one.rounds.append(one.run())
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------
@@ -334,7 +293,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     args.torch = fastsplit.tensors.arrays().kind == "torch"
     result: dict[str, Any] = {"environment": describe(["python", "-m", "benches.bench_wire", *argv])}
-    cpus = _separate_cpus()
+    cpus = separate_cpus()
     series = []
     if cpus is not None:
         series += _measure(f"client on CPU {cpus[0]}, server on CPU {cpus[1]}", cpus, args)

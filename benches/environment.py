@@ -19,7 +19,7 @@ import fastsplit
 __all__ = ["RESULTS", "describe", "save"]
 
 RESULTS = Path(__file__).resolve().parent / "results"
-_PACKAGES = ("numpy", "flatbuffers", "torch", "msgpack")
+_PACKAGES = ("numpy", "flatbuffers", "torch", "msgpack", "pyzmq", "iceoryx2")
 
 
 def describe(command: Sequence[str]) -> dict[str, Any]:

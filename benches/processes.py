@@ -1,6 +1,7 @@
 """A benchmark's other processes: starting and ending them, their memory, and who else used the machine meanwhile.
 
-Rules. What cannot be read (another system than Linux, a hidden /proc) is None, never an error: it is only reported.
+Rules. Nothing is left running: a process ends with its stdin, and is killed if it does not within 10 seconds. What
+cannot be read (another system than Linux, a hidden /proc) is None, never an error: it is only reported.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,28 +18,54 @@ __all__ = ["OthersCpu", "Process", "peak_rss_bytes", "process", "reset_peak_rss"
 
 
 class Process:
-    """A module run as a process of its own, up to its READY line. It ends when we close its stdin, or end ourselves."""
+    """A module run as a process of its own, up to its READY line. It ends when we close its stdin, or end ourselves.
 
-    def __init__(self, module: str, *arguments: str) -> None:
+    `environment`: variables beside our own. `wait`: whether to wait for READY now; if not, `wait_ready` does, so that
+    several can start at a time.
+    """
+
+    ready: str
+    """What stands behind READY."""
+
+    def __init__(
+        self, module: str, *arguments: str, environment: Mapping[str, str] | None = None, wait: bool = True
+    ) -> None:
         root = Path(__file__).resolve().parents[1]
+        self._module = module
         self._popen = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             cwd=root,
+            env={**os.environ, **(environment or {})},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
         self.pid = self._popen.pid
-        assert self._popen.stdout is not None
-        line = self._popen.stdout.readline()
-        if not line.startswith("READY "):
+        if wait:
+            self.wait_ready()
+
+    def wait_ready(self) -> None:
+        """Raises RuntimeError if it ended or wrote anything else."""
+        line = self.read_line()
+        if line.split()[:1] != ["READY"]:
             self.close()
-            raise RuntimeError(f"{module} did not start: it wrote {line!r}, expected READY")
-        self.ready = line.removeprefix("READY ").strip()
+            raise RuntimeError(f"{self._module} did not start: it wrote {line!r}, expected READY")
+        self.ready = line.removeprefix("READY").strip()
+
+    def write_line(self, line: str) -> None:
+        assert self._popen.stdin is not None
+        self._popen.stdin.write(line + "\n")
+        self._popen.stdin.flush()
+
+    def read_line(self) -> str:
+        """The next line of its stdout, empty if it has ended."""
+        assert self._popen.stdout is not None
+        return self._popen.stdout.readline()
 
     def close(self) -> None:
         assert self._popen.stdin is not None and self._popen.stdout is not None
-        self._popen.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._popen.stdin.close()
         try:
             self._popen.wait(10)
         except subprocess.TimeoutExpired:
@@ -48,8 +75,8 @@ class Process:
 
 
 @contextmanager
-def process(module: str, *arguments: str) -> Iterator[Process]:
-    started = Process(module, *arguments)
+def process(module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> Iterator[Process]:
+    started = Process(module, *arguments, environment=environment)
     try:
         yield started
     finally:

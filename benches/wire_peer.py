@@ -3,7 +3,7 @@
     python -m benches.wire_peer raw|numpy|torch [--cpu N] [--sndbuf-nbytes N]
 
 "raw" is the floor: sockets and nothing else. "numpy" and "torch" are a fastsplit server with arrays of that kind.
-Prints one line of JSON, {"unix": URI, "tcp": URI}, when both listen, and ends when its stdin does.
+Prints `READY {"unix": URI, "tcp": URI}` when both listen, and ends when its stdin does.
 
 A raw connection begins with RAW_HEADER: which of the two jobs, and for the first how much will come.
     0  take `count` messages of `nbytes` each, then say how many bytes that were (8 bytes)
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
                 for uri in (f"unix://{path}", "tcp://127.0.0.1:0")
             ]
             uris = {server.uri.partition(":")[0]: server.uri for server in servers}
-        print(json.dumps(uris), flush=True)
+        print("READY", json.dumps(uris), flush=True)
         sys.stdin.read()
     return 0
 

@@ -53,6 +53,9 @@ class RivalBackend:
 
     # ---- Backend ----
 
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(tuple(shape), dtype=dtype)
+
     def embedding(self, ids: torch.Tensor) -> torch.Tensor:
         return self._call("embedding", [ids])[0]
 

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 from fastsplit import Server
-from fastsplit.executor import Executor, choose_device
+from fastsplit.devices import open_device
+from fastsplit.executor import Executor
 from fastsplit.models import DTYPES, open_model
 
 from .service import RivalService
@@ -39,11 +40,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     with ExitStack() as stack:
-        executor = Executor(open_model(args.model), device=choose_device(args.device), dtype=args.dtype)
+        executor = Executor(open_model(args.model), device=open_device(args.device), dtype=args.dtype)
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fastsplit-bench-")))
         addresses = {}
         for system, uri in (("fastsplit-unix", f"unix://{directory}/gpu.sock"), ("fastsplit-tcp", "tcp://127.0.0.1:0")):
-            addresses[system] = stack.enter_context(Server(uri, executor.handlers)).uri
+            addresses[system] = stack.enter_context(Server(uri, executor.handlers, on_segment=executor.on_segment)).uri
         for system, way in RIVALS.items():
             address = "tcp://127.0.0.1:*" if system.endswith("tcp") else f"ipc://{directory}/{system}.sock"
             addresses[system] = stack.enter_context(RivalService(address, way, executor)).address

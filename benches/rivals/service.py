@@ -86,7 +86,7 @@ class RivalService:
 
     def _compute(self, op: str, attrs: dict[str, Any], tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
         if op in ("scores", "values"):
-            left, right = (tensor.to(self._executor.device) for tensor in tensors)
+            left, right = (tensor.to(self._executor.device.torch_device) for tensor in tensors)
             return [(_scores if op == "scores" else _values)(left, right).cpu()]
         call: Any = _Call(tensors, attrs)
         results = self._executor.handlers[op](call)

@@ -1,0 +1,136 @@
+"""A system's two ends, and the benchmark's side of the conversation with the peer's process."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from benches.processes import Process
+from benches.rounds import progress
+
+from . import Client, Run, load
+
+__all__ = ["Pair", "open_pairs"]
+
+_NEEDS_DEV_SHM = ("shared_memory", "torch")
+_MARGIN_NBYTES = 64 * 1024**2
+
+
+class Pair:
+    """A system's two ends: the client here, the peer in a process of its own."""
+
+    client: Client
+
+    def __init__(self, name: str, cpu: int | None) -> None:
+        self.name = name
+        self._places: dict[int, str] = {}
+        load(name, "Client")  # raises before a process is started
+        options = [] if cpu is None else ["--cpu", str(cpu)]
+        self._process = Process("benches.echoes.peer", name, *options, wait=False)
+
+    @property
+    def pid(self) -> int:
+        """The peer's."""
+        return self._process.pid
+
+    def connect(self) -> None:
+        self._process.wait_ready()
+        self.client = load(self.name, "Client")(json.loads(self._process.ready))
+
+    def close(self) -> None:
+        self._process.close()
+        if hasattr(self, "client"):
+            self.client.close()
+
+    def takes(self, nbytes: int, mode: str) -> bool:
+        client = self.client
+        return mode in client.modes and (not client.sizes_nbytes or nbytes in client.sizes_nbytes)
+
+    def prepare(self, nbytes: int) -> None:
+        self._places[nbytes] = self.client.prepare(nbytes)
+
+    def release(self, nbytes: int) -> None:
+        self._places.pop(nbytes)
+        self.client.release(nbytes)
+
+    def run(self, nbytes: int, mode: str, count: int) -> tuple[float, float, float]:
+        """Seconds for `count` trips: wall, this side's CPU, the peer's CPU."""
+        run = self._run(nbytes, mode, count)
+        with self._serving(run) as served:
+            cpu_s, wall_s = time.process_time(), time.perf_counter()
+            self.client.trips(run)
+            wall_s = time.perf_counter() - wall_s
+            cpu_s = time.process_time() - cpu_s
+        return wall_s, cpu_s, served["cpu_s"]
+
+    def check(self, nbytes: int, mode: str) -> None:
+        """Sends bytes, and ends the benchmark if others come back than those, each with one added by the peer."""
+        message = np.frombuffer(np.random.default_rng(nbytes).bytes(nbytes), np.uint8)
+        run = self._run(nbytes, mode, 1, mark=True)
+        with self._serving(run):
+            reply = self.client.marked(run, message)
+        if not np.array_equal(reply, message + np.uint8(1)):
+            raise SystemExit(f"{self.name}, {nbytes} bytes, {mode}: the reply is not what it should be")
+
+    def _run(self, nbytes: int, mode: str, count: int, *, mark: bool = False) -> Run:
+        return Run(nbytes, count, mode == "spinning", mark, self._places[nbytes])
+
+    @contextmanager
+    def listening(self) -> Iterator[dict[str, float]]:
+        """A peer told to serve while this side only calls as it likes; the CPU time it used is there at the end."""
+        self.prepare(64)
+        with self._serving(self._run(64, "spinning", 0)) as served:
+            yield served
+        self.release(64)
+
+    @contextmanager
+    def _serving(self, run: Run) -> Iterator[dict[str, float]]:
+        """The peer at work; what it says at the end is there at the end."""
+        self._process.write_line(json.dumps(asdict(run)))
+        self._expect("go")
+        served: dict[str, float] = {}
+        yield served
+        self._process.write_line("end")
+        served.update(json.loads(self._expect()))
+
+    def _expect(self, word: str = "") -> str:
+        line = self._process.read_line().strip()
+        if not line or (word and line != word):
+            raise RuntimeError(f"{self.name}: the peer wrote {line!r}")
+        return line
+
+
+def open_pairs(
+    stack: ExitStack, names: list[str], cpu: int | None, most_nbytes: int
+) -> tuple[dict[str, Pair], dict[str, str]]:
+    """The pairs, each with its peer on `cpu`, and why others are not there. `most_nbytes`: what will be sent."""
+    starting, left_out = {}, {}
+    room_nbytes = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
+    for name in names:
+        if name.startswith(_NEEDS_DEV_SHM) and room_nbytes < most_nbytes + _MARGIN_NBYTES:
+            left_out[name] = f"{room_nbytes} bytes free in /dev/shm"
+            continue
+        try:
+            starting[name] = Pair(name, cpu)
+        except ImportError as error:
+            left_out[name] = str(error)
+            continue
+        stack.callback(starting[name].close)
+    pairs = {}
+    for name, pair in starting.items():
+        try:
+            pair.connect()
+        except (RuntimeError, OSError, ImportError) as error:
+            left_out[name] = str(error)
+        else:
+            pairs[name] = pair
+    for name, reason in left_out.items():
+        progress(f"left out: {name}: {reason}")
+    return pairs, left_out
