@@ -235,13 +235,13 @@ class Channel:
     ) -> Future:
         started_ns = perf_counter_ns()
         timeout_s, deadline = self._deadline(timeout_s)
-        self._connection.link.wake_early()
         try:
             out = self._connection.prepare(tensors, deadline)
         except ArenaFull:
             if self._closed:
                 raise ClosedError(f"the channel is closed: {self._error}") from None
             raise
+        self._connection.link.wake_early()  # after what had to be copied, which may take longer than the server spins
         expected = None if expect is None else [(dtype_of(dtype).code, tuple(shape)) for dtype, shape in expect]
         time_ns = 0 if timeout_s is None else max(int(timeout_s * 1e9), 1)
         if not self._sending.acquire(timeout=-1 if timeout_s is None else timeout_s):
