@@ -174,7 +174,7 @@ def share(tensors: Iterable[Any], memory: SharedMemory, deadline: float | None) 
         placements += place or (0, 0)
         placements.append(size)
         nbytes += size
-    return Outgoing(descs, (), 0, copied_nbytes, placements, nbytes, kept)
+    return tuple.__new__(Outgoing, (descs, (), 0, copied_nbytes, placements, nbytes, kept))  # 0.1 us less
 
 
 # ---- numpy -----------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from .limits import Limits
 __all__ = ["Decoder"]
 
 
-_new = tuple.__new__  # a NamedTuple without its own constructor: 0.2 us less
+_new = tuple.__new__  # a NamedTuple without its own constructor: 0.1 us less
 
 
 class _Known(NamedTuple):

@@ -376,7 +376,7 @@ class Channel:
             if future._done:
                 return False
             self._futures.pop(future._id, None)
-            self._finish(future, None, error)
+            self._finish(future, error)
         self._call_back(future)
         if self._session.abandon(future._id) and self._sending.acquire(blocking=False):
             # Best effort: the server may save some work; an answer that comes all the same is dropped.
@@ -481,7 +481,7 @@ class Channel:
             try:
                 result = Result(map(self._arrays.view, event.buffers, event.message.tensors))
             except TensorError as error:
-                self._settle(future, None, error)
+                self._settle(future, error)
                 return
             result.attrs = event.message.attrs
             # The peer's word: it cannot have worked longer than we have waited.
@@ -490,11 +490,19 @@ class Channel:
             result.wait_s = waited_ns * 1e-9
             self._stats.remote_s += result.remote_s
             self._session.decode_ns += perf_counter_ns() - started_ns
-            self._settle(future, result, None)
+            with self._lock:
+                if future._done:  # given up at this moment
+                    return
+                future._result = result
+                future._done = True
+                if self._followers:
+                    self._changed.notify_all()
+            if future._callbacks is not None:
+                self._call_back(future)
         elif isinstance(event, Error):
             future = self._futures.pop(event.request_id, None)
             if future is not None:
-                self._settle(future, None, _remote_error(future, event))
+                self._settle(future, _remote_error(future, event))
         elif isinstance(event, Hello):
             self._greeted = True
         elif isinstance(event, Attached):
@@ -508,17 +516,17 @@ class Channel:
                 self._abort(event.error)
             self._end(event.error)
 
-    def _settle(self, future: Future, result: Result | None, error: BaseException | None) -> None:
+    def _settle(self, future: Future, error: BaseException) -> None:
         with self._lock:
             if future._done:  # given up at this moment
                 return
-            self._finish(future, result, error)
+            self._finish(future, error)
         if future._callbacks is not None:
             self._call_back(future)
 
-    def _finish(self, future: Future, result: Result | None, error: BaseException | None) -> None:
-        """Sets the outcome of a future that has none. The caller holds `_lock`, and calls back after it."""
-        future._result, future._error = result, error
+    def _finish(self, future: Future, error: BaseException) -> None:
+        """Ends a future that has no outcome. The caller holds `_lock`, and calls back after it."""
+        future._error = error
         future._done = True
         if self._followers:
             self._changed.notify_all()
@@ -587,7 +595,7 @@ class Channel:
             futures = list(self._futures.values())
             self._futures.clear()
             for future in futures:
-                self._finish(future, None, self._error)
+                self._finish(future, self._error)
         for future in futures:
             self._call_back(future)
         return self._error

@@ -198,6 +198,10 @@ class RingLink:
         self._post(self._items_out[self._out_slot])
         self._out_slot = (self._out_slot + 1) % SLOTS
         self._credit -= 1
+        if self._strongly_ordered:  # `_wake_peer`, without its two calls
+            self._trywait(self._barrier)
+            if not self._memory[self._peer_asleep_at]:
+                return ()
         self._wake_peer()
         return ()
 

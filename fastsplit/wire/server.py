@@ -577,14 +577,15 @@ class _Connection:
         except BaseException as error:  # noqa: BLE001 (sys.exit() in a handler must not end the server's threads either)
             self._answer_failure(request_id, message.op, error)
             return
+        arena = self.wire.arena
         with self._sending:
-            self._send_news(deadline)
+            if arena is not None and (arena.has_news or len(arena.returns) > MAX_RETURNS):
+                self._send_news(deadline)
             try:
                 head = self.session.reply(request_id, out.descs, out.nbytes, time_ns, call.reply_attrs, out.placements)
             except Exception as error:  # noqa: BLE001 (attributes of the handler's that are no such thing, for example)
                 failure = error
             else:
-                arena = self.wire.arena
                 if arena is not None:
                     arena.lend(out.placements)
                 stats = self._stats
@@ -608,10 +609,8 @@ class _Connection:
 
     def _send_news(self, deadline: float) -> None:
         """Sends what must go before the next frame. The caller holds `_sending`."""
-        arena = self.wire.arena
-        if arena is not None and (arena.has_news or len(arena.returns) > MAX_RETURNS):
-            for frame in self.wire.news(deadline):
-                self._send([frame], len(frame))
+        for frame in self.wire.news(deadline):
+            self._send([frame], len(frame))
 
     def _send(self, buffers: list[Any], nbytes: int) -> None:
         """Sends a frame. The caller holds `_sending`."""

@@ -171,6 +171,7 @@ class _State(Enum):
 
 _OPEN = _State.OPEN
 _NO_REQUEST: Any = object()
+_new = tuple.__new__  # a NamedTuple without its own constructor: 0.1 us less
 
 
 class _Incoming:
@@ -441,7 +442,7 @@ class Session:
     def _read_frame(self, header: Header, metadata: bytes, events: list[Event]) -> None:
         message = self._decoder.decode(metadata, header[3])
         if header[0] == _REPLY and self.is_client and self._state is _OPEN and not message.payload_nbytes:
-            # What `_admit`, `_make_room` and `_complete` do, in one piece: 2 us less a call.
+            # What `_admit`, `_make_room` and `_complete` do, in one piece: 1 to 3 us less a round trip.
             request_id = header[1]
             expected = self._open.pop(request_id, _NO_REQUEST)
             if expected is not None:
@@ -450,10 +451,10 @@ class Session:
                 _check_expected(expected, message.tensors)
             if self._unwanted:
                 self._unwanted.discard(request_id)
-            events.append(Reply(request_id, message, self._take_references(message), header[5]))
+            events.append(_new(Reply, (request_id, message, self._take_references(message), header[5])))
             return
         if header[0] == _REQUEST and not self.is_client and self._state is _OPEN and not message.payload_nbytes:
-            events.append(Request(header[1], message, self._take_references(message), header[5]))
+            events.append(_new(Request, (header[1], message, self._take_references(message), header[5])))
             return
         self._admit(header, message)
         buffers = self._make_room(message) if message.tensors else []
