@@ -248,7 +248,7 @@ def _measure(placement: str, cpus: tuple[int | None, int | None], args: argparse
 def _sndbuf_nbytes(uri: str) -> int:
     """The SO_SNDBUF to ask for in order to get what fastsplit's own sockets have."""
     with fastsplit.connect(uri) as channel:
-        granted_nbytes = channel._link._sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+        granted_nbytes = channel._connection.link._sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
     return granted_nbytes // 2  # the kernel doubles what it is asked for
 
 

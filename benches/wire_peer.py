@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             servers = [
                 fastsplit.Server(uri, _Handlers().by_op(), arrays=args.system).start()
-                for uri in (f"unix://{path}", "tcp://127.0.0.1:0")
+                for uri in (f"unix://{path}?shm=off", "tcp://127.0.0.1:0")
             ]
             uris = {server.uri.partition(":")[0]: server.uri for server in servers}
         print("READY", json.dumps(uris), flush=True)

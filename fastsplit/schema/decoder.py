@@ -39,7 +39,10 @@ _new = tuple.__new__  # a NamedTuple without its own constructor: 0.1 us less
 class _Known(NamedTuple):
     """A head (all bytes before the numbers) that was validated, and what it means."""
 
-    message: Message  # with placements and returns empty
+    message: Message  # as it is if all tensors are inline; its attrs are empty
+    plain: (
+        bytes | None
+    )  # the numbers, if all of them are placements, inline, and there are no attrs: then it is the same
     nbytes: int  # of the whole metadata
     slots: tuple[tuple[str, int | None, Any], ...]  # attr name, index into the unpacked numbers or None, fixed value
     tail: Tail
@@ -69,7 +72,9 @@ class Decoder:
         known = self._known.get(metadata[:cut]) if cut > 0 else None
         if known is None or len(metadata) != known.nbytes:
             return self._decode_new(metadata, cut)
-        message, _, slots, tail, gaps, inline, inline_nbytes = known
+        message, plain, _, slots, tail, gaps, inline, inline_nbytes = known
+        if plain is not None and metadata.endswith(plain):
+            return message
         if tail.numbers is None and not slots:
             return message
         values: tuple[Any, ...] = () if tail.numbers is None else tail.numbers.unpack_from(metadata, cut)
@@ -100,11 +105,11 @@ class Decoder:
         if cacheable and cut == len(metadata) - tail.nbytes:
             if len(self._known) >= CACHED_SHAPES:
                 del self._known[next(iter(self._known))]
-            self._known[metadata[:cut]] = self._remember(metadata, message, reader, tail)
+            self._known[metadata[:cut]] = self._remember(metadata, cut, message, reader, tail)
         return message
 
     @staticmethod
-    def _remember(metadata: bytes, message: Message, reader: _MessageReader, tail: Tail) -> _Known:
+    def _remember(metadata: bytes, cut: int, message: Message, reader: _MessageReader, tail: Tail) -> _Known:
         starts = {gen.AttrType.Int: tail.ints.start, gen.AttrType.Float: tail.floats.start}
         slots = tuple(
             (name, starts[kind] + index, None)
@@ -112,15 +117,17 @@ class Decoder:
             else (name, None, value.copy() if isinstance(value, list) else value)
             for name, kind, index, value in reader.slots
         )
-        inline = inline_placements([desc.nbytes for desc in message.tensors])
+        sizes = [desc.nbytes for desc in message.tensors]
+        is_plain = not (slots or message.placements or message.returns or reader.ints.count or reader.floats.count)
         return _Known(
-            Message(message.op, message.tensors, {}, 0),
+            Message(message.op, message.tensors, {}, sum(sizes)),
+            metadata[cut:] if is_plain else None,
             len(metadata),
             slots,
             tail,
             tail.gaps,
-            inline,
-            sum(desc.nbytes for desc in message.tensors),
+            inline_placements(sizes),
+            sum(sizes),
         )
 
 

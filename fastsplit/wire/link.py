@@ -33,7 +33,7 @@ __all__ = ["Link", "Spin", "choose_spin_us", "cores", "remaining_s"]
 _MAX_IOVECS = 64  # of 1024 that Linux takes; a message has at most a few
 _DONTWAIT = int(socket.MSG_DONTWAIT)  # socket's own constants are enums, slow to combine
 _SEND_FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)  # a peer that is gone is an error, never a signal
-_TICK_S = 1.0
+_TICKS_S = (16.0, 1.0)
 """A read's SO_RCVTIMEO, when its deadline is further away: setting it for each call would cost a system call a call."""
 _SPIN_US = 50.0
 _MAX_MISSES = 4  # waits in a row that outlasted their spin, after which a link spins no more ...
@@ -333,8 +333,10 @@ class Link:
             timeout_s = 0.0
         else:
             timeout_s = deadline - time.monotonic()
-            if timeout_s >= _TICK_S:
-                timeout_s = _TICK_S
+            if timeout_s >= _TICKS_S[0]:
+                timeout_s = _TICKS_S[0]
+            elif timeout_s >= _TICKS_S[1]:
+                timeout_s = _TICKS_S[1]
             elif timeout_s <= 0.0:
                 timeout_s = 1e-6
         if timeout_s != self._timeout_s:
