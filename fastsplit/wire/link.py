@@ -194,7 +194,9 @@ class Link:
 
         Raises PeerLostError, DeadlineError (nothing is lost, another read may go on).
         """
-        received = self.receive_into(session.receive_buffers(), deadline, blocking=blocking)
+        if blocking and self.spin.spin_us:
+            self._spin_for_bytes()
+        received = self._receive_into(session.receive_buffers(), deadline, 0 if blocking else _DONTWAIT)
         return session.received(received) if received else None
 
     def receive_bell(self, scratch: memoryview, deadline: float | None) -> bool:

@@ -513,7 +513,15 @@ class Session:
                 at += self._take_staged(incoming, at)
                 break
             buffers = []
-            if wanted:
+            if wanted and not message.placements:
+                for desc in message.tensors:
+                    buffer = self._allocate(desc.nbytes)
+                    if desc.nbytes:
+                        memoryview(buffer)[:] = staging[at : at + desc.nbytes]
+                        at += desc.nbytes
+                    buffers.append(buffer)
+                self.staged_nbytes += payload_nbytes
+            elif wanted:
                 buffers = self._make_room(message)
                 for target in _inline(message, buffers):
                     target[:] = staging[at : at + len(target)]
