@@ -1,6 +1,6 @@
 """A pipeline that is not a language model: one process makes video frames, another finds what moves in them.
 
-Frames cross without being copied or serialized, and up to eight are on their way while the next is made.
+Frames are made in shared memory and cross by reference, and up to eight are on their way while the next is made.
 
     python examples/frames.py
 """
@@ -19,7 +19,7 @@ SHAPE = (480, 640, 3)
 
 def worker(parent: Connection, uri: str) -> None:
     def motion(call: fastsplit.Call) -> np.ndarray:
-        before, after = call.tensors  # uint8, writable, ours
+        before, after = call.tensors  # uint8, where the other process made them
         difference = call.empty(SHAPE[:2], "int16")  # memory that the reply is sent from as it is
         np.subtract(after.max(axis=2), before.max(axis=2), out=difference, dtype="int16", casting="unsafe")
         call.reply_attrs["moved"] = int((np.abs(difference) > call.attrs["threshold"]).sum())
@@ -40,19 +40,23 @@ def main(frames: int = 64) -> list[int]:
         ours.recv()
         with fastsplit.connect(uri, arrays="numpy") as channel:
             in_flight: deque[fastsplit.Future] = deque()
-            before = np.zeros(SHAPE, np.uint8)
+            before = channel.empty(SHAPE, "uint8")
+            before[...] = 0
             for index in range(frames):
-                after = np.zeros(SHAPE, np.uint8)
+                after = channel.empty(SHAPE, "uint8")
+                after[...] = 0
                 after[100:200, index * 8 : index * 8 + 100] = 255  # a square that moves to the right
                 in_flight.append(channel.submit("motion", before, after, threshold=16))
                 before = after
                 if len(in_flight) == 8:
                     moved.append(in_flight.popleft().result().attrs["moved"])
             moved += [future.result().attrs["moved"] for future in in_flight]
-            sent, copied = channel.stats.bytes_sent, channel.stats.bytes_copied
+            shared, copied = channel.stats.bytes_shared, channel.stats.bytes_copied
         ours.send("enough")
         process.join()
-    print(f"{frames} pairs of frames, {sent / 1e6:.0f} MB sent, {copied} bytes copied; pixels moved: {moved[:4]} ...")
+    print(
+        f"{frames} pairs of frames, {shared / 1e6:.0f} MB by reference, {copied} copied; pixels moved: {moved[:4]} ..."
+    )
     return moved
 
 

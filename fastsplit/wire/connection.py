@@ -146,7 +146,7 @@ class Connection:
 
     def give_back(self) -> None:
         """Sends all returns, as far as there is room for them now. Raises what `send_small` does."""
-        while (frame := self.session.give_back_all()) is not None:
+        while (frame := self.session.give_back(0)) is not None:
             if not self.send_small(frame):
                 return  # the peer asks again
 

@@ -66,7 +66,6 @@ __all__ = [
 STAGING_NBYTES = 4096
 CAPABILITIES = 1
 """Bits of what this side can do beyond the base protocol. A bit counts when both sides set it. 1: shared memory."""
-SHARED_MEMORY = 1
 
 # plain ints: looking up and comparing an enum's members costs more than the rest of a check
 _HELLO, _REQUEST, _REPLY, _ERROR, _CANCEL, _GOODBYE, _ABORT, _SEGMENT, _ATTACHED, _RETIRE, _RETURN = map(int, Kind)
@@ -317,17 +316,10 @@ class Session:
         """A segment of ours that is used no more."""
         return self._frame(_RETIRE, 0, "", (), {"id": segment_id})
 
-    def give_back(self) -> bytearray | None:
-        """The returns that are too many to ride on another frame, None if they are not."""
+    def give_back(self, most_waiting: int = MAX_RETURNS) -> bytearray | None:
+        """Returns in a frame of their own, None if no more than `most_waiting` are left to ride on another one."""
         shared = self.shared
-        if shared is None or len(shared.returns) <= MAX_RETURNS:
-            return None
-        return self._frame(_RETURN, 0, "", (), {"wanted": 0}, most_returns=_MAX_RETURNS_ALONE)
-
-    def give_back_all(self) -> bytearray | None:
-        """Returns at once, None if there are none."""
-        shared = self.shared
-        if shared is None or not shared.returns:
+        if shared is None or len(shared.returns) <= most_waiting:
             return None
         return self._frame(_RETURN, 0, "", (), {"wanted": 0}, most_returns=_MAX_RETURNS_ALONE)
 

@@ -21,5 +21,6 @@ def test_frames() -> None:
         env={"PYTHONPATH": str(ROOT)},
         check=True,
     )
+    # Two frames of 480 x 640 x 3 bytes there and one of 480 x 640 int16 back, 64 times: 157 MB.
     # The first square appears (100 x 100 pixels), then it moves by 8 columns: 8 are left and 8 are entered.
-    assert "64 pairs of frames, 118 MB sent, 0 bytes copied; pixels moved: [10000, 1600, 1600, 1600]" in done.stdout
+    assert "64 pairs of frames, 157 MB by reference, 0 copied; pixels moved: [10000, 1600, 1600, 1600]" in done.stdout

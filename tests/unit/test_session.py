@@ -695,8 +695,8 @@ def test_so_many_returns_ride_on_a_frame() -> None:
     assert _read(data) == [tuple(number for place in places[:MAX_RETURNS] for number in place)]
     assert list(memory.returns) == places[MAX_RETURNS:]
     assert session.give_back() is None  # the rest rides on the next
-    assert _read(session.give_back_all()) == [tuple(number for place in places[MAX_RETURNS:] for number in place)]
-    assert session.give_back_all() is None
+    assert _read(session.give_back(0)) == [tuple(number for place in places[MAX_RETURNS:] for number in place)]
+    assert session.give_back(0) is None
 
 
 def test_too_many_returns_get_frames_of_their_own() -> None:
@@ -708,7 +708,7 @@ def test_too_many_returns_get_frames_of_their_own() -> None:
         assert len(data) <= 1024
         sizes.append(len(_read(data)[0]) // 2)
     assert sum(sizes) + len(memory.returns) == 100 and len(memory.returns) <= MAX_RETURNS
-    assert make(CLIENT).give_back() is None and make(CLIENT).give_back_all() is None
+    assert make(CLIENT).give_back() is None and make(CLIENT).give_back(0) is None
 
 
 def test_returns_of_a_frame_that_was_not_sent_are_still_to_be_made() -> None:
