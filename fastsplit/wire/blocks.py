@@ -14,6 +14,8 @@ thread at a time, so none of them needs a lock: `leases` and `returned` by whoev
 
 from __future__ import annotations
 
+import contextlib
+import os
 from bisect import bisect_right, insort
 
 from .segment import Segment
@@ -55,6 +57,13 @@ class OwnSegment(Segment):
     name: str
     announced: bool
     used_at: float  # time.monotonic() when last a block of it was handed out
+
+    def __del__(self) -> None:
+        fd = getattr(self, "fd", None)
+        if fd is not None:  # it was never announced, and nobody closed the arena
+            with contextlib.suppress(OSError):
+                os.close(fd)
+        super().__del__()
 
 
 def block_nbytes(nbytes: int) -> int:

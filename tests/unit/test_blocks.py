@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 
 import pytest
 from hypothesis import given, settings
@@ -170,3 +171,13 @@ def test_nothing_overlaps_and_everything_comes_back(segments: list[int], steps: 
     blocks.take(2**30)  # too large: every bin was emptied to look
     for segment in blocks.segments:
         assert segment.extents == {0: segment.nbytes} and segment.blocks == {} and segment.starts == []
+
+
+def test_a_segment_that_was_never_announced_closes_its_descriptor() -> None:
+    segment = _segment(1, 4096)
+    segment.fd = os.memfd_create("fastsplit-test")
+    fd = segment.fd
+    os.fstat(fd)
+    del segment
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
