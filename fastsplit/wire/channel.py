@@ -241,7 +241,6 @@ class Channel:
             if self._closed:
                 raise ClosedError(f"the channel is closed: {self._error}") from None
             raise
-        self._connection.link.wake_early()  # after what had to be copied, which may take longer than the server spins
         expected = None if expect is None else [(dtype_of(dtype).code, tuple(shape)) for dtype, shape in expect]
         time_ns = 0 if timeout_s is None else max(int(timeout_s * 1e9), 1)
         if not self._sending.acquire(timeout=-1 if timeout_s is None else timeout_s):
@@ -250,6 +249,7 @@ class Channel:
             if self._closed:
                 raise ClosedError(f"the channel is closed: {self._error}")
             connection = self._connection
+            connection.link.wake_early()  # after what had to be copied, which may take longer than the server spins
             arena = connection.arena
             if arena is not None and (arena.has_news or len(arena.returns) > MAX_RETURNS):
                 self._send_news(op, timeout_s, deadline)

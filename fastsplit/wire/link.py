@@ -123,14 +123,6 @@ class Link:
         self.bytes_sent = 0
         self.bytes_received = 0
 
-    @property
-    def spin_us(self) -> float:
-        return self.spin.spin_us
-
-    @spin_us.setter
-    def spin_us(self, value: float) -> None:
-        self.spin.spin_us = value
-
     def send(self, buffers: Sequence[Any], nbytes: int = -1) -> Sequence[Any]:
         """Sends what the kernel takes now, in one system call, and returns what is left of `buffers`.
 

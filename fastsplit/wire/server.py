@@ -567,7 +567,6 @@ class _Connection:
             started_ns = perf_counter_ns()
             result = handler(call)
             time_ns = perf_counter_ns() - started_ns
-            self.wire.link.wake_early()
             call.tensors = ()  # what of them is not in the result dies now, and goes back with this very reply
             if not isinstance(result, (tuple, list)):
                 result = () if result is None else (result,)
@@ -579,6 +578,7 @@ class _Connection:
             return
         arena = self.wire.arena
         with self._sending:
+            self.wire.link.wake_early()
             if arena is not None and (arena.has_news or len(arena.returns) > MAX_RETURNS):
                 self._send_news(deadline)
             try:
