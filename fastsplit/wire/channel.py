@@ -51,7 +51,6 @@ _logger = logging.getLogger("fastsplit.channel")
 MAX_TIMEOUT_S = 1e6  # eleven days; beyond, poll's milliseconds and the header's nanoseconds would run out
 _RELIEF_S = 0.005  # how soon a sender that found another thread reading looks again whether it must read itself
 _LAST_WORDS_S = 0.5  # how long a failed sender waits for another thread to read why
-_ASK_EVERY_S = 0.02  # how often a side that is short of memory asks for returns
 _LINGER_S = 0.5  # how long an aborted peer's bytes are read and dropped, so that it can read why
 
 
@@ -98,7 +97,6 @@ class Channel:
         self._closed = False
         self._greeted = False
         self._answer: Attached | None = None
-        self._asked_at = 0.0
         deadline = time.monotonic() + timeout_s
         spin_us = choose_spin_us(spin_us)
         address = parse_address(uri)
@@ -553,15 +551,15 @@ class Channel:
 
     def _relieve(self, deadline: float | None) -> None:
         """Our own memory is full: asks the server for returns, and reads for a moment if nobody else does."""
-        now = time.monotonic()
-        if now - self._asked_at > _ASK_EVERY_S and self._sending.acquire(blocking=False):
-            self._asked_at = now
+        if self._sending.acquire(blocking=False):
             try:
                 if not self._closed:
-                    self._connection.send_small(self._session.want_returns())
+                    self._connection.ask_for_returns()
             finally:
                 self._release_sending()
-        soon = now + _RELIEF_S if deadline is None else min(now + _RELIEF_S, deadline)
+        soon = time.monotonic() + _RELIEF_S
+        if deadline is not None:
+            soon = min(soon, deadline)
         if self._take_reading():
             try:
                 with contextlib.suppress(DeadlineError):

@@ -30,6 +30,7 @@ from .stats import Stats
 __all__ = ["Connection"]
 
 
+_ASK_EVERY_S = 0.02  # how often a side that is short of memory asks for returns
 _SMALL_S = 0.005  # how long the rest of a frame may take that the socket took only a part of
 
 
@@ -55,6 +56,7 @@ class Connection:
         self.sending = threading.Lock()
         self.lent_nbytes = 0
         """Tensor bytes that went out by reference. The sender counts them."""
+        self._asked_at = 0.0
         self._relieve = relieve
         self._hook = hook
         self._sharing: Sharing | None = None
@@ -143,6 +145,13 @@ class Connection:
                 link.shutdown()  # the stream is in doubt
                 raise PeerLostError("the connection is lost: the peer took only a part of a frame") from None
         return True
+
+    def ask_for_returns(self) -> None:
+        """Our memory is full: asks the peer for returns, now and then. Raises what `send_small` does."""
+        now = time.monotonic()
+        if now - self._asked_at > _ASK_EVERY_S:
+            self._asked_at = now
+            self.send_small(self.session.want_returns())
 
     def give_back(self) -> None:
         """Sends all returns, as far as there is room for them now. Raises what `send_small` does."""

@@ -41,7 +41,6 @@ __all__ = ["Call", "Handler", "Server"]
 
 _logger = logging.getLogger("fastsplit.server")
 
-_ASK_EVERY_S = 0.02  # how often a side that is short of memory asks for returns
 _RELIEF_S = 0.005  # how long it reads before it looks again
 _LINGER_S = 1.0  # how long an aborted peer's bytes are read and dropped, so that it can read why
 
@@ -326,7 +325,6 @@ class _Connection:
         self._stats = Stats()
         self._waiting: deque[Request] = deque()  # came in while a handler waited for memory
         self._broken: RemoteProtocolError | None = None  # by the client, while a handler waited for memory
-        self._asked_at = 0.0
         self._idle = threading.Condition()  # guards `_pending`
         self._pending: set[int] = set()  # requests that have no answer yet, where a pool runs them
 
@@ -448,16 +446,14 @@ class _Connection:
 
     def _relieve(self, deadline: float | None) -> None:
         """Our memory is full: asks the client for returns, and reads for a moment if this is the thread that reads."""
-        now = time.monotonic()
-        if now - self._asked_at > _ASK_EVERY_S:
-            self._asked_at = now
-            with self._sending:
-                self.wire.send_small(self.session.want_returns())
+        with self._sending:
+            self.wire.ask_for_returns()
         if threading.current_thread() is not self.thread or len(self._waiting) >= self.server.limits.max_inflight:
             time.sleep(0.001)
             return
         with contextlib.suppress(DeadlineError):
-            events = self._receive(now + _RELIEF_S if deadline is None else min(now + _RELIEF_S, deadline))
+            soon = time.monotonic() + _RELIEF_S
+            events = self._receive(soon if deadline is None else min(soon, deadline))
             if events is None:
                 raise PeerLostError("the client left while a handler waited for memory")
             for event in events:
