@@ -158,6 +158,16 @@ class Channel:
         return self._stats
 
     @property
+    def spin_us(self) -> float:
+        """How long a caller spins for its reply before it sleeps. May be set at any time: 0 where the server computes
+        on the very cores that a caller would spin on."""
+        return self._connection.link.spin.spin_us
+
+    @spin_us.setter
+    def spin_us(self, spin_us: float) -> None:
+        self._connection.link.spin.spin_us = choose_spin_us(spin_us)
+
+    @property
     def shm(self) -> bool:
         """Whether tensors cross in shared memory on this connection."""
         return self._connection.arena is not None

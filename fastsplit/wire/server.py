@@ -37,7 +37,7 @@ from .segment import Hook
 from .session import MAX_RETURNS, Cancel, Event, Failed, Goodbye, Request, ReturnsWanted, RingOffered
 from .stats import Stats
 
-__all__ = ["Call", "Handler", "Server"]
+__all__ = ["Call", "Client", "Handler", "Server"]
 
 _logger = logging.getLogger("fastsplit.server")
 
@@ -83,6 +83,11 @@ class Call:
         return connection.server._arrays.empty(shape, dtype, lambda nbytes: connection.wire.allocate(nbytes, deadline))
 
     @property
+    def client(self) -> Client:
+        """Who calls: the same object for all calls of one connection."""
+        return self._connection.client
+
+    @property
     def remaining_s(self) -> float | None:
         """Seconds until the caller gives up, at least 0; None if it never does."""
         return remaining_s(self._deadline)
@@ -98,6 +103,40 @@ class Call:
             or connection.ended
             or (not connection.server._closing.is_set() and connection.wire.link.peer_left())
         )
+
+
+class Client:
+    """One connection, as a handler sees it: something to keep state by. Hashable, thread-safe."""
+
+    __slots__ = ("_callbacks", "_ended", "_lock")
+
+    def __init__(self) -> None:
+        self._callbacks: list[Callable[[], object]] = []
+        self._ended = False
+        self._lock = threading.Lock()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the connection has ended; a handler may still be at work for it."""
+        return self._ended
+
+    def on_end(self, callback: Callable[[], object]) -> None:
+        """Runs `callback` when the connection has ended, at once if it has already. It must not block."""
+        with self._lock:
+            if not self._ended:
+                self._callbacks.append(callback)
+                return
+        callback()
+
+    def _end(self) -> None:
+        with self._lock:
+            self._ended = True
+            callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            try:
+                callback()
+            except Exception:
+                _logger.exception("what was to run at a connection's end failed")
 
 
 Handler = Callable[[Call], Any]
@@ -319,6 +358,7 @@ class _Connection:
         )
         self.session = self.wire.session
         self.thread = threading.Thread(target=self._serve, name=f"fastsplit-serve {server.uri}", daemon=True)
+        self.client = Client()
         self.cancelled: set[int] = set()
         self.ended = False
         self._sending = self.wire.sending
@@ -371,6 +411,7 @@ class _Connection:
             self.wire.link.shutdown()
             with self._sending:  # a worker may be in a system call on the descriptor
                 self.wire.close()
+            self.client._end()
             self.server._forget(self)
 
     def _greet(self) -> bool:

@@ -29,9 +29,11 @@ from fastsplit.errors import (
     PeerLostError,
     RemoteOpError,
     RemoteProtocolError,
+    SettingError,
     TensorError,
 )
 from fastsplit.memory import Pool
+from fastsplit.wire import link
 from fastsplit.wire.ring import RingLink
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -356,6 +358,62 @@ def test_expect(channel: fastsplit.Channel) -> None:
     with pytest.raises(RemoteProtocolError, match=r"a reply's tensor 0: float32\[2, 3\], expected float32\[3, 2\]"):
         channel.call("echo", x, expect=[(np.float32, (3, 2))])
     with pytest.raises(ClosedError, match="the channel is closed: a reply's tensor 0"):
+        channel.call("echo")
+
+
+# ---- spinning --------------------------------------------------------------------------------------------------------
+
+
+def test_how_long_a_caller_spins_is_as_given_and_may_change(
+    server: fastsplit.Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link, "cores", lambda: 2)
+    monkeypatch.setenv("FASTSPLIT_SPIN_US", "20")
+    with fastsplit.connect(server.uri, arrays="numpy") as channel:
+        assert channel.spin_us == 20.0
+    monkeypatch.delenv("FASTSPLIT_SPIN_US")
+    with fastsplit.connect(server.uri, arrays="numpy") as channel:
+        assert channel.spin_us == 50.0
+    with fastsplit.connect(server.uri, arrays="numpy", spin_us=7) as channel:
+        for spin_us in (7, 0, 12.5, 1e6, 0.0, 3000):
+            channel.spin_us = spin_us
+            assert channel.spin_us == spin_us
+            assert type(channel.spin_us) is float
+            assert channel._connection.link.spin.spin_us == spin_us, "it is what readers look at"
+            (y,) = channel.call("echo", np.arange(3), timeout_s=5)
+            assert y.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("spin_us", [-1, -0.001, float("nan"), float("inf"), 1_000_001])
+def test_a_spin_that_is_none_is_refused_and_the_old_one_stays(server: fastsplit.Server, spin_us: float) -> None:
+    with fastsplit.connect(server.uri, arrays="numpy", spin_us=7) as channel:
+        with pytest.raises(SettingError, match=r"^spin_us: .*, expected 0 to 1e6$"):
+            channel.spin_us = spin_us
+        assert channel.spin_us == 7.0
+        assert channel.call("echo") == ()
+    with pytest.raises(SettingError, match=r"^spin_us: .*, expected 0 to 1e6$"):
+        fastsplit.connect(server.uri, arrays="numpy", spin_us=spin_us)
+
+
+def test_spinning_ends_for_callers_that_wait_already(channel: fastsplit.Channel, gate: Gate) -> None:
+    """Set in the middle of a call, by another thread, it costs nothing but the spin."""
+    channel.spin_us = 1e6
+    future = channel.submit("gate", np.arange(3))
+    gate.entered.acquire()
+    thread = threading.Thread(target=lambda: setattr(channel, "spin_us", 0))
+    thread.start()
+    gate.opened.set()
+    (y,) = future.result()
+    thread.join()
+    assert (y.tolist(), channel.spin_us) == ([0, 1, 2], 0.0)
+
+
+def test_how_long_to_spin_can_be_asked_and_said_when_it_is_over(server: fastsplit.Server) -> None:
+    with fastsplit.connect(server.uri, arrays="numpy", spin_us=7) as channel:
+        pass
+    assert channel.spin_us == 7.0
+    channel.spin_us = 0.0
+    with pytest.raises(ClosedError):
         channel.call("echo")
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from fastsplit.errors import DeadlineError, PeerLostError, SettingError
 from fastsplit.wire import link as link_module
-from fastsplit.wire.link import Link, choose_spin_us, cores, remaining_s
+from fastsplit.wire.link import Link, choose_spin_us, cores, remaining_s, spin_us_beside
 
 
 @pytest.fixture
@@ -314,3 +314,33 @@ def test_how_long_to_spin(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("FASTSPLIT_SPIN_US", wrong)
         with pytest.raises(SettingError, match="expected"):
             choose_spin_us(None)
+
+
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_how_long_to_spin_beside_threads_that_compute(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Not at all if they have all cores; as long as ever if one is left, or if it is not for us to say."""
+    monkeypatch.delenv("FASTSPLIT_SPIN_US", raising=False)
+    monkeypatch.setattr(link_module, "cores", lambda: count)
+    for threads in range(count):
+        assert spin_us_beside(threads) is None
+    for threads in (count, count + 1, 1000):
+        assert spin_us_beside(threads) == 0.0
+        assert choose_spin_us(spin_us_beside(threads)) == 0.0
+    for said in ("0", "50", "much"):  # whoever asks for it is told what is wrong with it
+        monkeypatch.setenv("FASTSPLIT_SPIN_US", said)
+        assert [spin_us_beside(threads) for threads in (0, count, count + 1)] == [None] * 3
+    monkeypatch.setenv("FASTSPLIT_SPIN_US", "12.5")
+    assert choose_spin_us(spin_us_beside(count)) == 12.5
+
+
+def test_how_long_a_link_spins_may_change(ends: tuple[Link, socket.socket]) -> None:
+    link, theirs = ends
+    looks = _Looks(link)
+    link.spin.spin_us = 2000.0
+    with pytest.raises(DeadlineError):
+        link.receive_into([memoryview(bytearray(8))], _soon(0.01))
+    assert looks.take() > 1
+    link.spin.spin_us = 0.0
+    theirs.send(b"x")
+    assert link.receive_into([memoryview(bytearray(8))], _soon()) == 1
+    assert looks.take() == 0

@@ -19,7 +19,17 @@ import pytest
 from raw_peer import ABORT, CANCEL, ERROR, GOODBYE, REPLY, REQUEST, connected, frame, hello
 
 import fastsplit
-from fastsplit.errors import AddressError, ClosedError, DeadlineError, PeerLostError, RemoteOpError, RemoteProtocolError
+from fastsplit.errors import (
+    AddressError,
+    ClosedError,
+    DeadlineError,
+    PeerLostError,
+    RemoteOpError,
+    RemoteProtocolError,
+    SettingError,
+)
+from fastsplit.wire import link
+from fastsplit.wire.server import Client
 
 Serve = Callable[..., fastsplit.Server]
 Connect = Callable[..., fastsplit.Channel]
@@ -369,6 +379,190 @@ def test_many_clients(socket_uri: str, serve: Serve) -> None:
     for channel in channels:
         channel.close()
     _until(lambda: server.connections == 0)
+
+
+# ---- what belongs to a connection ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_all_calls_of_a_connection_have_one_client_and_no_others(
+    socket_uri: str, serve: Serve, connect: Connect, workers: int
+) -> None:
+    seen: list[Client] = []
+    server = serve(socket_uri, {"look": lambda call: seen.append(call.client)}, workers=workers)
+    first, second = connect(server.uri), connect(server.uri)
+    for channel in (first, second, first, second):
+        channel.call("look")
+    assert seen[0] is seen[2]
+    assert seen[1] is seen[3]
+    assert seen[0] is not seen[1]
+    assert len({*seen}) == 2
+    assert not any(client.ended for client in seen)
+    first.close()
+    _until(lambda: seen[0].ended)
+    assert not seen[1].ended
+
+
+def test_what_shall_run_at_a_connections_end_runs_once_and_in_order(
+    socket_uri: str, serve: Serve, connect: Connect
+) -> None:
+    seen: list[Any] = []
+    clients: list[Any] = []
+
+    def keep(call: fastsplit.Call) -> None:
+        clients.append(call.client)
+        for name in call.attrs["names"]:
+            call.client.on_end(lambda name=name: seen.append((name, call.client.ended)))
+
+    server = serve(socket_uri, {"keep": keep})
+    one, other = connect(server.uri), connect(server.uri)
+    one.call("keep", names=["a", "b"])
+    other.call("keep", names=["x"])
+    one.call("keep", names=["c"])
+    assert seen == []
+    one.close()
+    _until(lambda: len(seen) == 3)
+    assert seen == [("a", True), ("b", True), ("c", True)]
+    clients[0].on_end(lambda: seen.append("late"))
+    assert seen[3:] == ["late"], "at once, by whoever asks"
+    clients[0]._end()
+    assert len(seen) == 4
+    server.close()
+    assert seen[4:] == [("x", True)]
+
+
+@pytest.mark.parametrize("how", ["goodbye", "killed", "garbage", "the server closes"])
+def test_however_a_connection_ends_its_client_does(unix_uri: str, serve: Serve, how: str) -> None:
+    ended = threading.Event()
+    server = serve(unix_uri, {"keep": lambda call: call.client.on_end(ended.set)})
+    with connected(unix_uri) as peer:
+        peer.greet()
+        peer.send(frame(REQUEST, 1, "keep"))
+        peer.expect(REPLY)
+        assert not ended.is_set()
+        if how == "garbage":
+            peer.send(b"x" * 64)
+        elif how == "goodbye":
+            peer.send(frame(GOODBYE))
+        elif how == "the server closes":
+            server.close()
+        if how != "killed":
+            assert ended.wait(5)
+    assert ended.wait(5)
+
+
+def test_a_callback_that_fails_is_logged_and_the_others_run(
+    unix_uri: str, serve: Serve, connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
+    ended = threading.Event()
+
+    def keep(call: fastsplit.Call) -> None:
+        call.client.on_end(lambda: 1 / 0)
+        call.client.on_end(ended.set)
+
+    server = serve(unix_uri, {"keep": keep})
+    channel = connect(unix_uri)
+    channel.call("keep")
+    channel.close()
+    assert ended.wait(5)
+    (record,) = (record for record in caplog.records if record.exc_info)
+    assert record.getMessage() == "what was to run at a connection's end failed"
+    assert record.exc_info is not None
+    assert record.exc_info[0] is ZeroDivisionError
+    _until(lambda: server.connections == 0)
+    assert connect(unix_uri).call("keep") == ()
+
+
+def test_a_callback_that_comes_too_late_raises_to_whoever_asks() -> None:
+    client = Client()
+    client._end()
+    assert client.ended
+    with pytest.raises(ZeroDivisionError):
+        client.on_end(lambda: 1 / 0)
+
+
+def test_a_handler_at_work_sees_that_its_client_has_ended(unix_uri: str, serve: Serve, connect: Connect) -> None:
+    """What it keeps for it then is dropped at once."""
+    started, ended, dropped = threading.Event(), threading.Event(), threading.Event()
+
+    def work(call: fastsplit.Call) -> None:
+        started.set()
+        _until(lambda: call.client.ended)
+        ended.set()
+        call.client.on_end(dropped.set)
+
+    serve(unix_uri, {"work": work}, workers=1)
+    channel = connect(unix_uri)
+    future = channel.submit("work")
+    assert started.wait(5)
+    channel.close()
+    with pytest.raises(fastsplit.FastsplitError):
+        future.result()
+    assert ended.wait(5)
+    assert dropped.wait(5)
+
+
+def test_many_threads_may_ask_while_the_connection_ends() -> None:
+    for _ in range(50):
+        client = Client()
+        counts = [0] * 4
+        barrier = threading.Barrier(5)
+
+        def ask(index: int, barrier: threading.Barrier = barrier, counts: list[int] = counts) -> None:
+            def count() -> None:
+                counts[index] += 1
+
+            barrier.wait()
+            for _ in range(20):
+                client.on_end(count)  # noqa: B023
+
+        threads = [threading.Thread(target=ask, args=(index,)) for index in range(4)]
+        for thread in threads:
+            thread.start()
+        barrier.wait()
+        client._end()
+        for thread in threads:
+            thread.join()
+        assert counts == [20] * 4, "each once"
+
+
+# ---- spinning --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "env", "expected"),
+    [
+        ({}, None, 50.0),
+        ({}, "20", 20.0),
+        ({"spin_us": 7}, "20", 7.0),
+        ({"spin_us": 0.0}, None, 0.0),
+        ({"spin_us": 7, "workers": 1}, None, 0.0),
+    ],
+    ids=["default", "environment", "given", "not at all", "with workers"],
+)
+def test_how_long_a_connection_spins(
+    socket_uri: str,
+    serve: Serve,
+    connect: Connect,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    env: str | None,
+    expected: float,
+) -> None:
+    seen: list[float] = []
+    monkeypatch.setattr(link, "cores", lambda: 2)
+    monkeypatch.delenv("FASTSPLIT_SPIN_US", raising=False)
+    if env is not None:
+        monkeypatch.setenv("FASTSPLIT_SPIN_US", env)
+    server = serve(socket_uri, {"look": lambda call: seen.append(call._connection.wire.link.spin.spin_us)}, **options)
+    connect(server.uri).call("look")
+    assert seen == [expected]
+
+
+@pytest.mark.parametrize("spin_us", [-1, float("nan"), 2e6])
+def test_a_spin_that_is_none_is_refused(unix_uri: str, spin_us: float) -> None:
+    with pytest.raises(SettingError, match=r"^spin_us: .*, expected 0 to 1e6$"):
+        fastsplit.Server(unix_uri, {}, spin_us=spin_us)
 
 
 # ---- listening and closing -------------------------------------------------------------------------------------------
