@@ -2,28 +2,31 @@
 
 A model is named by a Hugging Face directory (config.json and safetensors) or by `random:PRESET[@SEED]`: the shape of
 a public model with seeded random weights. Both sides read the same names, so a TEE side with the same directory or
-preset has a trusted copy of configuration and norm weights without loading the rest.
+preset has a trusted copy of configuration and norm weights without loading the rest. Which families there are, and
+how they differ in HF's form, is in families.py; here they only differ in their fields.
 
 Rules. A configuration is refused if any part of it asks for something that is not computed here: no silent
-approximation. A weight's shape is checked against the configuration before it is read. Random weights depend only on
-seed and name, so that either side can make any one of them alone.
+approximation. Every field is checked when a configuration is made, since one may come from a peer that nobody trusts;
+nothing is allocated by a number that has not been. A weight's shape is checked against the configuration before it is
+read. Random weights depend only on seed and name, so that either side can make any one of them alone.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .errors import ModelError
+from .families import ACTIVATIONS, FAMILIES, ROPE_FIELDS, fields_from_hf, hf_from_fields
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["LINEARS", "PRESETS", "Model", "ModelConfig", "Rope", "linear_name", "norm_names", "open_model"]
+__all__ = ["DTYPES", "LINEARS", "PRESETS", "Model", "ModelConfig", "Rope", "linear_name", "norm_names", "open_model"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 """What an executor computes in."""
@@ -37,11 +40,12 @@ LINEARS = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
-"""A layer's linear operations: our short name -> the name in a checkpoint."""
+"""A layer's linear operations: our short name -> its own name, which is the checkpoint's too unless that fuses some."""
 
 
 _MOST = {
     "hidden_size": 2**18,
+    "intermediate_size": 2**20,
     "num_hidden_layers": 2**10,
     "num_attention_heads": 2**12,
     "num_key_value_heads": 2**12,
@@ -49,38 +53,128 @@ _MOST = {
 }
 """Far beyond any model there is: a TEE side without a trusted copy sizes its own memory by these."""
 
+_TINY, _HUGE = 1e-30, 1e30
+"""What a factor may be: a number in fp32, and so is its inverse."""
+
+_FLOATS = {
+    "rms_norm_eps": (0, 1),
+    "norm_offset": (0, 1),
+    "attention_scale": (0, _HUGE),
+    "attention_softcap": (0, _HUGE),
+    "logits_softcap": (0, _HUGE),
+    "attention_factor": (0, _HUGE),
+    "mscale": (0, _HUGE),
+    "mscale_all_dim": (0, _HUGE),
+    "partial": (_TINY, 1),
+}
+"""From where to where a float goes, if not from _TINY to _HUGE."""
+
+
+def _check_choice(name: str, value: Any, known: Collection[str]) -> None:
+    if not isinstance(value, str) or value not in known:
+        raise ModelError(f"config, {name}: {value!r}, expected one of {', '.join(known)}")
+
+
+def _check_number(name: str, value: Any, least: float, most: float) -> None:
+    if type(value) not in (int, float) or not least <= value <= most:
+        raise ModelError(f"config, {name}: {value!r}, expected a number from {least:g} to {most:g}")
+
+
+def _check_int(name: str, value: Any, least: int, most: int) -> None:
+    if type(value) is not int or not least <= value <= most:
+        raise ModelError(f"config, {name}: {value!r}, expected an int from {least} to {most}")
+
+
+def _check_tuple(name: str, value: Any, most: int) -> None:
+    if not isinstance(value, tuple) or len(value) > most:
+        found = f"{len(value)} values" if isinstance(value, tuple) else repr(value)
+        raise ModelError(f"config, {name}: {found}, expected a list of at most {most}")
+
+
+def _check_scalars(of: Rope | ModelConfig, optional: tuple[str, ...]) -> None:
+    """Type and range of all int, float and bool fields; the `optional` ints may be 0."""
+    for each in fields(of):
+        name, value = each.name, getattr(of, each.name)
+        if each.type == "int":
+            _check_int(name, value, int(name not in optional), _MOST.get(name, 2**31))
+        elif each.type == "float":
+            _check_number(name, value, *_FLOATS.get(name, (_TINY, _HUGE)))
+        elif each.type == "bool" and type(value) is not bool:
+            raise ModelError(f"config, {name}: {value!r}, expected true or false")
+
 
 @dataclass(frozen=True)
 class Rope:
-    """How rotary frequencies are made. The fields after `theta` belong to the kind's formula, named as HF does."""
+    """How rotary frequencies are made. Which fields after `theta` matter depends on the kind's formula, in rope.py;
+    they are named as HF does, and 0 is what HF's null is."""
 
-    kind: str = "default"  # default, linear, llama3
+    kind: str = "default"  # a key of families.ROPE_FIELDS
     theta: float = 10000.0
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 0
+    attention_factor: float = 0.0  # 0: from the formula
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+    truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+    partial: float = 1.0  # which part of each head is rotated
+    max_position_embeddings: int = 0  # the model's, for `dynamic` alone
 
     def __post_init__(self) -> None:
-        if self.kind not in ("default", "linear", "llama3"):
-            raise ModelError(f"config, rope_type: {self.kind!r}, expected default, linear or llama3")
-        for name in ("theta", "factor", "low_freq_factor", "high_freq_factor"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 < value <= 1e30:
-                raise ModelError(f"config, {name}: {value!r}, expected a number over 0")
-        context = self.original_max_position_embeddings
-        if type(context) is not int or not int(self.kind == "llama3") <= context <= 2**31:
-            raise ModelError(f"config, original_max_position_embeddings: {context!r}, expected an int of 1 or more")
+        _check_choice("rope_type", self.kind, ROPE_FIELDS)
+        _check_scalars(self, optional=("original_max_position_embeddings", "max_position_embeddings"))
+        for name in ("short_factor", "long_factor"):
+            values = getattr(self, name)
+            _check_tuple(name, values, _MOST["head_dim"] // 2)
+            for index, value in enumerate(values):
+                _check_number(f"{name}[{index}]", value, _TINY, _HUGE)
+        if "original_max_position_embeddings" in ROPE_FIELDS[self.kind]:
+            # longrope divides by its logarithm
+            least = 2 if self.kind == "longrope" else 1
+            _check_int("original_max_position_embeddings", self.original_max_position_embeddings, least, 2**31)
+        if self.kind == "dynamic":
+            _check_int("max_position_embeddings", self.max_position_embeddings, 1, 2**31)
+            _check_number("factor", self.factor, 1, _HUGE)  # or the base would become negative
+        if self.kind == "yarn":
+            _check_number("theta", self.theta, 1 + 1e-6, _HUGE)  # divided by its logarithm
         if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
             raise ModelError(
                 f"config, low_freq_factor: {self.low_freq_factor}, expected less than high_freq_factor, "
                 f"{self.high_freq_factor}"
             )
 
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether a longer sequence has other frequencies, for all of its positions."""
+        return self.kind in ("dynamic", "longrope")
+
+    def rotary_dim(self, head_dim: int) -> int:
+        """How many elements of a head are rotated: the first ones."""
+        return head_dim if self.kind == "proportional" else int(head_dim * self.partial)
+
+    def check(self, head_dim: int) -> None:
+        """Raises ModelError if heads of this size cannot be rotated like this."""
+        rotated = self.rotary_dim(head_dim)
+        least = 4 if self.kind == "dynamic" else 2  # dynamic has an exponent of d / (d - 2)
+        if rotated % 2 or rotated < least:
+            raise ModelError(
+                f"config, head_dim: {head_dim}, of which {rotated} are rotated, expected an even number of at least "
+                f"{least}"
+            )
+        if self.kind == "longrope":
+            for name in ("short_factor", "long_factor"):
+                if len(getattr(self, name)) != rotated // 2:
+                    raise ModelError(f"config, {name}: {len(getattr(self, name))} numbers, expected {rotated // 2}")
+
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a Llama-family model. Sizes in elements; names as in HF's configurations."""
+    """The shape of a Llama-family model. Sizes in elements; names as in HF's configurations where they mean that."""
 
     vocab_size: int
     hidden_size: int
@@ -90,32 +184,75 @@ class ModelConfig:
     num_key_value_heads: int
     head_dim: int
     max_position_embeddings: int
+    model_type: str = "llama"  # a key of families.FAMILIES
     rms_norm_eps: float = 1e-5
+    hidden_act: str = "silu"  # a key of families.ACTIVATIONS
     rope: Rope = Rope()
-    attention_bias: bool = False
+    local_rope: Rope | None = None  # that of the sliding layers, where it is another (Gemma 3)
+    attention_bias: bool = False  # of q, k and v
+    output_bias: bool = False  # of o
     mlp_bias: bool = False
+    qk_norm: bool = False  # an RMSNorm for each head of q and k, before the rotation
+    post_norms: bool = False  # norms also after attention and after the MLP, before the residual (Gemma)
+    norm_offset: float = 0.0  # what the checkpoint's norm weights are relative to (Gemma: 1)
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_divisor: float = 1.0
+    attention_scale: float = 0.0  # 0: head_dim ** -0.5
+    attention_softcap: float = 0.0  # 0: none
+    logits_softcap: float = 0.0  # 0: none
+    sliding_window: int = 0  # how many positions a row sees, itself among them; 0: all
+    sliding_layers: tuple[bool, ...] = ()  # which layers have the window; () if none
     tie_word_embeddings: bool = False
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value, most = getattr(self, field.name), _MOST.get(field.name, 2**31)
-            if field.type == "int" and (type(value) is not int or not 1 <= value <= most):
-                raise ModelError(f"config, {field.name}: {value!r}, expected an int from 1 to {most}")
-            if field.type == "bool" and not isinstance(value, bool):
-                raise ModelError(f"config, {field.name}: {value!r}, expected true or false")
-        eps: Any = self.rms_norm_eps
-        if not isinstance(eps, (int, float)) or not 0 <= eps <= 1:
-            raise ModelError(f"config, rms_norm_eps: {eps!r}, expected a number from 0 to 1")
-        if any(type(token) is not int for token in self.eos_token_ids):
-            raise ModelError(f"config, eos_token_id: {list(self.eos_token_ids)!r}, expected token ids")
+        _check_choice("model_type", self.model_type, FAMILIES)
+        _check_choice("hidden_act", self.hidden_act, ACTIVATIONS)
+        _check_scalars(self, optional=("sliding_window",))
+        _check_tuple("eos_token_id", self.eos_token_ids, 2**10)
+        for token in self.eos_token_ids:
+            _check_int("eos_token_id", token, -(2**31), 2**31)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ModelError(
                 f"config, num_attention_heads: {self.num_attention_heads}, expected a multiple of "
                 f"num_key_value_heads, {self.num_key_value_heads}"
             )
-        if self.head_dim % 2:
-            raise ModelError(f"config, head_dim: {self.head_dim}, expected an even number, for rotary embedding")
+        ropes: list[Any] = [self.rope] if self.local_rope is None else [self.rope, self.local_rope]
+        for rope in ropes:
+            if not isinstance(rope, Rope):
+                raise ModelError(f"config, rope: {rope!r}, expected an object")
+            rope.check(self.head_dim)
+        _check_tuple("sliding_layers", self.sliding_layers, self.num_hidden_layers)
+        sliding = any(self.sliding_layers)
+        if any(type(slides) is not bool for slides in self.sliding_layers):
+            raise ModelError("config, sliding_layers: expected true or false for each layer")
+        if len(self.sliding_layers) != (self.num_hidden_layers if sliding else 0):
+            raise ModelError(
+                f"config, sliding_layers: {len(self.sliding_layers)} values, expected {self.num_hidden_layers}, "
+                "or none if no layer slides"
+            )
+        if sliding != bool(self.sliding_window):
+            raise ModelError(
+                f"config, sliding_window: {self.sliding_window}, expected a size if and only if some layers slide"
+            )
+
+    @property
+    def scale(self) -> float:
+        """What the scores are multiplied by."""
+        return self.attention_scale or self.head_dim**-0.5
+
+    @property
+    def norms_per_layer(self) -> int:
+        """How many RMSNorms over the hidden size a layer has."""
+        return 4 if self.post_norms else 2
+
+    def window(self, layer: int) -> int:
+        """How many positions a row of this layer sees at most, itself among them; 0: all before it."""
+        return self.sliding_window if self.sliding_layers and self.sliding_layers[layer] else 0
+
+    def rope_of(self, layer: int) -> Rope:
+        return self.local_rope if self.local_rope is not None and self.window(layer) else self.rope
 
     def out_features(self, linear: str) -> int:
         """The length of a row that a layer's linear operation gives."""
@@ -136,10 +273,12 @@ class ModelConfig:
         return self.intermediate_size if linear == "down" else self.hidden_size
 
     def has_bias(self, linear: str) -> bool:
-        return self.mlp_bias if linear in ("gate", "up", "down") else self.attention_bias
+        if linear == "o":
+            return self.output_bias
+        return self.attention_bias if linear in ("q", "k", "v") else self.mlp_bias
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every weight of the model by its checkpoint name. A tied lm_head is not among them."""
+        """Every weight of the model by its name, no two of them fused. A tied lm_head is not among them."""
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, self.hidden_size)}
         for layer in range(self.num_hidden_layers):
             for linear in LINEARS:
@@ -147,80 +286,91 @@ class ModelConfig:
                 shapes[f"{name}.weight"] = (self.out_features(linear), self.in_features(linear))
                 if self.has_bias(linear):
                     shapes[f"{name}.bias"] = (self.out_features(linear),)
-        for name in norm_names(self.num_hidden_layers):
+        for name in _head_norm_names(self):
+            shapes[name] = (self.head_dim,)
+        for name in norm_names(self):
             shapes[name] = (self.hidden_size,)
         if not self.tie_word_embeddings:
             shapes["lm_head.weight"] = (self.vocab_size, self.hidden_size)
         return shapes
 
+    def tee_weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The few weights that the TEE computes with, all fp32, in this order, those that the model has:
+
+        - norms [norms_per_layer * layers + 1, hidden], in the order of `norm_names`, the offset added;
+        - head_norms [2 * layers, head_dim], q's and k's of each layer, the offset added;
+        - attention_bias [layers, (heads + 2 * kv_heads) * head_dim], q's, k's and v's one after the other;
+        - mlp_bias [layers, 2 * intermediate], gate's and up's.
+        """
+        layers = self.num_hidden_layers
+        shapes: dict[str, tuple[int, ...]] = {"norms": (self.norms_per_layer * layers + 1, self.hidden_size)}
+        if self.qk_norm:
+            shapes["head_norms"] = (2 * layers, self.head_dim)
+        if self.attention_bias:
+            shapes["attention_bias"] = (layers, sum(self.out_features(linear) for linear in "qkv"))
+        if self.mlp_bias:
+            shapes["mlp_bias"] = (layers, 2 * self.intermediate_size)
+        return shapes
+
     @classmethod
     def from_hf(cls, values: dict[str, Any], eos_token_ids: tuple[int, ...] = ()) -> ModelConfig:
         """The configuration in a config.json of transformers 4 or 5. Raises ModelError for what is not supported."""
-        kind = values.get("model_type")
-        if kind != "llama":
-            raise ModelError(f"config, model_type: {kind!r}, expected 'llama'; other families are not supported yet")
-        for name, allowed in (
-            ("hidden_act", ("silu", None)),
-            ("sliding_window", (None,)),
-            ("partial_rotary_factor", (None, 1, 1.0)),
-        ):
-            if values.get(name) not in allowed:
-                raise ModelError(f"config, {name}: {values[name]!r}, expected {allowed[0]!r}")
         try:
-            heads = values["num_attention_heads"]
-            return cls(
-                vocab_size=values["vocab_size"],
-                hidden_size=values["hidden_size"],
-                intermediate_size=values["intermediate_size"],
-                num_hidden_layers=values["num_hidden_layers"],
-                num_attention_heads=heads,
-                num_key_value_heads=values.get("num_key_value_heads") or heads,
-                head_dim=values.get("head_dim") or values["hidden_size"] // heads,
-                max_position_embeddings=values.get("max_position_embeddings", 2048),
-                rms_norm_eps=float(values.get("rms_norm_eps", 1e-6)),
-                rope=_rope_from_hf(values),
-                attention_bias=bool(values.get("attention_bias", False)),
-                mlp_bias=bool(values.get("mlp_bias", False)),
-                tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
-                eos_token_ids=eos_token_ids or _token_ids(values.get("eos_token_id")),
-            )
+            known = fields_from_hf(values)
+            ropes = {name: Rope(**known.pop(name)) for name in ("rope", "local_rope") if known.get(name) is not None}
+            ids = eos_token_ids or _token_ids(values.get("eos_token_id"))
+            return cls(**{**known, **ropes, "eos_token_ids": ids})
         except KeyError as error:
             raise ModelError(f"config, {error.args[0]}: missing") from None
         except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
             raise ModelError(f"config: {error}") from None
 
     def to_hf(self) -> dict[str, Any]:
-        """The same as a HF config.json of transformers 5."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        rope, eos = values.pop("rope"), values.pop("eos_token_ids")
-        parameters = {"rope_type": rope.kind, "rope_theta": rope.theta}
-        if rope.kind != "default":
-            parameters["factor"] = rope.factor
-        if rope.kind == "llama3":
-            for name in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
-                parameters[name] = getattr(rope, name)
-        return {
-            "model_type": "llama",
-            "architectures": ["LlamaForCausalLM"],
-            "hidden_act": "silu",
-            **values,
-            "rope_parameters": parameters,
-            "eos_token_id": list(eos) or None,
-        }
+        """The same as a HF config.json of transformers 5. Raises ModelError if the family has no such model."""
+        values = hf_from_fields(asdict(self))
+        found = ModelConfig.from_hf(values)
+        if replace(found, attention_scale=found.scale) != replace(self, attention_scale=self.scale):
+            raise ModelError(f"config, model_type: {self.model_type!r}, expected a family that has all of {self}")
+        return values
+
+    def to_json(self) -> str:
+        """For `from_json` on the other side."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: Any) -> ModelConfig:
+        """The configuration that `to_json` gave, from a peer who may have sent anything. Raises ModelError."""
+        try:
+            values = json.loads(text)
+            for name in ("rope", "local_rope"):
+                if values[name] is not None:
+                    values[name] = Rope(**_with_tuples(values[name]))
+            return cls(**_with_tuples(values))
+        except KeyError as error:
+            raise ModelError(f"config, {error.args[0]}: missing") from None
+        except (TypeError, ValueError, ArithmeticError, AttributeError, RecursionError) as error:
+            raise ModelError(f"config: {error}, expected a model's configuration as JSON") from None
 
 
 def linear_name(layer: int, linear: str) -> str:
-    """A linear operation's name in a checkpoint, without `.weight` or `.bias`."""
+    """A linear operation's name, without `.weight` or `.bias`."""
     return f"model.layers.{layer}.{LINEARS[linear]}"
 
 
-def norm_names(num_hidden_layers: int) -> list[str]:
-    """The RMSNorm weights in the order in which a forward pass uses them: 2 a layer, and the last."""
-    names = []
-    for layer in range(num_hidden_layers):
-        names.append(f"model.layers.{layer}.input_layernorm.weight")
-        names.append(f"model.layers.{layer}.post_attention_layernorm.weight")
+def norm_names(config: ModelConfig) -> list[str]:
+    """The RMSNorm weights over the hidden size in the order in which a forward pass uses them: those before attention,
+    after it (with post_norms), before the MLP, after it (with post_norms); the last one before the logits."""
+    # Without post_norms, HF's post_attention_layernorm is the one before the MLP.
+    kinds = ["input_layernorm", "post_attention_layernorm"]
+    if config.post_norms:
+        kinds += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+    names = [f"model.layers.{layer}.{kind}.weight" for layer in range(config.num_hidden_layers) for kind in kinds]
     return [*names, "model.norm.weight"]
+
+
+def _head_norm_names(config: ModelConfig) -> list[str]:
+    layers = range(config.num_hidden_layers if config.qk_norm else 0)
+    return [f"model.layers.{layer}.self_attn.{name}_norm.weight" for layer in layers for name in "qk"]
 
 
 def _token_ids(value: Any) -> tuple[int, ...]:
@@ -229,28 +379,34 @@ def _token_ids(value: Any) -> tuple[int, ...]:
     return tuple(value) if isinstance(value, list) else (value,)  # ModelConfig checks what they are
 
 
-def _rope_from_hf(values: dict[str, Any]) -> Rope:
-    # transformers 5 has it all in rope_parameters; 4 has rope_theta and, unless it is the default kind, rope_scaling
-    parameters = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    theta = float(parameters.get("rope_theta") or values.get("rope_theta") or 10000.0)
-    if parameters.get("partial_rotary_factor") not in (None, 1, 1.0):
-        raise ModelError(f"config, partial_rotary_factor: {parameters['partial_rotary_factor']!r}, expected 1")
-    if kind == "default":
-        return Rope(theta=theta)
-    if kind == "linear":
-        return Rope("linear", theta, float(parameters["factor"]))
-    if kind == "llama3":
-        return Rope(
-            "llama3",
-            theta,
-            float(parameters["factor"]),
-            float(parameters["low_freq_factor"]),
-            float(parameters["high_freq_factor"]),
-            int(parameters.get("original_max_position_embeddings") or values["max_position_embeddings"]),
-        )
-    raise ModelError(f"config, rope_type: {kind!r}, expected default, linear or llama3")
+def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
+
+_TINY_MODEL = ModelConfig(
+    vocab_size=256,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=512,
+)
+
+_TINY_GEMMA = replace(
+    _TINY_MODEL,
+    num_hidden_layers=4,
+    rms_norm_eps=1e-6,
+    hidden_act="gelu_tanh",
+    post_norms=True,
+    norm_offset=1.0,
+    embedding_multiplier=8.0,
+    attention_scale=24**-0.5,
+    sliding_window=16,
+    sliding_layers=(True, False, True, False),
+    tie_word_embeddings=True,
+)
 
 PRESETS: dict[str, ModelConfig] = {
     "tinyllama-1.1b": ModelConfig(
@@ -275,17 +431,68 @@ PRESETS: dict[str, ModelConfig] = {
         rope=Rope("llama3", 500000.0, 32.0, 1.0, 4.0, 8192),
         tie_word_embeddings=True,
     ),
-    "tiny": ModelConfig(
-        vocab_size=256,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=512,
+    "tiny": _TINY_MODEL,
+    "tiny-mistral": replace(
+        _TINY_MODEL, model_type="mistral", sliding_window=16, sliding_layers=(True, True), rope=Rope(theta=1e6)
+    ),
+    "tiny-qwen2": replace(
+        _TINY_MODEL,
+        model_type="qwen2",
+        attention_bias=True,
+        sliding_window=16,
+        sliding_layers=(False, True),
+        rope=Rope("dynamic", 1e6, 2.0, max_position_embeddings=512),
+        tie_word_embeddings=True,
+    ),
+    "tiny-qwen3": replace(
+        _TINY_MODEL,
+        model_type="qwen3",
+        head_dim=32,
+        qk_norm=True,
+        rope=Rope("yarn", 1e6, 4.0, original_max_position_embeddings=128),
+    ),
+    "tiny-gemma2": replace(
+        _TINY_GEMMA,
+        model_type="gemma2",
+        attention_softcap=5.0,
+        logits_softcap=3.0,
+    ),
+    "tiny-gemma3": replace(
+        _TINY_GEMMA,
+        model_type="gemma3_text",
+        qk_norm=True,
+        rope=Rope("linear", 1e6, 8.0),
+        local_rope=Rope(),
+        sliding_layers=(True, True, True, False),
+    ),
+    "tiny-phi3": replace(
+        _TINY_MODEL,
+        model_type="phi3",
+        sliding_window=100,
+        sliding_layers=(True, True),
+        rope=Rope(
+            "longrope",
+            factor=8.0,
+            original_max_position_embeddings=64,
+            short_factor=(1.0, 1.0, 1.05, 1.1, 1.25, 1.5),
+            long_factor=(1.0, 1.2, 2.0, 4.5, 9.0, 16.0),
+            partial=0.75,
+        ),
+    ),
+    "tiny-granite": replace(
+        _TINY_MODEL,
+        model_type="granite",
+        mlp_bias=True,
+        attention_bias=True,
+        output_bias=True,
+        embedding_multiplier=12.0,
+        residual_multiplier=0.22,
+        logits_divisor=8.0,
+        attention_scale=0.125,
+        tie_word_embeddings=True,
     ),
 }
+"""The shapes of public models, and a small one of each family with all that is special about it."""
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
@@ -303,27 +510,45 @@ class Model:
     config: ModelConfig
     directory: Path | None
     _weights: _Weights
+    _shapes: dict[str, tuple[int, ...]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_shapes", self.config.weight_shapes())
 
     def load(self, name: str) -> torch.Tensor:
-        """One weight by its checkpoint name, on the CPU, in the dtype in which it is stored; the caller's own.
+        """One weight by its name, on the CPU, in the dtype in which it is stored; the caller's own.
 
         Raises ModelError if it is missing or its shape is not what the configuration says.
         """
-        shape = self.config.weight_shapes().get(name)
+        shape = self._shapes.get(name)
         if shape is None:
             raise ModelError(f"{self.name}: no weight {name!r} in this configuration")
         return self._weights.load(name, shape)
 
     def items(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All weights, one at a time."""
-        for name, shape in self.config.weight_shapes().items():
+        for name, shape in self._shapes.items():
             yield name, self._weights.load(name, shape)
 
-    def norms(self) -> torch.Tensor:
-        """All RMSNorm weights, [2 * layers + 1, hidden], in the order of `norm_names`."""
+    def tee_weights(self) -> dict[str, torch.Tensor]:
+        """What the TEE computes with, fp32, as `ModelConfig.tee_weight_shapes` says."""
         import torch
 
-        return torch.stack([self.load(name) for name in norm_names(self.config.num_hidden_layers)])
+        config, weights = self.config, {}
+        for kind, shape in config.tee_weight_shapes().items():
+            # Row after row, the names of what lies in it.
+            if kind == "norms":
+                rows = norm_names(config)
+            elif kind == "head_norms":
+                rows = _head_norm_names(config)
+            else:
+                linears = ("q", "k", "v") if kind == "attention_bias" else ("gate", "up")
+                layers = range(config.num_hidden_layers)
+                rows = [f"{linear_name(layer, linear)}.bias" for layer in layers for linear in linears]
+            weights[kind] = torch.cat([self.load(name).float() for name in rows]).view(shape)
+            if "norms" in kind:
+                weights[kind] += config.norm_offset
+        return weights
 
 
 def open_model(spec: str) -> Model:
@@ -334,7 +559,8 @@ def open_model(spec: str) -> Model:
             raise ModelError(f"model {spec!r}: preset {preset!r}, expected one of {', '.join(PRESETS)}")
         if seed and not (seed.isascii() and seed.isdigit() and len(seed) < 20):
             raise ModelError(f"model {spec!r}: seed {seed!r}, expected a number of less than 20 digits")
-        return Model(spec, PRESETS[preset], None, _RandomWeights(int(seed or 0)))
+        config = PRESETS[preset]
+        return Model(spec, config, None, _RandomWeights(int(seed or 0), 1.0 - config.norm_offset))
     directory = Path(spec)
     if not directory.is_dir():
         raise ModelError(f"model {spec!r}: no such directory (expected one with config.json, or random:PRESET)")
@@ -343,7 +569,7 @@ def open_model(spec: str) -> Model:
         raise ModelError(f"model {spec!r}: no config.json in it")
     generation = _read_json(directory / "generation_config.json") or {}
     config = ModelConfig.from_hf(values, _token_ids(generation.get("eos_token_id")))
-    return Model(spec, config, directory, _SafetensorsWeights(directory))
+    return Model(spec, config, directory, _SafetensorsWeights(directory, _fused_parts(config)))
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -358,11 +584,33 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return values
 
 
-class _SafetensorsWeights:
-    """Weights in one `model.safetensors` or in the shards that `model.safetensors.index.json` lists."""
+@dataclass(frozen=True)
+class _Part:
+    """Where a weight lies that a checkpoint has fused with others: rows of another one, from `start` on, of `rows`."""
 
-    def __init__(self, directory: Path) -> None:
+    name: str
+    start: int
+    rows: int
+
+
+def _fused_parts(config: ModelConfig) -> dict[str, _Part]:
+    parts = {}
+    for fused, linears in FAMILIES[config.model_type].fused.items():
+        sizes = [config.out_features(linear) for linear in linears]
+        for layer in range(config.num_hidden_layers):
+            for index, linear in enumerate(linears):
+                name = f"model.layers.{layer}.{fused}.weight"
+                parts[f"{linear_name(layer, linear)}.weight"] = _Part(name, sum(sizes[:index]), sum(sizes))
+    return parts
+
+
+class _SafetensorsWeights:
+    """Weights in one `model.safetensors` or in the shards that `model.safetensors.index.json` lists. Of a fused weight
+    only the rows that are asked for are read."""
+
+    def __init__(self, directory: Path, parts: dict[str, _Part]) -> None:
         self._directory = directory
+        self._parts = parts
         index = _read_json(directory / "model.safetensors.index.json")
         self._shards: dict[str, str] | None = None if index is None else index.get("weight_map")
         if index is None and not (directory / "model.safetensors").is_file():
@@ -373,26 +621,30 @@ class _SafetensorsWeights:
     def load(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         from safetensors import SafetensorError, safe_open
 
-        file = "model.safetensors" if self._shards is None else self._shards.get(name)
+        part = self._parts.get(name, _Part(name, 0, shape[0]))
+        file = "model.safetensors" if self._shards is None else self._shards.get(part.name)
         if not isinstance(file, str) or Path(file).name != file:
-            raise ModelError(f"{self._directory}: no weight {name!r} in the index")
+            raise ModelError(f"{self._directory}: no weight {part.name!r} in the index")
         path = self._directory / file
         try:
             with safe_open(path, "pt") as weights:
-                found = tuple(weights.get_slice(name).get_shape())
-                if found != shape:
-                    raise ModelError(f"{path}: weight {name!r} of shape {list(found)}, expected {list(shape)}")
-                tensor: torch.Tensor = weights.get_tensor(name)
+                stored = weights.get_slice(part.name)
+                found, expected = tuple(stored.get_shape()), (part.rows, *shape[1:])
+                if found != expected:
+                    raise ModelError(f"{path}: weight {part.name!r} of shape {list(found)}, expected {list(expected)}")
+                tensor: torch.Tensor = stored[part.start : part.start + shape[0]]
                 return tensor
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path}: weight {name!r}: {error}") from None
+            raise ModelError(f"{path}: weight {part.name!r}: {error}") from None
 
 
 class _RandomWeights:
-    """Seeded weights: matrices and biases N(0, 0.02) as HF initialises them, norms N(1, 0.1) so that they matter."""
+    """Seeded weights: matrices and biases N(0, 0.02) as HF initialises them, norms N(1, 0.1) so that they matter, or
+    around what is 1 with the family's offset."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, norm: float) -> None:
         self._seed = seed
+        self._norm = norm
 
     def load(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         import torch
@@ -401,5 +653,5 @@ class _RandomWeights:
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         weight = torch.empty(shape)
         if "norm" in name:
-            return weight.normal_(1.0, 0.1, generator=generator)
+            return weight.normal_(self._norm, 0.1, generator=generator)
         return weight.normal_(0.0, 0.02, generator=generator)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fastsplit.errors import ModelError
-from fastsplit.models import PRESETS, ModelConfig, Rope, norm_names, open_model
+from fastsplit.models import LINEARS, PRESETS, ModelConfig, Rope, linear_name, norm_names, open_model
 
 torch = pytest.importorskip("torch")
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -66,9 +69,16 @@ def test_rope_of_both_transformers_generations(extra: dict[str, Any], rope: Rope
     ("change", "text"),
     [
         ({"model_type": "gpt2"}, "model_type: 'gpt2'"),
-        ({"hidden_act": "gelu"}, "hidden_act: 'gelu'"),
+        ({"model_type": ["llama"]}, "model_type"),
+        ({"hidden_act": "relu"}, "hidden_act: 'relu'"),
         ({"sliding_window": 128}, "sliding_window: 128"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2}}, "rope_type: 'yarn'"),
+        ({"rope_parameters": {"rope_type": "mrope", "factor": 2}}, "rope_type: 'mrope'"),
+        ({"rope_parameters": {"rope_type": "default", "mrope_section": [1, 2]}}, "rope_parameters: 'mrope_section'"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2, "attention_factor": 0}}, "attention_factor: 0"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"is_causal": False}, "is_causal: False"),
+        ({"num_hidden_layers": 2**30}, "num_hidden_layers"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 2}}, "low_freq_factor: missing"),
         ({"num_attention_heads": 3}, "num_attention_heads: 3"),
         ({"hidden_size": 0, "head_dim": 4}, "hidden_size: 0"),
@@ -83,6 +93,121 @@ def test_what_is_not_supported_is_refused_by_name(change: dict[str, Any], text: 
         ModelConfig.from_hf({**BASE, **change})
 
 
+def _json(change: dict[str, Any], name: str = "tiny-gemma3") -> str:
+    return json.dumps({**json.loads(PRESETS[name].to_json()), **change})
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_configuration_goes_over_the_wire_as_it_is(name: str) -> None:
+    assert ModelConfig.from_json(PRESETS[name].to_json()) == PRESETS[name]
+
+
+LIES: dict[str, tuple[Any, str]] = {
+    "not a text": (5, "expected a model's configuration"),
+    "nested": ("[" * 100000, "expected a model's configuration"),
+    "a list": ("[]", "expected a model's configuration"),
+    "nothing": ("{}", "rope: missing"),
+    "a field of no configuration": (_json({"magic": 1}), "magic"),
+    "family": (_json({"model_type": "gpt2"}), "model_type: 'gpt2'"),
+    "family in a list": (_json({"model_type": ["llama"]}), r"model_type: \('llama',\)"),
+    "activation": (_json({"hidden_act": "relu"}), "hidden_act: 'relu'"),
+    "activation of no type": (_json({"hidden_act": {}}), "hidden_act"),
+    "a flag as size": (_json({"vocab_size": True}), "vocab_size: True"),
+    "a size that is too large": (_json({"intermediate_size": 2**30}), "intermediate_size"),
+    "a number as flag": (_json({"post_norms": 1}), "post_norms: 1"),
+    "a text as flag": (_json({"qk_norm": "no"}), "qk_norm: 'no'"),
+    "offset": (_json({"norm_offset": 2.0}), "norm_offset"),
+    "scale": (_json({"attention_scale": -1.0}), "attention_scale"),
+    "multiplier": (_json({"embedding_multiplier": 0}), "embedding_multiplier: 0"),
+    "divisor": (_json({"logits_divisor": 0.0}), "logits_divisor"),
+    "NaN": (_json({"residual_multiplier": math.nan}), "residual_multiplier: nan"),
+    "infinity": (_json({"attention_softcap": math.inf}), "attention_softcap: inf"),
+    "a number beyond all floats": (_json({"logits_softcap": 10**400}), "logits_softcap"),
+    "window": (_json({"sliding_window": -1}), "sliding_window: -1"),
+    "no window for layers that slide": (_json({"sliding_window": 0}), "sliding_window: 0"),
+    "a window for no layers": (_json({"sliding_layers": []}), "sliding_window: 16"),
+    "layers that do not slide": (_json({"sliding_window": 0, "sliding_layers": [False] * 4}), "sliding_layers: 4"),
+    "too few layers": (_json({"sliding_layers": [True]}), "sliding_layers: 1 values, expected 4"),
+    "too many layers": (_json({"sliding_layers": [True] * 10**5}), "sliding_layers: 100000 values"),
+    "layers of no type": (_json({"sliding_layers": [1, 0, 1, 0]}), "sliding_layers"),
+    "layers that are none": (_json({"sliding_layers": "abcd"}), "sliding_layers: 'abcd'"),
+    "a rope that is none": (_json({"rope": None}), "rope: None"),
+    "a text as rope": (_json({"rope": "default"}), "expected a model's configuration"),
+    "a number as the other rope": (_json({"local_rope": 5}), "expected a model's configuration"),
+    "the other rope's kind": (_json({"local_rope": {"kind": "x"}}), "rope_type: 'x'"),
+    "a field of no rope": (_json({"local_rope": {"magic": 1}}), "magic"),
+    "factors": (_json({"rope": {"short_factor": [1.0, "x"]}}), r"short_factor\[1\]: 'x'"),
+    "end": (_json({"eos_token_ids": 5}), "eos_token_id: 5"),
+    "ends": (_json({"eos_token_ids": [1.5]}), r"eos_token_id: 1\.5"),
+    "too many ends": (_json({"eos_token_ids": [1] * 2000}), "eos_token_id: 2000 values"),
+}
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_a_peer_may_send_anything(name: str) -> None:
+    text, expected = LIES[name]
+    with pytest.raises(ModelError, match=f"^config.*{expected}"):
+        ModelConfig.from_json(text)
+
+
+def test_what_differs_from_layer_to_layer() -> None:
+    config = PRESETS["tiny-gemma3"]
+    assert [config.window(layer) for layer in range(4)] == [16, 16, 16, 0]
+    assert [config.rope_of(layer) for layer in range(4)] == [config.local_rope] * 3 + [config.rope]
+    assert config.scale == 24**-0.5
+    plain = PRESETS["tiny-mistral"]
+    assert plain.rope_of(1) == plain.rope
+    assert plain.scale == 16**-0.5
+    assert PRESETS["tiny"].window(1) == 0
+
+
+def check_tee_weights(config: ModelConfig, found: dict[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> None:
+    """What the TEE computes with, put together from all of the model's weights, one after the other."""
+    shapes = config.tee_weight_shapes()
+    assert list(found) == list(shapes)
+    for name, tensor in found.items():
+        assert tensor.dtype == torch.float32
+        assert tuple(tensor.shape) == shapes[name]
+    names = norm_names(config)
+    assert len(names) == config.norms_per_layer * config.num_hidden_layers + 1
+    for row, name in zip(found["norms"], names):
+        assert torch.equal(row, weights[name].float() + config.norm_offset)
+    for layer in range(config.num_hidden_layers):
+
+        def bias(*linears: str, layer: int = layer) -> torch.Tensor:
+            return torch.cat([weights[f"{linear_name(layer, linear)}.bias"].float() for linear in linears])
+
+        if config.qk_norm:
+            for index, which in enumerate(("q_norm", "k_norm")):
+                expected = weights[f"model.layers.{layer}.self_attn.{which}.weight"].float() + config.norm_offset
+                assert torch.equal(found["head_norms"][2 * layer + index], expected)
+        if config.attention_bias:
+            assert torch.equal(found["attention_bias"][layer], bias("q", "k", "v"))
+        if config.mlp_bias:
+            assert torch.equal(found["mlp_bias"][layer], bias("gate", "up"))
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if "tiny-" in name])
+def test_random_models_of_each_family(name: str) -> None:
+    model = open_model(f"random:{name}")
+    weights = dict(model.items())
+    assert {key: tuple(weight.shape) for key, weight in weights.items()} == model.config.weight_shapes()
+    found = model.tee_weights()
+    check_tee_weights(model.config, found, weights)
+    assert abs(float(found["norms"].mean()) - 1) < 0.05, "norms are around 1 whatever the checkpoint's are relative to"
+
+
+def test_biases_have_flags_of_their_own() -> None:
+    config = PRESETS["tiny-qwen2"]
+    assert [linear for linear in LINEARS if config.has_bias(linear)] == ["q", "k", "v"]
+    assert "model.layers.0.self_attn.o_proj.bias" not in config.weight_shapes()
+
+
+def test_a_family_without_such_a_model_has_no_hf_form() -> None:
+    with pytest.raises(ModelError, match="model_type: 'llama', expected a family that has all of"):
+        replace(PRESETS["tiny"], qk_norm=True).to_hf()
+
+
 def test_a_missing_field_is_named() -> None:
     with pytest.raises(ModelError, match="hidden_size: missing"):
         ModelConfig.from_hf({key: value for key, value in BASE.items() if key != "hidden_size"})
@@ -95,8 +220,9 @@ def test_random_weights_depend_on_seed_and_name_alone() -> None:
     assert torch.equal(one.load(name), same.load(name))
     assert not torch.equal(one.load(name), other.load(name))
     assert not torch.equal(one.load(name), one.load(name.replace("up", "gate")))
-    assert torch.equal(one.norms()[-1], one.load("model.norm.weight"))
-    assert torch.equal(open_model("random:tiny").norms(), open_model("random:tiny@0").norms())
+    assert torch.equal(one.tee_weights()["norms"][-1], one.load("model.norm.weight"))
+    default, zero = (open_model(spec).tee_weights() for spec in ("random:tiny", "random:tiny@0"))
+    assert torch.equal(default["norms"], zero["norms"])
 
 
 @pytest.mark.parametrize("spec", ["random:huge", "random:tiny@x", "random:tiny@-1", "random:"])
@@ -129,7 +255,7 @@ def test_directories_whole_and_in_shards(tmp_path: Path, shards: int, extra: dic
     found = dict(model.items())
     assert found.keys() == weights.keys()
     assert all(torch.equal(found[name], weights[name]) for name in weights)
-    assert torch.equal(model.norms(), torch.stack([weights[name] for name in norm_names(1)]))
+    check_tee_weights(model.config, model.tee_weights(), weights)
 
 
 def test_directories_that_are_wrong(tmp_path: Path) -> None:
@@ -152,7 +278,7 @@ def test_weights_that_are_wrong(tmp_path: Path) -> None:
     safetensors_torch.save_file(weights, tmp_path / "model.safetensors")
     model = open_model(str(tmp_path))
     with pytest.raises(ModelError, match=r"'model\.norm\.weight' of shape \[17\], expected \[16\]"):
-        model.norms()
+        model.tee_weights()
     with pytest.raises(ModelError, match=r"'lm_head\.weight'"):
         model.load("lm_head.weight")
     with pytest.raises(ModelError, match="no weight 'nonsense'"):
