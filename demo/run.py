@@ -4,7 +4,7 @@ Starts the GPU side, waits for its READY line, runs the TEE side against it, and
 an error, Ctrl-C, SIGTERM. The socket lies in a private directory that is removed with it. The text goes to stdout,
 progress and the report to stderr, and the exit code is the TEE side's own (the GPU side's, if that is what failed).
 
-    python -m demo.run --prompt "Why is the sky blue?" [--max-new-tokens 64] [--plan batched]
+    python -m demo.run --prompt "Why is the sky blue?" [--max-new-tokens 64] [--plan auto]
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m demo.run", description="Completes a prompt with a split model.")
     parser.add_argument("--prompt", default="Why is the sky blue?", metavar="TEXT")
     parser.add_argument("--max-new-tokens", default="64", metavar="N")
-    parser.add_argument("--plan", default="batched")
+    parser.add_argument("--plan", default="auto")
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGHUP, _interrupt)

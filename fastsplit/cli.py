@@ -17,7 +17,15 @@ from typing import Any
 from . import __version__
 from .errors import FastsplitError
 
-__all__ = ["Usage", "calm_openmp", "make_parser", "positive_int", "progress", "run_main", "set_threads"]
+__all__ = [
+    "Usage",
+    "calm_openmp",
+    "make_parser",
+    "positive_int",
+    "progress",
+    "run_main",
+    "set_threads",
+]
 
 
 _LINE_LENGTH = 1000
@@ -64,15 +72,16 @@ def _thread_count(text: str) -> int:
     return value
 
 
-def calm_openmp() -> None:
+def calm_openmp(spin_count: int = 10_000) -> None:
     """Makes torch's threads sleep soon after a job. Call before torch is imported; the user's own settings win.
 
     They would spin for some milliseconds, on the cores that the other process needs now. Measured with both sides on
     two cores, TinyLlama's shape in fp32, 1024-token prefill: 8.5 s by default, 8.0 s if they sleep at once, 7.7 s so.
+    `spin_count`: how often they look before; some 10 us for a thousand.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # GNU's own, and for it the one that counts
+        os.environ.setdefault("GOMP_SPINCOUNT", str(spin_count))  # GNU's own, and for it the one that counts
 
 
 def set_threads(count: int | None) -> None:
@@ -94,8 +103,13 @@ def progress(items: Iterable[Any], total: int, description: str) -> Iterable[Any
     return bar
 
 
-def run_main(program: str, parse: Callable[[], argparse.Namespace], work: Callable[[argparse.Namespace], int]) -> int:
-    """Parses, works, and turns what goes wrong into a line and an exit code."""
+def run_main(
+    program: str,
+    parse: Callable[[], argparse.Namespace],
+    work: Callable[[argparse.Namespace], int],
+    spin_count: int = 10_000,
+) -> int:
+    """Parses, works, and turns what goes wrong into a line and an exit code. `spin_count`: see `calm_openmp`."""
     try:
         args = parse()
     except SystemExit as stop:  # argparse has said what there is to say
@@ -103,7 +117,7 @@ def run_main(program: str, parse: Callable[[], argparse.Namespace], work: Callab
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter(f"{program}: %(message)s"))
     logging.basicConfig(level=logging.DEBUG if args.verbose else logging.WARNING, handlers=[handler])
-    calm_openmp()
+    calm_openmp(spin_count)
     try:
         return work(args)
     except FastsplitError as error:

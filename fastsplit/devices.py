@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -28,7 +29,9 @@ from typing import Any, Protocol
 
 import torch
 
+from . import tensors
 from .errors import ModelError
+from .memory import pool
 from .wire.segment import Hook
 
 __all__ = ["Cpu", "Cuda", "Device", "Driver", "TorchDriver", "Transfers", "Work", "open_device"]
@@ -46,9 +49,16 @@ class Work(Protocol):
         """The tensor, of the host, where `compute` functions can read it. May be asked for one by one as it is needed:
         what was given already is computed meanwhile."""
 
-    def give(self, result: torch.Tensor, compute: Callable[[torch.Tensor], object]) -> None:
+    def give(self, result: torch.Tensor, compute: Callable[[torch.Tensor], object]) -> torch.Tensor:
         """Runs `compute(out)`, which fills `out`; that ends up in `result`, contiguous memory of the host, before the
-        work is over."""
+        work is over. Returns `out`, where later `compute` functions can read it, those of other works too: on the CPU
+        it is `result` itself."""
+
+    def run(self, compute: Callable[[], object]) -> None:
+        """Runs `compute()`, whose results stay where the device's are. In order with what `give` runs."""
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Memory of undefined content for `compute` functions to write to, for as long as it is kept."""
 
 
 class Device(Protocol):
@@ -56,6 +66,10 @@ class Device(Protocol):
 
     @property
     def torch_device(self) -> torch.device: ...
+
+    @property
+    def asynchronous(self) -> bool:
+        """Whether the host's cores are free while it computes."""
 
     @property
     def on_segment(self) -> Hook | None:
@@ -87,6 +101,11 @@ def open_device(name: str) -> Device:
     return Cuda(TorchDriver(torch.device("cuda", index)))
 
 
+_ARRAYS = tensors.arrays("torch")
+_SMALL_NBYTES = 2**18
+"""Below, the C library's own memory is faster; above, fresh pages cost more than what is computed into them."""
+
+
 # ---- CPU -------------------------------------------------------------------------------------------------------------
 
 
@@ -94,6 +113,7 @@ class Cpu:
     """The host itself."""
 
     torch_device = torch.device("cpu")
+    asynchronous = False
     on_segment: Hook | None = None
     summary: str | None = None
 
@@ -105,8 +125,18 @@ class _CpuWork:
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
 
-    def give(self, result: torch.Tensor, compute: Callable[[torch.Tensor], object]) -> None:
+    def give(self, result: torch.Tensor, compute: Callable[[torch.Tensor], object]) -> torch.Tensor:
         compute(result)
+        return result
+
+    def run(self, compute: Callable[[], object]) -> None:
+        compute()
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        if math.prod(shape) * dtype.itemsize < _SMALL_NBYTES:
+            return torch.empty(tuple(shape), dtype=dtype)
+        tensor: torch.Tensor = _ARRAYS.empty(shape, dtype, pool.allocate)
+        return tensor
 
 
 _CPU_WORK = _CpuWork()
@@ -133,6 +163,9 @@ class Driver(Protocol):
 
     def launch(self, compute: Callable[[torch.Tensor], object], out: torch.Tensor, stream: Any) -> None:
         """Runs `compute(out)` with its kernels on `stream`. Keeps nothing alive."""
+
+    def run(self, compute: Callable[[], object], stream: Any) -> None:
+        """Runs `compute()` with its kernels on `stream`. Keeps nothing alive."""
 
     def record(self, stream: Any) -> Any:
         """An event behind everything that is on the stream now."""
@@ -164,6 +197,8 @@ class Transfers:
 
 class Cuda:
     """A CUDA device."""
+
+    asynchronous = True
 
     def __init__(self, driver: Driver) -> None:
         self.transfers = Transfers()
@@ -254,7 +289,7 @@ class _CudaWork:
         device._count(tensor)
         return copy
 
-    def give(self, result: torch.Tensor, compute: Callable[[torch.Tensor], object]) -> None:
+    def give(self, result: torch.Tensor, compute: Callable[[torch.Tensor], object]) -> torch.Tensor:
         device, driver = self._device, self._driver
         out = driver.empty(result.shape, result.dtype, device._computing)
         self._in_use += (result, out)
@@ -262,6 +297,14 @@ class _CudaWork:
         driver.wait(device._outward, driver.record(device._computing))
         driver.copy(result, out, device._outward)
         device._count(result)
+        return out
+
+    def run(self, compute: Callable[[], object]) -> None:
+        self._driver.run(compute, self._device._computing)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        # Used on the computing stream alone, in whose order it is handed out again: nobody has to keep it.
+        return self._driver.empty(shape, dtype, self._device._computing)
 
     def finish(self) -> None:
         """Waits until the device has done everything that was started here."""
@@ -296,6 +339,10 @@ class TorchDriver:
     def launch(self, compute: Callable[[torch.Tensor], object], out: torch.Tensor, stream: Any) -> None:
         with _cuda.stream(stream):
             compute(out)
+
+    def run(self, compute: Callable[[], object], stream: Any) -> None:
+        with _cuda.stream(stream):
+            compute()
 
     def record(self, stream: Any) -> Any:
         return stream.record_event()

@@ -1,44 +1,96 @@
 """The op contract that both sides share: names, arguments, results, shapes.
 
-    op          attributes            tensors in                                  tensors out
-    describe    -                     -                                           - (attributes name, config, dtype)
-    norms       -                     -                                           norms [2 * layers + 1, hidden]
-    embedding   -                     ids [n] int64                               hidden states [n, hidden]
-    linear      layer, names          x [n, in]                                   one [n, out] for each name
-    scores      block_rows            q [n, heads, head_dim],                     row blocks, each
-                                      k [t, kv_heads, head_dim]                   [heads, rows, columns]
-    values      -                     row blocks, v [t, kv_heads, head_dim]       [n, heads * head_dim]
-    lm_head     -                     x [n, hidden]                               logits [n, vocab]
+B sequences, n rows of each in this call, r rows of each that go on (n, or 1 where `keep` says which); H query heads, G
+kv heads, D the head's length, I the MLP's.
 
-Rules. All tensors but ids are of the executor's dtype. kv heads travel unrepeated: query head h belongs to kv head
-h // (heads / kv_heads). q is scaled already. The n rows are the last n of the t positions, and a row block's columns
-stop at its last row's diagonal (`row_blocks`), so nothing above it is computed or sent but the block's own corner.
-What a reply must look like follows from the configuration alone, never from the peer.
+    op                attributes         tensors in                                  tensors out
+    describe          -                  -                                           - (attributes name, config, ...)
+    tee_weights       -                  -                                           ModelConfig.tee_weight_shapes, fp32
+    open              batch, capacity,   -                                           - (session)
+                      dtype
+    truncate          session, length    -                                           -
+    reorder           session            indices [B'] int64                          -
+    close             session            -                                           -
+  a layer's operations, one by one
+    embedding         at                 ids [B, n] int64                            x [B, n, hidden]
+    linear            layer, names       x [B, n, in]                                one [B, n, out] for each name
+    qkv               at                 x [B, n, hidden]                            qk [B, n, H + G, D]; v is kept
+    scores            at, blocks, scale  qk, or q [B, r, H, D] and k [B, n, G, D],   packed
+                                         or k alone; scales; keep
+    values            at                 packed, v [B, n, G, D]; or v alone          [B, r, H * D]
+    values_o          at                 packed                                      [B, r, hidden]
+    lm_head           -                  x [B, r, hidden]                            logits [B, r, vocab]
+  the same, with the residual stream x kept, norms folded into what follows them
+    embedding_qkv     at                 ids                                         x, qk
+    embedding_scores  at, blocks         ids, cos, sin, keep                         x, packed
+    values_gate_up    at, scale          packed, scales                              x [B, r, hidden], [2, B, r, I]
+    down_qkv          at                 h [B, n, I]                                 x, qk
+    down_scores       at, blocks         h, keep                                     x, packed
+    down_lm_head      at                 h [B, r, I]                                 x, logits
+
+Attributes. `at`: session, lane, layer, start; a lane is one stretch of a forward pass on its way through the layers,
+`start` the position of its first row. `blocks`: of the scores, 4 ints each (`Block`); or first, last: the columns of a
+single one. packed: all blocks' scores [B, H, rows, columns] one after another, and what is behind them
+(`packed_elements`). `names`: of linear operations
+with the same input. `scale`, or scales [B, n] float32: what a folded norm leaves to be multiplied by, one for each row;
+the former if there is one row. `keep` [B] int64: the only row of each sequence that goes on.
+
+Rules. All tensors but ids, keep and scales are of the session's dtype ("wire dtype"; `linear` and `lm_head` give what
+they get). kv heads are never repeated: query head h belongs to kv head h // (H / G). The executor multiplies q by the
+attention's scale. Which columns a row may see is the caller's business: the executor computes the blocks that it is
+told, and no row ever needs more. What a reply must look like follows from the configuration alone, never from the
+peer.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from .models import ModelConfig
 
-__all__ = ["MAX_BLOCKS", "Expected", "RowBlock", "Shapes", "choose_block_rows", "row_blocks"]
+__all__ = [
+    "MAX_BLOCKS",
+    "MAX_LANES",
+    "PLANS",
+    "Block",
+    "Expected",
+    "Shapes",
+    "block_attrs",
+    "choose_block_rows",
+    "choose_plan",
+    "packed_elements",
+    "parse_blocks",
+    "row_blocks",
+]
 
-MAX_BLOCKS = 48
-"""Row blocks in one message; below the wire's cap on tensors, with room for v."""
+PLANS = {"per-op": (9, 2), "batched": (6, 2), "fused": (5, 2), "folded": (3, 1), "linear": (2, 1)}
+"""Plan -> calls for each layer of a forward pass, and calls beside them."""
+
+MAX_BLOCKS = 64
+"""Row blocks in one message."""
+
+MAX_LANES = 16
+"""Lanes of one session."""
 
 _BLOCK_ROWS = 128
+_PACKED_MULTIPLE = 1024
 
 Expected = list[tuple[str, tuple[int, ...]]]
 """(dtype, shape) of each tensor of a reply."""
 
 
-class RowBlock(NamedTuple):
-    """Rows `start` to `start + rows` of a score matrix, and how many columns of them there are."""
+class Block(NamedTuple):
+    """Rows `start` to `start + rows` of a score matrix, and the columns that they have of it: `first` to `last`."""
 
     start: int
     rows: int
-    columns: int
+    first: int
+    last: int
+
+    @property
+    def columns(self) -> int:
+        return self.last - self.first
 
 
 def choose_block_rows(rows: int) -> int:
@@ -46,37 +98,114 @@ def choose_block_rows(rows: int) -> int:
     return max(_BLOCK_ROWS, -(-rows // MAX_BLOCKS))
 
 
-def row_blocks(rows: int, positions: int, block_rows: int) -> list[RowBlock]:
-    """The blocks of a score matrix whose `rows` rows are the last of `positions` positions."""
+def row_blocks(rows: int, positions: int, block_rows: int, window: int = 0) -> list[Block]:
+    """The blocks of a score matrix whose `rows` rows are the last of `positions` positions.
+
+    A block's columns stop at its last row's diagonal, and begin where its first row's `window` does (0: at 0).
+    """
     past = positions - rows
     blocks = []
     for start in range(0, rows, block_rows):
         count = min(block_rows, rows - start)
-        blocks.append(RowBlock(start, count, past + start + count))
+        first = max(past + start + 1 - window, 0) if window else 0
+        blocks.append(Block(start, count, first, past + start + count))
     return blocks
 
 
+def block_attrs(blocks: Sequence[Block]) -> dict[str, Any]:
+    """The attributes by which a request names its blocks.
+
+    A single block's columns are numbers of their own: what is a list belongs to a message's shape, which must not be a
+    new one with each token.
+    """
+    if len(blocks) == 1:
+        return {"first": blocks[0].first, "last": blocks[0].last}
+    return {"blocks": [number for block in blocks for number in block]}
+
+
+def parse_blocks(attrs: Mapping[str, Any], rows: int, positions: int) -> list[Block]:
+    """The blocks that a request's attributes name, none if there is no such attribute.
+
+    Raises ValueError unless they are all of `rows` rows, in order, and have columns below `positions`.
+    """
+    values = attrs.get("blocks")
+    if values is None and "last" in attrs:
+        values = [0, rows, attrs.get("first"), attrs["last"]]
+    elif values is None:
+        values = []
+    if not isinstance(values, list) or len(values) % 4 or len(values) > 4 * MAX_BLOCKS:
+        raise ValueError(f"blocks: {values!r:.100}, expected 4 ints for each of at most {MAX_BLOCKS} blocks")
+    blocks = [Block(*values[index : index + 4]) for index in range(0, len(values), 4)]
+    end = 0
+    for block in blocks:
+        start, count, first, last = block
+        if any(type(number) is not int for number in block):
+            raise ValueError(f"blocks: {list(block)!r:.100}, expected ints")
+        if start != end or count < 1 or not 0 <= first < last <= positions:
+            raise ValueError(f"blocks: {list(block)}, expected [{end}, 1 or more, columns within 0 to {positions}]")
+        end += count
+    if end != rows:
+        raise ValueError(f"blocks: {end} rows, expected {rows}")
+    return blocks
+
+
+def packed_elements(batch: int, heads: int, blocks: Sequence[Block]) -> int:
+    """Elements of the tensor that scores travel in: those of all blocks, and some of no meaning behind them.
+
+    Without these each token of a generation would make messages of new shapes, which take ten times as long to encode.
+    """
+    elements = batch * heads * sum(rows * (last - first) for _, rows, first, last in blocks)
+    return -(-elements // _PACKED_MULTIPLE) * _PACKED_MULTIPLE
+
+
+def choose_plan(wanted: str, config: ModelConfig, dtypes: Sequence[str]) -> tuple[str, str]:
+    """The plan to run where `wanted` (a plan, or "auto") is asked for, and why it is another one ("" if it is not).
+
+    `dtypes`: those of executor and wire. Raises ValueError for a name that is no plan.
+    """
+    if wanted not in (*PLANS, "auto"):
+        raise ValueError(f"plan {wanted!r}, expected one of auto, {', '.join(PLANS)}")
+    if wanted not in ("auto", "folded", "linear"):
+        return wanted, ""
+    if config.post_norms:
+        return "fused", f"{config.model_type}: norms after attention and MLP stand between what folding puts together"
+    if "float16" in dtypes:
+        return "fused", "float16: the residual stream may leave its range"
+    if wanted == "linear" and (config.qk_norm or config.attention_bias):
+        what = "norms" if config.qk_norm else "biases"
+        return "folded", f"{config.model_type}: {what} of q and k come between the products"
+    return ("folded" if wanted == "auto" else wanted), ""
+
+
 class Shapes:
-    """What each op's reply must hold, for one model in one dtype."""
+    """What each op's reply must hold, for one model and one wire dtype."""
 
     def __init__(self, config: ModelConfig, dtype: str) -> None:
         self._config = config
         self._dtype = dtype
 
-    def embedding(self, rows: int) -> Expected:
-        return [(self._dtype, (rows, self._config.hidden_size))]
+    def tee_weights(self) -> Expected:
+        return [("float32", shape) for shape in self._config.tee_weight_shapes().values()]
 
-    def linear(self, names: tuple[str, ...], rows: int) -> Expected:
-        return [(self._dtype, (rows, self._config.out_features(name))) for name in names]
+    def hidden(self, batch: int, rows: int) -> Expected:
+        return [(self._dtype, (batch, rows, self._config.hidden_size))]
 
-    def scores(self, blocks: list[RowBlock]) -> Expected:
-        return [(self._dtype, (self._config.num_attention_heads, block.rows, block.columns)) for block in blocks]
+    def linear(self, names: Sequence[str], batch: int, rows: int) -> Expected:
+        return [(self._dtype, (batch, rows, self._config.out_features(name))) for name in names]
 
-    def values(self, rows: int) -> Expected:
-        return [(self._dtype, (rows, self._config.num_attention_heads * self._config.head_dim))]
+    def qk(self, batch: int, rows: int) -> Expected:
+        config = self._config
+        heads = config.num_attention_heads + config.num_key_value_heads
+        return [(self._dtype, (batch, rows, heads, config.head_dim))]
 
-    def lm_head(self, rows: int) -> Expected:
-        return [(self._dtype, (rows, self._config.vocab_size))]
+    def packed(self, batch: int, blocks: Sequence[Block]) -> Expected:
+        return [(self._dtype, (packed_elements(batch, self._config.num_attention_heads, blocks),))]
 
-    def norms(self) -> Expected:
-        return [(self._dtype, (2 * self._config.num_hidden_layers + 1, self._config.hidden_size))]
+    def values(self, batch: int, rows: int) -> Expected:
+        return [(self._dtype, (batch, rows, self._config.num_attention_heads * self._config.head_dim))]
+
+    def gate_up(self, batch: int, rows: int) -> Expected:
+        return [(self._dtype, (2, batch, rows, self._config.intermediate_size))]
+
+    def logits(self, batch: int, rows: int) -> Expected:
+        return [(self._dtype, (batch, rows, self._config.vocab_size))]

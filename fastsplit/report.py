@@ -71,14 +71,27 @@ class Recorder:
         if self._running:
             self._count("tee", name, self._mark(name), 0 if name == "other" else 1)
 
-    def call(self, name: str, ops: int, stats: Stats, work: Callable[..., Any], *args: Any) -> Any:
-        """Runs `work(*args)`, one call to the executor. `name`: the operation, `ops`: how many of it the call batches.
+    def sending(self, stats: Stats, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Runs `work(*args, **kwargs)`, which sends a request whose reply is waited for later, in a `call`."""
+        self.lap("other")
+        serialization_s = stats.serialization_s
+        result = work(*args, **kwargs)
+        if self._running:
+            elapsed_ns = self._mark("sending", "calls")
+            serialization_ns = min(int((stats.serialization_s - serialization_s) * 1e9), elapsed_ns)
+            self.serialization_ns += serialization_ns
+            self.communication_ns += elapsed_ns - serialization_ns
+        return result
 
-        `stats`: what the connection counts; its growth says how the call's time divides.
+    def call(self, name: str, ops: int, stats: Stats, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Runs `work(*args, **kwargs)`, one call to the executor, or what is left of it.
+
+        `name`: the operation, or several with + between them, `ops`: how many of it the call batches. `stats`: what the
+        connection counts; its growth says how the call's time divides.
         """
         self.lap("other")
         serialization_s, remote_s = stats.serialization_s, stats.remote_s
-        result = work(*args)
+        result = work(*args, **kwargs)
         if self._running:
             started_ns = self._since_ns
             elapsed_ns = self._mark(name, "calls")
@@ -142,7 +155,7 @@ def table(report: dict[str, Any]) -> str:
 
     def group(title: str, names: tuple[str, ...], side: str, total_s: float) -> None:
         lines.append(title)
-        for name in names:
+        for name in (*names, *sorted(set(ops) - set(names))):  # then those that a plan put together
             if name in ops and ops[name]["side"] == side:
                 row(f"  {name}", ops[name]["count"] or None, ops[name]["total_s"])
         row("  total", None, total_s)
@@ -164,13 +177,15 @@ def table(report: dict[str, Any]) -> str:
         f"bytes: sent {_nbytes(report['bytes_sent'])}, received {_nbytes(report['bytes_received'])}, "
         f"shared {_nbytes(report['bytes_shared'])}, copied {_nbytes(report['bytes_copied'])}"
     )
+    if report.get("plan_reason"):
+        lines.append(f"plan {report['plan']} instead of {report['plan_wanted']}: {report['plan_reason']}")
     lines.append(f"shared memory: {'yes' if report['shm'] else 'no'}, {_plain(report['shm_reason'])}")
     if wall_s and overhead_s > 0.5 * wall_s:
         lines.append(
             f"communication is {100 * overhead_s / wall_s:.0f} % of the wall clock: "
             + (
-                "plan batched needs a third fewer calls than per-op"
-                if report["plan"] == "per-op"
+                f"plan {report['plan']} needs many calls; auto takes the one with the fewest that this model can have"
+                if report["plan"] in ("per-op", "batched")
                 else "unix:// is the fastest link on one host; between hosts, longer prompts spread the cost of a call"
             )
         )

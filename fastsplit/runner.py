@@ -1,260 +1,154 @@
-"""The TEE side: the layer loop. Linear algebra goes to a backend, everything else happens here.
+"""The TEE side: runs a model's forward passes and generates tokens. Linear algebra goes to a backend.
 
-A plan says what goes in one call: `per-op` sends q, k, v, gate and up one by one (9 calls a layer and 2), `batched`
-sends linear operations of the same input together (6 a layer and 2). The KV cache is here in both.
+What happens between two calls is a program's business (plans.py). A Runner cuts a pass into stretches of rows that fit
+the memory for scores, says what each row may see, and runs a program for each stretch: one after another, or several
+in turn, so that the executor computes for one while this side works for another.
 
-Rules. Shapes and counts come from our own configuration; the backend's replies are checked against them before memory
-is allocated (`expect`). Tensors that arrive are ours: rotary, softmax, SiLU and the residual work in place on them
-and send the same memory back. Everything else that is sent lies in memory of the backend's (`Backend.empty`): the KV
-cache and what RMSNorm writes. So where both sides share memory nothing but token ids is copied to be sent. What is not
-needed any more is let go at once, so that its memory serves again within the layer. Every stretch of time is recorded
-(report.py).
-
-Memory that is shared can be changed by the untrusted side at any moment, also after it was sent or received. For
-arithmetic that is no more than an executor that computes wrongly. But what is checked and then used, or decided upon,
-is copied to private memory first and only the copy is looked at: norm weights, logits.
+Rules. What a row sees is decided by slots, the positions of the cache, as in HF: padding takes a slot and is hidden.
+Positions, which the rotary embedding turns by, count tokens. Every stretch of time is recorded (report.py).
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import functools
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from itertools import accumulate
+from typing import Any
 
 import torch
 
-from .errors import ModelError, RemoteProtocolError, VerificationError
-from .llama import causal_softmax_, rms_norm, rotary_, rotary_table, silu_mul_
-from .models import DTYPES, Model, ModelConfig, Rope
-from .ops import Expected, RowBlock, Shapes, choose_block_rows, row_blocks
+from .llama import rotary_matrix
+from .models import Rope
+from .ops import MAX_LANES, Block, block_attrs, choose_block_rows, choose_plan, row_blocks
+from .plans import Attention, Layers, Program, Stretch
+from .remote import Backend, Cache, RemoteModel
 from .report import Recorder
-from .wire.channel import Channel
-from .wire.stats import Stats
+from .rope import cos_sin
+from .sampling import Sampling, check_finite, sample
 
-__all__ = ["PLANS", "Backend", "KVCache", "RemoteBackend", "RemoteModel", "Runner", "Sampling", "sample"]
+__all__ = ["Runner"]
 
-PLANS: dict[str, tuple[tuple[tuple[str, ...], ...], tuple[tuple[str, ...], ...]]] = {
-    "per-op": ((("q",), ("k",), ("v",)), (("gate",), ("up",))),
-    "batched": ((("q", "k", "v"),), (("gate", "up"),)),
-}
-"""Which linear operations of the attention's input, and of the MLP's, go in one call."""
+_SCORES_NBYTES = 256 * 2**20
+"""How much memory the scores of one stretch may take, in the wire's dtype."""
 
+_LEAST_TABLE = 512
 
-class Backend(Protocol):
-    """Who computes linear algebra for a Runner. ops.py says what each operation takes and gives."""
+_FEW_ROWS = 8
+"""Up to so many rows one thread is faster in here: to wake another takes longer than what it would help with, and it
+goes on to spin on a core that the executor needs. SmolLM2 in fp32, both sides on two cores: softmax of a token 1 ms
+instead of 6 to 30."""
 
-    @property
-    def stats(self) -> Stats: ...
-
-    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Memory of undefined content from which tensors are sent fastest, views of it included; the caller's own."""
-
-    def embedding(self, ids: torch.Tensor) -> torch.Tensor: ...
-
-    def linear(self, layer: int, names: tuple[str, ...], x: torch.Tensor) -> Sequence[torch.Tensor]: ...
-
-    def scores(self, q: torch.Tensor, k: torch.Tensor, blocks: list[RowBlock]) -> Sequence[torch.Tensor]: ...
-
-    def values(self, blocks: Sequence[torch.Tensor], v: torch.Tensor) -> torch.Tensor: ...
-
-    def lm_head(self, x: torch.Tensor) -> torch.Tensor: ...
-
-
-class RemoteBackend:
-    """An executor at the other end of a channel."""
-
-    def __init__(self, channel: Channel, config: ModelConfig, dtype: str) -> None:
-        self._channel = channel
-        self._shapes = Shapes(config, dtype)
-
-    @property
-    def stats(self) -> Stats:
-        return self._channel.stats
-
-    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        tensor: torch.Tensor = self._channel.empty(shape, dtype)
-        return tensor
-
-    def embedding(self, ids: torch.Tensor) -> torch.Tensor:
-        return self._one("embedding", self._shapes.embedding(len(ids)), ids)
-
-    def linear(self, layer: int, names: tuple[str, ...], x: torch.Tensor) -> Sequence[torch.Tensor]:
-        expect = self._shapes.linear(names, len(x))
-        return self._channel.call("linear", x, expect=expect, layer=layer, names=names)
-
-    def scores(self, q: torch.Tensor, k: torch.Tensor, blocks: list[RowBlock]) -> Sequence[torch.Tensor]:
-        return self._channel.call("scores", q, k, expect=self._shapes.scores(blocks), block_rows=blocks[0].rows)
-
-    def values(self, blocks: Sequence[torch.Tensor], v: torch.Tensor) -> torch.Tensor:
-        rows = sum(block.shape[1] for block in blocks)
-        return self._one("values", self._shapes.values(rows), *blocks, v)
-
-    def lm_head(self, x: torch.Tensor) -> torch.Tensor:
-        return self._one("lm_head", self._shapes.lm_head(len(x)), x)
-
-    def _one(self, op: str, expect: Expected, *tensors: torch.Tensor) -> torch.Tensor:
-        (result,) = self._channel.call(op, *tensors, expect=expect)
-        tensor: torch.Tensor = result
-        return tensor
-
-
-@dataclass(frozen=True)
-class RemoteModel:
-    """What a TEE side needs to know of the executor's model. `norms`: [2 * layers + 1, hidden], in `dtype`."""
-
-    name: str
-    config: ModelConfig
-    dtype: str
-    norms: torch.Tensor
-
-    @classmethod
-    def fetch(cls, channel: Channel, trusted: Model | None) -> RemoteModel:
-        """Asks the executor, and checks it against the trusted copy if there is one; then all that is used is the
-        copy's.
-
-        Raises VerificationError where the two differ, RemoteProtocolError for an answer that makes no sense.
-        """
-        described = channel.call("describe", expect=()).attrs
-        config = _parse_config(described.get("config"))
-        dtype = described.get("dtype")
-        if dtype not in DTYPES:
-            raise RemoteProtocolError(f"describe, dtype: {dtype!r}, expected one of {', '.join(DTYPES)}")
-        if trusted is not None:
-            _compare(trusted.config, config)
-            config = trusted.config
-        (received,) = channel.call("norms", expect=Shapes(config, dtype).norms())
-        norms = received.clone()  # the peer may change what is in shared memory between a comparison and its use
-        if trusted is not None:
-            own = trusted.norms().to(norms.dtype)
-            if not torch.equal(own, norms):
-                rows = (own != norms).any(dim=1).sum()
-                raise VerificationError(f"norm weights: {int(rows)} of {len(own)} differ from the trusted copy")
-            norms = own
-        name = str(described.get("name")) if trusted is None else trusted.name
-        return cls(name, config, dtype, norms)
-
-
-def _parse_config(text: Any) -> ModelConfig:
-    try:
-        values = json.loads(text)
-        return ModelConfig(
-            **{**values, "rope": Rope(**values["rope"]), "eos_token_ids": tuple(values["eos_token_ids"])}
-        )
-    except ModelError as error:
-        raise RemoteProtocolError(f"describe, {error}") from None
-    except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
-        raise RemoteProtocolError(f"describe, config: {error}, expected a model's configuration as JSON") from None
-
-
-def _compare(own: ModelConfig, theirs: ModelConfig) -> None:
-    differences = [
-        f"{name}: {getattr(theirs, name)!r}, expected {getattr(own, name)!r}"
-        for name in own.__dataclass_fields__
-        if getattr(theirs, name) != getattr(own, name) and name != "eos_token_ids"
-    ]
-    if differences:
-        raise VerificationError(f"the executor's model is not the trusted one: {'; '.join(differences)}")
-
-
-class KVCache:
-    """Keys and values of all positions so far, token-major: a prefix is contiguous and is sent as it lies.
-
-    Each layer has memory of its own, from the backend: growing takes one layer's old and new memory at a time, not the
-    whole cache's twice.
-    """
-
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, capacity: int, backend: Backend) -> None:
-        self._row = (config.num_key_value_heads, config.head_dim)
-        self._dtype = dtype
-        self._backend = backend
-        self._keys = [self._allocate(capacity) for _ in range(config.num_hidden_layers)]
-        self._values = [self._allocate(capacity) for _ in range(config.num_hidden_layers)]
-        self.length = 0
-
-    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Adds [n, kv_heads, head_dim] after the `length` positions before, and returns all: views of the cache."""
-        return self._append(self._keys, layer, k), self._append(self._values, layer, v)
-
-    def _append(self, layers: list[torch.Tensor], layer: int, rows: torch.Tensor) -> torch.Tensor:
-        end = self.length + len(rows)
-        memory = layers[layer]
-        if end > len(memory):
-            grown = self._allocate(max(end, 2 * len(memory)))
-            grown[: self.length] = memory[: self.length]
-            memory = layers[layer] = grown
-        memory[self.length : end] = rows
-        return memory[:end]
-
-    def _allocate(self, capacity: int) -> torch.Tensor:
-        return self._backend.empty((capacity, *self._row), self._dtype)
+_Active = tuple[int, int, Program, str, int, Any]
+"""A program whose request is on its way: its index, its lane, itself, what the request counts as, its future."""
 
 
 class Runner:
-    """One model, one plan, one backend. Not thread-safe."""
+    """One model, one plan, one backend. Not thread-safe. Run it under `torch.inference_mode()` or `torch.no_grad()`.
 
-    def __init__(self, model: RemoteModel, backend: Backend, plan: str = "batched", recorder: Recorder | None = None):
-        if plan not in PLANS:
-            raise ValueError(f"plan {plan!r}, expected one of {', '.join(PLANS)}")
+    `plan`: one of ops.PLANS, or "auto"; `self.plan` is the one that runs, `self.plan_reason` says why if it is another.
+    `tee_dtype`, `wire_dtype`: what is computed in here, and what travels; the executor's if None. `lanes`: how many
+    stretches are under way at once; if None 2 where the executor computes beside our cores, else 1. `block_rows`: rows
+    in a block of scores, chosen if None. `scores_nbytes`: what the scores of a stretch may take.
+    """
+
+    def __init__(
+        self,
+        model: RemoteModel,
+        backend: Backend,
+        plan: str = "auto",
+        recorder: Recorder | None = None,
+        *,
+        tee_dtype: str | None = None,
+        wire_dtype: str | None = None,
+        lanes: int | None = None,
+        block_rows: int | None = None,
+        scores_nbytes: int = _SCORES_NBYTES,
+    ) -> None:
+        wire_dtype = wire_dtype or model.dtype
+        self.plan, self.plan_reason = choose_plan(plan, model.config, (model.dtype, wire_dtype))
         self.config = model.config
-        self.plan = plan
-        self.recorder = recorder or Recorder()
+        self.wire_dtype = wire_dtype
+        self.tee_dtype = tee_dtype or wire_dtype
+        if lanes is not None and not 1 <= lanes <= MAX_LANES:
+            raise ValueError(f"lanes: {lanes}, expected 1 to {MAX_LANES}")
+        self.lanes = lanes if lanes is not None else 1 if model.threads else 2
+        if self.plan == "linear":
+            self.lanes = 1  # a stretch's keys have their scale only when its weighted values have been asked for
+        self._dtype: torch.dtype = getattr(torch, self.tee_dtype)
+        self._wire_itemsize = getattr(torch, wire_dtype).itemsize
         self._backend = backend
-        self._norms = list(model.norms)
-        self._dtype: torch.dtype = getattr(torch, model.dtype)
-        self._tables: tuple[torch.Tensor, ...] = ()
+        self._block_rows = block_rows
+        self._scores_nbytes = scores_nbytes
+        self._recorder = recorder or Recorder()
+        self._layers = Layers(model.config, model.weights, backend, self._recorder, self._dtype, wire_dtype)
+        self._tables: dict[Rope, tuple[int, torch.Tensor, torch.Tensor]] = {}
 
-    def new_cache(self, capacity: int) -> KVCache:
-        """Room for `capacity` positions; it grows if there are more."""
-        return KVCache(self.config, self._dtype, capacity, self._backend)
+    @property
+    def recorder(self) -> Recorder:
+        """Where the time goes; another may be set between passes."""
+        return self._recorder
 
-    def forward(self, ids: torch.Tensor, cache: KVCache, *, all_logits: bool = False) -> torch.Tensor:
-        """Logits for the ids [n] int64 after what is in the cache, which grows by n: [1, vocab], or [n, vocab].
+    @recorder.setter
+    def recorder(self, recorder: Recorder) -> None:
+        self._recorder = self._layers.recorder = recorder
 
-        Without `all_logits` only the last row goes through what follows the last layer's keys and values. The logits
-        are as they came, in memory that the executor may share: copy them before anything is decided by them.
+    def new_cache(self, batch: int = 1, capacity: int = 0) -> Cache:
+        """Keys and values of `batch` sequences, with room for `capacity` positions; it grows if there are more.
+
+        Raises RemoteOpError over the executor's limits.
         """
-        config, recorder = self.config, self.recorder
-        rows = len(ids)
-        positions = cache.length + rows
-        cos, sin, q_cos, q_sin = (table[cache.length : positions] for table in self._rotary(positions))
-        attention_groups, mlp_groups = PLANS[self.plan]
-        # What every norm of this pass writes into: once a call has returned, nobody reads what it was sent any more.
-        normed = self._backend.empty((rows, config.hidden_size), self._dtype)
-        x = self._call("embedding", self._backend.embedding, ids)
-        for layer in range(config.num_hidden_layers):
-            h = self._norm(x, 2 * layer, normed)
-            q, k, v = (out.view(rows, -1, config.head_dim) for out in self._linear(layer, attention_groups, h))
-            if layer == config.num_hidden_layers - 1 and not all_logits and rows > 1:
-                # What the earlier rows would become is only read by layers that do not exist.
-                q, q_cos, q_sin, x, rows = q[-1:], q_cos[-1:], q_sin[-1:], x[-1:].clone(), 1
-                normed = normed[:1]
-            rotary_(q, q_cos, q_sin)
-            rotary_(k, cos, sin)
-            recorder.lap("rotary")
-            keys, values = cache.append(layer, k, v)
-            del k, v
-            recorder.lap("kv_cache")
-            blocks = row_blocks(rows, positions, choose_block_rows(rows))
-            scores = self._call("matmul", self._backend.scores, q, keys, blocks)
-            del q, keys
-            for block in scores:
-                causal_softmax_(block)
-            recorder.lap("softmax")
-            h = self._call("matmul", self._backend.values, scores, values)
-            del scores, block, values
-            (h,) = self._linear(layer, (("o",),), h)
-            x = self._add(x, h)
-            gate, up = self._linear(layer, mlp_groups, self._norm(x, 2 * layer + 1, normed))
-            h = silu_mul_(gate, up)
-            del gate, up
-            recorder.lap("silu")
-            (h,) = self._linear(layer, (("down",),), h)
-            x = self._add(x, h)
-        cache.length = positions
-        h = self._norm(x, 2 * config.num_hidden_layers, normed)
-        logits: torch.Tensor = self._call("lm_head", self._backend.lm_head, h)
-        return logits
+        return Cache(self._backend, batch, capacity, self.wire_dtype)
+
+    def forward(
+        self,
+        ids: torch.Tensor,
+        cache: Cache,
+        *,
+        mask: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        keep: str | torch.Tensor = "last",
+    ) -> torch.Tensor:
+        """Logits for the ids [B, n] int64 after what is in the cache, which grows by n.
+
+        `mask` [B, cache.length + n] bool: which slots hold a token; None: all that are new do. `positions` [B, n]:
+        None: counted by the mask. `keep`: "last" gives logits [B, 1, vocab] of the last row, "all" [B, n, vocab], an
+        int64 tensor [B] those of one row of each sequence, [B, 1, vocab]. They are fp32 and the caller's own; those of
+        padding mean nothing. Long prompts go in stretches, so that memory stays flat.
+
+        Raises ValueError for shapes that do not fit, and what `Channel.call` does; after that the cache is as before.
+        """
+        batch, rows = self._check(ids, cache, mask, positions)
+        start, total = cache.length, cache.length + rows
+        whole = self._whole_mask(cache, mask, rows)
+        if positions is None and whole is not None:
+            positions = (whole.cumsum(1) - 1).clamp_(min=0)[:, start:]
+        length = total if positions is None else int(positions.max()) + 1
+        wanted = self._wanted_rows(keep, batch, rows)
+        counts = self._stretch_rows(batch, start, rows)
+        offsets = list(accumulate(counts, initial=0))
+
+        def program(index: int, lane: int) -> Program:
+            """Made when its turn comes: masks take memory."""
+            offset, end = offsets[index], offsets[index + 1]
+            kept, last = self._kept(wanted, offset, end)
+            attention = self._attention(
+                start + offset,
+                end - offset,
+                None if whole is None else whole[:, : start + end],
+                None if positions is None else positions[:, offset:end],
+                length,
+                kept,
+            )
+            stretch = Stretch(ids[:, offset:end], cache.number, lane, start + offset, attention, kept, last)
+            return self._layers.program(self.plan, stretch)
+
+        with _serial() if batch * rows <= _FEW_ROWS else contextlib.nullcontext():
+            results = self._run(len(counts), program)
+        cache.length = total
+        cache.mask = whole
+        return self._joined(offsets, results, wanted)
 
     def generate(
         self,
@@ -269,85 +163,322 @@ class Runner:
 
         `on_prefill(logits)` gets the prompt's last row, [vocab] fp32. With 0 new tokens only the prompt is run.
         """
-        recorder = self.recorder
+
+        def on_prefill_batch(logits: torch.Tensor) -> None:
+            if on_prefill is not None:
+                on_prefill(logits[0])
+
+        steps = self.generate_batch(
+            [ids], max_new_tokens, sampling=sampling, on_prefill=on_prefill_batch, ignore_eos=ignore_eos
+        )
+        for step in steps:
+            yield step[0]
+
+    def generate_batch(
+        self,
+        prompts: Sequence[torch.Tensor],
+        max_new_tokens: int,
+        *,
+        sampling: Sampling | None = None,
+        on_prefill: Callable[[torch.Tensor], object] | None = None,
+        ignore_eos: bool = False,
+    ) -> Iterator[dict[int, int]]:
+        """For each step the new token of each prompt that is not done yet: {index of the prompt: token id}.
+
+        `prompts`: [n] int64 each, of any lengths of 1 or more. A sequence ends with an end-of-sequence token and leaves
+        the batch, which costs nothing from then on. `on_prefill(logits)` gets each prompt's last row, [B, vocab] fp32.
+        Each sequence draws from a generator of its own, seeded by `sampling.seed` plus its index.
+        """
+        recorder = self._recorder
         sampling = sampling or Sampling()
-        generator = torch.Generator().manual_seed(sampling.seed)
-        cache = self.new_cache(len(ids) + max_new_tokens)
-        with recorder.phase("prefill"):
-            logits = self._last_logits(ids, cache)
-            token = sample(logits, sampling, generator) if max_new_tokens else None
-            recorder.lap("sampling")
-        if on_prefill is not None:
-            on_prefill(logits)
-        for count in range(1, max_new_tokens + 1):
-            assert token is not None
-            yield token
-            if count == max_new_tokens or (token in self.config.eos_token_ids and not ignore_eos):
-                return
-            with recorder.phase("decode"):
-                logits = self._last_logits(torch.tensor([token]), cache)
-                token = sample(logits, sampling, generator)
+        generators = [torch.Generator().manual_seed(sampling.seed + index) for index in range(len(prompts))]
+        ids, mask = _left_padded(prompts)
+        running = list(range(len(prompts)))
+        with self.new_cache(len(prompts), ids.shape[1] + max_new_tokens) as cache:
+            with recorder.phase("prefill"):
+                logits = check_finite(self.forward(ids, cache, mask=mask)[:, 0])
+                if max_new_tokens:
+                    tokens = [sample(row, sampling, generators[index]) for row, index in zip(logits, running)]
                 recorder.lap("sampling")
+            if on_prefill is not None:
+                on_prefill(logits)
+            for count in range(1, max_new_tokens + 1):
+                step = dict(zip(running, tokens))
+                yield step
+                if not ignore_eos:
+                    left = [row for row, token in enumerate(tokens) if token not in self.config.eos_token_ids]
+                    if left and len(left) < len(running):
+                        cache.reorder(torch.tensor(left))
+                    running, tokens = [running[row] for row in left], [tokens[row] for row in left]
+                if count == max_new_tokens or not running:
+                    return
+                with recorder.phase("decode"):
+                    logits = check_finite(self.forward(torch.tensor(tokens).unsqueeze(1), cache)[:, 0])
+                    tokens = [sample(row, sampling, generators[index]) for row, index in zip(logits, running)]
+                    recorder.lap("sampling")
 
-    def _last_logits(self, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        """[vocab] fp32. Raises RemoteProtocolError if they are not finite: nothing can be chosen by them."""
-        # A private copy before anything is checked: in shared memory the peer could change what was found to be finite.
-        logits = self.forward(ids, cache)[-1].to(torch.float32, copy=True)
-        if not bool(logits.isfinite().all()):
-            raise RemoteProtocolError("lm_head, logits: NaN or infinite, expected finite numbers")
-        return logits
+    # ---- running programs ----
 
-    def _call(self, name: str, work: Callable[..., Any], *args: Any, ops: int = 1) -> Any:
-        return self.recorder.call(name, ops, self._backend.stats, work, *args)
+    def _run(self, count: int, program: Callable[[int, int], Program]) -> list[torch.Tensor | None]:
+        """What `count` programs return, each made by `program(index, lane)` when it starts. They start and take turns
+        in order: none is ever ahead of one before it."""
+        if self.lanes == 1 or count == 1:
+            return [self._run_alone(program(index, 0)) for index in range(count)]
+        recorder, stats = self._recorder, self._backend.stats
+        results: list[torch.Tensor | None] = [None] * count
+        waiting = iter(range(count))
+        free = list(range(self.lanes))
+        active: deque[_Active] = deque()
+        while True:
+            while free and (index := next(waiting, None)) is not None:
+                lane = free.pop()
+                self._advance(active, free, results, index, lane, program(index, lane), None)
+            if not active:
+                return results
+            index, lane, running, name, ops, future = active.popleft()
+            reply = recorder.call(name, ops, stats, future.result)
+            self._advance(active, free, results, index, lane, running, reply)
+            del reply
 
-    def _linear(self, layer: int, groups: tuple[tuple[str, ...], ...], x: torch.Tensor) -> list[torch.Tensor]:
-        outs: list[torch.Tensor] = []
-        for names in groups:
-            outs += self._call("linear", self._backend.linear, layer, names, x, ops=len(names))
-        return outs
+    def _advance(
+        self,
+        active: deque[_Active],
+        free: list[int],
+        results: list[torch.Tensor | None],
+        index: int,
+        lane: int,
+        program: Program,
+        reply: Any,
+    ) -> None:
+        """Takes a program to its next request, which is sent, or to its end."""
+        try:
+            name, ops, op, tensors, attrs, expect = program.send(reply)
+        except StopIteration as end:
+            results[index] = end.value
+            free.append(lane)
+            return
+        backend = self._backend
+        future = self._recorder.sending(backend.stats, backend.submit, op, *tensors, expect=expect, **attrs)
+        active.append((index, lane, program, name, ops, future))
 
-    def _norm(self, x: torch.Tensor, index: int, out: torch.Tensor) -> torch.Tensor:
-        h = rms_norm(x, self._norms[index], self.config.rms_norm_eps, out)
-        self.recorder.lap("rmsnorm")
-        return h
+    def _run_alone(self, program: Program) -> torch.Tensor | None:
+        recorder, backend = self._recorder, self._backend
+        reply = None
+        try:
+            while True:
+                name, ops, op, tensors, attrs, expect = program.send(reply)
+                del reply
+                reply = recorder.call(name, ops, backend.stats, backend.call, op, *tensors, expect=expect, **attrs)
+                del tensors
+        except StopIteration as end:
+            logits: torch.Tensor | None = end.value
+            return logits
 
-    def _add(self, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-        x = h.add_(x)
-        self.recorder.lap("residual")
-        return x
+    # ---- stretches ----
 
-    def _rotary(self, positions: int) -> tuple[torch.Tensor, ...]:
-        """cos, sin, and both times the attention's scale for the queries; for at least `positions` positions, kept."""
-        if not self._tables or len(self._tables[0]) < positions:
-            config = self.config
-            cos, sin = rotary_table(max(positions, 512, 2 * positions), config.head_dim, config.rope, torch.float32)
-            scale = config.head_dim**-0.5
-            self._tables = tuple(table.to(self._dtype) for table in (cos, sin, cos * scale, sin * scale))
-        return self._tables
+    def _stretch_rows(self, batch: int, start: int, rows: int) -> list[int]:
+        """How many rows each stretch has: as many as the scores' memory allows, in whole blocks."""
+        most = self._scores_nbytes // (batch * self.config.num_attention_heads * self._wire_itemsize)
+        block = choose_block_rows(1)
+        share = rows if self.lanes == 1 else max(block, -(-rows // (2 * self.lanes * block)) * block)
+        counts = []
+        while rows:
+            # count * (start + count) scores at most
+            count = min(rows, share, max(int((start * start / 4 + most) ** 0.5 - start / 2), 1))
+            if block < count < rows:
+                count -= count % block
+            counts.append(count)
+            start += count
+            rows -= count
+        return counts
+
+    def _attention(
+        self,
+        start: int,
+        rows: int,
+        mask: torch.Tensor | None,
+        positions: torch.Tensor | None,
+        length: int,
+        keep: torch.Tensor | None,
+    ) -> list[Attention]:
+        """For each layer what its attention needs; layers of one kind share it."""
+        config = self.config
+        by_kind: dict[tuple[Rope, int], Attention] = {}
+        layers = []
+        for layer in range(config.num_hidden_layers):
+            kind = (config.rope_of(layer), config.window(layer))
+            attention = by_kind.get(kind)
+            if attention is None:
+                attention = by_kind[kind] = self._attention_of(*kind, start, rows, mask, positions, length, keep)
+            layers.append(attention)
+        return layers
+
+    def _attention_of(
+        self,
+        rope: Rope,
+        window: int,
+        start: int,
+        rows: int,
+        mask: torch.Tensor | None,
+        positions: torch.Tensor | None,
+        length: int,
+        keep: torch.Tensor | None,
+    ) -> Attention:
+        cos, sin = self._rotary(rope, length)
+        if positions is None:
+            cos, sin = (table[start : start + rows].view(1, rows, 1, -1) for table in (cos, sin))
+        else:
+            cos, sin = (table[positions].unsqueeze(2) for table in (cos, sin))
+        total = start + rows
+        blocks = row_blocks(rows, total, self._block_rows or choose_block_rows(rows), window)
+        rows_at = [torch.arange(start + block.start, start + block.start + block.rows) for block in blocks]
+        hidden = [self._hidden(block, window, mask, at[None], start) for block, at in zip(blocks, rows_at)]
+        last = None
+        if keep is not None:
+            first = max(start + int(keep.min()) + 1 - window, 0) if window else 0
+            block = Block(0, 1, first, total)
+            only = (keep + start)[:, None]
+            hidden_last = [self._hidden(block, window, mask, only, None)]
+            last = Attention(cos, sin, [block], block_attrs([block]), hidden_last, None, None)
+        turn = None
+        if rows == 1 and len(cos) == 1 and mask is None:
+            turn = rotary_matrix(cos.flatten(), sin.flatten(), self.config.head_dim)
+        return Attention(cos, sin, blocks, block_attrs(blocks), hidden, turn, last)
+
+    def _hidden(
+        self, block: Block, window: int, mask: torch.Tensor | None, rows_at: torch.Tensor, start: int | None
+    ) -> list[tuple[slice, torch.Tensor]]:
+        """What a block's rows do not see. `rows_at` [B or 1, rows]: the slots of its rows. `start`: of the stretch,
+        whose rows the block's are one after another; None if they may be any."""
+        _, rows, first, last = block
+        if mask is None and start is not None:
+            # Only the corners: the rest is seen by all rows.
+            hidden = []
+            if rows > 1:
+                hidden.append((slice(last - rows - first, None), _corner(rows)))
+                oldest = start + block.start + 1 - window  # what the block's first row sees, if there are so many
+                if window and oldest + rows > 1:
+                    hidden_count = min(rows - 1, last - first)
+                    columns = torch.arange(first, first + hidden_count)
+                    behind = columns[None] < (torch.arange(rows) + oldest)[:, None]
+                    hidden.append((slice(0, hidden_count), behind))
+            return hidden
+        columns = torch.arange(first, last)
+        at = rows_at.unsqueeze(-1)  # [B or 1, rows, 1]
+        seen = columns <= at
+        if window:
+            seen &= columns > at - window
+        if mask is not None:
+            seen = seen & mask[:, None, first:last]
+            seen |= (columns == at) & ~seen.any(-1, keepdim=True)  # padding sees itself: something that is finite
+        if bool(seen.all()):
+            return []
+        return [(slice(None), ~seen.unsqueeze(1))]
+
+    def _rotary(self, rope: Rope, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [at least `length`, half], kept."""
+        have = self._tables.get(rope)
+        if have is not None and (have[0] == length if rope.depends_on_length else have[0] >= length):
+            return have[1:]
+        size = length if rope.depends_on_length else max(_LEAST_TABLE, 2 * length)
+        cos, sin = (table.to(self._dtype) for table in cos_sin(rope, self.config.head_dim, size))
+        self._tables[rope] = (size, cos, sin)
+        return cos, sin
+
+    # ---- arguments and results ----
+
+    def _check(
+        self, ids: torch.Tensor, cache: Cache, mask: torch.Tensor | None, positions: torch.Tensor | None
+    ) -> tuple[int, int]:
+        if ids.dtype != torch.int64 or ids.dim() != 2 or ids.shape[0] != cache.batch or not ids.numel():
+            raise ValueError(f"ids: {ids.dtype} {list(ids.shape)}, expected int64 [{cache.batch}, 1 or more]")
+        if cache.closed:
+            raise ValueError("cache: it was closed")
+        batch, rows = ids.shape
+        shape = (batch, cache.length + rows)
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != shape):
+            raise ValueError(f"mask: {mask.dtype} {list(mask.shape)}, expected bool {list(shape)}")
+        if positions is not None and (
+            positions.dtype != torch.int64 or positions.shape != ids.shape or int(positions.min()) < 0
+        ):
+            raise ValueError(f"positions: {positions.dtype} {list(positions.shape)}, expected int64 {list(ids.shape)}")
+        return batch, rows
+
+    @staticmethod
+    def _whole_mask(cache: Cache, mask: torch.Tensor | None, rows: int) -> torch.Tensor | None:
+        """[B, all slots], None if all of them hold a token."""
+        if mask is None:
+            if cache.mask is None:
+                return None
+            return torch.cat([cache.mask, cache.mask.new_ones(cache.batch, rows)], dim=1)
+        return None if bool(mask.all()) else mask
+
+    @staticmethod
+    def _wanted_rows(keep: str | torch.Tensor, batch: int, rows: int) -> torch.Tensor | None:
+        """[B]: the one row of each sequence whose logits are wanted; None if it is all of them."""
+        if isinstance(keep, str):
+            if keep not in ("last", "all"):
+                raise ValueError(f"keep: {keep!r}, expected 'last', 'all' or an int64 tensor")
+            return None if keep == "all" else torch.full((batch,), rows - 1)
+        if keep.dtype != torch.int64 or keep.shape != (batch,) or not 0 <= int(keep.min()) <= int(keep.max()) < rows:
+            raise ValueError(f"keep: {keep.dtype} {list(keep.shape)}, expected int64 [{batch}], each below {rows}")
+        return keep
+
+    @staticmethod
+    def _kept(wanted: torch.Tensor | None, offset: int, end: int) -> tuple[torch.Tensor | None, bool]:
+        """Which row of each sequence to keep in a stretch, None for all; and whether any is wanted of it."""
+        if wanted is None:
+            return None, True
+        inside = (wanted >= offset) & (wanted < end)
+        if not bool(inside.any()):
+            return None, False
+        if end - offset == 1:
+            return None, True
+        return (wanted - offset).clamp(0, end - offset - 1), True
+
+    @staticmethod
+    def _joined(offsets: list[int], results: list[torch.Tensor | None], wanted: torch.Tensor | None) -> torch.Tensor:
+        """The logits of all stretches that have some. `offsets`: of the stretches' first rows, and the end."""
+        found = [(index, result) for index, result in enumerate(results) if result is not None]
+        if len(found) == 1:
+            return found[0][1]
+        if wanted is None:
+            return torch.cat([result for _, result in found], dim=1)
+        joined = found[0][1]
+        for index, result in found:  # each sequence's from the stretch that its row was in
+            inside = (wanted >= offsets[index]) & (wanted < offsets[index + 1])
+            joined = torch.where(inside[:, None, None], result, joined)
+        return joined
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. Temperature 0 is greedy; `top_k` 0 and `top_p` 1 leave everything in."""
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
+@functools.lru_cache(16)
+def _corner(rows: int) -> torch.Tensor:
+    """What a block's last columns hide from its rows: [rows, rows] bool, not to be changed."""
+    return torch.ones(rows, rows, dtype=torch.bool).triu_(1)
 
 
-def sample(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """The next token's id from finite logits [vocab] fp32: the greatest, or drawn as HF does (temperature, top-k,
-    top-p)."""
-    if sampling.temperature == 0:
-        return int(logits.argmax())
-    # From the greatest, so that no temperature makes it infinite; 1e-30 is a number in fp32.
-    logits = (logits - logits.max()) / max(sampling.temperature, 1e-30)
-    if 0 < sampling.top_k < len(logits):
-        logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], -torch.inf)
-    if sampling.top_p < 1:
-        ordered, order = logits.sort()
-        removed = ordered.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
-        removed[-1] = False  # the most likely one always stays
-        logits = logits.index_fill(0, order[removed], -torch.inf)
-    return int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
+@contextlib.contextmanager
+def _serial() -> Iterator[None]:
+    """torch with one thread. Where that is so already, this does nothing."""
+    threads = torch.get_num_threads()
+    if threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _left_padded(prompts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """ids [B, longest], and which of them are tokens; None if all are."""
+    if not prompts or any(prompt.dim() != 1 or not len(prompt) for prompt in prompts):
+        raise ValueError(f"prompts: {[list(prompt.shape) for prompt in prompts]}, expected one or more of [1 or more]")
+    longest = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    mask = torch.zeros(len(prompts), longest, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = prompt
+        mask[row, longest - len(prompt) :] = True
+    return ids, None if bool(mask.all()) else mask

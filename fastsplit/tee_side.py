@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from fastsplit import cli
 from fastsplit.errors import ModelError
-from fastsplit.models import Model, ModelConfig, open_model
+from fastsplit.models import DTYPES, Model, ModelConfig, open_model
+from fastsplit.ops import MAX_LANES, PLANS
 from fastsplit.wire.channel import Channel
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ __all__ = ["main"]
 
 _PROGRAM = "tee_side"
 _TOP_LOGITS = 10
-_PLANS = ("per-op", "batched")  # those of runner.py, which needs torch: flags are parsed without it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,7 +57,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
     parser.add_argument("--max-new-tokens", type=_count, default=64, metavar="N", help="0 stops after the prompt")
     parser.add_argument("--ignore-eos", action="store_true", help="do not stop at an end-of-sequence token")
-    parser.add_argument("--plan", choices=_PLANS, default="batched", help="what goes in one call")
+    parser.add_argument("--plan", choices=("auto", *PLANS), default="auto", help="what goes in one call")
+    parser.add_argument("--tee-dtype", choices=DTYPES, help="what is computed in here; as --wire-dtype if not given")
+    parser.add_argument("--wire-dtype", choices=DTYPES, help="what travels; the GPU side's dtype if not given")
+    parser.add_argument(
+        "--lanes",
+        type=_lanes,
+        metavar="N",
+        help="stretches of the prompt under way at once; 2 if the GPU side computes beside our cores, else 1",
+    )
     parser.add_argument("--temperature", type=_not_negative, default=0.0, metavar="T", help="0 is greedy")
     parser.add_argument("--top-k", type=_count, default=0, metavar="K", help="draw from the K most likely; 0: from all")
     parser.add_argument(
@@ -76,14 +84,17 @@ def _run(args: argparse.Namespace) -> int:
     tokenizer = _open_tokenizer(args, trusted)
     import torch
 
+    from fastsplit.remote import RemoteModel, share_cores
     from fastsplit.report import Recorder, chrome_trace, table
-    from fastsplit.runner import RemoteBackend, RemoteModel, Runner, Sampling
+    from fastsplit.runner import Runner
+    from fastsplit.sampling import Sampling
 
     cli.set_threads(args.threads)
     with Channel(
         args.connect, arrays="torch", timeout_s=args.connect_timeout_s, call_timeout_s=args.timeout_s
     ) as channel:
         model = RemoteModel.fetch(channel, trusted)
+        share_cores(channel, model)
         if trusted is None:
             print(
                 f"{_PROGRAM}: warning: configuration and norm weights come from the GPU side, unchecked; "
@@ -93,7 +104,15 @@ def _run(args: argparse.Namespace) -> int:
         ids = _prompt_ids(args, model.config, tokenizer)
         setup = channel.stats.as_dict()
         recorder = Recorder(keep_spans=args.trace is not None)
-        runner = Runner(model, RemoteBackend(channel, model.config, model.dtype), args.plan, recorder)
+        runner = Runner(
+            model,
+            channel,
+            args.plan,
+            recorder,
+            tee_dtype=args.tee_dtype,
+            wire_dtype=args.wire_dtype,
+            lanes=args.lanes,
+        )
         printer = _Printer(tokenizer, args.format == "text")
         top: list[list[float]] = []
 
@@ -110,19 +129,24 @@ def _run(args: argparse.Namespace) -> int:
         text = printer.finish()
         stats = channel.stats.as_dict()
         report: dict[str, Any] = {
-            "plan": args.plan,
+            "plan": runner.plan,
+            "plan_wanted": args.plan,
+            "plan_reason": runner.plan_reason,
             "uri": args.connect,
             "shm": channel.shm,
             "shm_reason": channel.shm_reason,
             "model": model.name,
             "dtype": model.dtype,
+            "wire_dtype": runner.wire_dtype,
+            "tee_dtype": runner.tee_dtype,
+            "lanes": runner.lanes,
             "prompt_tokens": len(ids),
             "new_tokens": len(printer.tokens),
             "tokens": printer.tokens,
             "text": text,
             "top_logits": top,
             **recorder.as_dict(),
-            "setup_calls": setup["calls"],
+            "setup_calls": stats["calls"] - recorder.rpc_calls,
             **{key: stats[key] - setup[key] for key in stats if key.startswith("bytes_")},
         }
     if args.format == "json":
@@ -241,6 +265,10 @@ def _number(low: float, high: float, text: str) -> float:
 
 def _not_negative(text: str) -> float:
     return _number(0, float("inf"), text)
+
+
+def _lanes(text: str) -> int:
+    return int(_number(1, MAX_LANES, text))
 
 
 def _share(text: str) -> float:

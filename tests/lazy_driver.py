@@ -123,6 +123,13 @@ class LazyDriver:
 
         self._queue(stream, run)
 
+    def run(self, compute: Callable[[], object], stream: _Stream) -> None:
+        def run() -> None:
+            compute()
+            self.log.append("compute")
+
+        self._queue(stream, run)
+
     def record(self, stream: _Stream) -> _Event:
         event = _Event(stream)
         self._queue(stream, event)

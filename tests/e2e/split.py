@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import fastsplit
 from fastsplit.devices import Device
 from fastsplit.executor import Executor
 from fastsplit.models import Model, ModelConfig, open_model
-from fastsplit.runner import PLANS, RemoteBackend, RemoteModel, Runner
+from fastsplit.ops import choose_block_rows, row_blocks
+from fastsplit.remote import RemoteModel
+from fastsplit.runner import Runner
 
 # Both sides are in this process: two pools of OpenMP threads that spin for the same cores would only slow each other
 # down.
@@ -62,50 +64,222 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "linear rope": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
     "llama3 rope": {"rope_parameters": LLAMA3_ROPE},
+    "dynamic rope": {
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+        "max_position_embeddings": 100,
+    },
+    "yarn rope": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+        "max_position_embeddings": 256,
+    },
+    "mistral": {"model_type": "mistral", "sliding_window": 50},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen2 with windows": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 20,
+        "max_window_layers": 1,
+    },
+    "qwen3": {"model_type": "qwen3", "head_dim": 16},
+    "gemma2": {
+        "model_type": "gemma2",
+        "head_dim": 16,
+        "num_hidden_layers": 4,
+        "sliding_window": 50,
+        "query_pre_attn_scalar": 24,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 3.0,
+    },
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "head_dim": 16,
+        "num_hidden_layers": 4,
+        "sliding_window": 50,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
+        },
+    },
+    "phi3": {
+        "model_type": "phi3",
+        "partial_rotary_factor": 0.75,
+        "head_dim": 16,
+        "hidden_size": 96,
+        "sliding_window": 60,
+        "original_max_position_embeddings": 64,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.75,
+            "short_factor": [1.0 + 0.1 * i for i in range(6)],
+            "long_factor": [2.0 + 0.5 * i for i in range(6)],
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "granite": {
+        "model_type": "granite",
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.3,
+        "residual_multiplier": 0.4,
+        "logits_scaling": 2.0,
+    },
 }
+"""Changes to TINY, by name."""
 
 
 def make_model(directory: Path, changes: dict[str, Any], seed: int = 0) -> Model:
     """A small random model in HF's own format, with norms and biases that are not trivial."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**{**TINY, **changes}))
+    changes = {"model_type": "llama", **TINY, **changes}
+    config = AutoConfig.for_model(changes.pop("model_type"), **changes)
+    model = AutoModelForCausalLM.from_config(config)
+    around = 0.0 if config.model_type.startswith("gemma") else 1.0  # what Gemma's are relative to
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            weight.normal_(1.0 if "norm" in name else 0.0, 0.2)
+            weight.normal_(around if "norm" in name else 0.0, 0.2)
     model.save_pretrained(directory)
     return open_model(str(directory))
 
 
 def load_hf(directory: Path | str, dtype: str = "float32", attention: str = "eager") -> Any:
-    model = LlamaForCausalLM.from_pretrained(directory, dtype=DTYPES[dtype], attn_implementation=attention)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=DTYPES[dtype], attn_implementation=attention)
     return model.eval()
 
 
 @contextlib.contextmanager
 def split(
-    model: Model, uri: str, *, plan: str, dtype: str = "float32", device: Device | None = None
+    model: Model,
+    uri: str,
+    *,
+    plan: str,
+    dtype: str = "float32",
+    device: Device | None = None,
+    **options: Any,
 ) -> Iterator[tuple[Runner, fastsplit.Channel]]:
-    """Both sides on `uri`, the TEE side with the trusted copy."""
+    """Both sides on `uri`, the TEE side with the trusted copy. `options`: the Runner's."""
     executor = Executor(model, dtype=dtype, device=device)
     with (
         fastsplit.Server(uri, executor.handlers, arrays="torch") as server,
         fastsplit.connect(server.uri, arrays="torch") as channel,
         torch.inference_mode(),
     ):
-        remote = RemoteModel.fetch(channel, model)
-        yield Runner(remote, RemoteBackend(channel, remote.config, remote.dtype), plan), channel
+        yield Runner(RemoteModel.fetch(channel, model), channel, plan, **options), channel
 
 
-def decode_elements(config: ModelConfig, plan: str, positions: int) -> tuple[int, int]:
-    """Elements of all tensors that a decode step with so many positions has to send, and to receive, but for its ids:
-    what the split has to move and nothing else."""
-    hidden, inter, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    heads, q = config.num_attention_heads, config.num_attention_heads * config.head_dim
-    kv_row = config.num_key_value_heads * config.head_dim
-    inputs = sum(len(groups) for groups in PLANS[plan]) * hidden
-    sent = layers * (inputs + (q + positions * kv_row) + (heads * positions + positions * kv_row) + q + inter)
-    received = layers * ((q + 2 * kv_row) + heads * positions + q + hidden + 2 * inter + hidden)
-    return sent + hidden, received + hidden + config.vocab_size
+PACKED_MULTIPLE = 1024
+"""Of elements of scores in a message; with each token's own number, each would be a message of another shape."""
+
+
+class Message(NamedTuple):
+    """One call, and the bytes of the tensors in it."""
+
+    op: str
+    sent: int
+    received: int
+    private: int = 0
+    """Of those sent, what is made nowhere else than in private memory: token ids, `keep`."""
+
+
+def messages(
+    config: ModelConfig,
+    plan: str,
+    *,
+    rows: int,
+    start: int = 0,
+    batch: int = 1,
+    keep: str = "last",
+    last: bool = True,
+    itemsize: int = 4,
+) -> list[Message]:
+    """The calls of one stretch of a forward pass, without padding: `rows` of each sequence behind `start` positions.
+
+    What the split has to move and nothing else: kv heads are never repeated, V and the cache stay where they are (but
+    for the new rows of V in per-op and batched), scores end at the diagonal, and behind the last layer's scores
+    go only the rows that are wanted. `last`: whether the stretch has a wanted row at all.
+    """
+    hidden, inter, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
+    heads, q, kv = config.num_attention_heads, config.out_features("q"), config.out_features("k")
+    layers, n = config.num_hidden_layers, batch * rows
+    kept = keep == "last" and rows > 1
+    ids, only = 8 * n, 8 * batch if kept else 0
+    scales = 4 * n if n > 1 else 0  # of one row it is an attribute
+    tables = 2 * 4 * rows * config.rope.rotary_dim(config.head_dim) // 2
+    found: list[Message] = []
+
+    def add(op: str, sent: int, received: int, more: int = 0, private: int = 0) -> None:
+        """Elements that are sent and received, and bytes beside them."""
+        found.append(Message(op, itemsize * sent + more, itemsize * received, private))
+
+    def scores(layer: int) -> int:
+        """Elements of a layer's scores, whole rows but for what is behind the diagonal or before the window; as many
+        as lie in their tensor, which has a round number of them."""
+        window = config.window(layer)
+        if layer == layers - 1 and kept:
+            blocks = row_blocks(1, start + rows, 1, window)
+        else:
+            blocks = row_blocks(rows, start + rows, choose_block_rows(rows), window)
+        elements = batch * heads * sum(block.rows * block.columns for block in blocks)
+        return -(-elements // PACKED_MULTIPLE) * PACKED_MULTIPLE
+
+    if plan in ("per-op", "batched", "fused"):
+        add("embedding", 0, n * hidden, ids, ids)
+    elif plan == "folded" or (layers == 1 and not last):
+        add("embedding_qkv", 0, n * (hidden + q + kv), ids, ids)
+    else:
+        own = only if layers == 1 else 0
+        add("embedding_scores", 0, n * hidden + scores(0), ids + tables + own, ids + own)
+    for layer in range(layers):
+        final = layer == layers - 1
+        r = batch if final and kept else n
+        ends = final and not last
+        if plan in ("per-op", "batched"):
+            widths = ((q,), (kv,), (kv,)) if plan == "per-op" else ((q, kv, kv),)
+            for together in widths:
+                add("linear", n * hidden, n * sum(together))
+        elif plan == "fused":
+            add("qkv", n * hidden, n * (q + kv))
+        if ends:
+            alone = scales if plan in ("folded", "linear") else 0
+            add("scores", n * kv, 0, alone)
+            if plan in ("per-op", "batched"):
+                add("values", n * kv, 0)
+            return found
+        if plan != "linear":
+            own = only if final and plan == "folded" else 0
+            more = scales if plan == "folded" else 0
+            add("scores", r * q + n * kv, scores(layer), own + more, own)
+        if plan in ("per-op", "batched"):
+            add("values", scores(layer) + n * kv, r * q)
+            add("linear", r * q, r * hidden)
+        elif plan == "fused":
+            add("values_o", scores(layer), r * hidden)
+        else:
+            more = scales if plan == "linear" else 0
+            add("values_gate_up", scores(layer), r * (hidden + 2 * inter), more)
+        if plan == "per-op":
+            add("linear", r * hidden, r * inter)
+            add("linear", r * hidden, r * inter)
+        elif plan in ("batched", "fused"):
+            add("linear", r * hidden, r * 2 * inter)
+        if plan in ("per-op", "batched", "fused"):
+            add("linear", r * inter, r * hidden)
+        elif final:
+            add("down_lm_head", r * inter, r * (hidden + vocab))
+        elif plan == "folded" or (layer == layers - 2 and not last):
+            add("down_qkv", n * inter, n * (hidden + q + kv))
+        else:
+            own = only if layer == layers - 2 else 0
+            add("down_scores", n * inter, n * hidden + scores(layer + 1), own, own)
+    if plan in ("per-op", "batched", "fused"):
+        rows_out = batch if kept else n
+        add("lm_head", rows_out * hidden, rows_out * vocab)
+    return found
 
 
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:

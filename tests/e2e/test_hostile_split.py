@@ -17,7 +17,7 @@ from fastsplit import tee_side
 from fastsplit.errors import LimitError, ModelError, RemoteOpError
 from fastsplit.executor import Executor
 from fastsplit.models import ModelConfig, open_model
-from fastsplit.runner import Sampling, sample
+from fastsplit.sampling import Sampling, sample
 
 pytest.importorskip("transformers")
 import split  # noqa: F401 (one thread for torch)
@@ -42,8 +42,9 @@ def tee(executor: Executor, handlers: dict[str, Callable[..., Any]], *flags: str
         return tee_side.main(["--connect", server.uri, *(flags or ("--prefill", "5", "--max-new-tokens", "2"))])
 
 
-def describe(text: Any, dtype: str = "float32") -> dict[str, Callable[..., Any]]:
-    return {"describe": lambda call: call.reply_attrs.update(config=text, dtype=dtype, name="x")}
+def describe(text: Any, **changes: Any) -> dict[str, Callable[..., Any]]:
+    said = {"config": text, "dtype": "float32", "name": "x", "threads": 1, **changes}
+    return {"describe": lambda call: call.reply_attrs.update(said)}
 
 
 def last_line(capfd: pytest.CaptureFixture[str]) -> str:
@@ -89,14 +90,70 @@ def test_a_configuration_that_makes_no_sense(executor: Executor, capfd: pytest.C
         assert "protocol: describe, config" in last_line(capfd)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("threads", "\x1b[2J"), ("threads", -1), ("threads", 1.5), ("dtype", "\x1b[2J"), ("dtype", 5)]
+)
+def test_a_description_that_makes_no_sense(
+    executor: Executor, capfd: pytest.CaptureFixture[str], name: str, value: Any
+) -> None:
+    for flags in ((), ("--model", "random:tiny")):
+        assert tee(executor, describe(config(), **{name: value}), "--prefill", "2", *flags) == 4
+        assert f"protocol: describe, {name}: " in last_line(capfd)
+
+
+@pytest.mark.parametrize("threads", [0, 1, 2**62])
+def test_threads_are_a_hint_and_no_more(executor: Executor, capfd: pytest.CaptureFixture[str], threads: int) -> None:
+    """However many the GPU side says that it has: tokens are the same."""
+    found = []
+    for said in (1, threads):
+        flags = ("--prefill", "40", "--max-new-tokens", "3", "--format", "json", "--model", "random:tiny")
+        assert tee(executor, describe(config(), threads=said), *flags) == 0
+        found.append(json.loads(capfd.readouterr().out))
+    assert found[0]["tokens"] == found[1]["tokens"]
+    assert [each["lanes"] for each in found] == [1, 1 if threads else 2]
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("plan", ["batched", "folded"])
 @pytest.mark.parametrize("flags", [("0",), ("2",), ("2", "--temperature", "1"), ("0", "--format", "json")])
 def test_logits_that_are_not_finite(
-    executor: Executor, capfd: pytest.CaptureFixture[str], value: float, flags: tuple[str, ...]
+    executor: Executor, capfd: pytest.CaptureFixture[str], value: float, plan: str, flags: tuple[str, ...]
 ) -> None:
-    logits = torch.zeros(1, 256)
-    logits[0, 7] = value
-    assert tee(executor, {"lm_head": lambda call: logits}, "--prefill", "2", "--max-new-tokens", *flags) == 4
+    logits = torch.zeros(1, 1, 256)
+    logits[0, 0, 7] = value
+    lies = {"lm_head": lambda call: logits, "down_lm_head": lambda call: (torch.ones(1, 1, 64), logits)}
+    assert tee(executor, lies, "--prefill", "2", "--plan", plan, "--max-new-tokens", *flags) == 4
+    assert "lm_head, logits" in last_line(capfd)
+
+
+@pytest.mark.parametrize("plan", ["folded", "linear"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, 0.0, 1e38])
+def test_a_residual_stream_that_makes_no_sense(
+    executor: Executor, capfd: pytest.CaptureFixture[str], value: float, plan: str
+) -> None:
+    """Its length is what everything is scaled by: whatever it is, nothing is chosen by numbers that are none."""
+    lies = {"down_lm_head": lambda call: (torch.full((1, 1, 64), value), torch.ones(1, 1, 256))}
+    code = tee(executor, lies, "--prefill", "2", "--plan", plan, "--max-new-tokens", "1", "--format", "json")
+    if value == value:
+        assert code == 0
+        assert all(math.isfinite(logit) for _, logit in json.loads(capfd.readouterr().out)["top_logits"])
+    else:
+        assert code == 4
+        assert "lm_head, logits" in last_line(capfd)
+
+
+@pytest.mark.parametrize("plan", ["per-op", "folded", "linear"])
+@pytest.mark.parametrize("rows", ["1", "3"])
+def test_a_residual_stream_of_zeros_and_no_epsilon(
+    executor: Executor, capfd: pytest.CaptureFixture[str], rows: str, plan: str
+) -> None:
+    """It has no length: one row or many, what comes of it is no number, and nothing is chosen by it."""
+    lies = {
+        **describe(config(rms_norm_eps=0.0)),
+        "embedding": lambda call: torch.zeros(1, int(rows), 64),
+        "down_lm_head": lambda call: (torch.zeros(1, 1, 64), torch.ones(1, 1, 256)),
+    }
+    assert tee(executor, lies, "--prefill", rows, "--plan", plan, "--max-new-tokens", "1") == 4
     assert "lm_head, logits" in last_line(capfd)
 
 
@@ -107,29 +164,80 @@ def test_the_text_of_an_error_is_one_plain_line(
     def fail(call: fastsplit.Call) -> None:
         raise RuntimeError(text)
 
-    assert tee(executor, {"linear": fail}) == 1
-    assert last_line(capfd).startswith("tee_side: linear: RuntimeError: ")
+    assert tee(executor, {"scores": fail}) == 1
+    assert last_line(capfd).startswith("tee_side: scores: RuntimeError: ")
 
 
 REPLIES: dict[str, Callable[..., Any]] = {
     "nothing": lambda call: None,
-    "too many": lambda call: [torch.ones(5, 64)] * 2,
-    "another dtype": lambda call: torch.ones(5, 64, dtype=torch.float64),
-    "another shape": lambda call: torch.ones(64, 5),
-    "gigabytes": lambda call: torch.ones(1, 1).expand(2**14, 2**12),
+    "too many": lambda call: [torch.ones(1, 5, 64)] * 3,
+    "another dtype": lambda call: torch.ones(1, 5, 64, dtype=torch.float64),
+    "another shape": lambda call: torch.ones(1, 64, 5),
+    "another rank": lambda call: torch.ones(5, 64),
+    "gigabytes": lambda call: torch.ones(1, 1, 1).expand(1, 2**14, 2**12),
 }
 
 
-@pytest.mark.parametrize("name", REPLIES)
-def test_a_reply_that_was_not_asked_for(executor: Executor, capfd: pytest.CaptureFixture[str], name: str) -> None:
-    assert tee(executor, {"embedding": REPLIES[name]}) == 4
+OPS = {
+    "describe": "auto",
+    "tee_weights": "auto",
+    "open": "auto",
+    "embedding": "batched",
+    "linear": "batched",
+    "scores": "batched",
+    "values": "batched",
+    "lm_head": "batched",
+    "qkv": "fused",
+    "values_o": "fused",
+    "embedding_qkv": "folded",
+    "values_gate_up": "folded",
+    "down_qkv": "folded",
+    "down_lm_head": "folded",
+    "embedding_scores": "linear",
+    "down_scores": "linear",
+}
+"""Each operation whose reply is needed, and a plan that has it."""
+
+
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [
+        *((op, "another shape") for op in list(OPS)[3:]),
+        *(("down_qkv", name) for name in REPLIES if name != "another shape"),
+    ],
+)
+def test_a_reply_that_was_not_asked_for(
+    executor: Executor, capfd: pytest.CaptureFixture[str], op: str, name: str
+) -> None:
+    assert tee(executor, {op: REPLIES[name]}, "--prefill", "5", "--plan", OPS[op]) == 4
     assert "protocol: a reply" in last_line(capfd)
 
 
-@pytest.mark.parametrize("op", ["describe", "norms", "embedding", "linear", "scores", "values", "lm_head"])
+@pytest.mark.parametrize("number", [None, "1", 2**63 - 1])
+def test_a_session_that_is_none(executor: Executor, capfd: pytest.CaptureFixture[str], number: Any) -> None:
+    """What is no number is the peer's fault; one that it does not know is its own affair, and comes back as such."""
+
+    def lie(call: fastsplit.Call) -> None:
+        if number is not None:
+            call.reply_attrs["session"] = number
+
+    code = tee(executor, {"open": lie})
+    assert code == (1 if isinstance(number, int) else 4)
+    assert "session: " in last_line(capfd)
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_a_gpu_side_that_leaves(executor: Executor, capfd: pytest.CaptureFixture[str], op: str) -> None:
-    assert tee(executor, {op: lambda call: call._connection.wire.link.shutdown()}) == 3
+    leave = {op: lambda call: call._connection.wire.link.shutdown()}
+    assert tee(executor, leave, "--prefill", "5", "--plan", OPS[op]) == 3
     assert "connection: " in last_line(capfd)
+
+
+def test_a_gpu_side_that_leaves_at_the_very_end(executor: Executor, capfd: pytest.CaptureFixture[str]) -> None:
+    """All tokens are there, and the session has gone with the connection: nothing is lost."""
+    leave = {"close": lambda call: call._connection.wire.link.shutdown()}
+    assert tee(executor, leave, "--prefill", "5", "--max-new-tokens", "3", "--format", "json") == 0
+    assert json.loads(capfd.readouterr().out)["new_tokens"] == 3
 
 
 @pytest.mark.parametrize(
@@ -168,25 +276,33 @@ def test_every_temperature_draws(temperature: float) -> None:
 
 def test_requests_that_would_make_a_large_reply_are_refused() -> None:
     executor = Executor(MODEL, max_reply_nbytes=40_000)
-    ids = torch.zeros(200, dtype=torch.int64)
+    ids = torch.zeros(1, 200, dtype=torch.int64)
+    some = ids[:, :130]
+    tables = torch.zeros(1, 130, 8)
     with (
         fastsplit.Server("tcp://127.0.0.1:0", executor.handlers, arrays="torch") as server,
         fastsplit.connect(server.uri, arrays="torch") as channel,
         fastsplit.connect(server.uri, arrays="torch") as other,
     ):
+        number = channel.call("open", batch=1, capacity=0, dtype="float32").attrs["session"]
+        at = {"session": number, "lane": 0, "layer": 0, "start": 0}
         for op, tensors, attrs in (
-            ("embedding", (ids,), {}),
-            ("linear", (torch.zeros(80, 64),), {"layer": 0, "names": ["gate"]}),
-            ("linear", (torch.zeros(50, 64),), {"layer": 0, "names": ["gate", "up"]}),
-            ("lm_head", (torch.zeros(40, 64),), {}),
-            ("scores", (torch.zeros(60, 4, 16), torch.zeros(60, 2, 16)), {"block_rows": 128}),
-            ("values", (torch.zeros(4, 157, 1), torch.zeros(1, 2, 16)), {}),
+            ("embedding", (ids,), at),
+            ("embedding_qkv", (ids,), at),
+            ("embedding_qkv", (ids[:, :150],), at),  # the embedding alone is not too large
+            ("embedding_scores", (some, tables, tables), {**at, "first": 0, "last": 130}),
+            ("linear", (torch.zeros(1, 80, 64),), {"layer": 0, "names": ["gate"]}),
+            ("linear", (torch.zeros(2, 25, 64),), {"layer": 0, "names": ["gate", "up"]}),
+            ("lm_head", (torch.zeros(1, 40, 64),), {}),
+            ("qkv", (torch.zeros(1, 120, 64),), at),
+            ("scores", (torch.zeros(1, 60, 6, 16),), {**at, "first": 0, "last": 60}),
         ):
             with pytest.raises(RemoteOpError, match=f"{LimitError.__name__}: a reply of .* bytes, expected at most"):
                 channel.call(op, *tensors, **attrs)
-        with pytest.raises(RemoteOpError, match="each once"):
-            channel.call("linear", torch.zeros(1, 64), layer=0, names=["q", "q"])
-        assert other.call("embedding", ids[:9])[0].shape == (9, 64)
+        own = other.call("open", batch=1, capacity=0, dtype="float32").attrs["session"]
+        assert other.call("embedding", ids[:, :9], **{**at, "session": own})[0].shape == (1, 9, 64)
+        with pytest.raises(RemoteOpError, match="not open on this connection"):
+            other.call("embedding", ids[:, :9], **at)
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,26 @@ import pytest
 import torch
 
 import fastsplit
+from fastsplit import devices, remote, tee_side
+from fastsplit import gpu_side as gpu_side_script
+from fastsplit.executor import Executor
+from fastsplit.models import open_model
+from fastsplit.ops import PLANS
+from fastsplit.remote import RemoteModel, share_cores
+from fastsplit.wire import link
 
 pytest.importorskip("transformers")
+from lazy_driver import LazyDriver
 from split import load_hf, make_model, relative_error
 
 ROOT = Path(fastsplit.__file__).parent.parent
 KEYS = {
     "plan": str,
+    "plan_wanted": str,
+    "plan_reason": str,
+    "wire_dtype": str,
+    "tee_dtype": str,
+    "lanes": int,
     "uri": str,
     "shm": bool,
     "shm_reason": str,
@@ -90,7 +103,7 @@ def gpu_side(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[GpuSide
     assert not (directory / "gpu.sock").exists()
 
 
-@pytest.mark.parametrize("plan", ["per-op", "batched"])
+@pytest.mark.parametrize("plan", PLANS)
 def test_json_is_one_document_with_hf_logits(gpu_side: tuple[GpuSide, Path], plan: str) -> None:
     side, model = gpu_side
     ids = [5, 17, 80, 3, 3, 42]
@@ -108,12 +121,14 @@ def test_json_is_one_document_with_hf_logits(gpu_side: tuple[GpuSide, Path], pla
     assert relative_error(top, logits.topk(10).values) <= 1e-5
     expected = reference.generate(torch.tensor([ids]), max_new_tokens=5, do_sample=False)[0, len(ids) :]
     assert report["tokens"] == expected.tolist()
-    assert (report["prompt_tokens"], report["new_tokens"], report["plan"]) == (6, 5, plan)
-    per_forward = {"per-op": 9, "batched": 6}[plan] * 3 + 2
-    assert report["rpc_calls"] == 5 * per_forward
-    assert report["setup_calls"] == 2
+    assert (report["prompt_tokens"], report["new_tokens"]) == (6, 5)
+    assert (report["plan"], report["plan_wanted"], report["plan_reason"]) == (plan, plan, "")
+    per_layer, once = PLANS[plan]
+    assert report["rpc_calls"] == 5 * (per_layer * 3 + once)
+    assert report["setup_calls"] == 4, "describe, tee_weights, open, close"
     assert report["shm"] is True
-    assert report["bytes_copied"] == 8 * (6 + 4), "token ids"
+    keep = 1 if plan in ("folded", "linear") else 0
+    assert report["bytes_copied"] == 8 * (6 + 4 + keep), "token ids, and the prompt's row that is wanted"
     assert report["bytes_shared"] > 10_000 > report["bytes_copied"]
     parts = ("serialization_s", "communication_s", "gpu_compute_s", "tee_compute_s")
     assert sum(report[part] for part in parts) == pytest.approx(report["wall_s"], rel=0.02)
@@ -121,6 +136,26 @@ def test_json_is_one_document_with_hf_logits(gpu_side: tuple[GpuSide, Path], pla
         report["gpu_compute_s"] + report["tee_compute_s"]
     )
     assert {op["side"] for op in report["ops"].values()} == {"gpu", "tee"}
+
+
+def test_a_plan_that_this_model_cannot_have_is_another_one_and_the_report_says_why(tmp_path: Path) -> None:
+    make_model(tmp_path / "model", {"model_type": "qwen2"})
+    side = GpuSide("--model", str(tmp_path / "model"), listen=f"unix://{tmp_path}/gpu.sock")
+    try:
+        flags = ("--connect", side.uri, "--model", str(tmp_path / "model"), "--prefill", "5", "--max-new-tokens", "2")
+        done = run("tee_side", *flags, "--plan", "linear", "--format", "json")
+        report = json.loads(done.stdout)
+        reason = "qwen2: biases of q and k come between the products"
+        assert (report["plan"], report["plan_wanted"], report["plan_reason"]) == ("folded", "linear", reason)
+        assert report["rpc_calls"] == 2 * (3 * 3 + 1)
+        text = run("tee_side", *flags, "--plan", "linear").stderr
+        assert f"\nplan folded instead of linear: {reason}\n" in text
+        report = json.loads(run("tee_side", *flags, "--wire-dtype", "float16", "--format", "json").stdout)
+        reason = "float16: the residual stream may leave its range"
+        assert (report["plan"], report["plan_wanted"], report["plan_reason"]) == ("fused", "auto", reason)
+        assert (report["dtype"], report["wire_dtype"], report["tee_dtype"]) == ("float32", "float16", "float16")
+    finally:
+        assert side.stop() == 0
 
 
 def test_text_goes_to_stdout_and_the_report_to_stderr(gpu_side: tuple[GpuSide, Path], tmp_path: Path) -> None:
@@ -142,10 +177,12 @@ def test_text_goes_to_stdout_and_the_report_to_stderr(gpu_side: tuple[GpuSide, P
     assert len(done.stdout.split()) == 4
     assert "warning: configuration and norm weights come from the GPU side" in done.stderr
     assert "\nshared memory: yes, " in done.stderr
-    for word in ("RPC calls", "serialization", "embedding", "linear", "matmul", "lm_head", "rmsnorm", "rotary", "silu"):
+    assert ", plan folded, " in done.stderr
+    words = ("RPC calls", "serialization", "embedding+linear", "matmul+linear", "linear+lm_head", "rmsnorm", "rotary")
+    for word in (*words, "softmax", "silu", "sampling"):
         assert word in done.stderr
     events = json.loads(trace.read_text())["traceEvents"]
-    assert {event["name"] for event in events} >= {"linear", "softmax"}
+    assert {event["name"] for event in events} >= {"linear", "matmul", "softmax"}
     assert all(event["dur"] >= 0 for event in events if event["ph"] == "X")
 
 
@@ -164,7 +201,7 @@ def test_max_new_tokens_0_stops_after_the_prompt(gpu_side: tuple[GpuSide, Path])
     side, _ = gpu_side
     flags = ("--prefill", "20", "--max-new-tokens", "0", "--format", "json")
     first, second = (json.loads(run("tee_side", "--connect", side.uri, *flags).stdout) for _ in range(2))
-    assert first["rpc_calls"] == 6 * 3 + 2
+    assert first["rpc_calls"] == 3 * 3 + 1
     assert (first["tokens"], first["decode_s"]) == ([], 0)
     assert first["top_logits"] == second["top_logits"], "the ids are seeded"
 
@@ -272,6 +309,91 @@ def test_port_and_path_in_use(gpu_side: tuple[GpuSide, Path]) -> None:
     assert "Address already in use" in done.stderr
     with fastsplit.connect(side.uri, arrays="numpy") as channel:
         assert "config" in channel.call("describe").attrs, "the first one goes on serving"
+
+
+class _Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("cuda", "threads", "env", "expected"),
+    [
+        (False, 2, None, 0.0),
+        (False, 1, None, None),
+        (True, 2, None, None),
+        (False, 2, "30", None),
+    ],
+    ids=["all cores", "a core is left", "a device", "the user's word"],
+)
+def test_the_gpu_side_spins_only_on_cores_that_it_does_not_compute_with(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cuda: bool, threads: int, env: str | None, expected: float | None
+) -> None:
+    given: dict[str, Any] = {}
+
+    def server(uri: str, handlers: Any, **options: Any) -> None:
+        given.update(options)
+        raise _Stop
+
+    monkeypatch.setattr(gpu_side_script, "Server", server)
+    monkeypatch.setattr(link, "cores", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(devices, "open_device", lambda name: devices.Cuda(LazyDriver()) if cuda else devices.Cpu())
+    monkeypatch.delenv("FASTSPLIT_SPIN_US", raising=False)
+    if env is not None:
+        monkeypatch.setenv("FASTSPLIT_SPIN_US", env)
+    args = gpu_side_script._parser().parse_args(["--model", "random:tiny", "--listen", f"unix://{tmp_path}/s"])
+    with pytest.raises(_Stop):
+        gpu_side_script._serve(args)
+    assert given["spin_us"] == expected
+
+
+@pytest.mark.parametrize(("threads", "query", "expected"), [(2, "", 0.0), (1, "", 50.0), (2, "?shm=off", 50.0)])
+def test_the_tee_side_does_not_spin_on_cores_that_the_gpu_side_computes_with(
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    threads: int,
+    query: str,
+    expected: float,
+) -> None:
+    executor = Executor(open_model("random:tiny"))
+
+    def describe(call: fastsplit.Call) -> None:
+        executor.handlers["describe"](call)
+        call.reply_attrs["threads"] = threads
+
+    found: list[float] = []
+
+    def share(channel: fastsplit.Channel, model: RemoteModel) -> None:
+        share_cores(channel, model)
+        found.append(channel.spin_us)
+
+    monkeypatch.setattr(link, "cores", lambda: 2)
+    monkeypatch.delenv("FASTSPLIT_SPIN_US", raising=False)
+    monkeypatch.setattr(remote, "share_cores", share)
+    handlers = {**executor.handlers, "describe": describe}
+    with fastsplit.Server(f"unix://{tmp_path}/s", handlers, arrays="torch") as server:
+        flags = ("--model", "random:tiny", "--prefill", "3", "--max-new-tokens", "2")
+        assert tee_side.main(["--connect", server.uri + query, *flags]) == 0, capfd.readouterr().err
+    assert found == [expected]
+
+
+def test_linear_runs_with_one_lane_whatever_is_asked_for(gpu_side: tuple[GpuSide, Path]) -> None:
+    side, model = gpu_side
+    flags = ("--model", str(model), "--prefill", "300", "--max-new-tokens", "2", "--format", "json", "--lanes", "2")
+    found = {
+        plan: json.loads(run("tee_side", "--connect", side.uri, *flags, "--plan", plan).stdout)
+        for plan in ("folded", "linear")
+    }
+    assert {plan: report["lanes"] for plan, report in found.items()} == {"folded": 2, "linear": 1}
+    assert found["folded"]["tokens"] == found["linear"]["tokens"]
+
+
+@pytest.mark.parametrize("lanes", ["0", "-1", "17", "x"])
+def test_lanes_that_there_are_not(lanes: str) -> None:
+    done = run("tee_side", "--connect", "unix:///x", "--prefill", "1", "--lanes", lanes)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--lanes" in done.stderr
 
 
 @pytest.mark.parametrize("scheme", ["unix", "tcp"])

@@ -17,11 +17,12 @@ import zmq.utils.garbage
 import fastsplit
 from benches.bench_prefill import SYSTEMS
 from benches.processes import process
-from benches.rivals.backend import RivalBackend
+from benches.rivals.backend import RivalBackend, rival_runner
 from benches.rivals.executor import RIVALS
 from benches.rivals.hf import load
 from fastsplit.models import Model, open_model
-from fastsplit.runner import RemoteModel, Runner
+from fastsplit.remote import RemoteModel
+from fastsplit.runner import Runner
 
 SPEC = "random:tiny@7"
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,14 +52,15 @@ def runner(request: pytest.FixtureRequest, model: Model, addresses: dict[str, st
         known = RemoteModel.fetch(channel, model)
     with RivalBackend(addresses[request.param], RIVALS[request.param], model.config, timeout_s=60) as backend:
         with torch.inference_mode():
-            yield Runner(known, backend, "batched")
+            yield rival_runner(known, backend)
     zmq.utils.garbage.gc.stop()  # pyzmq's thread for sends without a copy
 
 
 def test_a_rival_gives_hfs_logits(runner: Runner, hf: Any) -> None:
     ids = torch.randint(0, 256, (200,), generator=torch.Generator().manual_seed(1))
     expected = hf(ids[None]).logits[0]
-    ours = runner.forward(ids, runner.new_cache(len(ids)), all_logits=True)
+    with runner.new_cache(1, len(ids)) as cache:
+        ours = runner.forward(ids[None], cache, keep="all")[0]
     assert float((ours - expected).abs().max() / expected.abs().max()) <= 1e-4
 
 
@@ -98,9 +100,37 @@ def test_one_command_measures_every_system(tmp_path: Path) -> None:
         assert len(result["rounds"][system]) == 2
         assert result["medians"][system]["logits_error"] <= 1e-4
         if not system.startswith("hf-"):
-            assert result["medians"][system]["rpc_calls"] == 6 * 2 + 2
-    for system in ("fastsplit-unix", "fastsplit-tcp"):
+            calls = 3 * 2 + 1 if system.endswith("folded") else 6 * 2 + 2
+            assert result["medians"][system]["rpc_calls"] == calls
+        assert result["medians"][system]["wall_to_sdpa"] > 0
+    for system in ("unix-folded", "tcp-folded"):
         assert result["medians"][system]["bytes_copied"] == 0
         assert result["medians"][system]["communication_to_floor"] > 0
     for key in ("date", "command", "git_revision", "cpu", "cores", "kernel", "packages", "threads"):
         assert key in result["environment"]
+
+
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [
+        ("bench_decode", ["--model", SPEC, "--new-tokens", "6", "--rounds", "1", "--threads", "1", "--rivals"]),
+        ("bench_overlap", ["--layers", "1", "--prefill", "256", "--lanes", "1", "2", "--rounds", "1"]),
+        ("counts", ["--prefill", "150", "--link"]),
+    ],
+)
+def test_the_other_commands_end_well(tmp_path: Path, module: str, options: list[str]) -> None:
+    output = tmp_path / "result.json"
+    run = subprocess.run(
+        [sys.executable, "-m", f"benches.{module}", *options, "--output", str(output)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert run.returncode == 0, run.stderr
+    result = json.loads(output.read_text())
+    assert result["environment"]["command"].startswith(f"python -m benches.{module}")
+    if module == "bench_decode":
+        assert all(median["same_tokens"] for median in result["dtypes"]["float32"]["medians"].values())
+    if module == "counts":
+        assert all(one["counted"] == one["formula"] for one in result["counts"])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import _thread
+import contextlib
 import gc
 import logging
+import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,82 +22,329 @@ from fastsplit.devices import Cpu, Cuda, TorchDriver, open_device
 from fastsplit.errors import ModelError
 from fastsplit.executor import Executor
 from fastsplit.models import open_model
-from fastsplit.ops import row_blocks
+from fastsplit.ops import Block, block_attrs, packed_elements, row_blocks
+from fastsplit.wire.server import Client
 
 MODEL = open_model("random:tiny")
+CONFIG = MODEL.config
+HEADS, KV_HEADS, HEAD_DIM = CONFIG.num_attention_heads, CONFIG.num_key_value_heads, CONFIG.head_dim
+HIDDEN, INTER = CONFIG.hidden_size, CONFIG.intermediate_size
 SCHEDULES = [eager for count in range(4) for eager in combinations(STREAMS, count)]
 
 
-def call(tensors: Sequence[torch.Tensor] = (), **attrs: Any) -> Any:
+def call(client: Client, tensors: Sequence[torch.Tensor] = (), **attrs: Any) -> Any:
     """A request as a handler sees it; the reply's memory is poison until it is written."""
 
     def empty(shape: Sequence[int], dtype: str) -> torch.Tensor:
         return poison_(torch.empty(tuple(shape), dtype=getattr(torch, dtype)))
 
-    return SimpleNamespace(tensors=tuple(tensors), attrs=attrs, reply_attrs={}, empty=empty)
+    return SimpleNamespace(tensors=tuple(tensors), attrs=attrs, reply_attrs={}, empty=empty, client=client)
 
 
-def requests(dtype: str) -> dict[str, tuple[str, Any, list[str]]]:
-    """Each operation: its name, its request, and what DMA it takes."""
+class Step(NamedTuple):
+    """A request. `order`: what happens with it on streams that do everything at once; DMA is "in" and "out".
+
+    `scores`: how many elements of the last result mean something, where that is packed scores.
+    """
+
+    op: str
+    tensors: list[torch.Tensor]
+    attrs: dict[str, Any]
+    order: list[str]
+    scores: int = 0
+
+
+def steps(dtype: str, session: int) -> Iterator[Step]:
+    """Every operation, one after another in one session: what one of them stores is what a later one reads."""
     kind = getattr(torch, dtype)
+    done = 0
 
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(kind)
+    def random(*shape: int, kind: torch.dtype = kind) -> torch.Tensor:
+        nonlocal done
+        done += 1
+        return torch.randn(shape, generator=torch.Generator().manual_seed(done)).to(kind)
 
-    blocks = row_blocks(5, 7, 2)
-    probabilities = [random(4, block.rows, block.columns) for block in blocks]
+    def at(layer: int, start: int = 0, lane: int = 0) -> dict[str, Any]:
+        return {"session": session, "lane": lane, "layer": layer, "start": start}
+
+    def packed(blocks: list[Block]) -> torch.Tensor:
+        return random(packed_elements(2, HEADS, blocks))
+
+    def scores(blocks: list[Block]) -> int:
+        return 2 * HEADS * sum(block.rows * block.columns for block in blocks)
+
+    def give(count: int) -> list[str]:
+        return count * ["compute", "out"]
+
+    ids, one_id = torch.tensor([[3, 0, 255, 7, 7], [1, 2, 3, 4, 5]]), torch.tensor([[9], [250]])
+    blocks, one = row_blocks(5, 5, 2), [Block(0, 1, 0, 5)]
+    next_one = [Block(0, 1, 0, 6)]
+    keep = torch.tensor([4, 1])
+    scales, one_scale = random(2, 5, kind=torch.float32), random(2, 1, kind=torch.float32)
+    qk, q, k, v = HEADS + KV_HEADS, HEADS, KV_HEADS, KV_HEADS
     names = ["q", "k", "v"]
-    return {
-        "norms": ("norms", call(), ["out"]),
-        "embedding": ("embedding", call([torch.tensor([3, 0, 255])]), ["in", "out"]),
-        "linear": ("linear", call([random(5, 64)], layer=1, names=names), ["in", "out", "out", "out"]),
-        "scores": ("scores", call([random(5, 4, 16), random(7, 2, 16)], block_rows=2), ["in", "in"] + 3 * ["out"]),
-        "values": ("values", call([*probabilities, random(7, 2, 16)]), ["in"] + 3 * ["in", "out"]),
-        "lm_head": ("lm_head", call([random(2, 64)]), ["in", "out"]),
-    }
+
+    yield Step("embedding", [ids], at(0), ["in", *give(1)])
+    yield Step("linear", [random(2, 5, HIDDEN)], {"layer": 1, "names": names}, ["in", *give(3)])
+    yield Step("linear", [random(1, 1, HIDDEN)], {"layer": 1, "names": names}, ["in", *give(1)])
+    yield Step("lm_head", [random(2, 1, HIDDEN)], {}, ["in", *give(1)])
+    # per-op and batched, of layer 1
+    tensors = [random(2, 5, q, HEAD_DIM), random(2, 5, k, HEAD_DIM)]
+    yield Step("scores", tensors, {**at(1), **block_attrs(blocks)}, ["in", "in", "compute", *give(1)], scores(blocks))
+    yield Step("values", [packed(blocks), random(2, 5, v, HEAD_DIM)], at(1), ["in", "compute", "in", *give(1)])
+    # fused: q and k there and back, v stays; then the next token
+    yield Step("qkv", [random(2, 5, HIDDEN)], at(0), ["in", *give(1), "compute", "compute"])
+    yield Step(
+        "scores",
+        [random(2, 5, qk, HEAD_DIM)],
+        {**at(0), **block_attrs(blocks)},
+        ["in", "compute", *give(1)],
+        scores(blocks),
+    )
+    yield Step("values_o", [packed(blocks)], at(0), ["in", "compute", *give(1)])
+    yield Step("qkv", [random(2, 1, HIDDEN)], at(0, 5), ["in", *give(1), "compute", "compute"])
+    yield Step(
+        "scores",
+        [random(2, 1, qk, HEAD_DIM)],
+        {**at(0, 5), **block_attrs(next_one)},
+        ["in", "compute", *give(1)],
+        scores(next_one),
+    )
+    yield Step("values_o", [packed(next_one)], at(0, 5), ["in", "compute", *give(1)])
+    yield Step("truncate", [], {"session": session, "length": 0}, [])
+    # folded, the last layer with one row of each sequence
+    attended = ["compute", "compute", "out", "compute", "compute", "out"]
+    yield Step("embedding_qkv", [ids], at(0), ["in", *give(1), "compute", *give(1), "compute", "compute"])
+    yield Step(
+        "scores",
+        [random(2, 5, qk, HEAD_DIM), scales],
+        {**at(0), **block_attrs(blocks)},
+        ["in", "compute", "in", "compute", *give(1)],
+        scores(blocks),
+    )
+    yield Step("values_gate_up", [packed(blocks)], at(0), ["in", *attended])
+    yield Step("down_qkv", [random(2, 5, INTER)], at(1), ["in", *give(1), "compute", *give(1), "compute", "compute"])
+    tensors = [random(2, 1, q, HEAD_DIM), random(2, 5, k, HEAD_DIM), scales, keep]
+    yield Step(
+        "scores",
+        tensors,
+        {**at(1), **block_attrs(one)},
+        ["in", "in", "compute", "in", "compute", "in", "compute", *give(1)],
+        scores(one),
+    )
+    yield Step("values_gate_up", [packed(one)], at(1), ["in", *attended])
+    yield Step("down_lm_head", [random(2, 1, INTER)], at(1), ["in", *give(1), "compute", *give(1)])
+    # linear, the same; then the next token
+    tables = [random(1, 5, HEAD_DIM // 2, kind=torch.float32) for _ in range(2)]
+    projected = ["compute", "compute", "compute", "compute", "compute", "out"]
+    yield Step(
+        "embedding_scores",
+        [ids, *tables],
+        {**at(0, lane=1), **block_attrs(blocks)},
+        ["in", *give(1), "in", "in", *projected],
+        scores(blocks),
+    )
+    scaled = ["in", "in", "compute", "compute"]
+    yield Step("values_gate_up", [packed(blocks), scales], at(0, lane=1), [*scaled, *attended])
+    yield Step(
+        "down_scores",
+        [random(2, 5, INTER), keep],
+        {**at(1, lane=1), **block_attrs(one)},
+        ["in", *give(1), *projected[:4], "in", "compute", "compute", *projected[4:]],
+        scores(one),
+    )
+    yield Step("values_gate_up", [packed(one), scales], at(1, lane=1), [*scaled, *attended])
+    yield Step("down_lm_head", [random(2, 1, INTER)], at(1, lane=1), ["in", *give(1), "compute", *give(1)])
+    tables = [random(1, 1, HEAD_DIM // 2, kind=torch.float32) for _ in range(2)]
+    yield Step(
+        "embedding_scores",
+        [one_id, *tables],
+        {**at(0, 5, lane=1), **block_attrs(next_one)},
+        ["in", *give(1), "in", "in", *projected],
+        scores(next_one),
+    )
+    yield Step("values_gate_up", [packed(next_one), one_scale], at(0, 5, lane=1), [*scaled, *attended])
+    # a new order, one more sequence; and a cache that has to grow
+    moved = 4 * ["compute"]  # keys and values of two layers
+    yield Step("reorder", [torch.tensor([1, 0, 1])], {"session": session}, ["in", *moved])
+    yield Step("reorder", [torch.tensor([2, 0])], {"session": session}, ["in", *moved])
+    more = row_blocks(70, 76, 70)
+    yield Step("qkv", [random(2, 70, HIDDEN)], at(0, 6), ["in", *give(1), "compute", "compute", "compute"])
+    yield Step(
+        "scores",
+        [random(2, 70, qk, HEAD_DIM)],
+        {**at(0, 6), **block_attrs(more)},
+        ["in", "compute", "compute", *give(1)],
+        scores(more),
+    )
+    yield Step("values_o", [packed(more)], at(0, 6), ["in", "compute", *give(1)])
+    yield Step("close", [], {"session": session}, [])
 
 
-def run(executor: Executor, op: str, request: Any) -> list[torch.Tensor]:
-    results = executor.handlers[op](request)
-    return [results] if isinstance(results, torch.Tensor) else results
+def run(executor: Executor, client: Client, step: Step) -> list[torch.Tensor]:
+    results = executor.handlers[step.op](call(client, step.tensors, **step.attrs))
+    results = [] if results is None else [results] if isinstance(results, torch.Tensor) else list(results)
+    return [*results[:-1], results[-1][: step.scores]] if step.scores else results
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def cpu(request: pytest.FixtureRequest) -> Executor:
-    return Executor(MODEL, dtype=request.param)
+def opened(executor: Executor, client: Client, dtype: str) -> int:
+    request = call(client, batch=2, capacity=1, dtype=dtype)
+    executor.handlers["open"](request)
+    number: int = request.reply_attrs["session"]
+    return number
+
+
+class Reference(NamedTuple):
+    """What the CPU makes of the steps, in an executor's dtype and a session's."""
+
+    dtype: str
+    wire: str
+    steps: list[Step]
+    results: list[list[torch.Tensor]]
+
+
+@pytest.fixture(
+    scope="module", params=[("float32", "float32"), ("bfloat16", "bfloat16"), ("float32", "bfloat16")], ids="-".join
+)
+def reference(request: pytest.FixtureRequest) -> Reference:
+    dtype, wire = request.param
+    executor, client = Executor(MODEL, dtype=dtype), Client()
+    number = opened(executor, client, wire)
+    asked = list(steps(wire, number))
+    results = [run(executor, client, step) for step in asked]
+    assert not any(result.isnan().any() for each in results for result in each)
+    assert (executor.sessions.nbytes, len(executor.sessions)) == (0, 0)
+    return Reference(dtype, wire, asked, results)
 
 
 @pytest.mark.parametrize("eager", SCHEDULES, ids=lambda eager: "+".join(eager) or "lazy")
-def test_every_operation_gives_what_the_cpu_gives_with_one_dma_a_tensor(cpu: Executor, eager: tuple[str, ...]) -> None:
+def test_every_operation_gives_what_the_cpu_gives_with_one_dma_a_tensor(
+    reference: Reference, eager: tuple[str, ...]
+) -> None:
+    """Keys and values stay on the device between one call and the next; poison never shows up."""
     driver = LazyDriver(eager)
-    executor = Executor(MODEL, device=Cuda(driver), dtype=cpu.dtype)
-    for op, request, transfers in requests(cpu.dtype).values():
+    executor, client = Executor(MODEL, device=Cuda(driver), dtype=reference.dtype), Client()
+    assert opened(executor, client, reference.wire) == 1
+    assert driver.copies == []
+    for step, expected in zip(reference.steps, reference.results):
         driver.copies.clear()
         synchronized = driver.synchronized
-        results = run(executor, op, request)
-        for result, expected in zip(results, run(cpu, op, request), strict=True):
-            assert not expected.isnan().any()
-            assert torch.equal(result, expected), op
-        assert driver.idle, op
-        assert [direction for direction, _ in driver.copies] == transfers, op
-        assert driver.synchronized - synchronized == 1, f"{op}: nobody waits in between"
-        sizes = {direction: sum(n for way, n in driver.copies if way == direction) for direction in ("in", "out")}
-        assert sizes == {"in": sum(t.nbytes for t in request.tensors), "out": sum(t.nbytes for t in results)}
+        results = run(executor, client, step)
+        for result, wanted in zip(results, expected, strict=True):
+            assert torch.equal(result, wanted), step.op
+        assert driver.idle, step.op
+        transfers = [what for what in step.order if what != "compute"]
+        assert [direction for direction, _ in driver.copies] == transfers, step.op
+        waits = 0 if step.op in ("truncate", "close") else 1
+        assert driver.synchronized - synchronized == waits, f"{step.op}: nobody waits in between"
+        received = sum(nbytes for way, nbytes in driver.copies if way == "in")
+        assert received == sum(tensor.nbytes for tensor in step.tensors)
 
 
-def test_transfers_overlap_with_computing(cpu: Executor) -> None:
+@pytest.mark.parametrize("name", ["tee_weights", "describe"])
+def test_what_is_the_tees_own_takes_no_dma(name: str) -> None:
+    driver = LazyDriver()
+    executor = Executor(MODEL, device=Cuda(driver))
+    executor.handlers[name](call(Client()))
+    assert (driver.copies, driver.log) == ([], [])
+
+
+def test_transfers_overlap_with_computing(reference: Reference) -> None:
     """With nothing to wait for but what is needed, each result leaves, and each input comes, while another computes."""
     driver = LazyDriver(STREAMS)
-    executor = Executor(MODEL, device=Cuda(driver), dtype=cpu.dtype)
-    expected = {
-        "linear": ["in"] + 3 * ["compute", "out"],
-        "scores": ["in", "in"] + 3 * ["compute", "out"],
-        "values": ["in"] + 3 * ["in", "compute", "out"],
-    }
-    for op, order in expected.items():
+    executor, client = Executor(MODEL, device=Cuda(driver), dtype=reference.dtype), Client()
+    opened(executor, client, reference.wire)
+    for step in reference.steps:
         driver.log.clear()
-        run(executor, *requests(cpu.dtype)[op][:2])
-        assert driver.log == order
+        run(executor, client, step)
+        if reference.dtype == reference.wire == "float32":
+            assert driver.log == step.order, step.op
+        else:  # with casts between, of rotary tables at least
+            transfers = [what for what in driver.log if what != "compute"]
+            assert transfers == [what for what in step.order if what != "compute"], step.op
+
+
+@pytest.mark.parametrize(("dtype", "wire"), [("float32", "float32"), ("float32", "bfloat16")])
+@pytest.mark.parametrize("device", [Cpu(), Cuda(LazyDriver(STREAMS))], ids=["cpu", "cuda"])
+def test_what_is_behind_the_scores_is_nothing_of_ours(device: Any, dtype: str, wire: str) -> None:
+    """Memory comes undefined, maybe with another client's data in it: all of a reply is written before it is sent."""
+    executor, client = Executor(MODEL, device=device, dtype=dtype), Client()
+    number = opened(executor, client, wire)
+    seen = 0
+    for step in steps(wire, number):
+        results = executor.handlers[step.op](call(client, step.tensors, **step.attrs))
+        results = [] if results is None else [results] if isinstance(results, torch.Tensor) else results
+        assert not any(result.isnan().any() for result in results), step.op
+        if step.scores:
+            behind = results[-1][step.scores :]
+            assert not behind.any(), step.op
+            seen += len(behind)
+    assert seen
+
+
+# ---- a work ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("eager", SCHEDULES, ids=lambda eager: "+".join(eager) or "lazy")
+def test_what_a_work_gives_can_be_read_by_later_ones(eager: tuple[str, ...]) -> None:
+    """Within the work, and in another: a residual stream is kept on the device, and leaves once for the caller."""
+    driver = LazyDriver(eager)
+    device = Cuda(driver)
+    first, second, third = (torch.empty(3) for _ in range(3))
+    with device.work() as work:
+        x = work.take(torch.arange(3.0))
+        kept = work.give(first, lambda out: torch.add(x, 1, out=out))
+        assert kept is not first
+        work.give(second, lambda out: torch.mul(kept, 2, out=out))
+    with device.work() as work:
+        work.give(third, lambda out: torch.mul(kept, 3, out=out))
+    assert [tensor.tolist() for tensor in (first, second, third)] == [[1, 2, 3], [2, 4, 6], [3, 6, 9]]
+    assert driver.copies == [("in", 12), ("out", 12), ("out", 12), ("out", 12)]
+
+
+@pytest.mark.parametrize("eager", SCHEDULES, ids=lambda eager: "+".join(eager) or "lazy")
+def test_scratch_memory_is_written_and_read_in_the_order_of_computing(eager: tuple[str, ...]) -> None:
+    """Nobody keeps it but what computes with it, and memory of one work stays what it is in the next."""
+    driver = LazyDriver(eager)
+    device = Cuda(driver)
+    result = torch.empty(3)
+    with device.work() as work:
+        x = work.take(torch.arange(3.0))
+        cache = work.empty((3,), torch.float32)
+        scratch = work.empty((3,), torch.float32)
+        work.run(lambda: torch.add(x, 1, out=scratch))
+        work.run(lambda: cache.copy_(scratch))
+        work.run(scratch.zero_)
+    with device.work() as work:
+        work.run(lambda: cache.mul_(10))
+        work.give(result, lambda out: out.copy_(cache))
+    assert result.tolist() == [10, 20, 30]
+    assert driver.log.count("compute") == 5
+
+
+def test_what_runs_waits_for_inputs_and_is_over_with_the_work() -> None:
+    driver = LazyDriver()
+    device = Cuda(driver)
+    seen: list[float] = []
+    with device.work() as work:
+        x = work.take(torch.ones(1))
+        work.run(lambda: seen.append(float(x[0])))
+        assert seen == []
+    assert seen == [1.0]
+    assert driver.log == ["in", "compute"]
+    assert driver.idle
+
+
+def test_the_lazy_driver_poisons_memory_that_is_used_out_of_order() -> None:
+    """Scratch memory belongs to the computing stream: whoever writes to it elsewhere finds out."""
+    driver = LazyDriver(["inward"])
+    device = Cuda(driver)
+    result = torch.empty(2)
+    with device.work() as work:
+        scratch = work.empty((2,), torch.float32)
+        driver.copy(scratch, torch.ones(2), device._inward)
+        work.give(result, lambda out: out.copy_(scratch))
+    assert bool(result.isnan().all())
 
 
 def test_whatever_streams_use_is_kept_until_they_are_done() -> None:
@@ -234,16 +484,93 @@ def test_the_real_driver_gives_reasons_and_clears_the_error(monkeypatch: pytest.
 # ---- the CPU, and choosing -------------------------------------------------------------------------------------------
 
 
-def test_the_cpu_reads_and_writes_where_tensors_lie(cpu: Executor) -> None:
+def test_the_cpu_reads_and_writes_where_tensors_lie() -> None:
     device = Cpu()
     assert device.on_segment is None
     assert device.summary is None
-    assert cpu.on_segment is None
+    assert not device.asynchronous
+    assert Executor(MODEL).on_segment is None
     x, result = torch.ones(3), torch.empty(3)
+    ran: list[int] = []
     with device.work() as work:
         assert work.take(x) is x
-        work.give(result, lambda out: out.fill_(float(out.data_ptr() == result.data_ptr())))
+        out = work.give(result, lambda out: out.fill_(float(out.data_ptr() == result.data_ptr())))
+        assert out is result
+        work.run(lambda: ran.append(1))
+        assert ran == [1]
     assert result.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (0, 5), (300, 400)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_memory_of_the_cpus(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Large or small, from one place or another: it is the caller's, writable and contiguous."""
+    with Cpu().work() as work:
+        tensors = [work.empty(shape, dtype) for _ in range(3)]
+    for number, tensor in enumerate(tensors):
+        assert (tensor.dtype, tuple(tensor.shape), tensor.is_contiguous()) == (dtype, shape, True)
+        tensor.fill_(number)
+    assert all(bool((tensor == number).all()) for number, tensor in enumerate(tensors))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_an_executor_says_how_many_of_the_machines_cores_it_computes_with(
+    monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    """None of them where there is a device of its own."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for device, expected in ((Cpu(), threads), (Cuda(LazyDriver()), 0)):
+        request = call(Client())
+        Executor(MODEL, device=device).handlers["describe"](request)
+        assert type(request.reply_attrs["threads"]) is int
+        assert request.reply_attrs["threads"] == expected
+        assert set(request.reply_attrs) == {"config", "dtype", "name", "threads"}
+
+
+def test_an_executor_loads_in_a_thread_that_ends() -> None:
+    """OpenMP keeps workers for every thread that ever computed, and they would be more than there are cores."""
+    seen: set[threading.Thread] = set()
+
+    def progress(items: Any, total: int) -> Any:
+        for item in items:
+            seen.add(threading.current_thread())
+            yield item
+
+    Executor(MODEL, progress=progress)
+    (loading,) = seen
+    assert loading is not threading.current_thread()
+    assert not loading.is_alive()
+
+
+def test_an_interrupt_does_not_wait_for_the_weights() -> None:
+    """They may take minutes: whoever is stopped by a signal meanwhile ends soon."""
+    loaded, go = threading.Event(), threading.Event()
+
+    def progress(items: Any, total: int) -> Any:
+        for index, item in enumerate(items):
+            if index == 2:
+                _thread.interrupt_main()
+                go.wait(0.5)
+            yield item
+        loaded.set()
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Executor(MODEL, progress=progress)
+        assert not loaded.is_set()
+    finally:
+        go.set()
+
+
+def test_what_goes_wrong_as_weights_are_loaded_is_raised_to_whoever_asked() -> None:
+    threads = set(threading.enumerate())
+
+    def fail(items: Any, total: int) -> Any:
+        raise ModelError("model.norm.weight: not there")
+
+    with pytest.raises(ModelError, match=r"^model\.norm\.weight: not there$"):
+        Executor(MODEL, progress=fail)
+    assert set(threading.enumerate()) == threads
 
 
 def test_an_executor_passes_its_devices_hook_on() -> None:
@@ -274,19 +601,69 @@ def test_auto_is_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- trust -----------------------------------------------------------------------------------------------------------
 
 
-class _Meanwhile(Cpu):
-    """A device that starts working just when the caller changes what it sent."""
+@pytest.mark.parametrize("op", ["embedding", "embedding_qkv"])
+def test_ids_are_what_was_checked_even_if_the_caller_changes_them(op: str) -> None:
+    ids = torch.tensor([[1, 2]])
+    executor, client = Executor(MODEL), Client()
+    request = call(client, batch=1, capacity=1, dtype="float32")
+    executor.handlers["open"](request)
 
-    def __init__(self, change: Any) -> None:
-        self._change = change
+    class Late(Cpu):
+        """Looks them up when they are changed already."""
 
-    def work(self) -> Any:
-        self._change()
-        return super().work()
+        def work(self) -> Any:
+            work = super().work().__enter__()
+            change = SimpleNamespace(**{name: getattr(work, name) for name in ("take", "give", "run", "empty")})
+
+            def give(result: torch.Tensor, compute: Any) -> torch.Tensor:
+                ids.fill_(2**40)
+                return work.give(result, compute)
+
+            change.give = give
+            return contextlib.nullcontext(change)
+
+    executor.device = Late()
+    at = {"session": request.reply_attrs["session"], "lane": 0, "layer": 0, "start": 0}
+    results = executor.handlers[op](call(client, [ids], **at))
+    rows = results if isinstance(results, torch.Tensor) else results[0]
+    assert torch.equal(rows[0], MODEL.load("model.embed_tokens.weight")[1:3])
 
 
-def test_ids_are_what_was_checked_even_if_the_caller_changes_them() -> None:
-    ids = torch.tensor([1, 2])
-    executor = Executor(MODEL, device=_Meanwhile(lambda: ids.fill_(2**40)))
-    (rows,) = run(executor, "embedding", call([ids]))
-    assert torch.equal(rows, MODEL.load("model.embed_tokens.weight")[1:3])
+@pytest.mark.parametrize("op", ["reorder", "scores", "embedding_scores"])
+def test_indices_are_what_was_checked_even_if_the_caller_changes_them(op: str) -> None:
+    """What is looked up by an index out of range is memory of ours."""
+    indices = torch.tensor([1])
+    executor, client = Executor(MODEL), Client()
+    request = call(client, batch=1, capacity=1, dtype="float32")
+    executor.handlers["open"](request)
+    at = {"session": request.reply_attrs["session"], "lane": 0, "layer": 0, "start": 0}
+    taken: list[torch.Tensor] = []
+
+    class Late(Cpu):
+        def work(self) -> Any:
+            work = super().work().__enter__()
+
+            def take(tensor: torch.Tensor) -> torch.Tensor:
+                if tensor.dtype == torch.int64 and tensor.shape == (1,):
+                    taken.append(tensor)
+                    indices.fill_(2**40)
+                return work.take(tensor)
+
+            return contextlib.nullcontext(SimpleNamespace(take=take, give=work.give, run=work.run, empty=work.empty))
+
+    executor.device = Late()
+    ids = torch.tensor([[1, 2]])
+    tables = [torch.ones(1, 2, HEAD_DIM // 2) for _ in range(2)]
+    if op == "reorder":
+        indices.zero_()
+        executor.handlers[op](call(client, [indices], session=at["session"]))
+    elif op == "scores":
+        executor.handlers["embedding_qkv"](call(client, [ids], **at))
+        taken.clear()
+        indices.fill_(1)
+        tensors = [torch.ones(1, 1, HEADS, HEAD_DIM), torch.ones(1, 2, KV_HEADS, HEAD_DIM)]
+        executor.handlers[op](call(client, [*tensors, torch.ones(1, 2), indices], **at, first=0, last=2))
+    else:
+        executor.handlers[op](call(client, [ids, *tables, indices], **at, first=0, last=2))
+    assert int(indices) == 2**40
+    assert all(int(tensor.max()) < 2**40 for tensor in taken)

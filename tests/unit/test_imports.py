@@ -41,6 +41,54 @@ def test_importing_fastsplit_imports_no_torch(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "", "")
 
 
+@pytest.mark.parametrize("module", ["models", "families", "ops", "cli", "gpu_side", "tee_side"])
+def test_what_runs_before_anything_is_computed_imports_no_torch(tmp_path: Path, module: str) -> None:
+    """A wrong flag, or a model that is not there, is answered at once."""
+    code = (
+        f"import fastsplit.{module}, sys; print(*(name for name in sys.modules if name in ('torch', 'transformers')))"
+    )
+    done = _python("-c", code, cwd=tmp_path)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("module", ["executor", "runner", "remote", "plans", "sessions", "weights", "rope"])
+def test_what_computes_imports_no_transformers(tmp_path: Path, module: str) -> None:
+    code = f"import fastsplit.{module}, sys; print(*(name for name in sys.modules if name == 'transformers'))"
+    done = _python("-c", code, cwd=tmp_path)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "", "")
+
+
+def test_the_split_model_is_imported_when_it_is_first_asked_for(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    code = (
+        "import fastsplit, sys; before = 'transformers' in sys.modules; "
+        "model = fastsplit.SplitModelForCausalLM; "
+        "from fastsplit.hf import SplitModelForCausalLM; "
+        "from fastsplit import SplitModelForCausalLM as again; "
+        "print(before, 'transformers' in sys.modules, model is SplitModelForCausalLM is again)"
+    )
+    done = _python("-c", code, cwd=tmp_path)
+    assert (done.returncode, done.stdout.strip()) == (0, "False True True"), done.stderr
+
+
+@pytest.mark.parametrize("name", ["SplitModel", "splitmodelforcausallm", "__path_of_nothing__", "torch"])
+def test_a_name_that_there_is_not_is_an_attribute_error(name: str) -> None:
+    with pytest.raises(AttributeError, match=f"^module 'fastsplit' has no attribute '{name}'$"):
+        getattr(fastsplit, name)
+    assert not hasattr(fastsplit, name)
+    with pytest.raises(ImportError):
+        exec(f"from fastsplit import {name}")
+
+
+def test_asking_for_a_name_that_there_is_not_imports_nothing(tmp_path: Path) -> None:
+    code = (
+        "import fastsplit, sys; assert not hasattr(fastsplit, 'nothing'); dir(fastsplit); from fastsplit import *; "
+        "print(*(name for name in sys.modules if name in ('torch', 'transformers')))"
+    )
+    done = _python("-c", code, cwd=tmp_path)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "", "")
+
+
 def test_public_names_exist_and_are_sorted() -> None:
     assert [name for name in fastsplit.__all__ if not hasattr(fastsplit, name)] == []
     assert fastsplit.__all__ == sorted(fastsplit.__all__)

@@ -37,6 +37,12 @@ with tempfile.TemporaryDirectory() as directory:
         (y,) = channel.call("scale", np.ones((3, 4), np.float32), by=2.5, timeout_s=5)
 assert type(y) is np.ndarray and y.flags.writeable and (y == 2.5).all() and y.shape == (3, 4)
 assert "torch" not in sys.modules
+try:
+    fastsplit.SplitModelForCausalLM
+except ModuleNotFoundError as error:
+    assert error.name in ("torch", "transformers"), error
+else:
+    raise AssertionError("there is a split model without torch")
 """
 
 

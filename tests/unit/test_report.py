@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 pytest.importorskip("torch")
 
 from fastsplit.report import Recorder, table
+from fastsplit.wire.stats import Stats
 
 
 def report(**changes: Any) -> dict[str, Any]:
@@ -42,3 +44,83 @@ def test_the_peers_words_stay_one_plain_line() -> None:
     )
     assert line.startswith("shared memory: yes, ?[2J???AAA")
     assert len(line) < 300
+
+
+def test_a_plan_that_was_not_asked_for_is_said_with_its_reason() -> None:
+    assert "instead of" not in table(report(plan_wanted="batched", plan_reason=""))
+    assert "instead of" not in table(report(plan="folded", plan_wanted="auto", plan_reason=""))
+    text = table(report(plan="folded", plan_wanted="linear", plan_reason="qwen2: biases of q and k"))
+    assert "\nplan folded instead of linear: qwen2: biases of q and k\n" in text
+
+
+def test_operations_that_a_plan_put_together_have_their_own_rows() -> None:
+    ops = {
+        "matmul+linear": {"side": "gpu", "count": 2, "total_s": 0.5},
+        "linear": {"side": "gpu", "count": 4, "total_s": 0.25},
+        "softmax": {"side": "tee", "count": 2, "total_s": 0.125},
+    }
+    lines = table(report(ops=ops, gpu_compute_s=0.75, tee_compute_s=0.125, wall_s=1.0)).split("\n")
+    at = {line.split()[0]: index for index, line in enumerate(lines) if line.strip()}
+    assert at["GPU"] < at["linear"] < at["matmul+linear"] < at["TEE"] < at["softmax"]
+    assert lines[at["matmul+linear"]].split() == ["matmul+linear", "2", "0.5000", "250.000", "50.0%"]
+    assert sum("matmul+linear" in line for line in lines) == 1
+
+
+@pytest.mark.parametrize(
+    ("plan", "text"),
+    [
+        ("per-op", "plan per-op needs many calls; auto takes the one with the fewest that this model can have"),
+        ("batched", "plan batched needs many calls; auto takes the one with the fewest that this model can have"),
+        ("fused", "unix:// is the fastest link on one host; "),
+        ("folded", "unix:// is the fastest link on one host; "),
+        ("linear", "unix:// is the fastest link on one host; "),
+    ],
+)
+def test_advice_where_communication_takes_the_most(plan: str, text: str) -> None:
+    slow = report(plan=plan, wall_s=1.0, communication_s=0.75)
+    assert f"\ncommunication is 75 % of the wall clock: {text}" in table(slow)
+    assert "of the wall clock" not in table(report(plan=plan, wall_s=1.0, communication_s=0.25))
+
+
+class _Work:
+    """A connection that counts: so much serialization for what is sent, so much remote work for what comes."""
+
+    def __init__(self) -> None:
+        self.stats = Stats()
+
+    def submit(self, op: str, *, flag: bool) -> str:
+        assert flag
+        time.sleep(0.002)
+        self.stats.serialization_s += 0.001
+        return op
+
+    def result(self) -> int:
+        time.sleep(0.01)
+        self.stats.remote_s += 0.004
+        return 7
+
+
+def test_what_is_sent_early_and_waited_for_later_is_one_call_and_adds_up() -> None:
+    recorder, work = Recorder(keep_spans=True), _Work()
+    with recorder.phase("prefill"):
+        assert recorder.sending(work.stats, work.submit, "x", flag=True) == "x"
+        time.sleep(0.002)
+        recorder.lap("softmax")
+        assert recorder.call("linear", 3, work.stats, work.result) == 7
+    found = recorder.as_dict()
+    assert found["rpc_calls"] == 1
+    assert found["serialization_s"] == pytest.approx(0.001)
+    assert found["gpu_compute_s"] == pytest.approx(0.004)
+    assert found["communication_s"] >= 0.001 + 0.006 - 1e-4
+    parts = ("serialization_s", "communication_s", "gpu_compute_s", "tee_compute_s")
+    assert sum(found[part] for part in parts) == pytest.approx(found["wall_s"], rel=1e-6)
+    assert found["ops"]["linear"]["count"] == 3
+    assert [name for track, name, _, _ in recorder.spans if track == "calls"] == ["sending", "linear"]
+
+
+def test_outside_of_a_phase_nothing_is_counted() -> None:
+    recorder, work = Recorder(), _Work()
+    assert recorder.sending(work.stats, work.submit, "x", flag=True) == "x"
+    assert recorder.call("linear", 3, work.stats, work.result) == 7
+    recorder.lap("softmax")
+    assert recorder.as_dict() == Recorder().as_dict()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,20 +16,34 @@ import pytest
 import torch
 
 from fastsplit import runner as runner_module
-from fastsplit.errors import VerificationError
+from fastsplit.errors import RemoteProtocolError, VerificationError
 from fastsplit.executor import Executor
 from fastsplit.models import open_model
-from fastsplit.ops import RowBlock, choose_block_rows, row_blocks
-from fastsplit.runner import PLANS, RemoteModel, Runner
+from fastsplit.ops import PLANS, choose_block_rows, packed_elements, row_blocks
+from fastsplit.remote import RemoteModel, share_cores
+from fastsplit.runner import Runner
+from fastsplit.sampling import check_finite
+from fastsplit.wire import link
+from fastsplit.wire.server import Client
 from fastsplit.wire.stats import Stats
 
 MODEL = open_model("random:tiny")
+LOGITS = ("lm_head", "down_lm_head")
+
+
+class Reply(list[torch.Tensor]):
+    """Tensors, and attributes."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor], attrs: dict[str, Any]) -> None:
+        super().__init__(tensors)
+        self.attrs = attrs
 
 
 class LocalBackend:
     """An Executor's handlers, called directly. All tensors of both sides are in memory of its own, as in an arena.
 
     Whatever is sent must be contiguous and lie in that memory, or it would have to be copied. Counts what is alive.
+    Memory is NaN until it is written to.
     """
 
     def __init__(self, dtype: str = "float32") -> None:
@@ -36,10 +51,15 @@ class LocalBackend:
         self.alive_nbytes = 0
         self.most_nbytes = 0
         self.private_nbytes = 0
-        self._executor = Executor(MODEL, dtype=dtype)
+        self.calls: list[str] = []
+        self.before: Callable[[str], object] = lambda op: None
+        """Called before each operation, and after it."""
+        self.after: Callable[[str, list[torch.Tensor]], object] = lambda op, results: None
+        self.executor = Executor(MODEL, dtype=dtype)
+        self._client = Client()
         self._spans: set[tuple[int, int]] = set()
 
-    def empty(self, shape: Sequence[int], dtype: Any) -> torch.Tensor:
+    def empty(self, shape: Sequence[int], dtype: Any = "float32") -> torch.Tensor:
         kind: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         nbytes = math.prod(shape) * kind.itemsize
         memory = np.full(nbytes, 255, np.uint8)  # NaN, as a floating-point number
@@ -54,39 +74,35 @@ class LocalBackend:
         self._spans.discard(span)
         self.alive_nbytes -= span[1] - span[0]
 
-    def _call(self, op: str, *tensors: torch.Tensor, **attrs: Any) -> Any:
+    def call(self, op: str, /, *tensors: torch.Tensor, expect: Any = None, **attrs: Any) -> Reply:
+        self.calls.append(op)
+        self.before(op)
         for tensor in tensors:
             assert tensor.is_contiguous()
             start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
             if not any(first <= start and end <= last for first, last in self._spans):
                 self.private_nbytes += tensor.nbytes
-        call: Any = SimpleNamespace(tensors=tensors, attrs=attrs, reply_attrs={}, empty=self.empty)
-        return self._executor.handlers[op](call)
+        attrs = {key: list(value) if isinstance(value, tuple) else value for key, value in attrs.items()}
+        call: Any = SimpleNamespace(tensors=tensors, attrs=attrs, reply_attrs={}, empty=self.empty, client=self._client)
+        results = self.executor.handlers[op](call)
+        results = [] if results is None else [results] if isinstance(results, torch.Tensor) else list(results)
+        if expect is not None:
+            assert [(str(each.dtype)[6:], tuple(each.shape)) for each in results] == list(expect)
+        self.after(op, results)
+        return Reply(results, call.reply_attrs)
 
-    def embedding(self, ids: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self._call("embedding", ids)
-        return result
-
-    def linear(self, layer: int, names: tuple[str, ...], x: torch.Tensor) -> Sequence[torch.Tensor]:
-        results: Sequence[torch.Tensor] = self._call("linear", x, layer=layer, names=list(names))
-        return results
-
-    def scores(self, q: torch.Tensor, k: torch.Tensor, blocks: list[RowBlock]) -> Sequence[torch.Tensor]:
-        results: Sequence[torch.Tensor] = self._call("scores", q, k, block_rows=blocks[0].rows)
-        return results
-
-    def values(self, blocks: Sequence[torch.Tensor], v: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self._call("values", *blocks, v)
-        return result
-
-    def lm_head(self, x: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self._call("lm_head", x)
-        return result
+    def submit(self, op: str, /, *tensors: torch.Tensor, expect: Any = None, **attrs: Any) -> Any:
+        reply = self.call(op, *tensors, expect=expect, **attrs)
+        return SimpleNamespace(result=lambda: reply)
 
 
-def make_runner(backend: LocalBackend, plan: str = "batched", dtype: str = "float32") -> Runner:
-    norms = MODEL.norms().to(getattr(torch, dtype))
-    return Runner(RemoteModel("tiny", MODEL.config, dtype, norms), backend, plan)
+def make_runner(backend: LocalBackend, plan: str = "batched", dtype: str = "float32", **options: Any) -> Runner:
+    remote = RemoteModel("tiny", MODEL.config, dtype, MODEL.tee_weights())
+    return Runner(remote, backend, plan, **options)
+
+
+def row(*ids: int) -> torch.Tensor:
+    return torch.tensor([ids])
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -94,93 +110,365 @@ def make_runner(backend: LocalBackend, plan: str = "batched", dtype: str = "floa
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("all_logits", [False, True])
-def test_only_token_ids_are_sent_from_private_memory(plan: str, dtype: str, all_logits: bool) -> None:
+@pytest.mark.parametrize("keep", ["last", "all"])
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_only_token_ids_and_rows_to_keep_are_sent_from_private_memory(
+    plan: str, dtype: str, keep: str, lanes: int
+) -> None:
     backend = LocalBackend(dtype)
-    runner = make_runner(backend, plan, dtype)
-    cache = runner.new_cache(100)  # it has to grow, twice
-    with torch.inference_mode():
+    runner = make_runner(backend, plan, dtype, lanes=lanes)
+    with torch.inference_mode(), runner.new_cache() as cache:  # it has to grow, twice
         for ids in (torch.arange(150), torch.tensor([7]), torch.arange(160)):
-            runner.forward(ids, cache, all_logits=all_logits)
-            assert backend.private_nbytes == 8 * len(ids), "the ids"
+            runner.forward(ids.unsqueeze(0), cache, keep=keep)
+            wanted = 8 if plan in ("folded", "linear") and keep == "last" and len(ids) > 1 else 0
+            assert backend.private_nbytes == 8 * len(ids) + wanted
             backend.private_nbytes = 0
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("tee", ["float32", "bfloat16"])
+@pytest.mark.parametrize("wire", ["float32", "bfloat16"])
+def test_what_is_cast_is_sent_from_shared_memory_too(plan: str, tee: str, wire: str) -> None:
+    backend = LocalBackend()
+    runner = make_runner(backend, plan, tee_dtype=tee, wire_dtype=wire)
+    with torch.inference_mode(), runner.new_cache() as cache:
+        for ids in (torch.arange(150), torch.tensor([7])):
+            logits = runner.forward(ids.unsqueeze(0), cache)
+            assert logits.dtype == torch.float32
+            assert bool(logits.isfinite().all())
+        wanted = 8 if plan in ("folded", "linear") else 0
+        assert backend.private_nbytes == 8 * 151 + wanted
+
+
+def _most(plan: str, rows: int) -> int:
+    """Bytes alive at the worst moment of a pass: what one call is sent and gives, and what lives beside it.
+
+    Where the residual stream is with the executor there are two of it while it grows: the old one and the new one.
+    """
+    config = MODEL.config
+    hidden, inter = rows * config.hidden_size, rows * config.intermediate_size
+    q, kv = rows * config.out_features("q"), rows * config.out_features("k")
+    blocks = row_blocks(rows, rows, choose_block_rows(rows))
+    scores = packed_elements(1, config.num_attention_heads, blocks)
+    tables = rows * config.head_dim
+    norm = 2 * hidden  # the residual stream, and what the norm wrote
+    if plan in ("per-op", "batched"):
+        return 4 * max(norm + q + 2 * kv + scores, norm + scores + kv + q, norm + 2 * inter)
+    if plan == "fused":
+        return 4 * max(norm + q + kv + scores, norm + scores + hidden, norm + 2 * inter)
+    own = tables if plan == "linear" else 0
+    scales = rows  # of the norms
+    return 4 * (own + 2 * hidden + 2 * inter + max(scores, 0 if plan == "linear" else q + kv) + scales)
 
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("rows", [20, 300])
 def test_what_is_not_needed_is_let_go_within_the_layer(plan: str, rows: int) -> None:
-    backend, config = LocalBackend(), MODEL.config
-    runner = make_runner(backend, plan)
-    with torch.inference_mode():
-        cache = runner.new_cache(rows)
-        cache_nbytes = backend.alive_nbytes
-        logits = runner.forward(torch.arange(rows) % 256, cache)
-    assert cache_nbytes == 4 * 2 * config.num_hidden_layers * rows * config.num_key_value_heads * config.head_dim
-    assert backend.alive_nbytes == cache_nbytes + logits.nbytes
-    # Beside the residual stream and what the norm wrote, the most that is alive is scores and weighted values, or, with
-    # few rows, gate and up.
-    hidden = rows * config.hidden_size
-    blocks = row_blocks(rows, rows, choose_block_rows(rows))
-    scores = config.num_attention_heads * sum(block.rows * block.columns for block in blocks)
-    most = 2 * hidden + max(scores + hidden, 2 * rows * config.intermediate_size)
-    assert backend.most_nbytes == cache_nbytes + 4 * most
-
-
-def test_a_cache_that_grows_keeps_what_was_in_it() -> None:
     backend = LocalBackend()
-    ids = torch.arange(40)
+    runner = make_runner(backend, plan)
+    with torch.inference_mode(), runner.new_cache(1, rows) as cache:
+        logits = runner.forward(torch.arange(rows).unsqueeze(0) % 256, cache)
+        assert logits.shape == (1, 1, 256)
+        assert backend.alive_nbytes == 0, "no lane has anything of a pass that is over, nor its rotary tables"
+        assert backend.most_nbytes <= _most(plan, rows)
+        assert backend.most_nbytes >= 0.8 * _most(plan, rows), "and the formula says something"
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_stretches_keep_memory_flat(plan: str) -> None:
+    """Twice the prompt in stretches takes hardly more."""
+    most = []
+    for rows in (1536, 3072):
+        backend = LocalBackend()
+        scores_nbytes = 4 * MODEL.config.num_attention_heads * 128 * 3072
+        runner = make_runner(backend, plan, scores_nbytes=scores_nbytes)
+        with torch.inference_mode(), runner.new_cache(1, rows) as cache:
+            runner.forward(torch.arange(rows).unsqueeze(0) % 256, cache)
+        most.append(backend.most_nbytes)
+    assert most[1] <= 1.25 * most[0]
+
+
+@pytest.mark.parametrize("scores_nbytes", [1, 10**5, 10**6, 10**9])
+@pytest.mark.parametrize("start", [0, 77])
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_stretches_are_whole_blocks_within_the_memory_for_scores(scores_nbytes: int, start: int, lanes: int) -> None:
+    runner = make_runner(LocalBackend(), scores_nbytes=scores_nbytes, lanes=lanes)
+    for batch in (1, 3):
+        for rows in (1, 127, 128, 129, 1000):
+            counts = runner._stretch_rows(batch, start, rows)
+            assert sum(counts) == rows
+            at = start
+            for count in counts:
+                nbytes = 4 * batch * MODEL.config.num_attention_heads * count * (at + count)
+                assert count == 1 or nbytes <= scores_nbytes
+                assert count < 128 or count % 128 == 0 or count == counts[-1]
+                at += count
+            if lanes == 2 and rows == 1000 and scores_nbytes == 10**9:
+                assert len(counts) >= 2
+
+
+# ---- results ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_cache_that_grows_keeps_what_was_in_it(plan: str) -> None:
+    ids = torch.arange(200).unsqueeze(0)
     with torch.inference_mode():
-        runner = make_runner(backend)
-        whole = runner.forward(ids, runner.new_cache(40), all_logits=True)
-        cache = runner.new_cache(1)
-        parts = [runner.forward(part, cache, all_logits=True) for part in ids.split(7)]
-    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-5, atol=1e-5)
-    assert cache.length == 40
+        runner = make_runner(LocalBackend(), plan)
+        with runner.new_cache(1, 200) as cache:
+            whole = runner.forward(ids, cache, keep="all")
+        with runner.new_cache() as cache:
+            parts = [runner.forward(part, cache, keep="all") for part in ids.split(37, dim=1)]
+            assert cache.length == 200
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("lost", ["the request", "the reply"])
+def test_after_an_error_the_cache_is_as_before(plan: str, lost: str) -> None:
+    """At each call of a step, and of a prompt: what follows gives what it would have given."""
+    per_layer, once = PLANS[plan]
+    calls = per_layer * MODEL.config.num_hidden_layers + once
+    with torch.inference_mode():
+        backend = LocalBackend()
+        runner = make_runner(backend, plan)
+        ids, more = torch.arange(20).unsqueeze(0), row(1, 2, 3)
+        with runner.new_cache() as cache:
+            expected = [runner.forward(part, cache, keep="all") for part in (ids, more)]
+        for rows in (row(9), row(9, 8, 7, 6)):
+            with runner.new_cache() as cache:
+                first = runner.forward(ids, cache, keep="all")
+                for index in range(calls):
+                    left = [index]
+
+                    def fail(*_: Any, left: list[int] = left) -> None:
+                        left[0] -= 1
+                        if left[0] < 0:
+                            raise ConnectionError
+
+                    if lost == "the request":
+                        backend.before = fail
+                    else:
+                        backend.after = fail
+                    with pytest.raises(ConnectionError):
+                        runner.forward(rows, cache)
+                    backend.before, backend.after = (lambda op: None), (lambda op, results: None)
+                    assert cache.length == 20
+                second = runner.forward(more, cache, keep="all")
+            assert torch.equal(first, expected[0])
+            assert torch.equal(second, expected[1])
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "another dtype": ({"ids": torch.zeros(1, 3)}, r"ids: torch.float32 \[1, 3\], expected int64 \[1, 1 or more\]"),
+    "one dimension": ({"ids": torch.arange(3)}, "ids: "),
+    "another batch": ({"ids": torch.zeros(2, 3, dtype=torch.int64)}, "ids: "),
+    "nothing": ({"ids": torch.zeros(1, 0, dtype=torch.int64)}, "ids: "),
+    "a mask of new slots only": ({"mask": torch.ones(1, 3, dtype=torch.bool)}, r"mask: .*expected bool \[1, 8\]"),
+    "a mask of numbers": ({"mask": torch.ones(1, 8)}, "mask: torch.float32"),
+    "positions of another shape": ({"positions": torch.zeros(1, 8, dtype=torch.int64)}, "positions: "),
+    "negative positions": ({"positions": torch.full((1, 3), -1)}, "positions: "),
+    "a row that is not there": ({"keep": torch.tensor([3])}, r"keep: .*expected int64 \[1\], each below 3"),
+    "no row": ({"keep": torch.tensor([-1])}, "keep: "),
+    "a word": ({"keep": "first"}, "keep: 'first', expected 'last', 'all' or an int64 tensor"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_arguments_that_do_not_fit_are_refused_before_anything_is_sent(name: str) -> None:
+    arguments, text = dict(BAD[name][0]), BAD[name][1]
+    backend = LocalBackend()
+    runner = make_runner(backend)
+    with torch.inference_mode(), runner.new_cache() as cache:
+        runner.forward(row(1, 2, 3, 4, 5), cache)
+        backend.calls.clear()
+        with pytest.raises(ValueError, match=text):
+            runner.forward(arguments.pop("ids", row(1, 2, 3)), cache, **arguments)
+        assert (backend.calls, cache.length) == ([], 5)
+        cache.close()
+        with pytest.raises(ValueError, match="cache: it was closed"):
+            runner.forward(row(1), cache)
+
+
+@pytest.mark.parametrize("plan", ["batched", "linear"])
+@pytest.mark.parametrize("lanes", [-1, 0, 17])
+def test_a_number_of_lanes_that_there_is_not(lanes: int, plan: str) -> None:
+    with pytest.raises(ValueError, match=f"^lanes: {lanes}, expected 1 to 16$"):
+        make_runner(LocalBackend(), plan, lanes=lanes)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(("threads", "lanes"), [(0, 2), (1, 1), (8, 1)])
+def test_two_lanes_where_the_executor_computes_beside_us(threads: int, lanes: int, plan: str) -> None:
+    """But one in linear: keys are without their scale until a stretch's weighted values have been asked for."""
+    model = RemoteModel("x", MODEL.config, "float32", MODEL.tee_weights(), threads)
+    linear = plan == "linear"
+    assert Runner(model, LocalBackend(), plan).lanes == (1 if linear else lanes)
+    assert Runner(model, LocalBackend(), plan, lanes=3).lanes == (1 if linear else 3)
+
+
+def test_one_lane_is_the_default_for_a_model_of_which_nothing_else_is_known() -> None:
+    remote = RemoteModel("tiny", MODEL.config, "float32", MODEL.tee_weights())
+    assert (remote.threads, make_runner(LocalBackend()).lanes) == (1, 1)
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_masks_are_made_when_their_stretch_starts(monkeypatch: pytest.MonkeyPatch, lanes: int) -> None:
+    """Those of a long prompt would not fit all at once."""
+    backend = LocalBackend()
+    runner = make_runner(backend, scores_nbytes=4 * MODEL.config.num_attention_heads * 128 * 1024, lanes=lanes)
+    counts = runner._stretch_rows(1, 0, 1024)
+    assert len(counts) > 3
+    calls: list[int] = []
+    attention = runner._attention
+
+    def watch(*args: Any) -> Any:
+        calls.append(len([op for op in backend.calls if op == "embedding"]))
+        return attention(*args)
+
+    monkeypatch.setattr(runner, "_attention", watch)
+    with torch.inference_mode(), runner.new_cache() as cache:
+        runner.forward(torch.arange(1024).unsqueeze(0) % 256, cache)
+    assert calls == list(range(len(counts))), "each after the stretch before it has started, none before"
+    finished = [index for index, op in enumerate(backend.calls) if op == "embedding"]
+    if lanes == 1:
+        per_stretch = [end - start for start, end in pairwise(finished)]
+        assert min(per_stretch) > 2 * MODEL.config.num_hidden_layers, "the one before is over then"
 
 
 # ---- trust -----------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_sampled_is_what_was_found_finite(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The peer changes its logits whenever it likes: here as soon as a token is drawn, and as they are looked at."""
+@pytest.mark.parametrize("plan", ["batched", "folded"])
+def test_what_is_sampled_is_what_was_found_finite(monkeypatch: pytest.MonkeyPatch, plan: str) -> None:
+    """The peer changes what it sent whenever it likes: here as a token is drawn, and as logits are looked at."""
     shared: list[torch.Tensor] = []
     seen: list[torch.Tensor] = []
+    backend = LocalBackend()
+    backend.after = lambda op, results: shared.extend(results) if op in LOGITS else None
 
-    class Backend(LocalBackend):
-        def lm_head(self, x: torch.Tensor) -> torch.Tensor:
-            shared.append(super().lm_head(x))
-            return shared[-1]
+    def spoil() -> None:
+        for tensor in shared:
+            tensor.fill_(torch.nan)
+
+    def look(logits: torch.Tensor) -> torch.Tensor:
+        spoil()
+        return check_finite(logits)
 
     def sample(logits: torch.Tensor, *rest: Any) -> int:
-        shared[-1].fill_(torch.nan)
+        spoil()
         assert bool(logits.isfinite().all())
         return int(logits.argmax())
 
+    monkeypatch.setattr(runner_module, "check_finite", look)
     monkeypatch.setattr(runner_module, "sample", sample)
     with torch.inference_mode():
-        tokens = list(make_runner(Backend()).generate(torch.arange(5), 3, on_prefill=seen.append))
+        tokens = list(make_runner(backend, plan).generate(torch.arange(5), 3, on_prefill=seen.append))
         assert len(tokens) == 3
         assert int(seen[0].argmax()) == tokens[0]
+        assert len(shared) == 3 * (1 if plan == "batched" else 2)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_logits_are_the_callers_own(plan: str) -> None:
+    backend = LocalBackend()
+    kept: list[torch.Tensor] = []
+    backend.after = lambda op, results: kept.extend(results)
+    runner = make_runner(backend, plan)
+    with torch.inference_mode(), runner.new_cache() as cache:
+        logits = runner.forward(row(1, 2, 3), cache, keep="all")
+        before = logits.clone()
+        for tensor in kept:
+            tensor.zero_()
+        assert torch.equal(logits, before)
 
 
 class _Channel:
-    """An executor's answers to `describe` and `norms`, out of memory that it can change."""
+    """An executor's answers to `describe` and `tee_weights`, out of memory that it can change."""
 
-    def __init__(self, norms: torch.Tensor) -> None:
-        self.norms = norms
+    def __init__(self) -> None:
+        self.weights = {name: weight.clone() for name, weight in MODEL.tee_weights().items()}
+        self.described: dict[str, Any] = {
+            "config": MODEL.config.to_json(),
+            "dtype": "float32",
+            "name": "tiny",
+            "threads": 2,
+        }
 
     def call(self, op: str, **_: Any) -> Any:
-        if op == "norms":
-            return (self.norms,)
-        described = {"config": json.dumps(asdict(MODEL.config)), "dtype": "float32", "name": "tiny"}
-        return SimpleNamespace(attrs=described)
+        if op == "tee_weights":
+            return tuple(self.weights.values())
+        return SimpleNamespace(attrs=self.described)
 
 
 @pytest.mark.parametrize("trusted", [None, MODEL], ids=["no copy", "a trusted copy"])
 def test_norm_weights_stay_as_they_came(trusted: Any) -> None:
-    channel: Any = _Channel(MODEL.norms())
+    channel: Any = _Channel()
     model = RemoteModel.fetch(channel, trusted)
-    channel.norms.zero_()
-    assert torch.equal(model.norms, MODEL.norms())
+    for weight in channel.weights.values():
+        weight.zero_()
+    assert model.config == MODEL.config
+    assert {name: weight.tolist() for name, weight in model.weights.items()} == {
+        name: weight.tolist() for name, weight in MODEL.tee_weights().items()
+    }
     with pytest.raises(VerificationError, match="norm weights: 5 of 5 differ"):
+        RemoteModel.fetch(channel, MODEL)
+
+
+@pytest.mark.parametrize("trusted", [None, MODEL], ids=["no copy", "a trusted copy"])
+@pytest.mark.parametrize("threads", [0, 1, 64])
+def test_how_many_cores_the_executor_computes_with_is_what_it_says(threads: int, trusted: Any) -> None:
+    channel: Any = _Channel()
+    channel.described["threads"] = threads
+    assert RemoteModel.fetch(channel, trusted).threads == threads
+
+
+@pytest.mark.parametrize("trusted", [None, MODEL], ids=["no copy", "a trusted copy"])
+@pytest.mark.parametrize("said", [None, -1, "1", 1.0, True, [2], "9" * 1000], ids=lambda said: str(said)[:9])
+def test_threads_that_are_no_number(said: Any, trusted: Any) -> None:
+    channel: Any = _Channel()
+    channel.described["threads"] = said
+    with pytest.raises(RemoteProtocolError, match=r"^describe, threads: .{1,30}, expected an int of 0 or more$"):
+        RemoteModel.fetch(channel, trusted)
+    del channel.described["threads"]
+    with pytest.raises(RemoteProtocolError, match=r"^describe, threads: None, "):
+        RemoteModel.fetch(channel, trusted)
+
+
+@pytest.mark.parametrize(
+    ("threads", "shm", "env", "expected"),
+    [
+        (2, True, None, 0.0),
+        (3, True, None, 0.0),
+        (1, True, None, 50.0),
+        (0, True, None, 50.0),
+        (2, False, None, 50.0),
+        (2, True, "20", 50.0),
+    ],
+    ids=["all cores", "more", "a core is left", "a device", "another host", "the user's word"],
+)
+def test_callers_sleep_at_once_where_the_executor_needs_all_cores(
+    monkeypatch: pytest.MonkeyPatch, threads: int, shm: bool, env: str | None, expected: float
+) -> None:
+    monkeypatch.setattr(link, "cores", lambda: 2)
+    monkeypatch.delenv("FASTSPLIT_SPIN_US", raising=False)
+    if env is not None:
+        monkeypatch.setenv("FASTSPLIT_SPIN_US", env)
+    channel: Any = SimpleNamespace(shm=shm, spin_us=50.0)
+    share_cores(channel, RemoteModel("x", MODEL.config, "float32", {}, threads))
+    assert channel.spin_us == expected
+
+
+@pytest.mark.parametrize("dtype", [None, "int8", 5])
+def test_a_dtype_that_is_none(dtype: Any) -> None:
+    channel: Any = _Channel()
+    channel.described["dtype"] = dtype
+    with pytest.raises(RemoteProtocolError, match="describe, dtype: "):
+        RemoteModel.fetch(channel, MODEL)
+
+
+def test_a_configuration_is_data_not_an_order() -> None:
+    channel: Any = _Channel()
+    channel.described["config"] = json.dumps({**asdict(MODEL.config), "hidden_size": 0})
+    with pytest.raises(RemoteProtocolError, match="describe, config"):
         RemoteModel.fetch(channel, MODEL)

@@ -35,10 +35,21 @@ with fastsplit.Server(sys.argv[1], {"scale": scale}) as server, fastsplit.connec
     x[:] = 3
     (y,) = channel.call("scale", x, by=2)
     assert type(x) is type(y) is np.ndarray and (y == 6).all() and y.flags.writeable
+def needs_torch(work):
+    try:
+        work()
+    except ModuleNotFoundError as error:
+        assert error.name == "torch"
+    else:
+        raise AssertionError("no error")
+
+needs_torch(lambda: fastsplit.connect(sys.argv[1], arrays="torch"))
+needs_torch(lambda: fastsplit.SplitModelForCausalLM)
+needs_torch(lambda: fastsplit.SplitModelForCausalLM)  # and again, not a half of it
 try:
-    fastsplit.connect(sys.argv[1], arrays="torch")
-except ModuleNotFoundError as error:
-    assert error.name == "torch"
+    fastsplit.nothing
+except AttributeError as error:
+    assert str(error) == "module 'fastsplit' has no attribute 'nothing'"
 else:
     raise AssertionError("no error")
 """

@@ -1,0 +1,725 @@
+"""Clients that misuse what an executor keeps for them, and an executor that lies to its TEE side: one clear error that
+names the field, and the next generation on the same connection is what it should be."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "e2e"))
+from split import CONFIGS, load_hf, make_model
+
+import fastsplit
+from fastsplit.errors import RemoteOpError, RemoteProtocolError
+from fastsplit.executor import Executor
+from fastsplit.models import Model, ModelConfig, open_model
+from fastsplit.ops import MAX_BLOCKS, MAX_LANES, PLANS, Block, block_attrs, packed_elements
+from fastsplit.remote import RemoteModel
+from fastsplit.runner import Runner
+
+PROMPT = torch.tensor([5, 17, 96, 0, 33, 8])
+FAMILIES = ("grouped heads", "attention bias", "qwen3", "gemma2")
+
+
+class Known:
+    """A model, its executor, and the tokens that HF generates."""
+
+    def __init__(self, directory: Path, family: str) -> None:
+        make_model(directory, CONFIGS[family])
+        self.model: Model = open_model(str(directory))
+        self.executor = Executor(self.model, max_cache_nbytes=2**24)
+        with torch.inference_mode():
+            tokens = load_hf(directory).generate(
+                PROMPT[None], attention_mask=torch.ones_like(PROMPT)[None], max_new_tokens=5, do_sample=False
+            )
+        self.tokens = tokens[0, len(PROMPT) :].tolist()
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Known]:
+    made: dict[str, Known] = {}
+
+    def get(family: str) -> Known:
+        if family not in made:
+            made[family] = Known(tmp_path_factory.mktemp("hostile") / "model", family)
+        return made[family]
+
+    return get
+
+
+class Peer:
+    """A client with a session of two sequences, and what fits it."""
+
+    def __init__(self, known: Known, channel: fastsplit.Channel) -> None:
+        self.known = known
+        self.channel = channel
+        self.config: ModelConfig = known.model.config
+        self.session = self.open()
+
+    def open(self, batch: int = 2, capacity: int = 0, dtype: str = "float32") -> int:
+        return int(self.channel.call("open", batch=batch, capacity=capacity, dtype=dtype).attrs["session"])
+
+    def at(self, lane: int = 0, layer: int = 0, start: int = 0, session: int | None = None) -> dict[str, Any]:
+        return {"session": session or self.session, "lane": lane, "layer": layer, "start": start}
+
+    def ids(self, rows: int = 3, batch: int = 2) -> torch.Tensor:
+        return torch.zeros(batch, rows, dtype=torch.int64)
+
+    def x(self, rows: int = 3, batch: int = 2) -> torch.Tensor:
+        return torch.ones(batch, rows, self.config.hidden_size)
+
+    def h(self, rows: int = 3, batch: int = 2) -> torch.Tensor:
+        return torch.ones(batch, rows, self.config.intermediate_size)
+
+    def heads(self, count: int, rows: int = 3, batch: int = 2) -> torch.Tensor:
+        return torch.ones(batch, rows, count, self.config.head_dim)
+
+    def q(self, rows: int = 3) -> torch.Tensor:
+        return self.heads(self.config.num_attention_heads, rows)
+
+    def k(self, rows: int = 3, batch: int = 2) -> torch.Tensor:
+        return self.heads(self.config.num_key_value_heads, rows, batch)
+
+    def qk(self, rows: int = 3) -> torch.Tensor:
+        return self.heads(self.config.num_attention_heads + self.config.num_key_value_heads, rows)
+
+    def table(self, rows: int = 3, batch: int = 1) -> torch.Tensor:
+        return torch.ones(batch, rows, self.config.head_dim // 2)
+
+    def packed(self, rows: int = 3, positions: int = 3) -> torch.Tensor:
+        blocks = [Block(0, rows, 0, positions)]
+        return torch.ones(packed_elements(2, self.config.num_attention_heads, blocks))
+
+    def scores(self, rows: int = 3, positions: int = 3, **at: int) -> None:
+        """What is right: keys, values and scores at a layer."""
+        start = at.setdefault("start", positions - rows)
+        assert start == positions - rows
+        self.channel.call("qkv", self.x(rows), **self.at(**at))
+        self.channel.call("scores", self.qk(rows), **self.at(**at), first=0, last=positions)
+
+    def residual(self, rows: int = 3, lane: int = 0) -> None:
+        """The residual stream in a lane."""
+        self.channel.call("embedding_qkv", self.ids(rows), **self.at(lane))
+
+    def linear(self, rows: int = 3) -> None:
+        """The first call of the linear plan."""
+        tables = self.table(rows), self.table(rows)
+        self.channel.call("embedding_scores", self.ids(rows), *tables, **self.at(), first=0, last=rows)
+
+    def works(self) -> None:
+        with torch.inference_mode():
+            runner = Runner(RemoteModel.fetch(self.channel, self.known.model), self.channel)
+            assert list(runner.generate(PROMPT, 5)) == self.known.tokens
+
+
+@pytest.fixture
+def make_peer(
+    known: Callable[[str], Known], unix_uri: str, serve: Callable[..., Any], connect: Callable[..., Any]
+) -> Callable[..., Peer]:
+    def make(family: str = "grouped heads", query: str = "") -> Peer:
+        server = serve(unix_uri + query, known(family).executor.handlers, arrays="torch")
+        return Peer(known(family), connect(server.uri, arrays="torch", call_timeout_s=20))
+
+    return make
+
+
+Request = tuple[str, tuple[torch.Tensor, ...], dict[str, Any]]
+Case = Callable[[Peer], Request]
+
+
+def blocked(blocks: Any, rows: int = 3) -> Case:
+    return lambda peer: ("scores", (peer.qk(rows),), {**peer.at(), "blocks": blocks})
+
+
+def after_qkv(op: str, make: Callable[[Peer], tuple[torch.Tensor, ...]], **attrs: Any) -> Case:
+    def case(peer: Peer) -> Request:
+        peer.channel.call("qkv", peer.x(), **peer.at())
+        return op, make(peer), {**peer.at(), **attrs}
+
+    return case
+
+
+def after(prepare: Callable[[Peer], object], case: Case) -> Case:
+    def prepared(peer: Peer) -> Request:
+        prepare(peer)
+        return case(peer)
+
+    return prepared
+
+
+def simple(op: str, *tensors: torch.Tensor, **attrs: Any) -> Case:
+    return lambda peer: (op, tensors, {**peer.at(), **attrs})
+
+
+def given(op: str, make: Callable[[Peer], tuple[torch.Tensor, ...]], **attrs: Any) -> Case:
+    return lambda peer: (op, make(peer), {**peer.at(), **attrs})
+
+
+def keeping(values: Any, dtype: torch.dtype = torch.int64) -> Case:
+    """In a lane whose residual stream has these rows."""
+    scores = given("scores", lambda peer: (peer.qk(), torch.tensor(values, dtype=dtype)), first=0, last=3)
+    return after(Peer.residual, scores)
+
+
+def scaled(scales: torch.Tensor) -> Case:
+    return after_qkv("scores", lambda peer: (peer.qk(), scales), first=0, last=3)
+
+
+def linear_keeping(keep: torch.Tensor) -> Case:
+    return given("embedding_scores", lambda peer: (peer.ids(), peer.table(), peer.table(), keep), first=0, last=3)
+
+
+def tables(cos: Callable[[Peer], torch.Tensor], sin: Callable[[Peer], torch.Tensor] | None = None) -> Case:
+    return given("embedding_scores", lambda peer: (peer.ids(), cos(peer), (sin or cos)(peer)), first=0, last=3)
+
+
+EMPTY = torch.zeros(0)
+
+CASES: dict[str, tuple[str, Case]] = {
+    # the columns
+    "blocks: half a one": ("blocks: ", blocked([0, 3])),
+    "blocks: strings": ("blocks: ", blocked(["0", "3", "0", "3"])),
+    "blocks: a number": ("blocks: ", blocked(5)),
+    "blocks: a word": ("blocks: ", blocked("abcd")),
+    "blocks: rows twice": ("blocks: ", blocked([0, 2, 0, 3, 1, 2, 0, 3])),
+    "blocks: rows left out": ("blocks: ", blocked([0, 1, 0, 3, 2, 1, 0, 3])),
+    "blocks: rows left out at the end": ("blocks: 2 rows, expected 3", blocked([0, 2, 0, 3])),
+    "blocks: none for the rows": ("blocks: 0 rows, expected 3", blocked([])),
+    "blocks: beyond the positions": ("blocks: ", blocked([0, 3, 0, 4])),
+    "blocks: far beyond": ("blocks: ", blocked([0, 3, 0, 2**62])),
+    "blocks: too many rows": ("blocks: ", blocked([0, 2**40, 0, 3])),
+    "blocks: no columns": ("blocks: ", blocked([0, 3, 3, 3])),
+    "blocks: columns the wrong way round": ("blocks: ", blocked([0, 3, 2, 1])),
+    "blocks: negative columns": ("blocks: ", blocked([0, 3, -1, 3])),
+    "blocks: no rows": ("blocks: ", blocked([0, 0, 0, 3] * 2 + [0, 3, 0, 3])),
+    "blocks: negative rows": ("blocks: ", blocked([0, -1, 0, 3])),
+    "blocks: too many": ("blocks: ", blocked([n for row in range(MAX_BLOCKS + 1) for n in (row, 1, 0, 3)], 65)),
+    "last: beyond": ("blocks: ", simple("scores", torch.ones(2, 3, 8, 8), first=0, last=4)),
+    "last: alone": ("blocks: ", simple("scores", torch.ones(2, 3, 8, 8), last=3)),
+    "last: a word": ("blocks: ", simple("scores", torch.ones(2, 3, 8, 8), first=0, last="3")),
+    "first: a fraction": ("blocks: ", simple("scores", torch.ones(2, 3, 8, 8), first=0.5, last=3)),
+    "first: behind last": ("blocks: ", simple("scores", torch.ones(2, 3, 8, 8), first=3, last=2)),
+    "first: negative": ("blocks: ", simple("scores", torch.ones(2, 3, 8, 8), first=-1, last=2)),
+    "linear, blocks: beyond": (
+        "blocks: ",
+        given("embedding_scores", lambda p: (p.ids(), p.table(), p.table()), last=9),
+    ),
+    "linear, blocks: none": ("blocks: ", given("embedding_scores", lambda p: (p.ids(), p.table(), p.table()))),
+    # where rows go
+    "start: a gap": ("start: 1, expected 0 to the 0 positions", given("qkv", lambda p: (p.x(),), start=1)),
+    "start: a gap behind some": (
+        "start: 4, expected 0 to the 3 positions",
+        after(Peer.scores, given("qkv", lambda p: (p.x(),), start=4)),
+    ),
+    "start: keys alone, a gap": ("start: 7, expected 0 to the 0", given("scores", lambda p: (p.k(),), start=7)),
+    "start: values alone, a gap": (
+        "start: 9, expected 0 to the 3",
+        after(Peer.scores, given("values", lambda p: (p.k(),), start=9)),
+    ),
+    # tensors
+    "scores: nothing": ("0 tensors, expected qk", simple("scores")),
+    "scores: four": ("expected qk", given("scores", lambda p: (p.q(), p.k(), p.k()))),
+    "scores: no rows": ("no dimension of 0", given("scores", lambda p: (p.k(0),))),
+    "scores: another batch": ("k: ", given("scores", lambda p: (p.k(3, 1),))),
+    "scores: another dtype": ("qk?: bfloat16", given("scores", lambda p: (p.qk().bfloat16(),), first=0, last=3)),
+    "scores: a scalar": ("k: ", simple("scores", torch.tensor(1.0))),
+    "q: other heads": ("q: ", given("scores", lambda p: (p.heads(5), p.k()), first=0, last=3)),
+    "qkv: two": ("2 tensors, expected 1", given("qkv", lambda p: (p.x(), p.x()))),
+    "x: another batch": ("x: ", given("qkv", lambda p: (p.x(3, 1),))),
+    "x: no rows": ("x: ", given("qkv", lambda p: (p.x(0),))),
+    "x: another width": ("x: ", given("qkv", lambda p: (p.h(),))),
+    "x: two dimensions": ("x: ", given("qkv", lambda p: (p.x()[0],))),
+    "x: another dtype": ("x: bfloat16", given("qkv", lambda p: (p.x().bfloat16(),))),
+    "x: ints": ("x: int64", given("qkv", lambda p: (p.x().long(),))),
+    "ids: floats": ("ids: ", given("embedding", lambda p: (p.ids().float(),))),
+    "ids: another batch": ("ids: ", given("embedding", lambda p: (p.ids(3, 1),))),
+    "ids: one dimension": ("ids: ", given("embedding_qkv", lambda p: (p.ids()[0],))),
+    "ids: negative": ("ids: -1", given("embedding_qkv", lambda p: (p.ids() - 1,))),
+    "ids: no such word": ("ids: 97", given("embedding", lambda p: (p.ids() + 97,))),
+    "ids: huge": ("ids: ", given("embedding_qkv", lambda p: (p.ids() + 2**62,))),
+    # scores that come back
+    "packed: before any scores": ("lane: no scores", given("values_o", lambda p: (p.packed(),))),
+    "packed: before any scores, folded": ("lane: no scores", given("values_gate_up", lambda p: (p.packed(),))),
+    "packed: of another lane": (
+        "lane: no scores",
+        after(Peer.scores, given("values_o", lambda p: (p.packed(),), lane=1)),
+    ),
+    "packed: too small": ("packed: ", after(Peer.scores, given("values_o", lambda p: (p.packed()[:-1],)))),
+    "packed: too large": ("packed: ", after(Peer.scores, given("values_o", lambda p: (p.packed().repeat(2),)))),
+    "packed: empty": ("packed: ", after(Peer.scores, simple("values_o", EMPTY))),
+    "packed: two dimensions": ("packed: ", after(Peer.scores, given("values_o", lambda p: (p.packed()[None],)))),
+    "packed: another dtype": ("packed: float16", after(Peer.scores, given("values_o", lambda p: (p.packed().half(),)))),
+    "packed: two": ("2 tensors, expected 1", after(Peer.scores, given("values_o", lambda p: (p.packed(),) * 2))),
+    "packed: at a layer without values": (
+        "layer: 1, of which the session holds nothing",
+        after(Peer.scores, given("values_o", lambda p: (p.packed(),), layer=1)),
+    ),
+    "packed: without a residual stream": (
+        "rows, expected None, of the residual stream",
+        after(Peer.scores, given("values_gate_up", lambda p: (p.packed(),))),
+    ),
+    "values: nothing": ("0 tensors, expected packed and v", simple("values")),
+    "values: before any scores": ("v: ", given("values", lambda p: (p.packed(), p.k()))),
+    "values: other rows than the scores": ("v: ", after(Peer.scores, given("values", lambda p: (p.packed(), p.k(2))))),
+    "values: too small": ("packed: ", after(Peer.scores, given("values", lambda p: (p.packed()[1:], p.k())))),
+    # one row of each
+    "keep: beyond": ("keep: 0 to 3, expected 0 to 2", keeping([0, 3])),
+    "keep: negative": ("keep: -1 to 2", keeping([-1, 2])),
+    "keep: huge": ("keep: ", keeping([0, 2**62])),
+    "keep: too few": ("keep: ", keeping([1])),
+    "keep: int32": ("keep: int32", keeping([1, 2], torch.int32)),
+    "keep: floats": ("keep: float32", keeping([1, 2], torch.float32)),
+    "keep: without a residual stream": (
+        "keep: 3 rows, expected those of the residual stream in this lane",
+        after_qkv("scores", lambda peer: (peer.qk(), torch.tensor([0, 1])), first=0, last=3),
+    ),
+    "keep: of another lane": (
+        "keep: 3 rows, expected those of the residual stream in this lane",
+        after(
+            Peer.residual,
+            given("scores", lambda peer: (peer.qk(), torch.tensor([0, 1])), first=0, last=3, lane=1),
+        ),
+    ),
+    "linear, keep: beyond": ("keep: ", linear_keeping(torch.tensor([0, 3]))),
+    "linear, keep: two dimensions": ("keep: ", linear_keeping(torch.tensor([[0, 1]]))),
+    "linear, keep: floats": ("keep: ", linear_keeping(torch.tensor([0.0, 1.0]))),
+    "keep: all rows asked for": (
+        "blocks: ",
+        after(Peer.linear, given("down_scores", lambda p: (p.h(), p.ids()[:, 0]), layer=1, first=0, last=9)),
+    ),
+    # what a norm left
+    "scales: another dtype": ("scales: float64", scaled(torch.ones(2, 3, dtype=torch.float64))),
+    "scales: other rows": ("scales: ", scaled(torch.ones(2, 2))),
+    "scales: another batch": ("scales: ", scaled(torch.ones(1, 3))),
+    "scale: for many rows": (
+        "scale: 1.0 for 6 rows",
+        after_qkv("scores", lambda p: (p.qk(),), first=0, last=3, scale=1.0),
+    ),
+    "scale: a word": ("scale: 'x'", after_qkv("scores", lambda p: (p.qk(),), first=0, last=3, scale="x")),
+    "scale: an int": ("scale: 1 ", after_qkv("scores", lambda p: (p.qk(),), first=0, last=3, scale=1)),
+    "scales: of no values": (
+        "start: 0, expected where this lane's values were put",
+        given("scores", lambda p: (p.qk(), torch.ones(2, 3)), first=0, last=3),
+    ),
+    "scales: of fewer values": (
+        "start: 0, expected where this lane's values were put",
+        after_qkv("scores", lambda p: (p.qk(5), torch.ones(2, 5)), first=0, last=5),
+    ),
+    "scales: linear, other rows": (
+        "scales: ",
+        after(Peer.linear, given("values_gate_up", lambda p: (p.packed(), torch.ones(2, 1)))),
+    ),
+    "scales: linear, elsewhere": (
+        "start: 3, expected where this lane's rows were put",
+        after(Peer.linear, given("values_gate_up", lambda p: (p.packed(), torch.ones(2, 3)), start=3)),
+    ),
+    # the residual stream
+    "h: without a residual stream": ("residual stream in this lane", given("down_qkv", lambda p: (p.h(),), layer=1)),
+    "h: other rows": (
+        "rows, expected .2, 3., of the residual",
+        after(Peer.residual, given("down_qkv", lambda p: (p.h(2),), layer=1)),
+    ),
+    "h: of another lane": (
+        "residual stream in this lane",
+        after(Peer.residual, given("down_lm_head", lambda p: (p.h(),), lane=1)),
+    ),
+    "h: another batch": ("h: ", after(Peer.residual, given("down_lm_head", lambda p: (p.h(3, 1),)))),
+    "h: another width": ("h: ", after(Peer.residual, given("down_qkv", lambda p: (p.x(),), layer=1))),
+    "h: another dtype": ("h: float16", after(Peer.residual, given("down_qkv", lambda p: (p.h().half(),), layer=1))),
+    "h: before the first layer": (
+        "layer: 0, expected 1 or more",
+        after(Peer.residual, given("down_qkv", lambda p: (p.h(),))),
+    ),
+    "h: nothing": ("0 tensors, expected 1", after(Peer.residual, simple("down_qkv", layer=1))),
+    "h: three": ("3 tensors, expected h", given("down_scores", lambda p: (p.h(),) * 3, layer=1)),
+    "h: no rotary tables": (
+        "lane: no rotary tables",
+        after(Peer.residual, given("down_scores", lambda p: (p.h(),), layer=1, first=0, last=3)),
+    ),
+    # rotary tables
+    "cos: too wide": ("cos: ", tables(lambda p: torch.ones(1, 3, p.config.head_dim // 2 + 1))),
+    "cos: no width": ("cos: ", tables(lambda p: torch.ones(1, 3, 0))),
+    "cos: other rows": ("cos: ", tables(lambda p: p.table(2))),
+    "cos: another batch": ("cos: ", tables(lambda p: p.table(3, 3))),
+    "cos: two dimensions": ("cos: ", tables(lambda p: p.table()[0])),
+    "cos: a scalar": ("cos: ", tables(lambda p: torch.tensor(1.0))),
+    "cos: another dtype": ("cos: bfloat16", tables(lambda p: p.table().bfloat16())),
+    "sin: another shape": ("sin: ", tables(lambda p: p.table(), lambda p: p.table(3, 2))),
+    "sin: another dtype": ("sin: float64", tables(lambda p: p.table(), lambda p: p.table().double())),
+    "sin: missing": ("2 tensors, expected ids, cos, sin", given("embedding_scores", lambda p: (p.ids(), p.table()))),
+}
+
+
+def fails(peer: Peer, text: str, op: str, tensors: tuple[torch.Tensor, ...], attrs: dict[str, Any]) -> None:
+    with pytest.raises(RemoteOpError, match=f"^{op}: (ValueError|TensorError|LimitError): .*{text}") as error:
+        peer.channel.call(op, *tensors, **attrs)
+    assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_does_not_fit_is_refused_by_name(make_peer: Callable[..., Peer], name: str) -> None:
+    peer = make_peer()
+    text, case = CASES[name]
+    fails(peer, text, *case(peer))
+    peer.works()
+    peer.channel.call("truncate", session=peer.session, length=0)
+    peer.scores()  # the session itself can be used, too
+    peer.channel.call("values_o", peer.packed(), **peer.at())
+
+
+NUMBERS: list[Any] = [None, -1, 2**40, 2**62, "0", "", 0.0, [0], ["0"], [], b"0", math.nan]
+
+
+@pytest.mark.parametrize("op", ["embedding", "qkv", "scores", "values_gate_up", "down_scores"])
+@pytest.mark.parametrize("field", ["session", "lane", "layer", "start"])
+def test_where_it_is_about_is_checked(make_peer: Callable[..., Peer], op: str, field: str) -> None:
+    peer = make_peer()
+    bounds = {"session": [0, peer.session + 1], "lane": [MAX_LANES], "layer": [3], "start": [2**31]}
+    for value in [*NUMBERS, *bounds[field]]:
+        attrs = {**peer.at(), field: value}
+        if value is None:
+            del attrs[field]
+        fails(peer, f"{field}: ", op, (peer.ids(),), attrs)
+    assert peer.known.executor.sessions.nbytes == 0
+    peer.works()
+
+
+@pytest.mark.parametrize("field", ["session", "length"])
+def test_truncating_to_what_is_no_length(make_peer: Callable[..., Peer], field: str) -> None:
+    peer = make_peer()
+    for value in NUMBERS:
+        attrs = {"session": peer.session, "length": 0, field: value}
+        if value is None:
+            del attrs[field]
+        fails(peer, f"{field}: ", "truncate", (), attrs)
+        if field == "session" and value is not None:
+            fails(peer, "session: ", "close", (), {"session": value})
+    peer.works()
+
+
+INDICES: dict[str, tuple[str, tuple[torch.Tensor, ...]]] = {
+    "negative": ("indices: -1 to 0", (torch.tensor([0, -1]),)),
+    "beyond": ("indices: 2 to 2", (torch.tensor([2]),)),
+    "huge": ("indices: ", (torch.tensor([2**62]),)),
+    "int32": ("indices: int32", (torch.tensor([0], dtype=torch.int32),)),
+    "floats": ("indices: float32", (torch.tensor([0.0]),)),
+    "two dimensions": ("indices: ", (torch.tensor([[0]]),)),
+    "none": ("indices: 0 of them", (torch.zeros(0, dtype=torch.int64),)),
+    "far too many": ("indices: 65537 of them", (torch.zeros(2**16 + 1, dtype=torch.int64),)),
+    "more than there is memory for": ("KV caches of ", (torch.zeros(2**16, dtype=torch.int64),)),
+    "nothing": ("0 tensors, expected 1", ()),
+    "two": ("2 tensors, expected 1", (torch.tensor([0]),) * 2),
+}
+
+
+@pytest.mark.parametrize("name", INDICES)
+def test_reordering_to_what_is_not_there(make_peer: Callable[..., Peer], name: str) -> None:
+    peer = make_peer()
+    peer.scores()
+    text, tensors = INDICES[name]
+    nbytes = peer.known.executor.sessions.nbytes
+    fails(peer, text, "reorder", tensors, {"session": peer.session})
+    assert peer.known.executor.sessions.nbytes == nbytes
+    peer.scores(start=3, positions=6)
+    peer.works()
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("batch", [*NUMBERS, 0, 2**16 + 1]),
+        ("capacity", [value for value in NUMBERS if value != 0] + [2**31 + 1]),
+        ("dtype", ["float64", "int8", "", None, 0, ["float32"], b"float32", "FLOAT32"]),
+    ],
+)
+def test_opening_what_makes_no_sense(make_peer: Callable[..., Peer], field: str, values: list[Any]) -> None:
+    peer = make_peer()
+    for value in values:
+        attrs = {"batch": 1, "capacity": 0, "dtype": "float32", field: value}
+        if value is None:
+            del attrs[field]
+        fails(peer, f"{field}: ", "open", (), attrs)
+    assert len(peer.known.executor.sessions) == 1
+    peer.works()
+
+
+@pytest.mark.parametrize(("batch", "capacity"), [(2**16, 2**31), (1, 2**31), (2**16, 0), (2, 2**20)])
+def test_nothing_is_allocated_on_a_peers_word(
+    make_peer: Callable[..., Peer], monkeypatch: pytest.MonkeyPatch, batch: int, capacity: int
+) -> None:
+    peer = make_peer()
+    number = peer.open(batch, capacity)
+    asked: list[int] = []
+    work = type(peer.known.executor.device.work().__enter__())
+    empty = work.empty
+
+    def counting(self: Any, shape: Any, dtype: torch.dtype) -> torch.Tensor:
+        asked.append(math.prod(shape) * dtype.itemsize)
+        return empty(self, shape, dtype)
+
+    monkeypatch.setattr(work, "empty", counting)
+    fails(peer, "KV caches of .* expected at most", "qkv", (peer.x(1, batch),), peer.at(session=number))
+    fails(peer, "KV caches of .* expected at most", "scores", (peer.k(1, batch),), peer.at(session=number))
+    assert max(asked, default=0) <= 4 * batch * peer.config.hidden_size
+    assert peer.known.executor.sessions.nbytes == 0
+    monkeypatch.undo()
+    peer.works()
+
+
+def test_scores_may_be_asked_for_twice_and_come_back_once(make_peer: Callable[..., Peer]) -> None:
+    peer = make_peer()
+    peer.scores()
+    peer.scores(2, 5)
+    fails(peer, "packed: ", "values_o", (peer.packed(900, 5),), peer.at())
+    peer.scores(2, 5)
+    peer.channel.call("values_o", peer.packed(2, 5), **peer.at())
+    fails(peer, "lane: no scores", "values_o", (peer.packed(2, 5),), peer.at())
+    peer.works()
+
+
+def test_scores_of_what_was_truncated_do_not_come_back(make_peer: Callable[..., Peer]) -> None:
+    peer = make_peer()
+    for forget in (
+        lambda: peer.channel.call("truncate", session=peer.session, length=1),
+        lambda: peer.channel.call("reorder", torch.tensor([1, 0]), session=peer.session),
+    ):
+        peer.scores(start=0)
+        forget()
+        fails(peer, "lane: no scores", "values_o", (peer.packed(),), peer.at())
+    peer.scores(100, 100)
+    peer.channel.call("qkv", peer.x(1), **peer.at(lane=1))  # from the start again: there is one value now
+    fails(peer, "layer: 1 values there, expected 100", "values_o", (peer.packed(100, 100),), peer.at())
+    peer.works()
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_rows_are_only_kept_of_a_residual_stream_that_has_them(make_peer: Callable[..., Peer], again: bool) -> None:
+    """On a GPU an index out of range ends the process's use of it, for all clients."""
+    peer = make_peer()
+    peer.residual(3 if again else 2)
+    peer.channel.call("qkv", peer.x(3), **peer.at())
+    request = "scores", (peer.qk(), torch.tensor([2, 2])), {**peer.at(), "blocks": [0, 3, 0, 3]}
+    if again:
+        peer.channel.call(*request[:1], *request[1], **request[2])
+    fails(peer, "keep: 3 rows, expected those of the residual stream in this lane", *request)
+    peer.works()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_only_the_sessions_own_dtype_is_taken(make_peer: Callable[..., Peer], dtype: str) -> None:
+    peer = make_peer()
+    at = peer.at(session=peer.open(2, 0, dtype))
+    for other in (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8):
+        if other == getattr(torch, dtype):
+            (qk,) = peer.channel.call("qkv", peer.x().to(other), **at)
+            assert qk.dtype == other
+        else:
+            name = str(other).removeprefix("torch.")
+            fails(peer, f"x: {name} .*, expected {dtype}", "qkv", (peer.x().to(other),), at)
+    peer.works()
+
+
+@pytest.mark.parametrize(
+    ("family", "op"),
+    [
+        ("attention bias", "embedding_scores"),
+        ("attention bias", "down_scores"),
+        ("qwen3", "embedding_scores"),
+        ("qwen3", "down_scores"),
+        ("gemma2", "embedding_qkv"),
+        ("gemma2", "embedding_scores"),
+        ("gemma2", "values_gate_up"),
+        ("gemma2", "down_qkv"),
+    ],
+)
+def test_operations_that_a_model_does_not_have(make_peer: Callable[..., Peer], family: str, op: str) -> None:
+    peer = make_peer(family)
+    text = "norms cannot be folded" if family == "gemma2" else "q and k cannot stay here"
+    if not op.startswith("embedding"):
+        text = f"({text}|of the residual stream in this lane)"
+    first = {"first": 0, "last": 3}
+    start = given("embedding_scores", lambda p: (p.ids(), p.table(), p.table()), **first)
+    if op.startswith("embedding"):
+        case = start if op == "embedding_scores" else given(op, lambda p: (p.ids(),))
+        fails(peer, text, *case(peer))
+    else:  # what came before leaves what it had done until it was refused
+        fails(peer, "cannot (be folded|stay here)", *start(peer))
+        if op == "values_gate_up":
+            peer.scores()
+            fails(peer, text, op, (peer.packed(),), peer.at())
+        elif op == "down_scores":
+            fails(peer, text, op, (peer.h(),), {**peer.at(layer=1), **first})
+        else:
+            fails(peer, text, op, (peer.h(),), peer.at(layer=1))
+    peer.works()
+
+
+def test_many_wrong_requests_on_one_connection(make_peer: Callable[..., Peer]) -> None:
+    peer = make_peer()
+    for turn, (text, case) in enumerate(CASES.values()):
+        peer.session = peer.open()
+        fails(peer, text, *case(peer))
+        peer.channel.call("close", session=peer.session)
+        if turn % 20 == 0:
+            peer.works()
+    peer.works()
+    assert peer.known.executor.sessions.nbytes == 0
+
+
+@pytest.mark.parametrize("query", ["", "?shm=off"], ids=["shm", "socket"])
+def test_what_is_behind_the_scores_is_nobody_elses(
+    make_peer: Callable[..., Peer], connect: Callable[..., Any], query: str
+) -> None:
+    """A message of scores has some elements of no meaning at its end, in memory that others' tensors were in before."""
+    peer = make_peer(query=query)
+    other = Peer(peer.known, connect(peer.channel.uri, arrays="torch"))
+    secret, rows = 12345.0, 61
+    elements = 2 * other.config.num_attention_heads * rows * rows
+    sent = packed_elements(2, other.config.num_attention_heads, [Block(0, rows, 0, rows)])
+    assert sent > elements
+    other.channel.call("qkv", other.x(rows), **other.at())
+    for _ in range(5):
+        fails(peer, "session: ", "values_o", (torch.full((sent,), secret),), peer.at(session=2**40))
+        (packed,) = other.channel.call("scores", other.qk(rows), **other.at(), first=0, last=rows)
+        assert packed.shape == (sent,)
+        assert not bool(packed[elements:].any())
+    peer.works()
+
+
+# ---- executors that lie ----------------------------------------------------------------------------------------------
+
+OPS = {
+    "per-op": ("embedding", "linear", "scores", "values", "lm_head"),
+    "fused": ("embedding", "qkv", "scores", "values_o", "linear", "lm_head"),
+    "folded": ("embedding_qkv", "scores", "values_gate_up", "down_qkv", "down_lm_head"),
+    "linear": ("embedding_scores", "values_gate_up", "down_scores", "down_lm_head"),
+}
+
+
+@pytest.fixture
+def lied_to(
+    known: Callable[[str], Known], unix_uri: str, serve: Callable[..., Any], connect: Callable[..., Any]
+) -> Iterator[Callable[..., Runner]]:
+    """A runner whose executor changes its replies by `lie(call, reply)` for the operation `op`."""
+    numbers = itertools.count()
+    with torch.inference_mode():
+
+        def make(plan: str, op: str, lie: Callable[[fastsplit.Call, list[torch.Tensor]], Any]) -> Runner:
+            truth = known("grouped heads")
+            handlers = dict(truth.executor.handlers)
+            honest = handlers[op]
+
+            def lying(call: fastsplit.Call) -> Any:
+                with torch.inference_mode():  # as the executor's own handlers, whose tensors are changed here
+                    reply = honest(call)
+                    tensors = list(reply) if isinstance(reply, (tuple, list)) else [] if reply is None else [reply]
+                    return lie(call, tensors)
+
+            handlers[op] = lying
+            server = serve(f"{unix_uri}{next(numbers)}", handlers, arrays="torch")
+            channel = connect(server.uri, arrays="torch", call_timeout_s=20)
+            return Runner(RemoteModel.fetch(channel, truth.model), channel, plan)
+
+        yield make
+
+
+@pytest.mark.parametrize("number", ["1", "", 1.0, [1], b"1", None])
+def test_a_session_that_has_no_number(lied_to: Callable[..., Runner], number: Any) -> None:
+    def lie(call: fastsplit.Call, reply: list[torch.Tensor]) -> None:
+        del call.reply_attrs["session"]
+        if number is not None:
+            call.reply_attrs["session"] = number
+
+    with pytest.raises(RemoteProtocolError, match=r"open, session: .*, expected an int"):
+        lied_to("auto", "open", lie).new_cache()
+
+
+LIES: dict[str, Callable[[fastsplit.Call, list[torch.Tensor]], Any]] = {
+    "nothing": lambda call, reply: None,
+    "one too many": lambda call, reply: [*reply, reply[0]],
+    "one too few": lambda call, reply: reply[1:],
+    "another dtype": lambda call, reply: [tensor.double() for tensor in reply],
+    "a row less": lambda call, reply: [tensor[..., 1:].contiguous() for tensor in reply],
+    "flat": lambda call, reply: [tensor[None] for tensor in reply],
+    "the other way round": lambda call, reply: [tensor.transpose(0, -1).contiguous()[None] for tensor in reply],
+}
+
+
+@pytest.mark.parametrize(("plan", "op"), [(plan, op) for plan, ops in OPS.items() for op in ops])
+def test_replies_of_the_wrong_shape(lied_to: Callable[..., Runner], plan: str, op: str) -> None:
+    for name, lie in LIES.items():
+        steps = lied_to(plan, op, lie).generate(PROMPT, 3)
+        try:
+            text = f"token {next(steps)}"
+        except RemoteProtocolError as error:
+            text = str(error)
+        assert "a reply" in text, name
+
+
+@pytest.mark.parametrize("op", ["open", "truncate", "reorder", "close"])
+def test_tensors_that_nobody_asked_for(lied_to: Callable[..., Runner], op: str) -> None:
+    runner = lied_to("auto", op, lambda call, reply: torch.ones(5))
+
+    def use() -> None:
+        with runner.new_cache(2) as cache:
+            cache.truncate(0)
+            cache.reorder(torch.tensor([0]))
+
+    with pytest.raises(RemoteProtocolError, match="a reply"):
+        use()
+
+
+@pytest.mark.parametrize("plan", OPS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_no_numbers(lied_to: Callable[..., Runner], plan: str, value: float) -> None:
+    calls = 0
+
+    def lie(call: fastsplit.Call, reply: list[torch.Tensor]) -> list[torch.Tensor]:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            reply[-1][..., 7] = value
+        return reply
+
+    runner = lied_to(plan, OPS[plan][-1], lie)
+    steps = runner.generate(PROMPT, 5)
+    assert len([next(steps), next(steps)]) == 2
+    with pytest.raises(RemoteProtocolError, match="logits: NaN or infinite"):
+        next(steps)
+
+
+@pytest.mark.parametrize(("plan", "op"), [(plan, op) for plan, ops in OPS.items() for op in ops])
+def test_numbers_out_of_all_measure_are_tokens_or_one_clear_error(
+    lied_to: Callable[..., Runner], plan: str, op: str
+) -> None:
+    value: float | None = None
+
+    def lie(call: fastsplit.Call, reply: list[torch.Tensor]) -> list[torch.Tensor]:
+        return reply if value is None else [tensor.fill_(value) for tensor in reply]
+
+    runner = lied_to(plan, op, lie)
+    honest = list(runner.generate(PROMPT, 3))
+    for value in (math.nan, math.inf, -math.inf, 3e38, 1e-45, 0.0):
+        try:
+            tokens = list(runner.generate(PROMPT, 3))
+        except RemoteProtocolError as error:
+            tokens, text = [], str(error)
+        else:
+            text = "no error"
+        assert ("logits: NaN or infinite" in text) if not tokens else len(tokens) == 3, value
+        assert all(0 <= token < 97 for token in tokens)
+    value = None
+    assert list(runner.generate(PROMPT, 3)) == honest, "nothing stays behind"
+
+
+def test_plans_are_all_lied_to() -> None:
+    assert set(OPS) | {"batched"} == set(PLANS)
+    assert block_attrs([Block(0, 3, 0, 3)]) == {"first": 0, "last": 3}, "as these tests send them"
