@@ -4,10 +4,13 @@
     with server, fastsplit.connect("unix:///tmp/demo.sock") as channel:
         (y,) = channel.call("scale", x, by=2.0)
 
-Importing this needs numpy and flatbuffers alone; torch is used where it is installed.
+Importing this needs numpy and flatbuffers alone; torch is used where it is installed. `SplitModelForCausalLM` is here,
+too, and needs torch and transformers.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from .errors import (
     AddressError,
@@ -61,6 +64,19 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .hf import SplitModelForCausalLM as SplitModelForCausalLM
+
+
+def __getattr__(name: str) -> Any:
+    """`SplitModelForCausalLM` needs torch and transformers, and is imported when it is first asked for."""
+    if name == "SplitModelForCausalLM":
+        from .hf import SplitModelForCausalLM
+
+        return SplitModelForCausalLM
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 connect = Channel
 """Connects to a server: `connect(uri, *, arrays="auto", timeout_s=10.0, call_timeout_s=300.0, ...)`, see Channel."""
