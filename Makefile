@@ -45,13 +45,16 @@ coverage: $(VENV)/.test-ready ## Runs the tests and reports which lines and bran
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
-bench: $(VENV)/.bench-ready ## Runs the benchmarks (15 minutes, 11 GB), and writes their results to benches/results/.
+bench: $(VENV)/.bench-ready ## Runs the benchmarks (30 minutes, 11 GB), and writes their results to benches/results/.
 	$(BIN)/python -m pytest benches/bench_descriptor.py --benchmark-columns=min,median,iqr,rounds --benchmark-sort=fullname
 	$(BIN)/python -m benches.bench_wire
 	$(BIN)/python -m benches.bench_shm
 	$(BIN)/python -m benches.bench_shm --idle
 	$(BIN)/python -m benches.bench_shm --profile
+	$(BIN)/python -m benches.counts --link
 	$(BIN)/python -m benches.bench_prefill
+	$(BIN)/python -m benches.bench_decode
+	$(BIN)/python -m benches.bench_overlap
 
 format: $(VENV)/.test-ready ## Formats the code and fixes what can be fixed.
 	$(BIN)/ruff check --fix --exit-zero .

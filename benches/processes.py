@@ -20,22 +20,22 @@ __all__ = ["OthersCpu", "Process", "peak_rss_bytes", "process", "reset_peak_rss"
 class Process:
     """A module run as a process of its own, up to its READY line. It ends when we close its stdin, or end ourselves.
 
-    `environment`: variables beside our own. `wait`: whether to wait for READY now; if not, `wait_ready` does, so that
-    several can start at a time.
+    `environment`: variables beside our own, None for those not to have. `wait`: whether to wait for READY now; if not,
+    `wait_ready` does, so that several can start at a time.
     """
 
     ready: str
     """What stands behind READY."""
 
     def __init__(
-        self, module: str, *arguments: str, environment: Mapping[str, str] | None = None, wait: bool = True
+        self, module: str, *arguments: str, environment: Mapping[str, str | None] | None = None, wait: bool = True
     ) -> None:
         root = Path(__file__).resolve().parents[1]
         self._module = module
         self._popen = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             cwd=root,
-            env={**os.environ, **(environment or {})},
+            env={name: value for name, value in {**os.environ, **(environment or {})}.items() if value is not None},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -75,7 +75,7 @@ class Process:
 
 
 @contextmanager
-def process(module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> Iterator[Process]:
+def process(module: str, *arguments: str, environment: Mapping[str, str | None] | None = None) -> Iterator[Process]:
     started = Process(module, *arguments, environment=environment)
     try:
         yield started

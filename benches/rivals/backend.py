@@ -1,38 +1,85 @@
-"""The rivals' TEE side: one zmq REQ socket, one call at a time.
+"""The rivals' TEE side: one zmq REQ socket, one call at a time, the KV cache in here.
+
+How it fits the Runner. What fastsplit keeps in the executor's sessions is kept here: opening, truncating and closing
+are local, keys and values are put into a cache and sent whole, their heads repeated. `rival_runner` makes the Runner
+so that a prompt is one stretch and its scores one block: the whole square. Messages have no batch dimension.
 
 Rules. Counted and timed as fastsplit's channel does it: `serialization_s` is what this side spends on making messages
 of tensors and tensors of messages, repeating the kv heads included; `wait_s` is sending and waiting, `remote_s` what
-the executor says that it computed. The executor's own (de)serialization is neither, so the report has it under
-communication, for all systems.
+the executor says that it computed. Filling the KV cache is the TEE's own work, "kv_cache" in the report, and no copy of
+a message. The executor's own (de)serialization is neither, so the report has it under communication, for all systems.
+What comes is not compared with `expect`: the original trusted its executor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from time import perf_counter_ns
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import zmq
 
 from fastsplit.errors import DeadlineError, RemoteOpError
 from fastsplit.models import ModelConfig
-from fastsplit.ops import RowBlock
+from fastsplit.remote import RemoteModel
+from fastsplit.report import Recorder
+from fastsplit.runner import Runner
 from fastsplit.wire.stats import Stats
 
 from .messages import MESSAGES
 
-__all__ = ["RivalBackend"]
+__all__ = ["Reply", "RivalBackend", "rival_runner"]
+
+_WHOLE = 2**30
+"""More rows than there are: one block."""
+
+
+class Reply(list[torch.Tensor]):
+    """A reply's tensors, and its attributes."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor] = (), **attrs: Any) -> None:
+        super().__init__(tensors)
+        self.attrs = attrs
+
+
+class _KVCache:
+    """Keys and values of one sequence, token-major: for each layer [capacity, kv_heads, head_dim]."""
+
+    def __init__(self, config: ModelConfig, capacity: int, dtype: torch.dtype) -> None:
+        shape = (max(capacity, 1), config.num_key_value_heads, config.head_dim)
+        self.keys = [torch.empty(shape, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        self.values = [torch.empty(shape, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        self.block = (0, 0, 0)
+        """Rows of the last scores, and from where to where their columns went: all, but where a sliding window leaves
+        the first out."""
+
+    def put(self, layers: list[torch.Tensor], layer: int, start: int, rows: torch.Tensor) -> torch.Tensor:
+        """Puts [n, kv_heads, head_dim] at positions `start` and on. Returns all up to there, a view."""
+        end, memory = start + len(rows), layers[layer]
+        if end > len(memory):
+            grown = memory.new_empty((max(end, 2 * len(memory)), *memory.shape[1:]))
+            grown[:start] = memory[:start]
+            memory = layers[layer] = grown
+        memory[start:end] = rows
+        return memory[:end]
 
 
 class RivalBackend:
-    """A `fastsplit.runner.Backend` that talks to a `RivalService`. `way`: "original" or "tuned"."""
+    """A `fastsplit.remote.Backend` that talks to a `RivalService`. `way`: "original" or "tuned".
+
+    `recorder`: the Runner's, for the time that the KV cache takes; without one it counts as communication.
+    """
 
     def __init__(self, address: str, way: str, config: ModelConfig, timeout_s: float = 600.0) -> None:
         self.stats = Stats()
+        self.recorder: Recorder | None = None
         self._address = address
         self._timeout_s = timeout_s
+        self._config = config
         self._heads_per_kv_head = config.num_attention_heads // config.num_key_value_heads
+        self._caches: dict[int, _KVCache] = {}
+        self._opened = 0
         self._messages = MESSAGES[way]()
         self._context = zmq.Context()
         self._socket: zmq.Socket[bytes] = self._context.socket(zmq.REQ)
@@ -56,22 +103,63 @@ class RivalBackend:
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(tuple(shape), dtype=dtype)
 
-    def embedding(self, ids: torch.Tensor) -> torch.Tensor:
-        return self._call("embedding", [ids])[0]
+    def submit(self, op: str, /, *tensors: torch.Tensor, expect: Any = None, **attrs: Any) -> NoReturn:
+        raise NotImplementedError(f"{op}: a REQ socket has one call at a time")
 
-    def linear(self, layer: int, names: tuple[str, ...], x: torch.Tensor) -> Sequence[torch.Tensor]:
-        return self._call("linear", [x], layer=layer, names=list(names))
+    def call(self, op: str, /, *tensors: torch.Tensor, expect: Any = None, **attrs: Any) -> Reply:
+        """The operations of ops.py that plan "batched" has, for one sequence."""
+        if op in ("embedding", "linear", "lm_head"):
+            (x,) = tensors
+            sent = {"layer": attrs["layer"], "names": list(attrs["names"])} if op == "linear" else {}
+            return Reply([result.unsqueeze(0) for result in self._call(op, [x[0]], **sent)])
+        if op == "open":
+            return self._open(**attrs)
+        if op in ("scores", "values"):
+            return (self._scores if op == "scores" else self._values)(*tensors, **attrs)
+        if op == "close":
+            del self._caches[attrs["session"]]
+        elif op != "truncate":  # forgetting takes nothing: the caller's `start` says what counts
+            raise NotImplementedError(f"{op}: not among what the original had")
+        return Reply()
 
-    def scores(self, q: torch.Tensor, k: torch.Tensor, blocks: list[RowBlock]) -> Sequence[torch.Tensor]:
-        return self._call("scores", [q, self._repeat_kv(k)])  # one block: the whole square
+    def _open(self, *, batch: int, capacity: int, dtype: str) -> Reply:
+        if batch != 1:
+            raise NotImplementedError(f"batch: {batch}, the original had one sequence")
+        self._opened += 1
+        self._caches[self._opened] = _KVCache(self._config, capacity, getattr(torch, dtype))
+        return Reply(session=self._opened)
 
-    def values(self, blocks: Sequence[torch.Tensor], v: torch.Tensor) -> torch.Tensor:
-        return self._call("values", [*blocks, self._repeat_kv(v)])[0]
+    def _scores(self, *tensors: torch.Tensor, first: int = 0, last: int = 0, **at: int) -> Reply:
+        """q [1, r, heads, head_dim] and k, or k alone -> all scores, nothing behind them: one block, the whole
+        square."""
+        cache = self._caches[at["session"]]
+        keys = self._kept(cache, cache.keys, at, tensors[-1])
+        if len(tensors) == 1:
+            return Reply()
+        cache.block = tensors[0].shape[1], first, last
+        (scores,) = self._call("scores", [tensors[0][0], self._repeat_kv(keys[first:last])])
+        return Reply([scores.view(-1)])
 
-    def lm_head(self, x: torch.Tensor) -> torch.Tensor:
-        return self._call("lm_head", [x])[0]
+    def _values(self, *tensors: torch.Tensor, **at: int) -> Reply:
+        """packed and v, or v alone -> [1, r, heads * head_dim]."""
+        cache = self._caches[at["session"]]
+        values = self._kept(cache, cache.values, at, tensors[-1])
+        if len(tensors) == 1:
+            return Reply()
+        rows, first, last = cache.block
+        weights = tensors[0].view(self._config.num_attention_heads, rows, last - first)
+        repeated = self._repeat_kv(values[first:last])
+        return Reply([result.unsqueeze(0) for result in self._call("values", [weights, repeated])])
 
     # ---- the call ----
+
+    def _kept(
+        self, cache: _KVCache, layers: list[torch.Tensor], at: dict[str, int], rows: torch.Tensor
+    ) -> torch.Tensor:
+        kept = cache.put(layers, at["layer"], at["start"], rows[0])
+        if self.recorder is not None:
+            self.recorder.lap("kv_cache")
+        return kept
 
     def _repeat_kv(self, heads: torch.Tensor) -> torch.Tensor:
         """[t, kv_heads, head_dim] -> [t, heads, head_dim]: each kv head as often as query heads share it."""
@@ -105,3 +193,8 @@ class RivalBackend:
             raise RemoteOpError(op, head["error"])
         stats.remote_s += head["compute_s"]
         return results
+
+
+def rival_runner(model: RemoteModel, backend: RivalBackend) -> Runner:
+    """The Runner as the original was: plan "batched", a prompt in one piece, all scores."""
+    return Runner(model, backend, "batched", lanes=1, block_rows=_WHOLE, scores_nbytes=2**62)

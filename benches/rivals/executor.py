@@ -21,6 +21,7 @@ from fastsplit import Server
 from fastsplit.devices import open_device
 from fastsplit.executor import Executor
 from fastsplit.models import DTYPES, open_model
+from fastsplit.wire.link import spin_us_beside
 
 from .service import RivalService
 
@@ -44,7 +45,9 @@ def main(argv: list[str] | None = None) -> int:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fastsplit-bench-")))
         addresses = {}
         for system, uri in (("fastsplit-unix", f"unix://{directory}/gpu.sock"), ("fastsplit-tcp", "tcp://127.0.0.1:0")):
-            addresses[system] = stack.enter_context(Server(uri, executor.handlers, on_segment=executor.on_segment)).uri
+            spin_us = spin_us_beside(0 if executor.device.asynchronous else torch.get_num_threads())
+            server = Server(uri, executor.handlers, on_segment=executor.on_segment, spin_us=spin_us)
+            addresses[system] = stack.enter_context(server).uri
         for system, way in RIVALS.items():
             address = "tcp://127.0.0.1:*" if system.endswith("tcp") else f"ipc://{directory}/{system}.sock"
             addresses[system] = stack.enter_context(RivalService(address, way, executor)).address

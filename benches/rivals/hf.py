@@ -1,14 +1,22 @@
-"""HF's LlamaForCausalLM in one process, undivided: what the split is compared with, in time and in logits.
+"""HF's own class in one process, undivided: what the split is compared with, in time, in logits and in tokens.
 
     python -m benches.rivals.hf --model random:tiny
 
-Serves `prefill` (ids [n] int64; attribute attention, "eager" or "sdpa") over a unix socket, replies with the last
-position's logits [vocab] fp32 and the forward pass's own time as `wall_s`, so that the way to here costs nothing.
-Prints `READY uri` and ends when its stdin does.
+Serves over a unix socket, so that what is timed is timed here and the way to here costs nothing; prints `READY uri`
+and ends when its stdin does.
 
-What makes it comparable: the same weights, dtype and threads; `use_cache=True`, since the split fills its KV cache in a
-prefill too; `logits_to_keep=1`, since the split computes only the last row of logits. What HF does not do: in the
-last layer, go on with the last row alone.
+    prefill     ids [n] int64; attribute attention. Replies with the last position's logits [vocab] fp32; wall_s is the
+                forward pass's own time
+    generate    ids [n] int64; attributes attention, new_tokens, by. Replies with the new tokens [new_tokens] int64;
+                wall_s is all of it, decode_s what came after the first token
+
+`attention` is "eager" or "sdpa". `by` is "generate", which is GenerationMixin's, greedy; or "forward": the model's
+forward called with its cache in a loop of three lines, which leaves out what `generate` does beside the model.
+
+What makes it comparable, and HF at its best: the same weights, dtype and threads; inference mode; `use_cache=True`,
+since the split fills its KV cache too; `logits_to_keep=1`, since the split computes only the last row of logits. No
+token ends a sequence, so nothing is looked for in the logits but their greatest. What HF does not do: in the last
+layer, go on with the last row alone.
 """
 
 from __future__ import annotations
@@ -20,7 +28,7 @@ from time import perf_counter_ns
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, DynamicCache
 from transformers.utils import logging
 
 from fastsplit import Call, Server
@@ -31,12 +39,58 @@ __all__ = ["load", "main"]
 
 def load(model: Model, dtype: str) -> Any:
     """The model's own weights in HF's class, ready to infer."""
-    known = {name: value for name, value in model.config.to_hf().items() if name not in ("model_type", "architectures")}
+    known = {name: value for name, value in model.config.to_hf().items() if name != "architectures"}
+    config: Any = AutoConfig.for_model(**known)
     torch_dtype = getattr(torch, dtype)
     weights = {name: weight.to(torch_dtype) for name, weight in model.items()}
     # from_pretrained, since the constructor would first fill a second copy of the weights with random numbers
-    hf: Any = LlamaForCausalLM.from_pretrained(None, config=LlamaConfig(**known), state_dict=weights, dtype=torch_dtype)
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    hf: Any = kind.from_pretrained(None, config=config, state_dict=weights, dtype=torch_dtype)
     return hf.eval()
+
+
+class _FirstToken:
+    """A streamer that only notes when the first new token came."""
+
+    def __init__(self) -> None:
+        self.puts = 0
+        self.first_ns = 0
+
+    def put(self, tokens: torch.Tensor) -> None:
+        self.puts += 1
+        if self.puts == 2:  # before it comes the prompt
+            self.first_ns = perf_counter_ns()
+
+    def end(self) -> None:
+        pass
+
+
+def _generate(hf: Any, ids: torch.Tensor, new_tokens: int) -> tuple[list[int], int]:
+    """The tokens, and when the first of them came."""
+    noted = _FirstToken()
+    tokens = hf.generate(
+        ids[None],
+        attention_mask=torch.ones_like(ids)[None],
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        use_cache=True,
+        streamer=noted,
+    )
+    return tokens[0, len(ids) :].tolist(), noted.first_ns
+
+
+def _forward(hf: Any, ids: torch.Tensor, new_tokens: int) -> tuple[list[int], int]:
+    tokens: list[int] = []
+    first_ns = 0
+    cache = DynamicCache(config=hf.config)
+    step = ids[None]
+    while len(tokens) < new_tokens:
+        logits = hf(step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        step = logits[:, -1].argmax(dim=-1, keepdim=True)
+        tokens.append(int(step))
+        first_ns = first_ns or perf_counter_ns()
+    return tokens, first_ns
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,6 +103,8 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     hf = load(open_model(args.model), args.dtype)
+    hf.generation_config.eos_token_id = None
+    hf.generation_config.pad_token_id = 0
 
     def prefill(call: Call) -> torch.Tensor:
         (ids,) = call.tensors
@@ -59,9 +115,20 @@ def main(argv: list[str] | None = None) -> int:
             call.reply_attrs["wall_s"] = (perf_counter_ns() - started_ns) * 1e-9
             return logits[0, -1].float()
 
+    def generate(call: Call) -> torch.Tensor:
+        (ids,) = call.tensors
+        hf.set_attn_implementation(call.attrs["attention"])
+        by = _generate if call.attrs["by"] == "generate" else _forward
+        with torch.inference_mode():
+            started_ns = perf_counter_ns()
+            tokens, first_ns = by(hf, ids.clone(), call.attrs["new_tokens"])
+            ended_ns = perf_counter_ns()
+        call.reply_attrs.update(wall_s=(ended_ns - started_ns) * 1e-9, decode_s=(ended_ns - first_ns) * 1e-9)
+        return torch.tensor(tokens)
+
     with (
         tempfile.TemporaryDirectory(prefix="fastsplit-bench-") as directory,
-        Server(f"unix://{directory}/hf.sock", {"prefill": prefill}) as server,
+        Server(f"unix://{directory}/hf.sock", {"prefill": prefill, "generate": generate}) as server,
     ):
         print("READY", server.uri, flush=True)
         sys.stdin.read()

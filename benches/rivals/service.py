@@ -1,8 +1,9 @@
 """The rivals' GPU side: a zmq REP socket in a thread, computing with an Executor's own weights.
 
-Rules. Embedding, linear operations and lm_head are the Executor's own handlers, so the arithmetic is the same. Scores
-and values are computed here, since the rivals send all heads and the whole square. One request at a time, as REP has
-it. A reply says how long its computation took; a failed one says why.
+Rules. Embedding, linear operations and lm_head are the Executor's own handlers, so the arithmetic is the same; what is
+added here is their batch dimension, and the session that the embedding asks for. Scores and values are computed here,
+since the rivals send all heads and the whole square. One request at a time, as REP has it. A reply says how long its
+computation took; a failed one says why.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 import zmq
 
 from fastsplit.executor import Executor
+from fastsplit.wire.server import Client
 
 from .messages import MESSAGES
 
@@ -27,7 +29,8 @@ _POLL_MS = 100  # how often a service that waits looks whether it is to end
 class _Call:
     """What an Executor's handler needs of a `fastsplit.Call`."""
 
-    def __init__(self, tensors: Sequence[torch.Tensor], attrs: dict[str, Any]) -> None:
+    def __init__(self, client: Client, tensors: Sequence[torch.Tensor], attrs: dict[str, Any]) -> None:
+        self.client = client
         self.tensors = tuple(tensors)
         self.attrs = attrs
         self.reply_attrs: dict[str, Any] = {}
@@ -41,6 +44,10 @@ class RivalService:
 
     def __init__(self, address: str, way: str, executor: Executor) -> None:
         self._executor = executor
+        self._client = Client()
+        opening: Any = _Call(self._client, (), {"batch": 1, "capacity": 0, "dtype": executor.dtype})
+        executor.handlers["open"](opening)
+        self._session: int = opening.reply_attrs["session"]
         self._messages = MESSAGES[way]()
         self._context = zmq.Context()
         self._socket: zmq.Socket[bytes] = self._context.socket(zmq.REP)
@@ -58,6 +65,8 @@ class RivalService:
         self._thread.join()
         self._socket.close()
         self._context.term()
+        closing: Any = _Call(self._client, (), {"session": self._session})
+        self._executor.handlers["close"](closing)
 
     def __enter__(self) -> RivalService:
         return self
@@ -87,15 +96,21 @@ class RivalService:
     def _compute(self, op: str, attrs: dict[str, Any], tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
         if op in ("scores", "values"):
             left, right = (tensor.to(self._executor.device.torch_device) for tensor in tensors)
-            return [(_scores if op == "scores" else _values)(left, right).cpu()]
-        call: Any = _Call(tensors, attrs)
+            product = _values(left, right) if op == "values" else _scores(left, right, self._executor.config.scale)
+            return [product.cpu()]
+        if op == "embedding":
+            attrs = {**attrs, "session": self._session, "lane": 0, "layer": 0, "start": 0}
+        call: Any = _Call(self._client, [tensor.unsqueeze(0) for tensor in tensors], attrs)
         results = self._executor.handlers[op](call)
-        return [results] if isinstance(results, torch.Tensor) else results
+        return [result.squeeze(0) for result in ([results] if isinstance(results, torch.Tensor) else results)]
 
 
-def _scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """[n, heads, head_dim], [t, heads, head_dim] -> [heads, n, t], what the mask will hide included."""
-    return torch.bmm(q.transpose(0, 1), k.permute(1, 2, 0))
+def _scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
+    """[n, heads, head_dim], [t, heads, head_dim] -> [heads, n, t], what the mask will hide included. The scale is the
+    product's own factor, and costs nothing."""
+    left, right = q.transpose(0, 1), k.permute(1, 2, 0)
+    nothing = left.new_empty(1).expand(len(left), left.shape[1], right.shape[2])  # not read with beta=0
+    return torch.baddbmm(nothing, left, right, beta=0, alpha=scale)
 
 
 def _values(probabilities: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

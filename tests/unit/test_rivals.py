@@ -21,15 +21,17 @@ import zmq.utils.garbage
 
 from benches.echoes import ECHOES
 from benches.echoes.pair import Pair
-from benches.rivals.backend import RivalBackend
+from benches.rivals.backend import RivalBackend, rival_runner
 from benches.rivals.messages import MESSAGES, Messages
 from benches.rivals.raw_socket import one_way_bytes_per_s
 from benches.rivals.service import RivalService
 from benches.rounds import interleaved
+from fastsplit import Server, connect
 from fastsplit.errors import DeadlineError, RemoteOpError
 from fastsplit.executor import Executor
 from fastsplit.models import open_model
-from fastsplit.ops import RowBlock
+from fastsplit.remote import RemoteModel
+from fastsplit.runner import Runner
 
 WAYS = sorted(MESSAGES)
 
@@ -124,28 +126,56 @@ def _address(frame: Any) -> int:
 # ---- service and backend ---------------------------------------------------------------------------------------------
 
 
+def opened(backend: RivalBackend, capacity: int = 0) -> int:
+    return int(backend.call("open", batch=1, capacity=capacity, dtype="float32").attrs["session"])
+
+
+def at(session: int, layer: int = 0, start: int = 0) -> dict[str, int]:
+    return {"session": session, "lane": 0, "layer": layer, "start": start}
+
+
 def test_scores_are_one_square_of_all_heads(backend: RivalBackend, executor: Executor) -> None:
     config = executor.config
-    q = torch.rand(7, config.num_attention_heads, config.head_dim)
-    k = torch.rand(9, config.num_key_value_heads, config.head_dim)
-    (scores,) = backend.scores(q, k, [RowBlock(0, 7, 9)])
+    q = torch.rand(1, 7, config.num_attention_heads, config.head_dim)
+    k = torch.rand(1, 9, config.num_key_value_heads, config.head_dim)
+    session = opened(backend)
+    backend.call("scores", k[:, :2], **at(session, layer=1))
+    assert backend.stats.calls == 0  # keys alone stay here
+    (scores,) = backend.call("scores", q, k[:, 2:], **at(session, layer=1, start=2), first=0, last=9)
     repeats = config.num_attention_heads // config.num_key_value_heads
-    expected = torch.einsum("nhd,thd->hnt", q, k.repeat_interleave(repeats, dim=1))
-    torch.testing.assert_close(scores, expected)
+    expected = torch.einsum("nhd,thd->hnt", q[0], k[0].repeat_interleave(repeats, dim=1)) * config.scale
+    torch.testing.assert_close(scores, expected.reshape(-1))
 
 
 def test_values_are_token_major(backend: RivalBackend, executor: Executor) -> None:
     config = executor.config
+    session = opened(backend, 9)
+    q = torch.rand(1, 7, config.num_attention_heads, config.head_dim)
+    k = torch.rand(1, 9, config.num_key_value_heads, config.head_dim)
+    backend.call("scores", q, k, **at(session), first=0, last=9)
     weights = torch.rand(config.num_attention_heads, 7, 9)
-    v = torch.rand(9, config.num_key_value_heads, config.head_dim)
+    v = torch.rand(1, 9, config.num_key_value_heads, config.head_dim)
     repeats = config.num_attention_heads // config.num_key_value_heads
-    expected = torch.einsum("hnt,thd->nhd", weights, v.repeat_interleave(repeats, dim=1)).reshape(7, -1)
-    torch.testing.assert_close(backend.values([weights], v), expected)
+    expected = torch.einsum("hnt,thd->nhd", weights, v[0].repeat_interleave(repeats, dim=1)).reshape(1, 7, -1)
+    (values,) = backend.call("values", weights.view(-1), v, **at(session))
+    torch.testing.assert_close(values, expected)
+
+
+def test_a_cache_is_forgotten_when_it_is_closed(backend: RivalBackend, executor: Executor) -> None:
+    first, second = opened(backend), opened(backend)
+    assert first != second
+    backend.call("truncate", session=first, length=0)
+    backend.call("close", session=first)
+    with pytest.raises(KeyError):
+        backend.call("values", torch.zeros(1, 1, 1, 1), **at(first))
+    backend.call("close", session=second)
+    assert backend.stats.calls == 0
 
 
 def test_every_byte_is_counted(backend: RivalBackend, executor: Executor) -> None:
-    x = torch.rand(6, executor.config.hidden_size)
-    q, k = backend.linear(0, ("q", "k"), x)
+    x = torch.rand(1, 6, executor.config.hidden_size)
+    q, k = backend.call("linear", x, layer=0, names=("q", "k"))
+    assert q.shape == (1, 6, executor.config.out_features("q"))
     stats = backend.stats
     payload_in = q.nbytes + k.nbytes
     assert stats.calls == 1
@@ -161,22 +191,85 @@ def test_repeated_kv_heads_are_counted_as_copied(executor: Executor) -> None:
         RivalService("tcp://127.0.0.1:*", "tuned", executor) as service,
         RivalBackend(service.address, "tuned", config) as backend,
     ):
-        q = torch.rand(4, config.num_attention_heads, config.head_dim)
-        backend.scores(q, torch.rand(4, config.num_key_value_heads, config.head_dim), [RowBlock(0, 4, 4)])
+        q = torch.rand(1, 4, config.num_attention_heads, config.head_dim)
+        k = torch.rand(1, 4, config.num_key_value_heads, config.head_dim)
+        backend.call("scores", q, k, **at(opened(backend)), first=0, last=4)
         assert backend.stats.bytes_copied == q.nbytes  # k has as many heads as q by then
 
 
 def test_a_failed_operation_says_why_and_the_next_one_works(backend: RivalBackend, executor: Executor) -> None:
-    x = torch.rand(2, executor.config.hidden_size)
+    x = torch.rand(1, 2, executor.config.hidden_size)
     with pytest.raises(RemoteOpError, match=r"linear: ValueError: layer: 99"):
-        backend.linear(99, ("q",), x)
-    assert len(backend.linear(0, ("q",), x)) == 1
+        backend.call("linear", x, layer=99, names=("q",))
+    assert len(backend.call("linear", x, layer=0, names=("q",))) == 1
+
+
+def test_what_the_original_did_not_have_is_refused(backend: RivalBackend) -> None:
+    with pytest.raises(NotImplementedError, match="batch: 2"):
+        backend.call("open", batch=2, capacity=0, dtype="float32")
+    with pytest.raises(NotImplementedError, match="reorder"):
+        backend.call("reorder", torch.tensor([0]), session=1)
+    with pytest.raises(NotImplementedError, match="one call at a time"):
+        backend.submit("embedding", torch.tensor([[1]]))
 
 
 def test_nobody_there_is_a_deadline(way: str, executor: Executor) -> None:
     with RivalBackend("tcp://127.0.0.1:9", way, executor.config, timeout_s=0.1) as backend:
         with pytest.raises(DeadlineError, match=r"embedding: no reply from tcp://127.0.0.1:9 within 0.1 s"):
-            backend.embedding(torch.tensor([1]))
+            backend.call("embedding", torch.tensor([[1]]))
+
+
+# ---- through the Runner ----------------------------------------------------------------------------------------------
+
+
+def known(executor: Executor) -> RemoteModel:
+    model = open_model("random:tiny@5")
+    return RemoteModel(model.name, model.config, executor.dtype, model.tee_weights())
+
+
+def test_a_forward_pass_moves_and_copies_what_the_original_did(
+    backend: RivalBackend, way: str, executor: Executor
+) -> None:
+    """Whole squares, repeated heads, the last layer with one row: in bytes, beside what the messages say in words."""
+    config = executor.config
+    rows = 200
+    runner = rival_runner(known(executor), backend)
+    with torch.inference_mode(), runner.new_cache() as cache:
+        recorder = runner.recorder
+        with recorder.phase("prefill"):
+            runner.forward(torch.arange(rows)[None], cache)
+    layers, hidden, inter = config.num_hidden_layers, config.hidden_size, config.intermediate_size
+    q, kv = config.out_features("q"), config.out_features("k")
+    square = config.num_attention_heads * rows * rows
+    sent = received = 0
+    for layer in range(layers):
+        n = rows if layer < layers - 1 else 1  # rows that go on
+        scores = square // rows * n
+        sent += rows * hidden + (n * q + rows * q) + (scores + rows * q) + n * (q + hidden + inter)
+        received += rows * (q + 2 * kv) + scores + n * (q + hidden + 2 * inter + hidden)
+    sent = 4 * (sent + hidden) + 8 * rows
+    received = 4 * (received + rows * hidden + config.vocab_size)
+    stats = backend.stats
+    calls = 6 * layers + 2
+    assert stats.calls == recorder.rpc_calls == calls
+    assert sent < stats.bytes_sent < sent + 200 * calls
+    assert received < stats.bytes_received < received + 300 * calls
+    repeated = 4 * layers * 2 * rows * q
+    assert stats.bytes_copied == repeated + (sent + received if way == "original" else 0)
+
+
+def test_tokens_through_a_rival_are_fastsplits(backend: RivalBackend, executor: Executor) -> None:
+    prompt = torch.randint(0, 256, (20,), generator=torch.Generator().manual_seed(2))
+    runner = rival_runner(known(executor), backend)
+    with (
+        Server("tcp://127.0.0.1:0", executor.handlers) as server,
+        connect(server.uri) as channel,
+        torch.inference_mode(),
+    ):
+        ours = Runner(known(executor), channel, "folded")
+        backend.recorder = runner.recorder
+        assert list(runner.generate(prompt, 12)) == list(ours.generate(prompt, 12))
+    assert runner.recorder.ops["kv_cache"].side == "tee"
 
 
 # ---- the floor -------------------------------------------------------------------------------------------------------

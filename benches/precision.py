@@ -1,0 +1,102 @@
+"""How precise the split is: SmolLM2-135M's logits in each plan and dtype, beside what Hugging Face's model loses there.
+
+    python -m benches.precision [--output JSON]         about two minutes on two cores
+
+What the numbers are. max |difference| / max |logit| against HF's eager model in fp32, over all rows of three prompts.
+The dtype is the executor's, the wire's and the TEE's; "HF" is the same model of HF's in that dtype: what a column can
+be expected to lose. A row's name is the plan that was asked for; where another one ran, the table says which.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import fastsplit
+from demo.smollm2 import model_dir
+from fastsplit.executor import Executor
+from fastsplit.models import DTYPES, open_model
+from fastsplit.ops import PLANS
+from fastsplit.remote import RemoteModel
+from fastsplit.runner import Runner
+
+from .environment import describe, save
+
+__all__ = ["main"]
+
+PROMPTS = (
+    "Why is the sky blue?",
+    "Write a short poem about a lighthouse keeper who counts the waves.",
+    "def fibonacci(n):\n    ",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--output", type=Path, metavar="JSON", help="where the result goes (benches/results/)")
+    args = parser.parse_args(argv)
+    command = ["python", "-m", "benches.precision", *(["--output", str(args.output)] if args.output else [])]
+    environment = describe(command)
+    directory = model_dir()
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    prompts = [tokenizer(prompt, return_tensors="pt")["input_ids"] for prompt in PROMPTS]
+    with torch.inference_mode():
+        reference = _hf(directory, "float32", prompts)
+        errors: dict[str, dict[str, float]] = {"HF": {}, **{plan: {} for plan in PLANS}}
+        ran: dict[str, dict[str, str]] = {plan: {} for plan in PLANS}
+        for dtype in DTYPES:
+            errors["HF"][dtype] = _error(_hf(directory, dtype, prompts), reference)
+            with _runners(directory, dtype) as make:
+                for plan in PLANS:
+                    runner = make(plan)
+                    errors[plan][dtype] = _error([_forward(runner, ids) for ids in prompts], reference)
+                    ran[plan][dtype] = runner.plan
+    print("| plan | " + " | ".join(DTYPES) + " |\n|---|" + "---:|" * len(DTYPES))
+    for name, row in errors.items():
+        others = [f" ({ran[name][dtype]})" if name in ran and ran[name][dtype] != name else "" for dtype in DTYPES]
+        print(f"| {name} | " + " | ".join(f"{row[dtype]:.1e}{other}" for dtype, other in zip(DTYPES, others)) + " |")
+    result = {"environment": environment, "prompts": PROMPTS, "errors": errors, "plans_that_ran": ran}
+    print(f"\n{save('precision', result, args.output)}")
+
+
+def _hf(directory: Path, dtype: str, prompts: list[torch.Tensor]) -> list[torch.Tensor]:
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=getattr(torch, dtype), attn_implementation="eager"
+    ).eval()
+    return [model(ids).logits.float() for ids in prompts]
+
+
+@contextlib.contextmanager
+def _runners(directory: Path, dtype: str) -> Iterator[Any]:
+    """plan -> a Runner, both sides in this process."""
+    model = open_model(str(directory))
+    executor = Executor(model, dtype=dtype)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        fastsplit.Server(f"unix://{folder}/s", executor.handlers, arrays="torch") as server,
+        fastsplit.connect(server.uri, arrays="torch") as channel,
+    ):
+        remote = RemoteModel.fetch(channel, model)
+        yield lambda plan: Runner(remote, channel, plan)
+
+
+def _forward(runner: Runner, ids: torch.Tensor) -> torch.Tensor:
+    with runner.new_cache(1, ids.shape[1]) as cache:
+        return runner.forward(ids, cache, keep="all")
+
+
+def _error(found: list[torch.Tensor], reference: list[torch.Tensor]) -> float:
+    """Over all prompts: max |difference| / max |logit|."""
+    most = max(float(logits.abs().max()) for logits in reference)
+    return max(float((ours - theirs).abs().max()) for ours, theirs in zip(found, reference)) / most
+
+
+if __name__ == "__main__":
+    main()

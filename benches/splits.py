@@ -1,0 +1,130 @@
+"""The split's systems, fastsplit's and the rivals', that benchmarks drive: each a Runner at one executor process.
+
+    LINK-PLAN       fastsplit, over "shm", "unix" or "tcp", in one of its plans: shm-folded
+    a rival         original-tcp, tuned-tcp, tuned-ipc: plan "batched", as the original was
+
+Rules. All plans over one link share one connection, and a link has one only if it is asked for: an executor with as
+many clients as cores does not spin for any of them, which a benchmark of small messages would feel. Every system of a
+process computes out of the same copy of the weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastsplit
+from fastsplit.gpu_side import SPIN_COUNT
+from fastsplit.models import open_model
+from fastsplit.remote import RemoteModel, share_cores
+from fastsplit.report import Recorder
+from fastsplit.runner import Runner
+
+from . import UNTOUCHED
+from .environment import describe
+from .processes import process
+from .rivals.backend import RivalBackend, rival_runner
+from .rivals.executor import RIVALS
+
+__all__ = ["LINKS", "RIVALS", "Split", "environment", "memory", "open_splits"]
+
+LINKS = {
+    "shm": ("fastsplit-unix", ""),
+    "unix": ("fastsplit-unix", "?shm=off"),
+    "tcp": ("fastsplit-tcp", ""),
+}
+"""Link -> which of the executor's addresses, and what the URI says beside it."""
+
+
+@dataclass
+class Split:
+    """One system, ready to run."""
+
+    name: str
+    runner: Runner
+    backend: Any
+    worker_pid: int
+    shm: bool | None = None
+    """Whether tensors cross in shared memory; None where that is no question."""
+    shm_reason: str = ""
+
+    def record(self) -> Recorder:
+        """A new stopwatch for what the Runner does from now on."""
+        recorder = self.runner.recorder = Recorder()
+        if isinstance(self.backend, RivalBackend):
+            self.backend.recorder = recorder
+        return recorder
+
+
+def open_splits(
+    stack: ExitStack,
+    names: Sequence[str],
+    model_name: str,
+    dtype: str,
+    *,
+    threads: int = 0,
+    device: str = "cpu",
+    variables: Mapping[str, str] | None = None,
+) -> list[Split]:
+    """Starts the executor, and connects to it once for each link and rival. `variables`: of its environment."""
+    model = open_model(model_name)
+    options = ["--model", model_name, "--dtype", dtype, "--threads", str(threads), "--device", device]
+    waiting = {"GOMP_SPINCOUNT": str(SPIN_COUNT)} if UNTOUCHED["OMP_WAIT_POLICY"] is None else {}  # as in gpu_side
+    executor = stack.enter_context(
+        process("benches.rivals.executor", *options, environment={**waiting, **(variables or {})})
+    )
+    addresses = json.loads(executor.ready)
+    with fastsplit.connect(addresses["fastsplit-unix"]) as channel:
+        known = RemoteModel.fetch(channel, model)
+    channels: dict[str, fastsplit.Channel] = {}
+    splits = []
+    for name in names:
+        if name in RIVALS:
+            rival = stack.enter_context(RivalBackend(addresses[name], RIVALS[name], model.config))
+            splits.append(Split(name, rival_runner(known, rival), rival, executor.pid))
+            continue
+        link, _, plan = name.partition("-")
+        if link not in channels:
+            address, query = LINKS[link]
+            channels[link] = stack.enter_context(fastsplit.connect(addresses[address] + query, call_timeout_s=600))
+            share_cores(channels[link], known)
+        channel = channels[link]
+        runner = Runner(known, channel, plan)
+        reason = f"{channel.shm_reason}; {runner.plan_reason}".rstrip("; ")
+        splits.append(Split(name, runner, channel, executor.pid, channel.shm, reason))
+    return splits
+
+
+def memory(pid: int, prefix: str) -> dict[str, int]:
+    """What a process holds now, in bytes: PSS counts what is shared by halves, so that two processes' add up to what
+    they really take; `shared` is the part of RSS in shared memory. Empty where the system does not say."""
+    found = {}
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                found[f"{prefix}_pss_bytes"] = int(line.split()[1]) * 1024
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("RssShmem:"):
+                found[f"{prefix}_rss_shared_bytes"] = int(line.split()[1]) * 1024
+    return found
+
+
+def environment(module: str, argv: Sequence[str]) -> dict[str, Any]:
+    """As `describe` has it, and what matters to torch and the rivals."""
+    found = describe(["python", "-m", module, *argv])
+    for package in ("pyzmq", "transformers"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found["packages"][package] = importlib.metadata.version(package)
+    found["threads"] = torch.get_num_threads()
+    # how OpenMP's idle threads wait decides how much of the other process's core they take
+    found["openmp"] = {name: value for name, value in os.environ.items() if name.startswith(("OMP_", "GOMP_", "KMP_"))}
+    return found
