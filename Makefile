@@ -20,7 +20,7 @@ export PROMPT
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test format lint unit coverage bench schema clean
+.PHONY: help demo test format lint unit exhaustive coverage bench schema clean
 
 help: ## Shows this list.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ lint: $(VENV)/.test-ready
 
 unit: $(VENV)/.test-ready lint
 	$(BIN)/python -m pytest
+
+exhaustive: $(VENV)/.test-ready ## Runs every combination of plans, families, dtypes, lanes and padding (some minutes more).
+	$(BIN)/python -m pytest --exhaustive -m matrix
 
 coverage: $(VENV)/.test-ready ## Runs the tests and reports which lines and branches they miss.
 	$(BIN)/coverage erase

@@ -17,6 +17,7 @@ import socket
 import tempfile
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,29 @@ _VSOCK_ANY_PORT = 0xFFFFFFFF
 
 
 # ---- leaks -----------------------------------------------------------------------------------------------------------
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--exhaustive", action="store_true", help="every combination of what is marked `matrix`")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of a test that is marked `matrix` one combination in four runs by default, always the same ones, at least one of
+    each: all of them take minutes. `make exhaustive` runs all."""
+    if config.getoption("--exhaustive"):
+        return
+    groups: dict[tuple[str, str], list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("matrix") is not None:
+            name = getattr(item, "originalname", None) or item.name
+            groups.setdefault((str(item.path), name), []).append(item)
+    left_out = set()
+    for group in groups.values():
+        ordered = sorted(group, key=lambda item: zlib.crc32(item.name.encode()))
+        left_out.update(ordered[-(-len(ordered) // 4) :])
+    if left_out:
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = [item for item in items if item not in left_out]
 
 
 def _descriptors() -> set[tuple[int, str]]:

@@ -23,6 +23,8 @@ from fastsplit.ops import PLANS, Block, packed_elements
 from fastsplit.remote import Cache, RemoteModel
 from fastsplit.runner import Runner
 
+pytestmark = pytest.mark.matrix
+
 VOCAB = 97
 TOLERANCE = 2e-5
 FAMILIES: dict[str, tuple[str, ...]] = {

@@ -24,6 +24,8 @@ from fastsplit.hf import SplitCache, SplitModelForCausalLM
 from fastsplit.models import open_model
 from fastsplit.ops import PLANS
 
+pytestmark = pytest.mark.matrix
+
 VOCAB = 97
 TOLERANCE = 1e-4
 

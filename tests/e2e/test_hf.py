@@ -26,7 +26,8 @@ from split import CONFIGS, LLAMA3_ROPE, load_hf, make_model, relative_error, spl
 PROMPT = 150
 """More than one block of rows, more than the windows and than the contexts that frequencies are scaled for."""
 SHORT = 11
-NEW_TOKENS = {name: 64 if "model_type" in changes else 32 for name, changes in CONFIGS.items()}
+# What makes a family special can show late; variations of Llama show at once, and in the logits.
+NEW_TOKENS = {name: 64 if "model_type" in changes else 8 for name, changes in CONFIGS.items()}
 # From the 65th position on Phi-3 has other frequencies, and HF's `generate` computes everything anew for them
 # (prepare_inputs_for_generation drops the cache); here keys stay as they were turned.
 NEW_TOKENS["phi3"] = 64 - SHORT

@@ -32,6 +32,8 @@ from fastsplit.runner import Runner, _corner
 from fastsplit.wire.server import Client
 from fastsplit.wire.stats import Stats
 
+pytestmark = pytest.mark.matrix
+
 VOCAB = 97
 LIMIT = 512
 """Positions of the small models."""

@@ -21,6 +21,8 @@ from fastsplit.executor import Executor
 from fastsplit.models import Model, open_model
 from fastsplit.ops import PLANS
 
+pytestmark = pytest.mark.matrix
+
 VOCAB = 97
 PREFILL, STEPS = 24, 12
 FACTOR = 1.25

@@ -27,7 +27,7 @@ PROMPTS: dict[str, tuple[str, ...]] = {
 }
 """And the plans that go on from them."""
 NEW_TOKENS = 64
-FEWER_TOKENS = {"per-op": 16, "batched": 16}
+FEWER_TOKENS = {"per-op": 8, "batched": 8}
 """They compute what fused does, and take longer."""
 FP32_TOLERANCE = 1e-4
 

@@ -25,6 +25,8 @@ from fastsplit.ops import MAX_BLOCKS, MAX_LANES, PLANS, Block, block_attrs, pack
 from fastsplit.remote import RemoteModel
 from fastsplit.runner import Runner
 
+pytestmark = pytest.mark.matrix
+
 PROMPT = torch.tensor([5, 17, 96, 0, 33, 8])
 FAMILIES = ("grouped heads", "attention bias", "qwen3", "gemma2")
 
