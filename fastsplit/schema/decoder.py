@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from . import message_generated as gen
+from .coding import FLOAT32, coded_nbytes
 from .descriptor import (
     CACHED_SHAPES,
     FILE_IDENTIFIER,
@@ -60,6 +61,8 @@ class Decoder:
     """
 
     def __init__(self, limits: Limits) -> None:
+        self.codings: frozenset[int] = frozenset()
+        """What tensors in the payload may be coded with (coding.py), beside not at all."""
         self._limits = limits
         self._known: dict[bytes, _Known] = {}
 
@@ -85,7 +88,7 @@ class Decoder:
         if placements == inline:
             placements, payload_nbytes = (), inline_nbytes
         else:
-            payload_nbytes = _check_placements(placements, message.tensors)
+            payload_nbytes = _check_placements(placements, message.tensors, self.codings)
         attrs: dict[str, Any] = {}
         for name, number, value in slots:
             if number is not None:
@@ -98,7 +101,7 @@ class Decoder:
         return _new(Message, (message[0], message[1], attrs, payload_nbytes, placements, returns))
 
     def _decode_new(self, metadata: bytes, cut: int) -> Message:
-        reader = _MessageReader(metadata, self._limits)
+        reader = _MessageReader(metadata, self._limits, self.codings)
         message = reader.read()
         tail = Tail(reader.ints.count, reader.floats.count, len(message.tensors), len(message.returns) // 2)
         cacheable = len(metadata) <= MAX_CACHED_NBYTES and reader.is_canonical(tail)
@@ -131,11 +134,15 @@ class Decoder:
         )
 
 
-def _check_placements(flat: Sequence[int], tensors: Sequence[TensorDesc]) -> int:
+def _check_placements(flat: Sequence[int], tensors: Sequence[TensorDesc], codings: frozenset[int]) -> int:
     """Checks placements against the tensors, and returns how many bytes of them the frame's payload holds."""
     payload_nbytes = 0
     for index, desc in enumerate(tensors):
         segment, offset, nbytes = flat[3 * index : 3 * index + 3]
+        if segment >= 2**32 and codings:
+            _check_coded(index, desc, segment, offset, nbytes, payload_nbytes, codings)
+            payload_nbytes += nbytes
+            continue
         if nbytes != desc.nbytes or segment >= 2**32 or (segment == 0 and offset != payload_nbytes):
             expected = (segment % 2**32, 0, offset if segment % 2**32 else payload_nbytes, desc.nbytes)
             raise Reader.error(
@@ -148,6 +155,25 @@ def _check_placements(flat: Sequence[int], tensors: Sequence[TensorDesc]) -> int
     return payload_nbytes
 
 
+def _check_coded(
+    index: int, desc: TensorDesc, segment: int, offset: int, nbytes: int, payload_nbytes: int, codings: frozenset[int]
+) -> None:
+    segment, coding = segment % 2**32, segment >> 32
+    field = f"tensor {index}"
+    if segment:
+        raise Reader.error(f"{field} segment", str(segment), f"0, since its codec is {coding}")
+    if coding not in codings:
+        raise Reader.error(f"{field} codec", str(coding), f"one that was agreed on: {', '.join(map(str, codings))}")
+    if offset != payload_nbytes:
+        raise Reader.error(f"{field} offset", str(offset), str(payload_nbytes))
+    if coding >> 4 and desc.dtype.code != FLOAT32:
+        raise Reader.error(f"{field} codec", f"{coding}, a cast, of {desc.dtype.name}", "a cast of float32 alone")
+    most = coded_nbytes(desc.nbytes, coding)
+    if not (1 <= nbytes < most if coding & 15 else nbytes == most > 0):
+        expected = f"1 to {most - 1}" if coding & 15 else str(most)
+        raise Reader.error(f"{field} nbytes", str(nbytes), f"{expected} with codec {coding}")
+
+
 def _check_returns(flat: Sequence[int]) -> None:
     for segment in flat[::2]:
         if not 1 <= segment < 2**32:
@@ -157,7 +183,8 @@ def _check_returns(flat: Sequence[int]) -> None:
 class _MessageReader:
     """One full decode. After `read`, `slots`, `ints` and `floats` say how the attributes were laid out."""
 
-    def __init__(self, metadata: bytes, limits: Limits) -> None:
+    def __init__(self, metadata: bytes, limits: Limits, codings: frozenset[int]) -> None:
+        self._codings = codings
         self._reader = Reader(metadata)
         self._nbytes = len(metadata)
         self._limits = limits
@@ -176,7 +203,7 @@ class _MessageReader:
         self.floats = self._varying(root, 4, 8, "floats")
         self._read_attrs(root)
         placements = self._read_placements(root, tensors)
-        payload_nbytes = _check_placements(placements, tensors)
+        payload_nbytes = _check_placements(placements, tensors, self._codings)
         if placements == inline_placements([desc.nbytes for desc in tensors]):
             placements = ()
         attrs = {name: value for name, _, _, value in self.slots}

@@ -62,8 +62,9 @@ class TensorDesc(NamedTuple):
 class Message(NamedTuple):
     """The metadata of one frame, decoded. `attrs` is the receiver's own, but for an empty one, which may be shared.
 
-    `placements`: segment, offset and nbytes of each tensor, flat; empty if all of them are in the frame's own payload,
-    one after the other. `returns`: segment and offset of each loan that the peer gives back, flat.
+    `placements`: segment (with its coding, see coding.py, in the upper half), offset and nbytes of each tensor, flat;
+    empty if all of them are in the frame's own payload as they are in memory, one after the other. `returns`: segment
+    and offset of each loan that the peer gives back, flat.
     """
 
     op: str

@@ -55,8 +55,9 @@ class Encoder:
     ) -> tuple[bytearray, int]:
         """The metadata of one message, and how many bytes at its end vary between messages of this shape.
 
-        `tensors` are (dtype code, shape) pairs, valid ones: they come from arrays that exist. `placements`: segment,
-        offset and nbytes of each, flat; empty if all are in the frame's payload. `returns`: segment and offset, flat.
+        `tensors` are (dtype code, shape) pairs, valid ones: they come from arrays that exist. `placements`: segment
+        (its coding in the upper half), offset and nbytes of each, flat; empty if all are in the frame's payload as they
+        are in memory. `returns`: segment and offset, flat.
         Raises LimitError over the peer's caps, LocalProtocolError for an attribute that cannot travel.
         """
         key: tuple[Any, ...]

@@ -16,7 +16,8 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter_ns
 from typing import Any
 
@@ -34,14 +35,31 @@ from ..errors import (
     TensorError,
 )
 from ..memory import Pool, pool
+from ..schema.coding import CAST_NAMES, CODEC_NAMES
 from ..schema.limits import Limits
 from ..tensors import Arrays, Outgoing, dtype_of
 from .address import connect_socket, parse_address
+from .coder import THRESHOLD_NBYTES, parse_cast, parse_codec
 from .connection import Connection
+from .estimate import HANDSHAKE_FILLER_NBYTES, LinkEstimate
+from .frame import reply_flags
 from .future import Future, Result
 from .link import choose_spin_us, remaining_s
 from .segment import Hook
-from .session import MAX_RETURNS, Attached, Error, Event, Failed, Goodbye, Hello, Reply, ReturnsWanted
+from .session import (
+    MAX_FILLER_NBYTES,
+    MAX_RETURNS,
+    PROBES,
+    Attached,
+    Error,
+    Event,
+    Failed,
+    Goodbye,
+    Hello,
+    Probe,
+    Reply,
+    ReturnsWanted,
+)
 from .stats import Stats
 
 __all__ = ["Channel", "Future", "Result"]
@@ -51,6 +69,7 @@ _logger = logging.getLogger("fastsplit.channel")
 MAX_TIMEOUT_S = 1e6  # eleven days; beyond, poll's milliseconds and the header's nanoseconds would run out
 _RELIEF_S = 0.005  # how soon a sender that found another thread reading looks again whether it must read itself
 _LAST_WORDS_S = 0.5  # how long a failed sender waits for another thread to read why
+_UNSET: Any = object()
 _LINGER_S = 0.5  # how long an aborted peer's bytes are read and dropped, so that it can read why
 
 
@@ -62,6 +81,15 @@ class Channel:
     accepted from the server. `spin_us`: how long a caller spins for its reply before it sleeps (FASTSPLIT_SPIN_US, or
     50; 0 on one core). `pool`: where tensors that are not in shared memory take theirs. `on_segment(address, nbytes)`:
     called for each segment of shared memory that is mapped; it may give a function to call before that is unmapped.
+
+    `wire_dtype`: "bfloat16" or "float16" has float32 tensors travel as that, both ways, and be float32 again where they
+    arrive; with "float16" one whose numbers are too large for that travels as bfloat16 (stats.casts_widened). `codec`:
+    how tensors of `codec_threshold_nbytes` or more are compressed: "zlib", "lz4", "zstd" or "blosc2" wherever bytes
+    travel, "off", or "auto": if the link, as measured, is so slow that a sample says it pays; never on unix sockets, on
+    loopback only where a round trip takes 2 ms (a relay). Where memory is shared nothing travels, and nothing is coded.
+
+    `overlap`: two threads of the channel's own read and send, so that bytes travel while the caller computes. Then
+    `submit` returns before its bytes are out: its tensors must not change before the result is in.
 
     On a unix socket memory is shared unless the URI says `?shm=off`; see `shm`, `shm_reason` and docs/protocol.md.
 
@@ -80,6 +108,10 @@ class Channel:
         spin_us: float | None = None,
         pool: Pool = pool,
         on_segment: Hook | None = None,
+        wire_dtype: str | None = None,
+        codec: str = "auto",
+        codec_threshold_nbytes: int = THRESHOLD_NBYTES,
+        overlap: bool = False,
     ) -> None:
         for name, value in (("timeout_s", timeout_s), ("call_timeout_s", call_timeout_s)):
             if value is not None and not 0 <= value <= MAX_TIMEOUT_S:
@@ -87,6 +119,10 @@ class Channel:
         self.uri = uri
         self.call_timeout_s = call_timeout_s
         self._arrays = tensors.arrays(arrays)
+        self._cast, self._codec = parse_cast(wire_dtype), parse_codec(codec)
+        self._sender: ThreadPoolExecutor | None = None
+        self._reader: threading.Thread | None = None
+        self._probes: set[int] = set()  # those that somebody waits for
         self._stats = Stats()
         self._futures: dict[int, Future] = {}
         self._lock = threading.Lock()
@@ -109,6 +145,7 @@ class Channel:
             pool=pool,
             relieve=self._relieve,
             hook=on_segment,
+            codec_threshold_nbytes=codec_threshold_nbytes,
         )
         self._sending = connection.sending
         self._session = connection.session
@@ -120,12 +157,21 @@ class Channel:
             answered = connection.offer_ring(deadline)
             if answered is not None:
                 answered(self._read_answer(deadline).text)
+            if not self.shm:
+                connection.coder.check(self._cast, self._codec)
+            if self._session.capabilities & PROBES:
+                self._measure(HANDSHAKE_FILLER_NBYTES, deadline)
         except DeadlineError:
             self._end(ClosedError("the handshake failed"))
             raise DeadlineError(f"{uri}: connected, but no handshake within {timeout_s} s") from None
         except BaseException:
             self._end(ClosedError("the handshake failed"))
             raise
+
+        if overlap and not self.shm:
+            self._sender = ThreadPoolExecutor(1, "fastsplit-send")
+            self._reader = threading.Thread(target=self._read_on, name=f"fastsplit-read {uri}", daemon=True)
+            self._reader.start()
 
     def _read_answer(self, deadline: float) -> Attached:
         while self._answer is None:
@@ -177,6 +223,78 @@ class Channel:
         """Which shared memory is used, or why none is; for people to read."""
         return self._connection.shm_reason
 
+    @property
+    def wire_dtype(self) -> str | None:
+        """What float32 tensors travel as, None for what they are. May be set at any time; a call may say otherwise."""
+        return CAST_NAMES.get(self._cast)
+
+    @wire_dtype.setter
+    def wire_dtype(self, wire_dtype: str | None) -> None:
+        self._cast = self._checked(wire_dtype, _UNSET)[0]
+
+    @property
+    def codec(self) -> str:
+        """How tensors are compressed: "auto", "off" or a name. May be set at any time; a call may say otherwise."""
+        return "auto" if self._codec is None else CODEC_NAMES.get(self._codec, "off")
+
+    @codec.setter
+    def codec(self, codec: str) -> None:
+        self._codec = self._checked(_UNSET, codec)[1]
+
+    def _checked(self, wire_dtype: Any, codec: Any) -> tuple[int, int | None]:
+        cast = self._cast if wire_dtype is _UNSET else parse_cast(wire_dtype)
+        number = self._codec if codec is _UNSET else parse_codec(codec)
+        if not self.shm:
+            self._connection.coder.check(cast, number)
+        return cast, number
+
+    @property
+    def link(self) -> LinkEstimate:
+        """What is known of the link: measured when the connection was made, and as calls go on. Nothing where memory is
+        shared, and on unix sockets."""
+        return self._connection.estimate
+
+    def measure(self, nbytes: int = 1024**2, timeout_s: float = 10.0) -> LinkEstimate:
+        """Measures the link now: a round trip, then `nbytes` each way (4 MiB at most). Returns what `link` says then.
+
+        For when nothing else is in flight: what is shares the link with it. Raises DeadlineError, and what ends the
+        connection.
+        """
+        if not 0 <= nbytes <= MAX_FILLER_NBYTES:
+            raise SettingError(f"nbytes: {nbytes!r}, expected 0 to {MAX_FILLER_NBYTES}")
+        deadline = self._deadline(timeout_s)[1]
+        assert deadline is not None
+        if self._session.capabilities & PROBES:
+            self._measure(nbytes, deadline)
+        return self.link
+
+    def _measure(self, nbytes: int, deadline: float) -> None:
+        self._ask(0, deadline)
+        self._ask(nbytes, deadline)
+        self._ask(0, deadline)  # the answer says how fast the second one's bytes came in there
+
+    def _ask(self, nbytes: int, deadline: float) -> None:
+        """One probe with bytes each way, and its answer."""
+        with self._sending:
+            number, frame = self._connection.probe(nbytes)
+            self._probes.add(number)
+            self._send_frame(frame, deadline)
+        try:
+            while number in self._probes:
+                if self._take_reading():
+                    try:
+                        self._read_once(deadline)
+                    finally:
+                        self._leave_reading()
+                else:
+                    time.sleep(0.0002)  # somebody else reads
+                if self._error is not None:
+                    raise self._error
+                if time.monotonic() >= deadline:
+                    raise DeadlineError("the link was not measured: no answer")
+        finally:
+            self._probes.discard(number)
+
     def empty(self, shape: int | Sequence[int], dtype: Any = "float32", *, timeout_s: float | None = None) -> Any:
         """A tensor of undefined content, in the memory that this link sends from fastest; the caller's own.
 
@@ -202,6 +320,8 @@ class Channel:
         *tensors: Any,
         timeout_s: float | None = None,
         expect: Sequence[tuple[Any, Sequence[int]]] | None = None,
+        wire_dtype: str | None = _UNSET,
+        codec: str = _UNSET,
         **attrs: Any,
     ) -> Result:
         """Runs `op` on the server and returns the tensors of its reply: writable, the caller's own.
@@ -210,12 +330,13 @@ class Channel:
         call returns. Those that lie in shared memory go by reference: what the handler changes in them has changed
         here. `attrs`: ints, floats, strings, bytes, lists of ints or of strings. `timeout_s`: seconds for the whole
         call, the channel's `call_timeout_s` if None. `expect`: (dtype, shape) of each tensor that the reply must hold;
-        a peer that sends anything else has broken the protocol, and nothing is allocated for it.
+        a peer that sends anything else has broken the protocol, and nothing is allocated for it. `wire_dtype`,
+        `codec`: for this request and its reply, the channel's if not given.
 
         Raises RemoteOpError if the handler failed, DeadlineError, TensorError for a tensor that cannot be sent,
         LimitError over a cap of the server's, PeerLostError, ClosedError, RemoteProtocolError.
         """
-        return self._start(op, tensors, timeout_s, expect, attrs).result()
+        return self._start(op, tensors, timeout_s, expect, wire_dtype, codec, attrs).result()
 
     def submit(
         self,
@@ -224,14 +345,16 @@ class Channel:
         *tensors: Any,
         timeout_s: float | None = None,
         expect: Sequence[tuple[Any, Sequence[int]]] | None = None,
+        wire_dtype: str | None = _UNSET,
+        codec: str = _UNSET,
         **attrs: Any,
     ) -> Future:
         """Sends a request as `call` does, and returns a Future of its reply. Any number may be in flight.
 
         When it returns, the tensors are sent and may change; but those that lie in shared memory are the server's, too,
-        until it is done with them.
+        until it is done with them, and with `overlap` they are the channel's until the result is in.
         """
-        return self._start(op, tensors, timeout_s, expect, attrs)
+        return self._start(op, tensors, timeout_s, expect, wire_dtype, codec, attrs)
 
     def _start(
         self,
@@ -239,12 +362,18 @@ class Channel:
         tensors: tuple[Any, ...],
         timeout_s: float | None,
         expect: Sequence[tuple[Any, Sequence[int]]] | None,
+        wire_dtype: str | None,
+        codec: str,
         attrs: dict[str, Any],
     ) -> Future:
         started_ns = perf_counter_ns()
         timeout_s, deadline = self._deadline(timeout_s)
+        if wire_dtype is _UNSET and codec is _UNSET:
+            cast, number = self._cast, self._codec
+        else:
+            cast, number = self._checked(wire_dtype, codec)
         try:
-            out = self._connection.prepare(tensors, deadline)
+            out = self._connection.prepare(op, tensors, deadline, cast, number)
         except ArenaFull:
             if self._closed:
                 raise ClosedError(f"the channel is closed: {self._error}") from None
@@ -253,6 +382,7 @@ class Channel:
         time_ns = 0 if timeout_s is None else max(int(timeout_s * 1e9), 1)
         if not self._sending.acquire(timeout=-1 if timeout_s is None else timeout_s):
             raise DeadlineError(f"{op}: not sent within {timeout_s} s, since other calls were")
+        handed_over = False
         try:
             if self._closed:
                 raise ClosedError(f"the channel is closed: {self._error}")
@@ -260,9 +390,12 @@ class Channel:
             connection.link.wake_early()  # after what had to be copied, which may take longer than the server spins
             arena = connection.arena
             if arena is not None and (arena.has_news or len(arena.returns) > MAX_RETURNS):
-                self._send_news(op, timeout_s, deadline)
+                self._send_news(op, timeout_s, deadline, ([frame] for frame in connection.news(deadline)))
+            if connection.is_probe_due:
+                self._send_news(op, timeout_s, deadline, [connection.probe(0)[1]])
+            flags = reply_flags(cast, number) if connection.can_code else 0
             request_id, head = self._session.request(
-                op, out.descs, attrs, out.nbytes, time_ns, expected, out.placements
+                op, out.descs, attrs, out.nbytes, time_ns, expected, out.placements, flags
             )
             encoded_ns = perf_counter_ns()
             future = Future(self, request_id, op, deadline, timeout_s, encoded_ns)
@@ -274,10 +407,14 @@ class Channel:
             stats.serialization_s += (encoded_ns - started_ns) * 1e-9
             if arena is not None:
                 arena.lend(out.placements)
-            self._send(future, out, head, deadline)
+            if self._sender is not None:
+                handed_over = self._send_behind(self._sender, future, out, head, deadline)
+            else:
+                self._send(future, out, head, deadline)
             stats.wait_s += (perf_counter_ns() - encoded_ns) * 1e-9
         finally:
-            self._release_sending()
+            if not handed_over:
+                self._release_sending()
         return future
 
     def _deadline(self, timeout_s: float | None) -> tuple[float | None, float | None]:
@@ -302,6 +439,10 @@ class Channel:
             finally:
                 self._release_sending()
         self._end(ClosedError("the channel was closed"))
+        if self._sender is not None:
+            self._sender.shutdown(wait=threading.current_thread() is not self._reader)
+        if self._reader is not None and threading.current_thread() is not self._reader:
+            self._reader.join()
 
     # ---- sending ----
 
@@ -331,21 +472,73 @@ class Channel:
             self._end(ClosedError("the connection was closed: a send was interrupted"))
             raise
 
-    def _send_news(self, op: str, timeout_s: float | None, deadline: float | None) -> None:
+    def _send_behind(
+        self, sender: ThreadPoolExecutor, future: Future, out: Outgoing, head: bytearray, deadline: float | None
+    ) -> bool:
+        """Has the sender's thread send what the kernel does not take at once; then that thread releases `_sending`:
+        frames stay whole, and at most one waits. Returns whether it was handed over."""
+        buffers: Sequence[Any] = [head, *out.buffers]
+        try:
+            left = self._connection.link.send(buffers, len(head) + out.nbytes)
+        except FastsplitError as error:
+            self._read_last_words(future)
+            raise self._end(error) from None
+        if not left:
+            return False
+
+        def send_rest() -> None:
+            try:
+                self._connection.link.send_all(left, deadline)
+            except DeadlineError:
+                self._end(
+                    DeadlineError(f"{future.op}: not sent within {future._timeout_s} s; the connection is closed")
+                )
+            except FastsplitError as error:
+                self._read_last_words(future)
+                self._end(error)
+            finally:
+                self._release_sending()
+
+        try:
+            sender.submit(send_rest)
+        except RuntimeError:  # closed at this moment
+            raise self._end(ClosedError("the channel was closed")) from None
+        return True
+
+    def _read_on(self) -> None:
+        """The reader's thread, where there is one: whoever waits for a reply finds it reading."""
+        while not self._closed:
+            if self._take_reading():
+                try:
+                    with contextlib.suppress(DeadlineError):
+                        self._read_once(None)
+                finally:
+                    self._leave_reading()
+            else:
+                time.sleep(_RELIEF_S)
+
+    def _send_news(
+        self, op: str, timeout_s: float | None, deadline: float | None, frames: Iterable[Sequence[Any]]
+    ) -> None:
         """Sends what must go before the next frame. The caller holds `_sending`."""
         try:
-            for frame in self._connection.news(deadline):
-                left: Sequence[Any] = self._connection.link.send([frame])
-                while left:
-                    left = self._send_rest(left, deadline)
+            for frame in frames:
+                self._send_frame(frame, deadline)
         except DeadlineError:
-            late = DeadlineError(f"{op}: a segment was not sent within {timeout_s} s; the connection is closed")
+            late = DeadlineError(
+                f"{op}: what goes before it was not sent within {timeout_s} s; the connection is closed"
+            )
             raise self._end(late) from None
         except FastsplitError as error:
             raise self._end(error) from None
         except BaseException:
             self._end(ClosedError("the connection was closed: a send was interrupted"))
             raise
+
+    def _send_frame(self, frame: Sequence[Any], deadline: float | None) -> None:
+        left = self._connection.link.send(frame)
+        while left:
+            left = self._send_rest(left, deadline)
 
     def _send_rest(self, left: Sequence[Any], deadline: float | None) -> Sequence[Any]:
         reading = self._take_reading()
@@ -517,6 +710,11 @@ class Channel:
             self._answer = event
         elif isinstance(event, ReturnsWanted):
             self._give_back()
+        elif isinstance(event, Probe):
+            meter = self._connection.meter
+            if meter is not None and not meter.answered(event.number, event.bytes_per_s):
+                _logger.debug("%s: an answer to probe %d, which nobody waits for", self.uri, event.number)
+            self._probes.discard(event.number)
         elif isinstance(event, Goodbye):
             self._end(PeerLostError("the server closed the connection"))
         elif isinstance(event, Failed):

@@ -7,6 +7,7 @@ handshake, before any request.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
 import threading
@@ -18,20 +19,39 @@ from ..errors import ArenaFull, DeadlineError, PeerLostError, RemoteProtocolErro
 from ..memory import Memory, Pool
 from ..schema.limits import Limits
 from ..tensors import Outgoing, collect, share
-from .address import Address
+from .address import Address, UnixAddress
 from .arena import Arena
+from .coder import AUTO, OFF, THRESHOLD_NBYTES, Codec, Coder
+from .estimate import LinkEstimate, Meter
 from .link import Link
 from .ring import RING_NBYTES, RingLink
 from .segment import Hook, Memfd
-from .session import CAPABILITIES, RingOffered, Session
+from .session import CODES, MAX_FILLER_NBYTES, PROBES, SHARES, Probe, RingOffered, Session
 from .sharing import Offer, Sharing, agree, offer
 from .stats import Stats
 
 __all__ = ["Connection"]
 
 
+_FILLER = os.urandom(MAX_FILLER_NBYTES // 16)  # nothing on the way can compress it, but by its repetition
+
 _ASK_EVERY_S = 0.02  # how often a side that is short of memory asks for returns
 _SMALL_S = 0.005  # how long the rest of a frame may take that the socket took only a part of
+
+
+def _filler(nbytes: int) -> bytes:
+    """Bytes that say nothing."""
+    return (_FILLER * -(-nbytes // len(_FILLER)))[:nbytes]
+
+
+def _is_loopback(sock: socket.socket) -> bool:
+    """Whether the peer is on this host, as far as its address says; a relay may be there, too."""
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return False
+    try:
+        return ipaddress.ip_address(sock.getpeername()[0].partition("%")[0]).is_loopback
+    except OSError:  # gone already
+        return True
 
 
 class Connection:
@@ -48,6 +68,7 @@ class Connection:
         pool: Pool,
         relieve: Callable[[float | None], None],
         hook: Hook | None,
+        codec_threshold_nbytes: int = THRESHOLD_NBYTES,
     ) -> None:
         self.is_client = is_client
         self.pool = pool
@@ -60,13 +81,22 @@ class Connection:
         self._relieve = relieve
         self._hook = hook
         self._sharing: Sharing | None = None
+        self.coder = Coder(pool, codec_threshold_nbytes)
+        self.meter = None if isinstance(address, UnixAddress) else Meter()
+        """Measures the link, where it may lead to another host and nothing is shared."""
+        self._is_loopback = _is_loopback(sock)
         self._offer = offer(address, sock, is_client=is_client)
-        self.link: Link | RingLink = Link(sock, spin_us, with_descriptors=Memfd.kind in self._offer.kinds)
+        self.link: Link | RingLink = Link(
+            sock, spin_us, with_descriptors=Memfd.kind in self._offer.kinds, meter=self.meter
+        )
         self.session = Session(
             is_client=is_client,
             allocate=pool.allocate,
             limits=limits,
-            capabilities=CAPABILITIES if self._offer.kinds else 0,
+            capabilities=(SHARES if self._offer.kinds else 0)
+            | (PROBES if self.meter is not None else 0)
+            | (CODES | self.coder.capabilities()),
+            codings=self.coder,
             offer=self._offer.attrs(),
             greeted=self._greeted,
         )
@@ -84,16 +114,66 @@ class Connection:
                     raise
         return self.pool.allocate(nbytes)
 
-    def prepare(self, tensors: Sequence[Any], deadline: float | None) -> Outgoing:
-        """What is needed to send tensors. Raises TensorError, ArenaFull at the deadline."""
+    def prepare(
+        self, op: str, tensors: Sequence[Any], deadline: float | None, cast: int = 0, codec: Codec = OFF
+    ) -> Outgoing:
+        """What is needed to send tensors. Where memory is shared, they are not coded.
+
+        Raises TensorError, ArenaFull at the deadline.
+        """
         arena = self.arena
-        return collect(tensors) if arena is None else share(tensors, arena, deadline)
+        if arena is not None:
+            return share(tensors, arena, deadline)
+        if not cast and codec == OFF:
+            return collect(tensors)
+        bytes_per_s = 0.0
+        if codec is AUTO and self.meter is not None and not (self._is_loopback and self.meter.is_near):
+            bytes_per_s = self.meter.peer_bytes_per_s
+        if not cast and codec is AUTO and not bytes_per_s:
+            return collect(tensors)
+        return self.coder.collect(op, tensors, cast, codec, bytes_per_s)
+
+    @property
+    def can_code(self) -> bool:
+        """Whether codings were agreed on, and flags that ask for them."""
+        return bool(self.coder.accepted)
+
+    @property
+    def estimate(self) -> LinkEstimate:
+        """What is known of the link; nothing where it cannot lead to another host."""
+        return LinkEstimate() if self.meter is None else self.meter.estimate()
+
+    def probe(self, nbytes: int) -> tuple[int, list[Any]]:
+        """Client: a probe's number, and its frame, with so many bytes each way, or as many as both sides accept. The
+        caller holds `sending`, and sends it now."""
+        meter, session = self.meter, self.session
+        assert meter is not None and session.peer_limits is not None
+        number = meter.next_probe()
+        nbytes = min(nbytes, session.peer_limits.max_message_nbytes, session.limits.max_message_nbytes)
+        head = session.probe(number, nbytes, nbytes, meter.received_bytes_per_s)
+        return number, [head, _filler(nbytes)] if nbytes else [head]
+
+    def probed(self, probe: Probe) -> list[Any]:
+        """Server: the answer to a probe, a frame. The caller holds `sending`, and sends it now."""
+        meter = self.meter
+        assert meter is not None
+        head = self.session.probed(probe.number, probe.wanted, meter.received_bytes_per_s)
+        return [head, _filler(probe.wanted)] if probe.wanted else [head]
+
+    @property
+    def is_probe_due(self) -> bool:
+        return (
+            self.meter is not None
+            and bool(self.session.capabilities & PROBES)
+            and self.meter.is_probe_due(self.link.bytes_sent + self.link.bytes_received)
+        )
 
     def fill(self, stats: Stats) -> None:
         """Writes what the link, the session and the arena count into `stats`."""
         link = self.link
         stats.bytes_sent, stats.bytes_received = link.bytes_sent, link.bytes_received
         stats.bytes_staged = self.session.staged_nbytes
+        stats.casts_widened, stats.codecs = self.coder.too_large, self.coder.stats
         stats.bytes_shared = self.lent_nbytes + (0 if self.arena is None else self.arena.shared_nbytes)
 
     # ---- what goes before a frame ----
@@ -167,7 +247,12 @@ class Connection:
         sharing = self._sharing = agree(client, server, is_client=self.is_client)
         self.shm_reason = sharing.reason
         if sharing.factory is None:
+            if self.session.capabilities & CODES:
+                self.coder.agree(self.session.capabilities)
             return None
+        self.meter = None
+        if isinstance(self.link, Link):
+            self.link.meter = None
         if not isinstance(sharing.factory, Memfd) and self._offer.prefix:  # not where the peer says
             sharing.factory.sweep()
         self.arena = Arena(

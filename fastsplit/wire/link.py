@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import array
 import contextlib
+import fcntl
 import os
 import select
 import socket
 import struct
+import termios
 import threading
 import time
 from collections import deque
@@ -26,6 +28,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import DeadlineError, FastsplitError, PeerLostError, RemoteProtocolError, SettingError
+from .estimate import LEAST_NBYTES, Meter
 from .session import Event, Session
 
 __all__ = ["Link", "Spin", "choose_spin_us", "cores", "remaining_s", "spin_us_beside"]
@@ -39,6 +42,7 @@ _SPIN_US = 50.0
 _MAX_MISSES = 4  # waits in a row that outlasted their spin, after which a link spins no more ...
 _RETRY_AFTER = 32  # ... but for one wait in so many, to see whether the peer has become quick
 _DISCARD_NBYTES = 64 * 1024
+_DISCARDED = memoryview(bytearray(_DISCARD_NBYTES))  # everybody's: what is in it says nothing
 _MAX_DISCARDS = 64
 _MAX_DESCRIPTORS = 4
 """Descriptors in one message; fastsplit sends one at a time. What is more is the peer's fault."""
@@ -115,9 +119,18 @@ class Link:
     """One connected socket. Owns it. `spin_us`: how long a blocking read spins before it sleeps, see `_spin_for_bytes`.
 
     `with_descriptors`: the peer may send descriptors; they are collected in `descriptors`, whose owner closes them.
+    `meter`: is told how fast payloads come in.
     """
 
-    def __init__(self, sock: socket.socket, spin_us: float = 0.0, *, with_descriptors: bool = False) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        spin_us: float = 0.0,
+        *,
+        with_descriptors: bool = False,
+        meter: Meter | None = None,
+    ) -> None:
+        self.meter = meter
         self.descriptors: deque[int] = deque()
         self._with_descriptors = with_descriptors
         self.spin = Spin(spin_us)
@@ -167,18 +180,27 @@ class Link:
 
     def send_with_descriptor(self, data: Any, fd: int, deadline: float | None) -> None:
         """Sends `data`, and with its first byte a descriptor. Raises PeerLostError, DeadlineError."""
+        left = self.send_with_descriptor_now(data, fd)
+        while len(left) == len(data):
+            self.wait(deadline, reading=False)
+            left = self.send_with_descriptor_now(data, fd)
+        if left:
+            self.send_all([left], deadline)
+
+    def send_with_descriptor_now(self, data: Any, fd: int) -> memoryview:
+        """As much of `data` as the kernel takes now, and with its first byte a descriptor; returns what is left.
+
+        Raises PeerLostError.
+        """
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
-        while True:
-            try:
-                sent = self._sock.sendmsg([data], ancillary, _SEND_FLAGS)
-                break
-            except BlockingIOError:
-                self.wait(deadline, reading=False)
-            except OSError as error:
-                raise _lost(error) from None
+        try:
+            sent = self._sock.sendmsg([data], ancillary, _SEND_FLAGS)
+        except BlockingIOError:
+            return memoryview(data)
+        except OSError as error:
+            raise _lost(error) from None
         self.bytes_sent += sent
-        if sent < len(data):
-            self.send_all([memoryview(data)[sent:]], deadline)
+        return memoryview(data)[sent:]
 
     def wait(self, deadline: float | None, *, reading: bool) -> tuple[bool, bool]:
         """Waits until the socket is (readable, writable); readable only if `reading`. Raises DeadlineError."""
@@ -199,7 +221,26 @@ class Link:
         if blocking and self.spin.spin_us:
             self._spin_for_bytes()
         received = self._receive_into(session.receive_buffers(), deadline, 0 if blocking else _DONTWAIT)
-        return session.received(received) if received else None
+        if not received:
+            return None
+        if self.meter is None:
+            return session.received(received)
+        before = session.payload_left
+        if before and before == received:
+            self.meter.payload_ended()  # before it is decoded
+        events = session.received(received)
+        if session.payload_left >= LEAST_NBYTES and not before:
+            self.meter.payload_begins(session.payload_left, self._waiting_nbytes())
+        return events
+
+    def _waiting_nbytes(self) -> int:
+        """What has arrived and was not read yet; very many where the system does not say."""
+        waiting = array.array("i", [0])
+        try:
+            fcntl.ioctl(self._sock, termios.FIONREAD, waiting)
+        except OSError:  # vsock of older kernels
+            return 2**62
+        return waiting[0]
 
     def receive_bell(self, scratch: memoryview, deadline: float | None) -> bool:
         """Sleeps until the peer sends a byte, which says nothing. False at the end of the stream.
@@ -210,6 +251,10 @@ class Link:
             return self._receive_into([scratch], deadline, 0) > 0
         except PeerLostError:
             return False
+
+    def has_bytes(self) -> bool:
+        """Whether something to read is there (or the end of the stream). Takes a system call."""
+        return bool(self._readable.poll(0))
 
     def wake_early(self) -> None:
         """A socket's sleeper is only woken by bytes of a frame."""
@@ -224,6 +269,16 @@ class Link:
             for _ in range(_MAX_DISCARDS):  # a peer may send bytes for ever
                 if self.descriptors or not self._receive_into([scratch], None, _DONTWAIT):
                     break
+
+    def drain(self) -> bool:
+        """Drops bytes that are there, some of them; descriptors are collected. False at the end of the stream.
+
+        Never waits. Raises PeerLostError, RemoteProtocolError.
+        """
+        try:
+            return self._receive_into([_DISCARDED], None, _DONTWAIT) > 0
+        except DeadlineError:
+            return True
 
     def receive_into(self, buffers: Sequence[memoryview], deadline: float | None, *, blocking: bool = True) -> int:
         """Reads at least one byte into the buffers, in order; returns how many, 0 at the end of the stream.
@@ -283,6 +338,15 @@ class Link:
                 pass
         except (OSError, FastsplitError):
             return  # it is gone, or does not go, or sends nonsense: either way we have done what we could
+
+    def fileno(self) -> int:
+        """The socket's descriptor, for an event loop to watch; -1 once it is closed."""
+        return self._sock.fileno()
+
+    def shutdown_writing(self) -> None:
+        """Ends only the writing direction: the peer reads what was sent, then the end."""
+        with self._close_lock, contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_WR)
 
     def shutdown(self) -> None:
         """Ends both directions; a thread that waits in a read or a write wakes up with the end of the stream."""

@@ -226,6 +226,10 @@ class RingLink:
         """Sends a descriptor through the socket, for a segment's announcement that follows in the ring."""
         self._link.send_with_descriptor(_DESCRIPTOR, fd, deadline)
 
+    def send_descriptor_now(self, fd: int) -> bool:
+        """The same without waiting: False if the socket has no room for it now. Raises PeerLostError."""
+        return not self._link.send_with_descriptor_now(_DESCRIPTOR, fd)
+
     def wait(self, deadline: float | None, *, reading: bool) -> tuple[bool, bool]:
         """Waits until there is (something to read, room to write), the first only if `reading`.
 
@@ -264,6 +268,49 @@ class RingLink:
             with contextlib.suppress(PeerLostError):  # what it wrote before it left still counts
                 self._wake_peer()
         return session.received_slot(slot)
+
+    # For an event loop, which watches the socket itself: a byte comes through it when the peer has done something.
+
+    def fileno(self) -> int:
+        """The descriptor of the socket; -1 once it is closed."""
+        return self._link.fileno()
+
+    @property
+    def readable(self) -> bool:
+        """Whether there is a slot to read."""
+        return self._readable()
+
+    @property
+    def writable(self) -> bool:
+        """Whether there is a slot to write."""
+        return self._credit > 0 or self._find_space()
+
+    def drain(self) -> bool:
+        """Drops the bytes that woke this side. False at the end of the stream. Raises PeerLostError."""
+        return self._link.drain()
+
+    def prepare_to_sleep(self, *, for_items: bool, for_space: bool) -> float | None:
+        """Says that this side will sleep until the peer has written, or has made room, and looks once more.
+
+        Returns how many seconds it may sleep: None until a byte comes, 0 not at all, since there is something to do.
+        """
+        self._memory[self._asleep_at] = _ASLEEP
+        ordered = self._pass_fence()
+        if (for_items and self._readable()) or (for_space and self.writable):
+            self._memory[self._asleep_at] = 0
+            return 0.0
+        return None if ordered else _NAP_S
+
+    def awake(self) -> None:
+        """This side is awake: it need not be told of anything until it prepares to sleep again."""
+        self._memory[self._asleep_at] = 0
+
+    def shutdown_writing(self) -> None:
+        self._link.shutdown_writing()
+
+    def has_bytes(self) -> bool:
+        """Whether something to read is there."""
+        return self._readable()
 
     def linger(self, deadline: float) -> None:
         """Ends the writing direction. What was written stays readable, whatever becomes of the socket."""

@@ -1,7 +1,9 @@
 """The server: accepts connections, runs handlers, answers.
 
 Each connection has a thread of its own that reads a request, runs its handler and answers, in order: the fewest
-hand-overs, so the shortest round trip. With `workers`, handlers run in a pool instead: then requests of one connection
+hand-overs, so the shortest round trip. Where tensors travel and a client has several requests in flight, that thread
+only computes for as long as that goes on: another one reads ahead, and a third one sends what the kernel does not take
+at once; still in order. With `workers`, handlers run in a pool instead: then requests of one connection
 overlap, replies come in the order in which they are done, and a CANCEL can still find its request waiting.
 
 Rules. One client's failure touches nobody else. A handler's exception is an answer (ERROR), never the end of a
@@ -31,16 +33,20 @@ from ..schema.limits import Limits
 from ..tensors import Arrays
 from .address import UnixAddress, accept_socket, listen_socket, parse_address, remove_socket_file
 from .arena import IDLE_S
+from .coder import THRESHOLD_NBYTES, parse_codec
 from .connection import Connection
+from .frame import wanted_reply
 from .link import choose_spin_us, cores, remaining_s
 from .segment import Hook
-from .session import MAX_RETURNS, Cancel, Event, Failed, Goodbye, Request, ReturnsWanted, RingOffered
+from .session import MAX_RETURNS, Cancel, Event, Failed, Goodbye, Probe, Request, ReturnsWanted, RingOffered
 from .stats import Stats
 
 __all__ = ["Call", "Client", "Handler", "Server"]
 
 _logger = logging.getLogger("fastsplit.server")
 
+_MAX_AHEAD_NBYTES = 256 * 1024**2  # tensors of requests that were read ahead; a single one may have more
+_MAX_QUICK = 16  # requests in a row that found nothing to do, after which a connection reads for itself again
 _RELIEF_S = 0.005  # how long it reads before it looks again
 _LINGER_S = 1.0  # how long an aborted peer's bytes are read and dropped, so that it can read why
 
@@ -150,7 +156,8 @@ class Server:
     `limits`: what is accepted from a client. `max_connections`: clients at a time; more are told so, and refused.
     `handshake_timeout_s`, `send_timeout_s`: how long a client may take for its handshake, and to take a reply.
     `spin_us`: how long a connection's thread spins for the next request before it sleeps (FASTSPLIT_SPIN_US, or 50);
-    never with workers, nor while there are as many clients as cores. `arrays`, `pool`, `on_segment`: as for a Channel.
+    never with workers, nor while there are as many clients as cores. `codec`: of replies, where the client does not
+    say. `arrays`, `pool`, `on_segment`, `codec_threshold_nbytes`: as for a Channel.
     """
 
     def __init__(
@@ -167,6 +174,8 @@ class Server:
         spin_us: float | None = None,
         pool: Pool = pool,
         on_segment: Hook | None = None,
+        codec: str = "auto",
+        codec_threshold_nbytes: int = THRESHOLD_NBYTES,
     ) -> None:
         self.handlers = dict(handlers)
         self.limits = limits or Limits()
@@ -178,6 +187,8 @@ class Server:
         self._arrays = tensors.arrays(arrays)
         self._pool = pool
         self._workers = workers
+        self._codec = parse_codec(codec)
+        self._codec_threshold_nbytes = codec_threshold_nbytes
         self._on_segment = on_segment
         self._past = Stats()  # of connections that have ended
         # While the pool's threads work, a reader that spins would only take the interpreter from them.
@@ -355,6 +366,7 @@ class _Connection:
             pool=server._pool,
             relieve=self._relieve,
             hook=server._on_segment,
+            codec_threshold_nbytes=server._codec_threshold_nbytes,
         )
         self.session = self.wire.session
         self.thread = threading.Thread(target=self._serve, name=f"fastsplit-serve {server.uri}", daemon=True)
@@ -363,9 +375,15 @@ class _Connection:
         self.ended = False
         self._sending = self.wire.sending
         self._stats = Stats()
-        self._waiting: deque[Request] = deque()  # came in while a handler waited for memory
+        self._waiting: deque[Request] = deque()  # came in while a handler waited for memory, or were read ahead
+        self._reader: threading.Thread | None = None  # reads ahead, while there is one; set under `_idle`
+        self._reader_end: BaseException | bool = True  # why it ended: a reason to end the connection, or to read on
+        self._ahead_nbytes = 0
+        self._is_idle = False
+        self._sender: ThreadPoolExecutor | None = None
+        self._probes: deque[Probe] = deque()
         self._broken: RemoteProtocolError | None = None  # by the client, while a handler waited for memory
-        self._idle = threading.Condition()  # guards `_pending`
+        self._idle = threading.Condition()  # guards `_pending`, and what is read ahead
         self._pending: set[int] = set()  # requests that have no answer yet, where a pool runs them
 
     def refuse(self, reason: str) -> None:
@@ -388,10 +406,12 @@ class _Connection:
             going_on = self._greet()
             while going_on:
                 while self._waiting:
-                    self._dispatch(self._waiting.popleft())
+                    request = self._next_waiting()
+                    if not self.ended:  # else nobody waits for it
+                        self._dispatch(request)
                 if self._broken is not None:
                     raise self._broken
-                going_on = self._read_or_trim()
+                going_on = self._read_or_trim() if self._reader is None else self._await_reader()
             self._drain()
         except RemoteProtocolError as protocol_error:
             error = protocol_error
@@ -409,6 +429,11 @@ class _Connection:
                 level = logging.WARNING if greeted else logging.DEBUG
                 _logger.log(level, "%s: a connection ended: %s", self.server.uri, str(error))
             self.wire.link.shutdown()
+            reader = self._reader
+            if reader is not None:
+                reader.join()
+            if self._sender is not None:
+                self._sender.shutdown()
             with self._sending:  # a worker may be in a system call on the descriptor
                 self.wire.close()
             self.client._end()
@@ -453,7 +478,8 @@ class _Connection:
     def _receive(self, deadline: float | None) -> list[Event] | None:
         """Reads once. None at the end of the stream."""
         session, link, server = self.session, self.wire.link, self.server
-        link.spin.spin_us = server._spin_us if len(server._connections) <= server._most_spinning else 0.0
+        spins = len(server._connections) <= server._most_spinning and self._reader is None
+        link.spin.spin_us = server._spin_us if spins else 0.0
         # What is in a ring already can be read for as long as the client goes on writing.
         events = link.receive(session, deadline) if not server._closing.is_set() else None
         if events is None:
@@ -476,6 +502,11 @@ class _Connection:
         elif isinstance(event, ReturnsWanted):
             with self._sending:
                 self.wire.give_back()
+        elif isinstance(event, Probe):
+            if self.wire.meter is not None:
+                self.wire.meter.peer_bytes_per_s = event.bytes_per_s
+            self._probes.append(event)
+            self._answer_probes()
         elif isinstance(event, Goodbye):
             self.ended = True
             return False
@@ -513,6 +544,8 @@ class _Connection:
         deadline = time.monotonic() + request.time_ns * 1e-9 if request.time_ns else None
         executor = self.server._executor
         if executor is None:
+            if self._reader is None and self.wire.arena is None and self.wire.link.has_bytes():
+                self._read_ahead()
             self._run(request, deadline)
             return
         with self._idle:
@@ -528,6 +561,75 @@ class _Connection:
         except RuntimeError:  # the pool is shut down: the server is closing
             self._done(request.request_id)
             self._answer_error(request.request_id, "failed", "the server is closing")
+
+    # ---- reading ahead ----
+
+    def _next_waiting(self) -> Request:
+        with self._idle:
+            request = self._waiting.popleft()
+            if self._reader is not None:
+                self._ahead_nbytes -= _tensors_nbytes(request)
+                self._idle.notify_all()
+        return request
+
+    def _read_ahead(self) -> None:
+        """Has another thread read from now on. The connection's own goes on to compute: a second one that does would
+        bring a second set of OpenMP's threads."""
+        if self._sender is None:
+            self._sender = ThreadPoolExecutor(1, f"fastsplit-send {self.server.uri}")
+        self._reader_end = True
+        self._reader = threading.Thread(target=self._read_on, name=f"fastsplit-read {self.server.uri}", daemon=True)
+        self._reader.start()
+
+    def _read_on(self) -> None:
+        """The reader's thread: until the client leaves, or has had nothing more than one request in flight for long."""
+        quick = 0
+        end: BaseException | bool = True
+        try:
+            while end is True and quick < _MAX_QUICK:
+                events = self._receive(None)
+                if events is None:
+                    end = False
+                    break
+                for event in events:
+                    if isinstance(event, Request):
+                        quick = quick + 1 if self._queue(event) else 0
+                    elif not self._handle(event):
+                        end = False
+        except BaseException as error:  # noqa: BLE001 (it is the connection's thread that says what became of it)
+            end = error
+        with self._idle:
+            self._reader_end = end
+            self._reader = None
+            self._idle.notify_all()
+
+    def _queue(self, request: Request) -> bool:
+        """Gives a request to the connection's thread. Returns whether that had nothing else to do."""
+        limit = self.server.limits.max_inflight
+        nbytes = _tensors_nbytes(request)
+        with self._idle:
+            while self._waiting and (self._ahead_nbytes + nbytes > _MAX_AHEAD_NBYTES or len(self._waiting) >= limit):
+                self._idle.wait(1.0)
+                if self.ended or self.server._closing.is_set():
+                    break
+            was_idle = self._is_idle and not self._waiting
+            self._waiting.append(request)
+            self._ahead_nbytes += nbytes
+            self._idle.notify_all()
+        return was_idle
+
+    def _await_reader(self) -> bool:
+        """Waits for a request that was read ahead. False when the client is done."""
+        with self._idle:
+            self._is_idle = True
+            self._idle.wait_for(lambda: self._waiting or self._reader is None)
+            self._is_idle = False
+            if self._waiting:
+                return True
+            end = self._reader_end
+        if isinstance(end, BaseException):
+            raise end
+        return end
 
     def _cancel(self, request_id: int) -> None:
         with self._idle:
@@ -609,12 +711,14 @@ class _Connection:
                 result = () if result is None else (result,)
             if deadline is None:
                 deadline = time.monotonic() + self.server.send_timeout_s
-            out = self.wire.prepare(result, deadline)
+            out = self.wire.prepare(message.op, result, deadline, *self._coding(request.flags))
         except BaseException as error:  # noqa: BLE001 (sys.exit() in a handler must not end the server's threads either)
             self._answer_failure(request_id, message.op, error)
             return
         arena = self.wire.arena
-        with self._sending:
+        handed_over = False
+        self._sending.acquire()
+        try:
             self.wire.link.wake_early()
             if arena is not None and (arena.has_news or len(arena.returns) > MAX_RETURNS):
                 self._send_news(deadline)
@@ -629,10 +733,25 @@ class _Connection:
                 stats.calls += 1
                 stats.bytes_copied += out.copied_nbytes
                 self.wire.lent_nbytes += out.shared_nbytes
-                self._send([head, *out.buffers], len(head) + out.nbytes)
+                handed_over = self._send_behind([head, *out.buffers], len(head) + out.nbytes)
                 return
+        finally:
+            if not handed_over:
+                self._sending.release()
+                if self._probes:
+                    self._answer_probes()
         self._answer_failure(request_id, message.op, failure)
         del failure  # it keeps this frame, and with it the tensors
+
+    def _coding(self, flags: int) -> tuple[int, int | None]:
+        """The cast and the codec of a reply: as the client wants it, else the server's own codec."""
+        cast, codec = wanted_reply(flags)
+        coder = self.wire.coder
+        if cast and cast << 4 not in coder.accepted:
+            cast = 0  # a number that this version does not know; what is not cast is right, too
+        if codec and codec not in coder.accepted:
+            codec = None
+        return cast, self.server._codec if codec is None else codec
 
     def _answer_failure(self, request_id: int, op: str, error: BaseException) -> None:
         if not isinstance(error, FastsplitError):
@@ -649,17 +768,56 @@ class _Connection:
         for frame in self.wire.news(deadline):
             self._send([frame], len(frame))
 
+    def _send_behind(self, buffers: list[Any], nbytes: int) -> bool:
+        """As `_send`; but while another thread reads, a third one sends what the kernel does not take at once, and then
+        releases `_sending`: frames stay whole, and at most one waits. Returns whether it was handed over."""
+        if self._reader is None or self._sender is None:
+            self._send(buffers, nbytes)
+            return False
+        left = self.wire.link.send(buffers, nbytes)
+        if not left:
+            return False
+
+        def send_rest() -> None:
+            try:
+                self._send_left(left)
+            except FastsplitError as error:
+                _logger.debug("%s: a reply could not be sent: %s", self.server.uri, str(error))
+                self.wire.link.shutdown()
+            finally:
+                self._sending.release()
+                if self._probes:
+                    self._answer_probes()
+
+        self._sender.submit(send_rest)
+        return True
+
+    def _answer_probes(self) -> None:
+        """Answers what was asked, or leaves it to whoever sends at this moment."""
+        while self._probes and self._sending.acquire(blocking=False):
+            try:
+                with contextlib.suppress(FastsplitError, IndexError):  # gone, or answered by another thread
+                    frame = self.wire.probed(self._probes.popleft())
+                    self._send(frame, sum(map(len, frame)))
+            finally:
+                self._sending.release()
+
     def _send(self, buffers: list[Any], nbytes: int) -> None:
         """Sends a frame. The caller holds `_sending`."""
         link = self.wire.link
         left = link.send(buffers, nbytes)
         if left:
-            try:
-                link.send_all(left, time.monotonic() + self.server.send_timeout_s)
-            except DeadlineError:
-                raise PeerLostError(
-                    f"the client did not take its reply within {self.server.send_timeout_s} s"
-                ) from None
+            self._send_left(left)
+
+    def _send_left(self, left: Sequence[Any]) -> None:
+        try:
+            self.wire.link.send_all(left, time.monotonic() + self.server.send_timeout_s)
+        except DeadlineError:
+            raise PeerLostError(f"the client did not take its reply within {self.server.send_timeout_s} s") from None
+
+
+def _tensors_nbytes(request: Request) -> int:
+    return sum(desc.nbytes for desc in request.message.tensors)
 
 
 def _describe(error: BaseException) -> str:

@@ -7,6 +7,7 @@
       CANCEL id ---------------------------->          optional; the request is still answered
              <-----------------  REPLY id, tensors     or ERROR id; in any order, exactly one for each request
       SEGMENT, RETIRE, RETURN <------------->          where both sides share memory: see arena.py
+      PROBE <------------------------------->          asked and answered: how good the link is, see estimate.py
       GOODBYE ------------------------------>          or from the server; then the stream ends
       ABORT  <------------------------------>          the other side broke the protocol, and how; then the stream ends
 
@@ -14,6 +15,9 @@ How bytes come in. The owner asks `receive_buffers()` where the next bytes belon
 `received(n)`. A frame's head is read into a small staging buffer; as soon as its metadata is complete and valid, memory
 for its tensors is allocated and the rest is read straight into it. What of a payload came in the same read as its head
 (at most STAGING_NBYTES) is copied over and counted in `staged_nbytes`: that is what one read for a small message costs.
+
+A tensor that is coded (schema/coding.py) is read into memory of its own, and decoded into its final one when the frame
+is complete; from then on nobody can tell it from another.
 
 Tensors in shared memory have no bytes in the stream: the arena (`shared`) says where they are, and takes note of what
 the peer says about its own. Through a ring frames come slot by slot (`received_slot`), never with a payload.
@@ -28,6 +32,7 @@ the session is open.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
@@ -38,15 +43,18 @@ from typing import Any, NamedTuple, Protocol
 from ..errors import LimitError, LocalProtocolError, PeerLostError, RemoteProtocolError
 from ..schema.decoder import Decoder
 from ..schema.descriptor import Attrs, AttrValue, Message, TensorDesc
-from ..schema.dtypes import BY_CODE
+from ..schema.dtypes import BY_CODE, BY_NAME
 from ..schema.encoder import Encoder
 from ..schema.limits import Limits
 from ..tensors import Desc
-from .frame import HEADER_NBYTES, VERSION, Header, Kind, pack_header, parse_header
+from .frame import HEADER_NBYTES, REPLY_FLAGS, VERSION, Header, Kind, pack_header, parse_header
 
 __all__ = [
-    "CAPABILITIES",
+    "CODES",
+    "MAX_FILLER_NBYTES",
     "MAX_RETURNS",
+    "PROBES",
+    "SHARES",
     "STAGING_NBYTES",
     "Attached",
     "Cancel",
@@ -56,6 +64,7 @@ __all__ = [
     "Failed",
     "Goodbye",
     "Hello",
+    "Probe",
     "Reply",
     "Request",
     "ReturnsWanted",
@@ -64,11 +73,16 @@ __all__ = [
 ]
 
 STAGING_NBYTES = 4096
-CAPABILITIES = 1
-"""Bits of what this side can do beyond the base protocol. A bit counts when both sides set it. 1: shared memory."""
+SHARES, CODES, PROBES = 1, 2, 4
+"""Capabilities, bits of what a side can do beyond the base protocol: shared memory, coded tensors (and flags that say
+how a reply is wanted), measuring the link. A bit counts when both sides set it."""
+MAX_FILLER_NBYTES = 4 * 1024**2
+"""Of a PROBE: bytes that say nothing, and are not kept."""
 
 # plain ints: looking up and comparing an enum's members costs more than the rest of a check
-_HELLO, _REQUEST, _REPLY, _ERROR, _CANCEL, _GOODBYE, _ABORT, _SEGMENT, _ATTACHED, _RETIRE, _RETURN = map(int, Kind)
+_HELLO, _REQUEST, _REPLY, _ERROR, _CANCEL, _GOODBYE, _ABORT, _SEGMENT, _ATTACHED, _RETIRE, _RETURN, _PROBE = map(
+    int, Kind
+)
 _SCRATCH_NBYTES = 1024**2
 _MAX_TEXT_NBYTES = 3500  # of an ERROR or ABORT: with the rest of the frame it fits the smallest metadata cap
 _SOFTWARE = "fastsplit"
@@ -86,6 +100,8 @@ class Request(NamedTuple):
     message: Message
     buffers: list[Any]
     time_ns: int
+    flags: int
+    """How the reply is wanted: frame.wanted_reply."""
 
 
 class Reply(NamedTuple):
@@ -131,6 +147,16 @@ class Attached(NamedTuple):
     text: str
 
 
+class Probe(NamedTuple):
+    """The peer measures the link, or answers that we do. `wanted`: bytes of filler that the answer is to bring.
+    `bytes_per_s`: how fast the peer receives what we send, 0 if it does not know."""
+
+    number: int
+    is_answer: bool
+    wanted: int
+    bytes_per_s: float
+
+
 class ReturnsWanted(NamedTuple):
     """The peer is short of memory: it wants its returns now."""
 
@@ -146,7 +172,7 @@ class Failed(NamedTuple):
     tell: bool
 
 
-Event = Request | Reply | Error | Cancel | Hello | RingOffered | Attached | ReturnsWanted | Goodbye | Failed
+Event = Request | Reply | Error | Cancel | Hello | RingOffered | Attached | ReturnsWanted | Probe | Goodbye | Failed
 
 
 class Shared(Protocol):
@@ -162,6 +188,15 @@ class Shared(Protocol):
     def returned(self, returns: Sequence[int]) -> None: ...
 
 
+class Codings(Protocol):
+    """What a session needs to know of codings."""
+
+    accepted: frozenset[int]
+
+    def decode(self, coding: int, data: Any, desc: TensorDesc) -> Any:
+        """The memory of a tensor whose coded bytes are in `data`. Raises RemoteProtocolError."""
+
+
 class _State(Enum):
     HANDSHAKE = "handshake"
     OPEN = "open"
@@ -169,6 +204,8 @@ class _State(Enum):
 
 
 _OPEN = _State.OPEN
+_SEGMENT_BITS = 2**32 - 1
+_UINT8 = BY_NAME["uint8"].code
 _NO_REQUEST: Any = object()
 _new = tuple.__new__  # a NamedTuple without its own constructor: 0.1 us less
 
@@ -188,8 +225,9 @@ class _Incoming:
 class Session:
     """One end of one connection. `allocate(nbytes)` gives writable memory for one tensor, as a flat uint8 array.
 
-    `offer`: attributes for the HELLO. `greeted(attrs, peer_limits)` is called with the peer's before anything else that
-    it sent is looked at; it gives the arena, None where no memory is shared.
+    `codings`: what is accepted once the peer's HELLO is in (`greeted` sets it). `offer`: attributes for the HELLO.
+    `greeted(attrs, peer_limits)` is called with the peer's before anything else that it sent is looked at; it gives the
+    arena, None where no memory is shared.
     """
 
     def __init__(
@@ -199,6 +237,7 @@ class Session:
         allocate: Callable[[int], Any],
         limits: Limits | None = None,
         capabilities: int = 0,
+        codings: Codings | None = None,
         offer: Mapping[str, AttrValue] | None = None,
         greeted: Callable[[dict[str, Any], Limits], Shared | None] | None = None,
     ) -> None:
@@ -211,6 +250,10 @@ class Session:
         self.shared: Shared | None = None
         self.returns: list[int] = []
         """What went back with the last frame."""
+        self.payload_left = 0
+        """Bytes that are still to come of the frame that is being read."""
+        self._codings = codings
+        self._known_flags = 0
         self._offer = dict(offer or {})
         self._share = greeted
         self._part: bytearray | None = None  # of a frame that takes several slots
@@ -251,8 +294,10 @@ class Session:
         time_ns: int = 0,
         expect: Expected = None,
         placements: Sequence[int] = (),
+        flags: int = 0,
     ) -> tuple[int, bytearray]:
         """A request's id and head. `expect`: what its reply must hold, checked before memory is allocated for it.
+        `flags`: frame.reply_flags, 0 where codings were not agreed on.
 
         `nbytes`: of the payload that follows. `placements`: see Encoder.encode.
 
@@ -266,7 +311,7 @@ class Session:
                 f"{op!r}: {len(self._open)} requests in flight, the peer accepts {self.peer_limits.max_inflight}"
             )
         request_id = self._next_id
-        frame = self._frame(_REQUEST, request_id, op, tensors, attrs, nbytes, time_ns, placements)
+        frame = self._frame(_REQUEST, request_id, op, tensors, attrs, nbytes, time_ns, placements, flags=flags)
         self._next_id = request_id + 1
         self._open[request_id] = expect
         return request_id, frame
@@ -327,6 +372,18 @@ class Session:
         """Asks the peer for its returns."""
         return self._frame(_RETURN, 0, "", (), {"wanted": 1})
 
+    def probe(self, number: int, filler_nbytes: int, wanted: int, bytes_per_s: float) -> bytearray:
+        """Client: asks the server to answer at once, and `wanted` bytes with it. `filler_nbytes` follow on the wire."""
+        return self._probe(number, 0, filler_nbytes, wanted, bytes_per_s)
+
+    def probed(self, number: int, filler_nbytes: int, bytes_per_s: float) -> bytearray:
+        """Server: the answer to a probe."""
+        return self._probe(number, 1, filler_nbytes, 0, bytes_per_s)
+
+    def _probe(self, number: int, answer: int, nbytes: int, wanted: int, bytes_per_s: float) -> bytearray:
+        attrs = {"answer": answer, "wanted": wanted, "bytes_per_s": bytes_per_s}
+        return self._frame(_PROBE, number, "", [(_UINT8, (nbytes,))] if nbytes else (), attrs, nbytes)
+
     def goodbye(self) -> bytearray:
         """This side will say nothing more."""
         self._may_request = False
@@ -348,6 +405,7 @@ class Session:
         time_ns: int = 0,
         placements: Sequence[int] = (),
         most_returns: int = MAX_RETURNS,
+        flags: int = 0,
     ) -> bytearray:
         shared = self.shared
         if shared is None or not shared.returns:
@@ -364,7 +422,7 @@ class Session:
             except BaseException:
                 self.take_back()
                 raise
-        pack_header(frame, kind, request_id, varying_nbytes, nbytes, time_ns)
+        pack_header(frame, kind, request_id, varying_nbytes, nbytes, time_ns, flags)
         return frame
 
     def take_back(self) -> None:
@@ -395,6 +453,7 @@ class Session:
                 self._read_staged(events)
             else:
                 self._advance(incoming, nbytes)
+                self.payload_left -= nbytes
                 if not incoming.targets:
                     self._incoming = None
                     self._append(events, self._complete(incoming.header, incoming.message, incoming.buffers))
@@ -411,7 +470,7 @@ class Session:
         try:
             part = self._part
             if part is None:
-                header = parse_header(slot, 0, self.limits)
+                header = parse_header(slot, 0, self.limits, self._known_flags)
                 if header[4]:
                     raise RemoteProtocolError(f"header, payload_nbytes: {header[4]} in a ring, expected 0")
                 frame_nbytes = HEADER_NBYTES + header[2]
@@ -423,7 +482,7 @@ class Session:
                 part += slot
                 if len(part) >= self._part_nbytes:
                     self._part = None
-                    header = parse_header(part, 0, self.limits)
+                    header = parse_header(part, 0, self.limits, self._known_flags)
                     self._read_frame(header, bytes(part[HEADER_NBYTES : self._part_nbytes]), events)
         except RemoteProtocolError as error:
             self._fail(error, events)
@@ -446,7 +505,7 @@ class Session:
             events.append(_new(Reply, (request_id, message, self._take_references(message), header[5])))
             return
         if header[0] == _REQUEST and not self.is_client and self._state is _OPEN and not message.payload_nbytes:
-            events.append(_new(Request, (header[1], message, self._take_references(message), header[5])))
+            events.append(_new(Request, (header[1], message, self._take_references(message), header[5], header[6])))
             return
         self._admit(header, message)
         buffers = self._make_room(message) if message.tensors else []
@@ -488,7 +547,7 @@ class Session:
         filled = self._filled
         staging = self._staging
         while filled - at >= HEADER_NBYTES:
-            header = parse_header(staging, at, self.limits)
+            header = parse_header(staging, at, self.limits, self._known_flags)
             head_nbytes = HEADER_NBYTES + header[2]
             if filled - at < head_nbytes:
                 if head_nbytes > len(staging):  # bounded by max_metadata_nbytes; no more, so that no payload gets in
@@ -502,7 +561,9 @@ class Session:
             payload_nbytes = header[4]
             if not payload_nbytes <= filled - at:
                 incoming = self._incoming = self._open_payload(header, message, wanted)
-                at += self._take_staged(incoming, at)
+                taken = self._take_staged(incoming, at)
+                self.payload_left = payload_nbytes - taken
+                at += taken
                 break
             buffers = []
             if wanted and not message.placements:
@@ -574,6 +635,9 @@ class Session:
             raise RemoteProtocolError(f"a {Kind(kind).name} frame in state {self._state.value!r}")
         if kind in (_REPLY, _REQUEST) or (kind == _CANCEL and self.is_client):
             raise RemoteProtocolError(f"a {Kind(kind).name} frame from the {'server' if self.is_client else 'client'}")
+        if kind == _PROBE and self.capabilities & PROBES:
+            _check_filler(message)
+            return False  # what it brings is read and dropped
         if message.tensors:
             raise RemoteProtocolError(f"a {Kind(kind).name} frame with {len(message.tensors)} tensors, expected none")
         if kind == _ERROR:
@@ -617,16 +681,28 @@ class Session:
         if not placements:
             return [self._allocate(desc.nbytes) for desc in message.tensors]
         shared = self.shared
-        if shared is None:
-            raise RemoteProtocolError("placement: in shared memory, expected in the payload: none was agreed on")
-        return [
-            shared.resolve(placements[at], placements[at + 1], desc) if placements[at] else self._allocate(desc.nbytes)
-            for at, desc in zip(range(0, len(placements), 3), message.tensors)
-        ]
+        buffers = []
+        for at, desc in zip(range(0, len(placements), 3), message.tensors):
+            segment = placements[at]
+            if not segment & _SEGMENT_BITS:  # as many bytes as are in the payload: fewer than the tensor's, if coded
+                buffers.append(self._allocate(placements[at + 2]))
+            elif shared is None:
+                raise RemoteProtocolError("placement: in shared memory, expected in the payload: none was agreed on")
+            else:
+                buffers.append(shared.resolve(segment, placements[at + 1], desc))
+        return buffers
+
+    def _decode(self, message: Message, buffers: list[Any]) -> None:
+        """Puts the tensors themselves in the place of what came for those that are coded."""
+        codings = self._codings
+        for index, segment in enumerate(message.placements[::3]):
+            if segment > _SEGMENT_BITS:
+                assert codings is not None  # else the decoder had let no coding pass
+                buffers[index] = codings.decode(segment >> 32, buffers[index], message.tensors[index])
 
     def _drop_references(self, message: Message) -> None:
         """Takes and drops what nobody waits for, so that it goes back."""
-        if message.placements:
+        if message.placements and self.shared is not None:
             self._make_room(Message(message.op, message.tensors, {}, 0, message.placements))
 
     def _check_answer(self, header: Header, message: Message) -> bool:
@@ -653,8 +729,10 @@ class Session:
         kind, request_id = header[0], header[1]
         if message.returns:
             self._take_returns(message)
+        if buffers and message.placements:
+            self._decode(message, buffers)
         if kind == _REQUEST:
-            return Request(request_id, message, buffers, header[5])
+            return Request(request_id, message, buffers, header[5], header[6])
         if kind == _REPLY or kind == _ERROR:  # noqa: SIM109 (faster so)
             self._open.pop(request_id, None)
             self._unwanted.discard(request_id)
@@ -666,6 +744,8 @@ class Session:
             return Cancel(request_id)
         if kind == _HELLO:
             return self._greeted(message)
+        if kind == _PROBE:
+            return self._probe_of(request_id, message)
         if kind >= _SEGMENT:
             return self._take_note(kind, message)
         self._state = _State.ENDED
@@ -692,6 +772,20 @@ class Session:
             return RingOffered(nbytes, name)
         raise RemoteProtocolError(f"a {Kind(kind).name} frame from the client")
 
+    def _probe_of(self, number: int, message: Message) -> Probe:
+        if not self.capabilities & PROBES:
+            raise RemoteProtocolError("a PROBE frame, expected none: it was not agreed on")
+        answer, wanted = _attr(_PROBE, message, "answer", int), _attr(_PROBE, message, "wanted", int)
+        bytes_per_s = _attr(_PROBE, message, "bytes_per_s", float)
+        if answer != self.is_client:
+            raise RemoteProtocolError(f"PROBE, answer: {answer}, expected {int(self.is_client)} from this side")
+        most = MAX_FILLER_NBYTES if self.peer_limits is None else self.peer_limits.max_message_nbytes
+        if not 0 <= wanted <= min(most, MAX_FILLER_NBYTES):
+            raise RemoteProtocolError(f"PROBE, wanted: {wanted}, expected 0 to {min(most, MAX_FILLER_NBYTES)}")
+        if not 0 <= bytes_per_s < math.inf:
+            raise RemoteProtocolError(f"PROBE, bytes_per_s: {bytes_per_s}, expected a finite number of 0 or more")
+        return Probe(number, bool(answer), wanted, bytes_per_s)
+
     def _greeted(self, message: Message) -> Hello:
         values: dict[str, Any] = {field.name: message.attrs.get(field.name) for field in fields(Limits)}
         capabilities = message.attrs.get("capabilities")
@@ -707,6 +801,11 @@ class Session:
         self._may_request = True
         if self._share is not None:
             self.shared = self._share(message.attrs, self.peer_limits)
+            if self.shared is not None:
+                self.capabilities &= ~PROBES
+        if self.capabilities & CODES and self._codings is not None and self._codings.accepted:
+            self._decoder.codings = self._codings.accepted
+            self._known_flags = REPLY_FLAGS
         return Hello(self.peer_limits, self.capabilities)
 
 
@@ -722,13 +821,24 @@ def _attr(kind: int, message: Message, name: str, wanted: type[Any]) -> Any:
     return value
 
 
+def _check_filler(message: Message) -> None:
+    tensors = message.tensors
+    if len(tensors) > 1 or (tensors and (tensors[0].dtype.code != _UINT8 or tensors[0].nbytes > MAX_FILLER_NBYTES)):
+        what = ", ".join(map(str, tensors))
+        raise RemoteProtocolError(
+            f"a PROBE frame with {what:.200}, expected at most {MAX_FILLER_NBYTES} bytes of uint8"
+        )
+    if message.placements:
+        raise RemoteProtocolError("a PROBE frame with a placement, expected its bytes in the payload as they are")
+
+
 def _inline(message: Message, buffers: Sequence[Any]) -> list[memoryview]:
     """The buffers that bytes of the payload belong in, in order; those with none are left out."""
     placements = message.placements
     return [
         memoryview(buffer)
         for index, buffer in enumerate(buffers)
-        if not (placements and placements[3 * index]) and len(buffer)
+        if not (placements and placements[3 * index] & _SEGMENT_BITS) and len(buffer)
     ]
 
 

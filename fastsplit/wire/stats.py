@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-__all__ = ["Stats"]
+__all__ = ["Coded", "Stats"]
+
+
+@dataclass
+class Coded:
+    """What one coding did, both ways: `raw_nbytes` of tensors became `wire_nbytes`. The times are this side's."""
+
+    tensors: int = 0
+    raw_nbytes: int = 0
+    wire_nbytes: int = 0
+    encode_s: float = 0.0
+    decode_s: float = 0.0
 
 
 @dataclass
@@ -30,6 +41,11 @@ class Stats:
     """The callers' time in sending and waiting for replies."""
     remote_s: float = 0.0
     """Time in the peer's handlers, as it says. Calls in flight together may overlap in it."""
+    casts_widened: int = 0
+    """Tensors that were to travel as float16 and held what only bfloat16 can, so that they travelled as that."""
+    codecs: dict[str, Coded] = field(default_factory=dict)
+    """By name, such as "float16" or "zstd" (a tensor may be both): what travelled otherwise than it is in memory. Its
+    encoding and decoding is part of `serialization_s`; what a cast writes does not count as copied."""
 
     @property
     def communication_s(self) -> float:
@@ -41,6 +57,11 @@ class Stats:
 
     def add(self, other: Stats) -> Stats:
         """Adds another connection's counts and times. Returns itself."""
-        for field in fields(self):
-            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+        for known in fields(self):
+            if known.name != "codecs":
+                setattr(self, known.name, getattr(self, known.name) + getattr(other, known.name))
+        for name, coded in list(other.codecs.items()):
+            own = self.codecs.setdefault(name, Coded())
+            for known in fields(coded):
+                setattr(own, known.name, getattr(own, known.name) + getattr(coded, known.name))
         return self

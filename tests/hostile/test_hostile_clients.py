@@ -64,7 +64,7 @@ def _patched(data: bytes, old: int, new: int) -> bytes:
 HEADER_LIES = {
     "magic": ({"magic": b"FSPX"}, "header, magic: b'FSPX', expected b'FSPL'; the peer does not speak fastsplit"),
     "version": ({"version": 9}, "header, version: 9, expected 1"),
-    "kind": ({"kind": 77}, "header, kind: 77, expected 1 to 11"),
+    "kind": ({"kind": 77}, "header, kind: 77, expected 1 to 12"),
     "flags": ({"flags": 1}, "header, flags: 0x0001, expected 0: none was negotiated"),
     "varying": ({"varying_nbytes": 9000}, "header, varying_nbytes: 9000, expected at most "),
     "metadata": ({"metadata_nbytes": 8193}, "header, metadata_nbytes: 8193, expected at most 8192"),

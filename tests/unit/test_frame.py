@@ -39,7 +39,7 @@ def test_pack_writes_the_byte_table() -> None:
 
 
 def test_parse_reads_it_at_any_place() -> None:
-    assert parse_header(b"xyz" + _header(), 3, LIMITS) == (Kind.REQUEST, 7, 120, 24, 4096, 99)
+    assert parse_header(b"xyz" + _header(), 3, LIMITS) == (Kind.REQUEST, 7, 120, 24, 4096, 99, 0)
 
 
 def test_limits_are_inclusive() -> None:
@@ -53,8 +53,8 @@ def test_limits_are_inclusive() -> None:
         ({"magic": b"HTTP"}, "header, magic: b'HTTP', expected b'FSPL'; the peer does not speak fastsplit"),
         ({"version": 2}, "header, version: 2, expected 1"),
         ({"version": 0}, "header, version: 0, expected 1"),
-        ({"kind": 0}, "header, kind: 0, expected 1 to 11"),
-        ({"kind": 12}, "header, kind: 12, expected 1 to 11"),
+        ({"kind": 0}, "header, kind: 0, expected 1 to 12"),
+        ({"kind": 13}, "header, kind: 13, expected 1 to 12"),
         ({"flags": 0x8001}, "header, flags: 0x8001, expected 0: none was negotiated"),
         ({"varying_nbytes": 121}, "header, varying_nbytes: 121, expected at most 120"),
         ({"metadata_nbytes": 5001}, "header, metadata_nbytes: 5001, expected at most 5000"),

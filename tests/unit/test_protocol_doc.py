@@ -13,9 +13,10 @@ import pytest
 from raw_peer import GOODBYE, RawPeer, hello, serving
 
 import fastsplit
+from fastsplit.schema.coding import CASTS, CODECS, cast_bit, codec_bit
 from fastsplit.schema.dtypes import BY_CODE
 from fastsplit.schema.limits import Limits
-from fastsplit.wire import frame, ring
+from fastsplit.wire import frame, ring, session
 from fastsplit.wire.session import Session
 from fastsplit.wire.sharing import Offer
 
@@ -82,6 +83,20 @@ def test_limits() -> None:
         assert getattr(Limits(**{name: least}), name) == least
         with pytest.raises(ValueError, match=f"{name}: {least - 1}, expected an int from {least}"):
             Limits(**{name: least - 1})
+
+
+def test_codings() -> None:
+    assert {name: int(number) for number, name, _ in _table("number | cast")} == CASTS
+    assert {name: int(number) for number, name, _ in _table("number | codec")} == CODECS
+    bits = {name: int(bit) for name, bit, _ in _table("capability | bit")}
+    assert bits == {
+        "shared memory": session.SHARES,
+        "codings": session.CODES,
+        "probes": session.PROBES,
+        **{name: cast_bit(number) for name, number in CASTS.items()},
+        **{name: codec_bit(number) for name, number in CODECS.items()},
+    }
+    assert f"of {session.MAX_FILLER_NBYTES} bytes at most" in DOC.replace("\n", " ")
 
 
 def test_handshake_attributes() -> None:
