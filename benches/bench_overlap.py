@@ -133,7 +133,7 @@ class _Sleeping(Cpu):
             self.cpu_work = work
 
     @contextlib.contextmanager
-    def work(self) -> Iterator[Work]:
+    def work(self, key: object = None) -> Iterator[Work]:
         with self._at_work:
             until_ns = perf_counter_ns() + int(self.delay_s * 1e9)
             yield _SleepingWork(self)

@@ -3,13 +3,15 @@
     CPU     an input is used where it lies, a result is computed straight into the reply's memory
     CUDA    an input is one asynchronous DMA out of its memory, a result (or the part that was computed at a time) one
             into its memory, on streams beside the compute stream: the transfer of one overlaps with the computing of
+            another. Independent callers have streams of their own, so that a small kernel of one runs beside those of
             another. Segments of shared memory are page-locked: the DMA engines read and write them where they lie.
 
-How CUDA orders it. Streams run side by side; only events make one wait for another. The compute stream waits for the
-event of an input's copy, the outward stream for the event of a result's computing, and the handler, before it returns,
-for an event behind everything that it started: the caller reads the reply then. Until that event all tensors of the
-call are kept alive, on either side, whatever else happens to them (an exception included), so nothing that is still
-read or written is ever handed out again.
+How CUDA orders it. All work of one key (a session, a client) is on the same three streams. Streams run side by side;
+only events make one wait for another. The compute stream waits for the event of an input's copy, the outward stream
+for the event of a result's computing, and the handler, before it returns, for an event behind everything that it
+started: the caller reads the reply then. Until that event all tensors of the call are kept alive, on either side,
+whatever else happens to them (an exception included), so nothing that is still read or written is ever handed out
+again.
 
 Rules. Nothing else is copied. What reads a tensor that `take` gave runs inside of `give`'s `compute`. All calls of the
 driver's go through a `Driver`. Where the driver refuses to page-lock a segment, transfers to and from it go through
@@ -25,7 +27,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -79,8 +82,11 @@ class Device(Protocol):
     def summary(self) -> str | None:
         """What moved so far, in a line, if anything did."""
 
-    def work(self) -> AbstractContextManager[Work]:
-        """One call's work: when the context ends, all results are in their memory and no input is read any more."""
+    def work(self, key: object = None) -> AbstractContextManager[Work]:
+        """One call's work: when the context ends, all results are in their memory and no input is read any more.
+
+        `key`: what works belong to that are in order with each other; those of another one are independent of them.
+        """
 
 
 def open_device(name: str) -> Device:
@@ -117,7 +123,7 @@ class Cpu:
     on_segment: Hook | None = None
     summary: str | None = None
 
-    def work(self) -> AbstractContextManager[Work]:
+    def work(self, key: object = None) -> AbstractContextManager[Work]:
         return contextlib.nullcontext(_CPU_WORK)
 
 
@@ -195,8 +201,18 @@ class Transfers:
     segments_refused: int = 0
 
 
+class _Streams(NamedTuple):
+    computing: Any
+    inward: Any
+    outward: Any
+
+
+_MOST_STREAMS = 4
+"""Sets of three. Kernels of a forward pass fill a device; more sets than a few only share it out more finely."""
+
+
 class Cuda:
-    """A CUDA device."""
+    """A CUDA device. The weights were loaded on the first of its sets of streams."""
 
     asynchronous = True
 
@@ -204,9 +220,9 @@ class Cuda:
         self.transfers = Transfers()
         self._counting = threading.Lock()
         self._driver = driver
-        self._computing = driver.compute_stream()
-        self._inward = driver.new_stream()
-        self._outward = driver.new_stream()
+        self._sets = [_Streams(driver.compute_stream(), driver.new_stream(), driver.new_stream())]
+        self._keys: WeakKeyDictionary[object, int] = WeakKeyDictionary()
+        self._keys_seen = 0
         self._segments: dict[int, int] = {}  # address -> its end, of those that are page-locked
 
     @property
@@ -254,12 +270,25 @@ class Cuda:
         return unmapping
 
     @contextlib.contextmanager
-    def work(self) -> Iterator[Work]:
-        work = _CudaWork(self)
+    def work(self, key: object = None) -> Iterator[Work]:
+        work = _CudaWork(self, self._sets[0] if key is None else self._streams_of(key))
         try:
             yield work
         finally:
             work.finish()
+
+    def _streams_of(self, key: object) -> _Streams:
+        with self._counting:
+            index = self._keys.get(key)
+            if index is None:
+                index = self._keys[key] = self._keys_seen % _MOST_STREAMS
+                self._keys_seen += 1
+            if index == len(self._sets):
+                driver = self._driver
+                streams = _Streams(driver.new_stream(), driver.new_stream(), driver.new_stream())
+                driver.wait(streams.computing, driver.record(self._sets[0].computing))  # the weights
+                self._sets.append(streams)
+            return self._sets[index]
 
     def _count(self, host: torch.Tensor) -> None:
         address = host.data_ptr()
@@ -272,47 +301,48 @@ class Cuda:
 
 
 class _CudaWork:
-    def __init__(self, device: Cuda) -> None:
+    def __init__(self, device: Cuda, streams: _Streams) -> None:
         self._device = device
         self._driver = device._driver
+        self._streams = streams
         self._in_use: list[torch.Tensor] = []
         """All that streams may still read or write. Instead of `Tensor.record_stream`, since the handler waits for all
         of it anyway, and since that would not keep the host's tensors."""
 
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
-        device, driver = self._device, self._driver
+        device, driver, streams = self._device, self._driver, self._streams
         # Of the inward stream: memory of another could still be read there by what it was freed under.
-        copy = driver.empty(tensor.shape, tensor.dtype, device._inward)
+        copy = driver.empty(tensor.shape, tensor.dtype, streams.inward)
         self._in_use += (tensor, copy)
-        driver.copy(copy, tensor, device._inward)
-        driver.wait(device._computing, driver.record(device._inward))
+        driver.copy(copy, tensor, streams.inward)
+        driver.wait(streams.computing, driver.record(streams.inward))
         device._count(tensor)
         return copy
 
     def give(self, result: torch.Tensor, compute: Callable[[torch.Tensor], object]) -> torch.Tensor:
-        device, driver = self._device, self._driver
-        out = driver.empty(result.shape, result.dtype, device._computing)
+        device, driver, streams = self._device, self._driver, self._streams
+        out = driver.empty(result.shape, result.dtype, streams.computing)
         self._in_use += (result, out)
-        driver.launch(compute, out, device._computing)
-        driver.wait(device._outward, driver.record(device._computing))
-        driver.copy(result, out, device._outward)
+        driver.launch(compute, out, streams.computing)
+        driver.wait(streams.outward, driver.record(streams.computing))
+        driver.copy(result, out, streams.outward)
         device._count(result)
         return out
 
     def run(self, compute: Callable[[], object]) -> None:
-        self._driver.run(compute, self._device._computing)
+        self._driver.run(compute, self._streams.computing)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         # Used on the computing stream alone, in whose order it is handed out again: nobody has to keep it.
-        return self._driver.empty(shape, dtype, self._device._computing)
+        return self._driver.empty(shape, dtype, self._streams.computing)
 
     def finish(self) -> None:
         """Waits until the device has done everything that was started here."""
-        device, driver = self._device, self._driver
+        driver, streams = self._driver, self._streams
         # The outward stream has waited for all results. After an error there may be inputs that none needed; the
         # computing stream waits for every one.
-        driver.wait(device._outward, driver.record(device._computing))
-        driver.synchronize(driver.record(device._outward))
+        driver.wait(streams.outward, driver.record(streams.computing))
+        driver.synchronize(driver.record(streams.outward))
         self._in_use.clear()
 
 

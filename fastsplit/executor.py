@@ -168,7 +168,7 @@ class Executor:
     def _reorder(self, call: Call) -> None:
         (indices,) = _take(call, 1)
         session = self.sessions.find(call.client, call.attrs.get("session"))
-        with session.lock, self.device.work() as work:
+        with session.lock, self.device.work(session) as work:
             indices = _indices("indices", indices, session.batch)
             if not 1 <= len(indices) <= _MOST_SEQUENCES:
                 raise TensorError(f"indices: {len(indices)} of them, expected 1 to {_MOST_SEQUENCES}")
@@ -189,7 +189,7 @@ class Executor:
                 raise ValueError(f"start: {start!r:.30}, expected an int of 0 or more")
             session = self.sessions.find(call.client, attrs.get("session"))
             # inference mode is a thread's own: each operation on a tensor is the faster for it
-            with torch.inference_mode(), session.lock, self.device.work() as work:
+            with torch.inference_mode(), session.lock, self.device.work(session) as work:
                 session.check_open()
                 lane = session.lane(attrs.get("lane"))
                 try:
@@ -221,7 +221,7 @@ class Executor:
         linears = self._weights.layers[layer].linears
         widths = [self.config.out_features(name) for name in names]
         self._check_reply(batch * rows * sum(widths), wire)
-        with self.device.work() as work:
+        with self.device.work(call.client) as work:
             x = self._inward(work, x).view(batch * rows, width)
             together = linears.get(tuple(names))
             if batch * rows == 1 and together is not None:
@@ -236,7 +236,7 @@ class Executor:
         (x,) = _take(call, 1)
         wire = self._check("x", x, (None, None, self.config.hidden_size))
         self._check_reply(x.shape[0] * x.shape[1] * self.config.vocab_size, wire)
-        with self.device.work() as work:
+        with self.device.work(call.client) as work:
             shape = (*x.shape[:2], self.config.vocab_size)
             return self._apply(call, work, _rows(self._inward(work, x)), self._weights.lm_head, shape, wire)[0]
 

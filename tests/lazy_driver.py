@@ -55,13 +55,15 @@ class _Stream:
 
 
 class LazyDriver:
-    """Streams in the order of `STREAMS`. `log`: what happened, in order; `copies`: (direction, bytes) of those started.
+    """Streams in the order of `STREAMS`, three at a time. `log`: what happened, in order; `copies`: (direction, bytes)
+    of those started.
 
     `refusal`: why memory cannot be page-locked, or unlocked.
     """
 
     def __init__(self, eager: Sequence[str] = ()) -> None:
         self.device = torch.device("cpu")
+        self._eager = eager
         self.streams = [_Stream(name, name in eager) for name in STREAMS]
         self.log: list[str] = []
         self.copies: list[tuple[str, int]] = []
@@ -79,6 +81,9 @@ class LazyDriver:
 
     def new_stream(self) -> Any:
         self._streams_given += 1
+        if self._streams_given > len(self.streams):  # of the second set, and those after it
+            name = STREAMS[(self._streams_given - 1) % len(STREAMS)]
+            self.streams.append(_Stream(name, name in self._eager))
         return self.streams[self._streams_given - 1]
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, stream: _Stream) -> torch.Tensor:

@@ -322,6 +322,45 @@ def test_scratch_memory_is_written_and_read_in_the_order_of_computing(eager: tup
     assert driver.log.count("compute") == 5
 
 
+@pytest.mark.parametrize("eager", SCHEDULES, ids=lambda eager: "+".join(eager) or "lazy")
+def test_what_is_independent_has_streams_of_its_own(eager: tuple[str, ...]) -> None:
+    """Of one key on the same ones, in order; of another beside them, but behind the weights' loading."""
+    driver = LazyDriver(eager)
+    device = Cuda(driver)
+    keys = [Client() for _ in range(6)]
+    weights = driver.empty((3,), torch.float32, driver.compute_stream())
+    driver.run(lambda: weights.fill_(2), driver.compute_stream())
+    results = [torch.empty(3) for _ in keys]
+    with contextlib.ExitStack() as stack:
+        works = [stack.enter_context(device.work(key)) for key in keys]
+        for index in reversed(range(len(keys))):  # the last one is started first
+            work = works[index]
+            x = work.take(torch.full((3,), float(index)))
+            work.give(results[index], lambda out, x=x: torch.mul(x, weights, out=out))
+        assert len(driver.streams) == 4 * 3
+    assert [result.tolist() for result in results] == [[2.0 * index] * 3 for index in range(len(keys))]
+    with device.work(keys[2]) as work:
+        work.run(lambda: None)
+    assert len(driver.streams) == 4 * 3
+    assert driver.idle
+
+
+def test_one_callers_work_is_over_though_anothers_is_not() -> None:
+    driver = LazyDriver()
+    device = Cuda(driver)
+    first, second = Client(), Client()
+    for key in (first, second):  # new streams wait for what was loaded
+        with device.work(key):
+            pass
+    done: list[str] = []
+    with device.work(first) as slow:
+        slow.run(lambda: done.append("slow"))
+        with device.work(second) as quick:
+            quick.run(lambda: done.append("quick"))
+        assert done == ["quick"]
+    assert done == ["quick", "slow"]
+
+
 def test_what_runs_waits_for_inputs_and_is_over_with_the_work() -> None:
     driver = LazyDriver()
     device = Cuda(driver)
@@ -342,7 +381,7 @@ def test_the_lazy_driver_poisons_memory_that_is_used_out_of_order() -> None:
     result = torch.empty(2)
     with device.work() as work:
         scratch = work.empty((2,), torch.float32)
-        driver.copy(scratch, torch.ones(2), device._inward)
+        driver.copy(scratch, torch.ones(2), driver.streams[STREAMS.index("inward")])
         work.give(result, lambda out: out.copy_(scratch))
     assert bool(result.isnan().all())
 
@@ -611,7 +650,7 @@ def test_ids_are_what_was_checked_even_if_the_caller_changes_them(op: str) -> No
     class Late(Cpu):
         """Looks them up when they are changed already."""
 
-        def work(self) -> Any:
+        def work(self, key: object = None) -> Any:
             work = super().work().__enter__()
             change = SimpleNamespace(**{name: getattr(work, name) for name in ("take", "give", "run", "empty")})
 
@@ -640,7 +679,7 @@ def test_indices_are_what_was_checked_even_if_the_caller_changes_them(op: str) -
     taken: list[torch.Tensor] = []
 
     class Late(Cpu):
-        def work(self) -> Any:
+        def work(self, key: object = None) -> Any:
             work = super().work().__enter__()
 
             def take(tensor: torch.Tensor) -> torch.Tensor:
