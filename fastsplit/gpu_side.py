@@ -50,7 +50,12 @@ def _parser() -> argparse.ArgumentParser:
         "--listen",
         metavar="URI",
         default=f"unix://{tempfile.gettempdir()}/fastsplit-{os.getpid()}.sock",
-        help="unix:///path, tcp://host:port (port 0: any free one) or vsock://cid:port; only on this host",
+        help="unix:///path, tcp://host:port (port 0: any free one) or vsock://cid:port; on this host, see --insecure",
+    )
+    parser.add_argument(
+        "--insecure",
+        action="store_true",
+        help="listen on other addresses than loopback too: whoever reaches them can call, and read along",
     )
     parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda:N", help="where the weights are")
     parser.add_argument(
@@ -105,6 +110,7 @@ def _serve_until(stopped: int, args: argparse.Namespace) -> int:
         arrays="torch",
         max_connections=args.max_connections,
         on_segment=device.on_segment,
+        insecure=args.insecure,
         spin_us=spin_us_beside(0 if device.asynchronous else torch.get_num_threads()),
     )
     server.bind()

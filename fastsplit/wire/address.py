@@ -2,8 +2,9 @@
 
 Each may say `?shm=off` (no shared memory), `?shm=/dev/shm/NAME` (segments with names that start so), or `?shm=auto`.
 
-Rules. A listener may only be where nobody but this host's own users can reach it, since links are not authenticated
-yet: unix sockets (mode 0600), loopback tcp, the local vsock cid. Everything else is refused before it is bound.
+Rules. Links are neither authenticated nor encrypted. So a listener may only be where nobody but this host's own users
+can reach it: unix sockets (mode 0600), loopback tcp, the local vsock cid. Everything else is refused before it is
+bound, unless whoever listens says `insecure`: that the network itself keeps strangers out.
 """
 
 from __future__ import annotations
@@ -166,19 +167,19 @@ def connect_socket(address: Address, timeout_s: float) -> socket.socket:
     return sock
 
 
-def listen_socket(address: Address, backlog: int = 128) -> tuple[socket.socket, Address]:
-    """A listening socket, and the address it really has (port 0 picks a free one).
+def listen_socket(address: Address, backlog: int = 128, *, insecure: bool = False) -> tuple[socket.socket, Address]:
+    """A listening socket, and the address it really has (port 0 picks a free one). `insecure`: anywhere.
 
     Raises AddressError if others than this host's users could reach it, OSError if it is in use or not permitted.
     """
     if isinstance(address, UnixAddress):
         _remove_stale(address)
     elif isinstance(address, TcpAddress):
-        address = _loopback(address)
-    elif address.cid != _VMADDR_CID_LOCAL:
+        address = _resolved(address, insecure)
+    elif address.cid != _VMADDR_CID_LOCAL and not insecure:
         raise AddressError(
-            f"{address}: refused to listen: links are not authenticated yet, so a vsock listener may only be local "
-            f"(cid {_VMADDR_CID_LOCAL})"
+            f"{address}: refused to listen: links are not authenticated, so a vsock listener may only be local "
+            f"(cid {_VMADDR_CID_LOCAL}), unless it is said to be insecure"
         )
     sock = _new_socket(address)
     try:
@@ -247,17 +248,17 @@ def _raw(address: Address) -> Any:
     return (address.host, address.port) if isinstance(address, TcpAddress) else (address.cid, address.port)
 
 
-def _loopback(address: TcpAddress) -> TcpAddress:
-    """The same address with its host as a number, if that is a loopback one."""
+def _resolved(address: TcpAddress, insecure: bool) -> TcpAddress:
+    """The same address with its host as a number, if that is a loopback one, or any if `insecure`."""
     try:
         found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
     except OSError as error:
         raise AddressError(f"{address}: cannot resolve the host: {error.strerror}") from None
     hosts = [str(info[4][0]) for info in found]
-    if not all(ipaddress.ip_address(host.partition("%")[0]).is_loopback for host in hosts):
+    if not insecure and not all(ipaddress.ip_address(host.partition("%")[0]).is_loopback for host in hosts):
         raise AddressError(
-            f"{address}: refused to listen: links are not authenticated yet, so a listener may only be on loopback "
-            f"(127.0.0.0/8 or ::1), and this is {', '.join(hosts)}"
+            f"{address}: refused to listen: links are not authenticated, so a listener may only be on loopback "
+            f"(127.0.0.0/8 or ::1), unless it is said to be insecure, and this is {', '.join(hosts)}"
         )
     return TcpAddress(hosts[0], address.port, address.shm)
 

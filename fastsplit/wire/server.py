@@ -114,7 +114,7 @@ class Call:
 class Client:
     """One connection, as a handler sees it: something to keep state by. Hashable, thread-safe."""
 
-    __slots__ = ("_callbacks", "_ended", "_lock")
+    __slots__ = ("__weakref__", "_callbacks", "_ended", "_lock")
 
     def __init__(self) -> None:
         self._callbacks: list[Callable[[], object]] = []
@@ -158,6 +158,7 @@ class Server:
     `spin_us`: how long a connection's thread spins for the next request before it sleeps (FASTSPLIT_SPIN_US, or 50);
     never with workers, nor while there are as many clients as cores. `codec`: of replies, where the client does not
     say. `arrays`, `pool`, `on_segment`, `codec_threshold_nbytes`: as for a Channel.
+    `insecure`: may listen where others than this host's users reach it. Whoever does can call, and read along.
     """
 
     def __init__(
@@ -176,6 +177,7 @@ class Server:
         on_segment: Hook | None = None,
         codec: str = "auto",
         codec_threshold_nbytes: int = THRESHOLD_NBYTES,
+        insecure: bool = False,
     ) -> None:
         self.handlers = dict(handlers)
         self.limits = limits or Limits()
@@ -184,6 +186,7 @@ class Server:
         self.send_timeout_s = send_timeout_s
         self._address = parse_address(uri)
         self._uri = uri
+        self._insecure = insecure
         self._arrays = tensors.arrays(arrays)
         self._pool = pool
         self._workers = workers
@@ -238,7 +241,7 @@ class Server:
             if self._closing.is_set():
                 raise ClosedError("the server was closed")
             if self._listener is None:
-                listener, address = listen_socket(self._address)
+                listener, address = listen_socket(self._address, insecure=self._insecure)
                 listener.setblocking(False)  # a client may be gone again between poll and accept
                 self._listener, self._address, self._uri = listener, address, str(address)
                 if isinstance(address, UnixAddress):

@@ -73,7 +73,7 @@ def test_parse_names_what_is_wrong(uri: str, text: str) -> None:
 @pytest.mark.parametrize("host", ["0.0.0.0", "[::]", "192.0.2.1", "10.0.0.1"])
 def test_a_listener_off_loopback_is_refused(host: str) -> None:
     with pytest.raises(
-        AddressError, match="refused to listen: links are not authenticated yet, so a listener may only"
+        AddressError, match="refused to listen: links are not authenticated, so a listener may only"
     ):
         listen_socket(parse_address(f"tcp://{host}:0"))
 
@@ -207,3 +207,9 @@ def test_peers_of_other_users(unix_uri: str, monkeypatch: pytest.MonkeyPatch, pe
     else:
         with pytest.raises(PermissionError, match="a peer of uid 4243, expected 4242"):
             accept_socket(Listener(), parse_address(unix_uri))
+
+
+def test_an_insecure_listener_may_be_anywhere() -> None:
+    sock, address = listen_socket(parse_address("tcp://0.0.0.0:0"), insecure=True)
+    with sock:
+        assert str(address) == f"tcp://0.0.0.0:{sock.getsockname()[1]}"

@@ -597,7 +597,7 @@ def test_the_file_of_a_successor_is_left_alone(unix_uri: str) -> None:
 
 @pytest.mark.parametrize("uri", ["tcp://0.0.0.0:0", "tcp://[::]:0", "vsock://3:9"])
 def test_a_listener_off_loopback_is_refused(uri: str) -> None:
-    with pytest.raises(AddressError, match="refused to listen: links are not authenticated yet"):
+    with pytest.raises(AddressError, match="refused to listen: links are not authenticated"):
         fastsplit.Server(uri, {}).start()
 
 
