@@ -3,6 +3,16 @@
     LINK-PLAN       fastsplit, over "shm", "unix" or "tcp", in one of its plans: shm-folded
     a rival         original-tcp, tuned-tcp, tuned-ipc: plan "batched", as the original was
 
+Over a slow link there is more to choose, and a system is named by what was (`parse_rung`):
+
+    PLAN[+CODEC][+DTYPE][+lanesN][+blocksN]
+                                fastsplit in a plan; what its tensors are compressed with ("auto": if it pays), and cast
+                                to on the wire; so many stretches under way at once, the connection sending while it
+                                receives; rows in a block of scores: folded+zstd+bfloat16+lanes4
+    auto                        fastsplit, all of that as it chooses for itself
+    original, original-batched  the original's messages, in plan "per-op" and "batched"
+    tuned, tuned-batched        the same with tensors out of band
+
 Rules. All plans over one link share one connection, and a link has one only if it is asked for: an executor with as
 many clients as cores does not spin for any of them, which a benchmark of small messages would feel. Every system of a
 process computes out of the same copy of the weights.
@@ -14,6 +24,7 @@ import contextlib
 import importlib.metadata
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,8 +34,10 @@ from typing import Any
 import torch
 
 import fastsplit
+from fastsplit.choice import choose, look, may_overlap
 from fastsplit.gpu_side import SPIN_COUNT
 from fastsplit.models import open_model
+from fastsplit.ops import PLANS
 from fastsplit.remote import RemoteModel, share_cores
 from fastsplit.report import Recorder
 from fastsplit.runner import Runner
@@ -35,7 +48,20 @@ from .processes import process
 from .rivals.backend import RivalBackend, rival_runner
 from .rivals.executor import RIVALS
 
-__all__ = ["LINKS", "RIVALS", "Split", "environment", "memory", "open_splits"]
+__all__ = [
+    "LINKS",
+    "RIVALS",
+    "Rung",
+    "Split",
+    "environment",
+    "memory",
+    "open_rung",
+    "open_splits",
+    "parse_rung",
+]
+
+CODECS = ("auto", "zlib", "lz4", "zstd", "blosc2")
+CASTS = ("bfloat16", "float16")
 
 LINKS = {
     "shm": ("fastsplit-unix", ""),
@@ -102,6 +128,77 @@ def open_splits(
         reason = f"{channel.shm_reason}; {runner.plan_reason}".rstrip("; ")
         splits.append(Split(name, runner, channel, executor.pid, channel.shm, reason))
     return splits
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One system of those that are named by what was chosen."""
+
+    name: str
+    rival: str | None = None
+    """The way of a rival: "original" or "tuned"."""
+    plan: str = "auto"
+    codec: str | None = None
+    cast: str | None = None
+    lanes: int | None = None
+    blocks: int | None = None
+
+    @property
+    def auto(self) -> bool:
+        return self.rival is None and self.plan == "auto"
+
+    @property
+    def service(self) -> str:
+        """Which of an executor's addresses."""
+        return "fastsplit-tcp" if self.rival is None else f"{self.rival}-tcp"
+
+
+def parse_rung(name: str) -> Rung:
+    """Raises ValueError for what is no system's name."""
+    if name == "auto":
+        return Rung(name)
+    first, *parts = name.split("+")
+    way, _, plan = first.partition("-")
+    if way in ("original", "tuned") and plan in ("", "batched") and not parts:
+        return Rung(name, rival=way, plan=plan or "per-op", lanes=1)
+    chosen: dict[str, Any] = {}
+    found: tuple[str, Any]
+    for part in parts:
+        if part in CODECS:
+            found = ("codec", part)
+        elif part in CASTS:
+            found = ("cast", part)
+        elif (number := re.fullmatch("(lanes|blocks)([1-9][0-9]*)", part)) is not None:
+            found = (number[1], int(number[2]))
+        else:
+            raise ValueError(f"{name!r}: {part!r}, expected one of {', '.join((*CODECS, *CASTS))}, lanesN, blocksN")
+        if found[0] in chosen:
+            raise ValueError(f"{name!r}: two of a kind")
+        chosen[found[0]] = found[1]
+    if first not in PLANS:
+        raise ValueError(f"{name!r}: {first!r}, expected one of auto, original, tuned, {', '.join(PLANS)}")
+    return Rung(name, plan=first, **{"lanes": 1, **chosen})
+
+
+def open_rung(
+    stack: ExitStack, rung: Rung, uri: str, known: RemoteModel, worker_pid: int, rows: int | None = None
+) -> Split:
+    """Connects to `uri`, where the rung's service is. `rows`: of the prompts that are to come, which "auto" asks."""
+    if rung.rival is not None:
+        rival = stack.enter_context(RivalBackend(uri, rung.rival, known.config))
+        return Split(rung.name, rival_runner(known, rival, rung.plan), rival, worker_pid)
+    options: dict[str, Any] = {"codec": rung.codec or "off", "wire_dtype": rung.cast, "overlap": rung.lanes != 1}
+    if rung.auto:
+        options = {"overlap": may_overlap(uri)}
+    channel = stack.enter_context(fastsplit.connect(uri, call_timeout_s=600, **options))
+    share_cores(channel, known)
+    if rung.auto:  # as the TEE side's script has it
+        found = look(channel)
+        choice = choose(known.config, known.dtype, rows, link=found, shm=channel.shm, threads=known.threads)
+        runner = Runner(known, channel, choice=choice)
+    else:
+        runner = Runner(known, channel, rung.plan, lanes=rung.lanes, block_rows=rung.blocks)
+    return Split(rung.name, runner, channel, worker_pid, channel.shm, runner.plan_reason)
 
 
 def memory(pid: int, prefix: str) -> dict[str, int]:

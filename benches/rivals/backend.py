@@ -107,7 +107,7 @@ class RivalBackend:
         raise NotImplementedError(f"{op}: a REQ socket has one call at a time")
 
     def call(self, op: str, /, *tensors: torch.Tensor, expect: Any = None, **attrs: Any) -> Reply:
-        """The operations of ops.py that plan "batched" has, for one sequence."""
+        """The operations of ops.py that plans "per-op" and "batched" have, for one sequence."""
         if op in ("embedding", "linear", "lm_head"):
             (x,) = tensors
             sent = {"layer": attrs["layer"], "names": list(attrs["names"])} if op == "linear" else {}
@@ -195,6 +195,6 @@ class RivalBackend:
         return results
 
 
-def rival_runner(model: RemoteModel, backend: RivalBackend) -> Runner:
-    """The Runner as the original was: plan "batched", a prompt in one piece, all scores."""
-    return Runner(model, backend, "batched", lanes=1, block_rows=_WHOLE, scores_nbytes=2**62)
+def rival_runner(model: RemoteModel, backend: RivalBackend, plan: str = "batched") -> Runner:
+    """The Runner as the original was: plan "batched", before that "per-op"; a prompt in one piece, all scores."""
+    return Runner(model, backend, plan, lanes=1, block_rows=_WHOLE, scores_nbytes=2**62)

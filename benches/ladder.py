@@ -1,0 +1,402 @@
+"""The ladder: one prefill by the original system and by each step away from it, on links from loopback to 100 Mbit/s.
+
+    python -m benches.ladder --links 1g                           TinyLlama-1.1B's shape, 1024 tokens, no arithmetic
+    python -m benches.ladder --links 100m --rows original folded auto --rounds 1
+    python -m benches.ladder --executor real --links loopback     with the real executor, and with errors
+    python -m benches.ladder --links 1g --table                   what was measured so far, nothing new
+    python -m benches.ladder --model random:tiny --prefill 200 --links loopback --output-dir /tmp
+
+The steps: fewer calls (original, original-batched, then fastsplit's plans), serialization (tuned-batched sends tensors
+out of band, fastsplit's own), compression, casts on the wire, several stretches under way at once, and what the library
+chooses by itself. benches/splits.py says how rows are named; any name of that kind may be given to --rows.
+
+How it is measured. Two processes, the TEE side (this one) and the executor, and what slows the bytes between them down
+(benches/link.py; on loopback nothing). The executor is benches.null_executor, so that the link is what is measured:
+shapes are real, nothing is computed, and the numbers are random, which no codec likes. Or a real one, of which one
+copy of the weights serves all rows. Every row has a connection of its own, made anew each time, over which a short
+prompt goes first, untimed. Then come the rounds, each with every row once, in changing order; only one row is at work
+at any moment. A row of more than --once-over seconds has one round. The JSON of each link is written after every
+measurement, and rows that it has from an earlier run stay until they are measured again, so that a long ladder can be
+climbed in parts; who ends it early keeps what there is. The table has medians.
+
+What the columns are. wall: seconds. comm, serial: of these what this side waited beyond the executor's own time, and
+what it spent on messages, compression and casts included as far as it did not happen beside the rest. tee: its own
+computing. gpu: the executor's handlers. calls: RPCs. up, down: MB through the socket. /orig: how many times fewer bytes
+than the original's, on the same link. floor: the least that these bytes and calls take on this link. Where one call is
+made at a time, (up + down) / bandwidth + calls * round trip. Where several are under way (async), both directions are
+busy at once, and round trips hide behind bytes, or bytes behind round trips: the greater of max(up, down) / bandwidth +
+one round trip, and chain * round trip, chain being the calls of one stretch, of which each needs the reply of the one
+before. No arrangement of these bytes can be faster than either. Bytes and all of the chain's round trips together are
+in the JSON as floor_added_s: less than that can be had. wall/floor and comm/floor: how many times that it took. On
+loopback the bandwidth is what a bare sendall / recv_into loop reaches in this run, round trips count as nothing.
+others: CPU seconds that other programs used meanwhile, the link's process among them. error: with a real executor, the
+last row's logits against those of the first row that changes no number, max |difference| / max |logit|.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastsplit
+from fastsplit.gpu_side import SPIN_COUNT
+from fastsplit.models import DTYPES
+from fastsplit.ops import PLANS
+from fastsplit.remote import RemoteModel
+from fastsplit.report import codec_counts
+
+from . import UNTOUCHED
+from .environment import RESULTS, save
+from .link import LINKS, LinkKind, through
+from .null_executor import null_model
+from .processes import OthersCpu, Process, process
+from .rivals.raw_socket import one_way_bytes_per_s
+from .rounds import interleaved, progress
+from .splits import Rung, Split, environment, open_rung, parse_rung
+
+__all__ = ["ROWS", "executor_process", "floors", "main"]
+
+ROWS = (
+    # calls and serialization, one after the other
+    "original",
+    "original-batched",
+    "tuned-batched",
+    "per-op",
+    "batched",
+    "fused",
+    "folded",
+    "linear",
+    # fewer bytes
+    "folded+zlib",
+    "folded+lz4",
+    "folded+zstd",
+    "folded+blosc2",
+    "folded+auto",
+    "folded+bfloat16",
+    "folded+float16",
+    "folded+bfloat16+auto",
+    "folded+float16+auto",
+    # asynchronous
+    "folded+lanes2",
+    "folded+lanes4",
+    "folded+lanes8",
+    "folded+float16+lanes2",
+    "folded+float16+lanes4",
+    "folded+float16+lanes8",
+    "folded+float16+auto+lanes2",
+    "folded+float16+auto+lanes4",
+    "folded+float16+auto+lanes8",
+    "folded+float16+zstd+lanes4",
+    "folded+float16+blosc2+lanes4",
+    "folded+bfloat16+auto+lanes4",
+    "folded+bfloat16+blosc2+lanes4",
+    "auto",
+)
+
+EXECUTORS = {"null": "benches.null_executor", "real": "benches.rivals.executor"}
+
+_COUNTERS = ("bytes_sent", "bytes_received", "bytes_copied", "calls", "remote_s")
+
+Measurement = dict[str, Any]
+
+
+def floors(measured: Measurement, bytes_per_s: float, round_trip_s: float) -> dict[str, float]:
+    """The least that what was sent takes on a link, for one call at a time and for several under way.
+
+    `measured`: bytes_sent, bytes_received, rpc_calls, chain_calls, asynchronous.
+    """
+    up, down, trips_s = measured["bytes_sent"], measured["bytes_received"], measured["chain_calls"] * round_trip_s
+    blocking_s = (up + down) / bytes_per_s + measured["rpc_calls"] * round_trip_s
+    busier_s = max(up, down) / bytes_per_s
+    overlapped_s = max(busier_s + round_trip_s, trips_s)
+    return {
+        "floor_blocking_s": blocking_s,
+        "floor_overlapped_s": overlapped_s,
+        "floor_added_s": busier_s + trips_s,
+        "floor_s": overlapped_s if measured["asynchronous"] else blocking_s,
+    }
+
+
+# ---- one row ---------------------------------------------------------------------------------------------------------
+
+
+def executor_process(kind: str, model: str, dtype: str, threads: int) -> contextlib.AbstractContextManager[Process]:
+    """An executor of its own process, "null" or "real"; `ready` has its addresses as JSON."""
+    waiting = {"GOMP_SPINCOUNT": str(SPIN_COUNT)} if UNTOUCHED["OMP_WAIT_POLICY"] is None else {}  # as in gpu_side
+    options = ["--model", model, "--dtype", dtype, "--threads", str(threads)]
+    return process(EXECUTORS[kind], *options, environment=waiting)
+
+
+def _run(split: Split, ids: torch.Tensor) -> tuple[Measurement, torch.Tensor]:
+    runner = split.runner
+    with runner.new_cache(1, len(ids)) as cache:
+        before = split.backend.stats.as_dict()
+        recorder = split.record()
+        with recorder.phase("prefill"):
+            logits = runner.forward(ids[None], cache)[0, -1]
+        after = split.backend.stats.as_dict()
+    a, b = PLANS[runner.plan]
+    measured = {
+        **recorder.as_dict(),
+        **{key: after[key] - before[key] for key in _COUNTERS},
+        "plan": runner.plan,
+        "lanes": runner.lanes,
+        "chain_calls": a * runner.config.num_hidden_layers + b,
+        "asynchronous": runner.lanes > 1,
+    }
+    del measured["ops"]
+    return measured, logits
+
+
+def _said(split: Split) -> dict[str, Any]:
+    """What a connection found out and did, the short prompt before included; nothing of a rival's."""
+    channel, runner = split.backend, split.runner
+    if not isinstance(channel, fastsplit.Channel):
+        return {}
+    said: dict[str, Any] = {"link": channel.link._asdict(), "codecs": codec_counts(channel.stats)}
+    if channel.stats.casts_widened:
+        said["casts_widened"] = channel.stats.casts_widened
+    if runner.choice is not None:
+        said["choice"] = runner.choice.lines()
+    return said
+
+
+def _measure(
+    rung: Rung, uri: str, known: RemoteModel, worker_pid: int, ids: torch.Tensor, warm_up: int
+) -> tuple[Measurement, torch.Tensor]:
+    with ExitStack() as stack:
+        split = open_rung(stack, rung, uri, known, worker_pid, len(ids))
+        if warm_up:
+            _run(split, ids[:warm_up])
+        gc.collect()
+        others = OthersCpu(os.getpid(), worker_pid)
+        measured, logits = _run(split, ids)
+        measured["others_cpu_s"] = others.seconds()
+        measured["said"] = _said(split)
+    return measured, logits
+
+
+# ---- what is kept ----------------------------------------------------------------------------------------------------
+
+
+class _Document:
+    """The JSON of one link, on disk after every change."""
+
+    def __init__(self, path: Path, subject: dict[str, Any], fresh: bool) -> None:
+        self._path = path
+        self.content: dict[str, Any] = {"subject": subject, "runs": [], "rows": {}}
+        if not fresh and path.exists():
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if kept.get("subject") != subject:
+                raise SystemExit(f"{path} is of {kept.get('subject')}: give --fresh or another --output-dir")
+            self.content = kept
+
+    @property
+    def rows(self) -> dict[str, Any]:
+        rows: dict[str, Any] = self.content["rows"]
+        return rows
+
+    def begin(self, circumstances: dict[str, Any]) -> None:
+        self.content["runs"].append(circumstances)
+
+    def add(self, name: str, measured: Measurement) -> None:
+        """One more round of a row; with the first one in a run, what it had before goes."""
+        run = len(self.content["runs"]) - 1
+        row = self.rows.get(name)
+        if row is None or row["run"] != run:
+            row = self.rows[name] = {"run": run, "rounds": []}
+        row["rounds"].append(measured)
+        row["median"] = _median(row["rounds"])
+        original = self.rows.get("original", {}).get("median")
+        if original is not None:
+            for other in self.rows.values():
+                other["median"]["times_fewer_bytes"] = _nbytes(original) / _nbytes(other["median"])
+        known = {name: self.rows[name] for name in ROWS if name in self.rows}
+        self.content["rows"] = {**known, **self.rows}  # in the ladder's order
+        unfinished = self._path.with_suffix(".unfinished")
+        save("ladder", self.content, unfinished)
+        unfinished.replace(self._path)  # whoever ends us now leaves a whole file behind
+
+
+def _nbytes(median: Measurement) -> float:
+    return float(median["bytes_sent"] + median["bytes_received"])
+
+
+def _median(rounds: Sequence[Measurement]) -> Measurement:
+    """Of each number the median; of what is not one (plan, lanes, what the connection said) the last."""
+    median: Measurement = {}
+    for key, value in rounds[-1].items():
+        values = [measured[key] for measured in rounds if measured.get(key) is not None]
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and key != "lanes"
+        median[key] = statistics.median(values) if number else value
+    return median
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+_COLUMNS: tuple[tuple[str, int, Callable[[Measurement], str]], ...] = (
+    ("wall s", 9, lambda m: f"{m['wall_s']:.3f}"),
+    ("comm s", 9, lambda m: f"{m['communication_s']:.3f}"),
+    ("serial s", 10, lambda m: f"{m['serialization_s']:.3f}"),
+    ("tee s", 8, lambda m: f"{m['tee_compute_s']:.3f}"),
+    ("gpu s", 8, lambda m: f"{m['gpu_compute_s']:.3f}"),
+    ("calls", 7, lambda m: f"{m['rpc_calls']:.0f}"),
+    ("up MB", 9, lambda m: f"{m['bytes_sent'] / 1e6:.1f}"),
+    ("down MB", 9, lambda m: f"{m['bytes_received'] / 1e6:.1f}"),
+    ("/orig", 7, lambda m: f"{m['times_fewer_bytes']:.2f}"),
+    ("floor s", 9, lambda m: f"{m['floor_s']:.3f}"),
+    ("of", 7, lambda m: "async" if m["asynchronous"] else "1 call"),
+    ("wall/floor", 11, lambda m: f"{m['wall_s'] / m['floor_s']:.3f}"),
+    ("comm/floor", 11, lambda m: f"{m['communication_s'] / m['floor_s']:.3f}"),
+    ("others s", 9, lambda m: f"{m['others_cpu_s']:.1f}"),
+    ("rounds", 7, lambda m: f"{m['rounds']}"),
+    ("error", 9, lambda m: f"{m['logits_error']:.1e}"),
+)
+
+
+def _table(rows: dict[str, Any]) -> str:
+    lines = [f"{'row':<29}" + "".join(f"{title:>{width}}" for title, width, _ in _COLUMNS)]
+    for name, row in rows.items():
+        median = {**row["median"], "rounds": len(row["rounds"])}
+        cells = []
+        for _, width, text_of in _COLUMNS:
+            try:
+                text = text_of(median)
+            except (KeyError, TypeError):  # no original to compare with, no errors without arithmetic
+                text = "-"
+            cells.append(f"{text:>{width}}")
+        lines.append(f"{name:<29}" + "".join(cells))
+        if name == "auto":
+            lines += [f"    {line}" for line in median["said"].get("choice", [])]
+            lines.append(f"    codecs: {_codecs(median['said']['codecs'])}")
+    return "\n".join(lines)
+
+
+def _codecs(found: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {used['ratio']:.2f} times smaller" for name, used in found.items()) or "none"
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benches.ladder", description=__doc__.partition("\n")[0])
+    parser.add_argument("--links", nargs="+", default=list(LINKS), choices=LINKS)
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), metavar="ROW", help=f"of {', '.join(ROWS)}, or others")
+    parser.add_argument("--executor", default="null", choices=EXECUTORS)
+    parser.add_argument("--model", default="random:tinyllama-1.1b", help="a HF directory, or random:PRESET[@SEED]")
+    parser.add_argument("--prefill", type=int, default=1024, metavar="N", help="how many random ids (default: 1024)")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="the executor's and the TEE side's")
+    parser.add_argument("--threads", type=int, default=0, help="torch's, in every process; 0: one for each core")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--once-over", type=float, default=60.0, metavar="S", help="seconds (default: 60)")
+    parser.add_argument("--warm-up", type=int, default=16, metavar="N", help="tokens, at most all (default: 16)")
+    parser.add_argument("--fresh", action="store_true", help="forget what the files have")
+    parser.add_argument("--table", action="store_true", help="only show what the files have")
+    parser.add_argument("--output-dir", type=Path, default=RESULTS, help="of ladder-LINK.json, ladder-real-LINK.json")
+    return parser
+
+
+class _Ladder:
+    """All rows on one link."""
+
+    def __init__(self, args: argparse.Namespace, link: str, document: _Document) -> None:
+        self._args = args
+        self._link = link
+        self._document = document
+        self._reference: torch.Tensor | None = None
+
+    def climb(self, rungs: list[Rung], executor: Process, known: RemoteModel, ids: torch.Tensor) -> None:
+        args = self._args
+        addresses = json.loads(executor.ready)
+        kind = LINKS[self._link]
+        bytes_per_s, round_trip_s = _bandwidth(kind), kind.round_trip_s
+        slow: set[str] = set()
+        with ExitStack() as stack:
+            services = dict.fromkeys(rung.service for rung in rungs)
+            uris = {service: stack.enter_context(through(kind, addresses[service])) for service in services}
+            for rung in interleaved([rungs], args.rounds, self._link):
+                if rung.name in slow:
+                    continue
+                progress(f"{self._link}: {rung.name}")
+                measured, logits = _measure(
+                    rung, uris[rung.service], known, executor.pid, ids, min(args.warm_up, len(ids))
+                )
+                measured.update(bytes_per_s=bytes_per_s, round_trip_s=round_trip_s)
+                measured.update(floors(measured, bytes_per_s, round_trip_s))
+                self._compare(rung, measured, logits)
+                self._document.add(rung.name, measured)
+                progress(f"{self._link}: {rung.name} {measured['wall_s']:.2f} s, floor {measured['floor_s']:.2f} s")
+                if measured["wall_s"] > args.once_over:
+                    slow.add(rung.name)
+
+    def _compare(self, rung: Rung, measured: Measurement, logits: torch.Tensor) -> None:
+        if self._args.executor == "null":
+            return
+        if self._reference is None and rung.cast is None and not rung.auto:
+            self._reference = logits
+        if self._reference is not None:
+            reference = self._reference
+            measured["logits_error"] = float((logits - reference).abs().max() / reference.abs().max())
+            measured["same_top_token"] = bool(logits.argmax() == reference.argmax())
+
+
+def _bandwidth(kind: LinkKind) -> float:
+    """Bytes per second in one direction. Without a limit, the better of what memory that is in no cache and memory
+    that is can do: replies come from the former, what the TEE side works on in place may be the latter."""
+    if kind.rate_bit_per_s:
+        return kind.rate_bit_per_s / 8
+    return max(one_way_bytes_per_s("tcp"), one_way_bytes_per_s("tcp", buffers=1))
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if min(args.prefill, args.rounds) < 1 or args.warm_up < 0:
+        parser.error("--prefill and --rounds must be 1 or more, --warm-up 0 or more")
+    try:
+        rungs = [parse_rung(name) for name in dict.fromkeys(args.rows)]
+    except ValueError as error:
+        parser.error(f"--rows: {error}")
+    subject = {key: getattr(args, key) for key in ("executor", "model", "prefill", "dtype")}
+    prefix = "ladder" if args.executor == "null" else f"ladder-{args.executor}"
+    links = list(dict.fromkeys(args.links))
+    documents = {
+        link: _Document(args.output_dir / f"{prefix}-{link}.json", {"link": link, **subject}, args.fresh)
+        for link in links
+    }
+    if not args.table:
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        model = null_model(args.model)
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, model.config.vocab_size, (args.prefill,), generator=generator)
+        progress(f"starting the {args.executor} executor")
+        with torch.inference_mode(), executor_process(args.executor, args.model, args.dtype, args.threads) as executor:
+            with fastsplit.connect(json.loads(executor.ready)["fastsplit-unix"] + "?shm=off") as channel:
+                known = RemoteModel.fetch(channel, model)
+            for link, document in documents.items():
+                circumstances = environment("benches.ladder", argv)
+                document.begin({"environment": circumstances, "rounds": args.rounds, "warm_up": args.warm_up})
+                _Ladder(args, link, document).climb(rungs, executor, known, ids)
+    for link, document in documents.items():
+        print(f"{link}, {args.executor} executor, {args.model}, {args.prefill} tokens, {args.dtype}, medians")
+        print(_table(document.rows))
+        print()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
