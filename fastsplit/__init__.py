@@ -4,6 +4,8 @@
     with server, fastsplit.connect("unix:///tmp/demo.sock") as channel:
         (y,) = channel.call("scale", x, by=2.0)
 
+`fastsplit.aio` is the same for asyncio: `async with fastsplit.aio.connect(uri) as channel: await channel.call(...)`.
+
 Importing this needs numpy and flatbuffers alone; torch is used where it is installed. `SplitModelForCausalLM` is here,
 too, and needs torch and transformers.
 """
@@ -60,6 +62,7 @@ __all__ = [
     "TensorError",
     "VerificationError",
     "__version__",
+    "aio",
     "connect",
 ]
 
@@ -67,10 +70,16 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .hf import SplitModelForCausalLM as SplitModelForCausalLM
+    from .wire import aio as aio
 
 
 def __getattr__(name: str) -> Any:
-    """`SplitModelForCausalLM` needs torch and transformers, and is imported when it is first asked for."""
+    """What not everybody needs is imported when it is first asked for: `aio` brings asyncio, `SplitModelForCausalLM`
+    torch and transformers."""
+    if name == "aio":
+        from .wire import aio
+
+        return aio
     if name == "SplitModelForCausalLM":
         from .hf import SplitModelForCausalLM
 

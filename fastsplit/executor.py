@@ -337,17 +337,21 @@ class Executor:
         half = self._check_rotary(cos, sin, ids.shape[1], session.batch)
         shape = (-1, ids.shape[1], 1, half)
         lane.cos, lane.sin = self._inward(work, cos).view(shape), self._inward(work, sin).view(shape)
-        return reply, self._scores_folded(call, work, session, at, lane, call.tensors[3:])
+        return (reply, *self._scores_folded(call, work, session, at, lane, call.tensors[3:]))
 
     def _values_gate_up(self, call: Call, work: Work, session: Session, at: _At) -> tuple[torch.Tensor, ...]:
-        if not 1 <= len(call.tensors) <= 2:
+        tensors = list(call.tensors)
+        scales = tensors.pop() if tensors and tensors[-1].dim() == 2 else None
+        if len(tensors) > 1:
             raise ValueError(f"{len(call.tensors)} tensors, expected packed, and maybe scales")
         config = self.config
         layer, start = at.layer, at.start
         lane = at.lane
-        blocks = self._blocks(lane)
-        packed = self._check_packed(work, call.tensors[0], session, blocks)
-        scale = self._scale(call, call.tensors[1] if len(call.tensors) == 2 else None, session.batch, lane.rows)
+        scale = self._scale(call, scales, session.batch, lane.rows)
+        if not tensors and scale is None:
+            raise ValueError("no tensors, expected packed, or scales, or both")
+        blocks = self._blocks(lane) if tensors else []
+        packed = self._check_packed(work, tensors[0], session, blocks) if tensors else None
         if scale is not None:  # of the rows that came last, which `scores` had to take as they were
             if start + lane.rows > session.keys_filled[layer]:
                 raise ValueError(f"start: {start}, expected where this lane's rows were put")
@@ -355,6 +359,9 @@ class Executor:
                 scale = work.take(scale)
             self._multiply(work, session, session.keys(layer), start, lane.rows, scale)
             self._scale_values(work, session, layer, start, lane.rows, scale)
+        if packed is None:  # the pass ends here for this lane
+            lane.clear()
+            return ()
         attended = self._attended(work, session, layer, blocks, packed)
         weights = self._weights.layers[layer]
         batch, rows, _ = attended.shape
@@ -388,7 +395,7 @@ class Executor:
             raise ValueError(f"{len(call.tensors)} tensors, expected h, and maybe keep")
         lane = at.lane
         (reply,) = self._down(call, work, session, at.layer - 1, lane, call.tensors[0])
-        return reply, self._scores_folded(call, work, session, at, lane, call.tensors[1:])
+        return (reply, *self._scores_folded(call, work, session, at, lane, call.tensors[1:]))
 
     def _down_lm_head(self, call: Call, work: Work, session: Session, at: _At) -> tuple[torch.Tensor, ...]:
         (h,) = _take(call, 1)
@@ -467,9 +474,9 @@ class Executor:
 
     def _scores_folded(
         self, call: Call, work: Work, session: Session, at: _At, lane: Lane, rest: Sequence[torch.Tensor]
-    ) -> torch.Tensor:
-        """From the residual stream to scores: q, k and v stay here. What the norm leaves is for the caller to apply to
-        the scores, and comes back with `values_gate_up` for what was stored."""
+    ) -> tuple[torch.Tensor, ...]:
+        """From the residual stream to scores, if any are asked for: q, k and v stay here. What the norm leaves is for the
+        caller to apply to the scores, and comes back with `values_gate_up` for what was stored."""
         config = self.config
         layer, start = at.layer, at.start
         cos, sin = lane.cos, lane.sin
@@ -478,9 +485,10 @@ class Executor:
         batch, rows, _ = lane.x.shape
         keep = None if not rest else _indices("keep", rest[0], rows, batch)
         count = rows if keep is None else 1
-        blocks = parse_blocks(call.attrs, count, start + rows)
+        wants_scores = "blocks" in call.attrs or "last" in call.attrs
+        blocks = parse_blocks(call.attrs, count, start + rows) if wants_scores else []
         linear = self._weights.layers[layer].linears[("q", "k", "v")]
-        if linear.bias is not None or config.qk_norm or not blocks:
+        if linear.bias is not None or config.qk_norm:
             raise ValueError("this model's q and k cannot stay here: expected `down_qkv` and `scores`")
         normed = self._normed(work, lane, self._weights.layers[layer].attention_norm)
         qkv = work.empty((batch * rows, linear.weight.shape[1]), self._torch_dtype)
@@ -499,7 +507,10 @@ class Executor:
         queries = parts[:, :, :heads]
         if keep is not None:
             queries = self._kept(work, queries, self._keep(work, lane, keep))
-        return self._products(call, work, session, layer, lane, queries, blocks)
+        if not blocks:
+            lane.blocks = None
+            return ()
+        return (self._products(call, work, session, layer, lane, queries, blocks),)
 
     def _products(
         self,

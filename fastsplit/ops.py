@@ -23,9 +23,9 @@ kv heads, D the head's length, I the MLP's.
   the same, with the residual stream x kept, norms folded into what follows them
     embedding_qkv     at                 ids                                         x, qk
     embedding_scores  at, blocks         ids, cos, sin, keep                         x, packed
-    values_gate_up    at, scale          packed, scales                              x [B, r, hidden], [2, B, r, I]
+    values_gate_up    at, scale          packed, scales; or scales alone             x [B, r, hidden], [2, B, r, I]
     down_qkv          at                 h [B, n, I]                                 x, qk
-    down_scores       at, blocks         h, keep                                     x, packed
+    down_scores       at, blocks         h, keep                                     x, packed if there are blocks
     down_lm_head      at                 h [B, r, I]                                 x, logits
 
 Attributes. `at`: session, lane, layer, start; a lane is one stretch of a forward pass on its way through the layers,
@@ -56,12 +56,14 @@ __all__ = [
     "Block",
     "Expected",
     "Shapes",
+    "Traffic",
     "block_attrs",
     "choose_block_rows",
     "choose_plan",
     "packed_elements",
     "parse_blocks",
     "row_blocks",
+    "traffic",
 ]
 
 PLANS = {"per-op": (9, 2), "batched": (6, 2), "fused": (5, 2), "folded": (3, 1), "linear": (2, 1)}
@@ -93,9 +95,10 @@ class Block(NamedTuple):
         return self.last - self.first
 
 
-def choose_block_rows(rows: int) -> int:
-    """Rows in a block for a score matrix of `rows` rows: 128, or as many more as keep the message within MAX_BLOCKS."""
-    return max(_BLOCK_ROWS, -(-rows // MAX_BLOCKS))
+def choose_block_rows(rows: int, wanted: int | None = None) -> int:
+    """Rows in a block for a score matrix of `rows` rows: `wanted`, or 128, or as many more as keep the message within
+    MAX_BLOCKS."""
+    return max(wanted or _BLOCK_ROWS, -(-rows // MAX_BLOCKS))
 
 
 def row_blocks(rows: int, positions: int, block_rows: int, window: int = 0) -> list[Block]:
@@ -175,6 +178,94 @@ def choose_plan(wanted: str, config: ModelConfig, dtypes: Sequence[str]) -> tupl
         what = "norms" if config.qk_norm else "biases"
         return "folded", f"{config.model_type}: {what} of q and k come between the products"
     return ("folded" if wanted == "auto" else wanted), ""
+
+
+class Traffic(NamedTuple):
+    """Calls, and the bytes of the tensors in their requests and replies."""
+
+    calls: int
+    sent: int
+    received: int
+
+
+_GROUPED = {"per-op": (3, 2), "batched": (1, 1), "fused": (1, 1)}
+"""Plan -> how often the attention's input travels, and the MLP's."""
+
+_BEHIND_KEYS = {"per-op": 5, "batched": 4, "fused": 4, "folded": 2, "linear": 1}
+"""Plan -> calls of a pass that come after the last layer's keys and values are stored."""
+
+
+def traffic(
+    config: ModelConfig,
+    plan: str,
+    itemsize: int,
+    start: int,
+    rows: int,
+    *,
+    batch: int = 1,
+    block_rows: int | None = None,
+    last: bool = True,
+) -> Traffic:
+    """What one stretch of a pass moves, from sizes alone: `rows` rows of `batch` sequences without padding, after
+    `start` positions, in a wire dtype of `itemsize` bytes.
+
+    `last`: the last row's logits are wanted of each sequence; else the stretch ends with its keys and values. The
+    formula is that of the table above and of docs/design.md; benches/counts.py compares it with what is counted.
+    """
+    hidden, inter, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    heads, q, kv = config.num_attention_heads, config.out_features("q"), config.out_features("k")
+    total, count = start + rows, batch * rows
+    sent = received = 0  # elements
+    other_sent = 8 * count  # bytes of what has a dtype of its own: ids
+    kept = 8 * batch if rows > 1 and last else 0  # which row goes on
+    scales = 4 * count if count > 1 else 0  # one alone is an attribute
+    by_window: dict[int, int] = {}  # elements of a layer's scores
+    calls, once = PLANS[plan]
+    for layer in range(layers):
+        final = layer == layers - 1
+        ends = final and not last
+        after = batch if final and last else count  # rows that go on
+        window = config.window(layer)
+        if final and last:
+            scores = packed_elements(batch, heads, row_blocks(1, total, 1, window))
+        else:
+            if window not in by_window:
+                blocks = row_blocks(rows, total, choose_block_rows(rows, block_rows), window)
+                by_window[window] = packed_elements(batch, heads, blocks)
+            scores = by_window[window]
+        if plan in _GROUPED:
+            attention, mlp = _GROUPED[plan]
+            v_travels = plan != "fused"
+            sent += attention * count * hidden + count * kv + (count * kv if v_travels else 0)
+            received += count * (q + kv) + (count * kv if v_travels else 0)
+            if not ends:
+                sent += after * q + scores + mlp * after * hidden + after * inter
+                received += scores + after * (2 * hidden + 2 * inter)
+                if v_travels:
+                    sent += after * q
+                    received += after * q
+            continue
+        other_sent += scales + (kept if final else 0)
+        if plan == "folded" or ends:  # q and k come here to be turned
+            sent += count * kv + (0 if ends else after * q)
+            received += count * (q + kv)
+        if not ends:
+            sent += scores
+            received += scores + after * (hidden + 2 * inter)
+        if not final:  # what comes before the next layer's scores
+            sent += count * inter
+            received += count * hidden
+    received += count * hidden  # the embedding
+    if last and plan in _GROUPED:
+        sent += batch * hidden
+        received += batch * config.vocab_size
+    elif last:
+        sent += batch * inter
+        received += batch * (hidden + config.vocab_size)
+    if plan == "linear" and (last or layers > 1):
+        other_sent += 4 * rows * config.rope.rotary_dim(config.head_dim)  # cos and sin
+    calls = calls * layers + once - (0 if last else _BEHIND_KEYS[plan])
+    return Traffic(calls, other_sent + sent * itemsize, received * itemsize)
 
 
 class Shapes:

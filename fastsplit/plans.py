@@ -22,8 +22,8 @@ private memory first.
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +34,7 @@ from .ops import Block, Expected, Shapes
 from .remote import Backend
 from .report import Recorder
 
-__all__ = ["Attention", "Layers", "Program", "Stretch"]
+__all__ = ["Attention", "Layers", "Program", "Progress", "Stretch"]
 
 
 _GROUPS: dict[str, tuple[tuple[tuple[str, ...], ...], tuple[tuple[str, ...], ...]]] = {
@@ -77,6 +77,19 @@ class Attention(NamedTuple):
 
 
 @dataclass
+class Progress:
+    """How far a stretch of the plan `linear` is, for those behind it: its keys at the executor have the scale that the
+    norm leaves only when its weighted values are asked for, and scores with them lack it until then."""
+
+    start: int
+    rows: int
+    scaled: int = -1
+    """The last layer whose keys were given their scale."""
+    scales: dict[int, Scale] = field(default_factory=dict)
+    """Of the last layers. Who asks for scores later gets them later, and finds the scale here by then."""
+
+
+@dataclass
 class Stretch:
     """Some rows of each sequence on their way through the layers."""
 
@@ -90,6 +103,9 @@ class Stretch:
     """For each layer."""
     keep: torch.Tensor | None
     """[B] int64: the only row of each sequence whose logits are wanted."""
+    progress: Progress
+    earlier: Sequence[Progress] = ()
+    """Of the stretches before it in this pass."""
     last: bool = True
     """Whether logits are wanted; else the pass ends when the last layer's keys and values are stored."""
 
@@ -296,28 +312,35 @@ class Layers:
         last_layer = config.num_hidden_layers - 1
         attention, keep = self._linear_attention(stretch, 0)
         if attention is None:
+            stretch.progress.scaled = last_layer
             return (yield from self._folded(stretch))
         tables = [self._sent(table.squeeze(2).float()) for table in (attention.cos, attention.sin)]
         expect = shapes.hidden(batch, rows) + shapes.packed(batch, attention.blocks)
         attrs = {**stretch.at(0), **attention.block_attrs}
+        progress, unscaled = stretch.progress, self._unscaled(stretch, 0)
         x, packed = yield Request(
             "embedding+linear+matmul", 1, "embedding_scores", (stretch.ids, *tables, *keep), attrs, expect
         )
         for layer in range(last_layer + 1):
             scale = self._inverse_rms(x)
             del x
-            if attention is None:  # only this layer's keys and values are still wanted, which takes no scores
-                yield self._folded_scores(stretch, layer, packed, scale)[0]
-                return None
-            self._scale_scores(packed, attention, scale, stretch, bool(keep))
-            self._softmax(packed, attention, batch)
-            rows = attention.blocks[-1].start + attention.blocks[-1].rows
+            progress.scales[layer] = scale
+            progress.scales.pop(layer - 2, None)
             attrs = stretch.at(layer)
-            tensors: tuple[torch.Tensor, ...] = (packed,)
+            tensors: tuple[torch.Tensor, ...] = ()
             if isinstance(scale, float):
                 attrs["scale"] = scale
             else:
-                tensors = (packed, self._sent(scale.squeeze(-1)))
+                tensors = (self._sent(scale.squeeze(-1)),)
+            progress.scaled = layer
+            if attention is None:  # only this layer's keys and values are still wanted
+                yield Request("matmul", 0, "values_gate_up", tensors, attrs, [])
+                return None
+            self._scale_scores(packed, attention, scale, stretch, bool(keep))
+            self._scale_columns(packed, attention, [(each, each.scales[layer]) for each in unscaled], batch)
+            self._softmax(packed, attention, batch)
+            rows = attention.blocks[-1].start + attention.blocks[-1].rows
+            tensors = (packed, *tensors)
             expect = shapes.hidden(batch, rows) + shapes.gate_up(batch, rows)
             x, gate_up = yield Request("matmul+linear", 1, "values_gate_up", tensors, attrs, expect)
             del packed, tensors
@@ -328,9 +351,9 @@ class Layers:
                 attention, keep = self._linear_attention(stretch, layer + 1)
                 attrs = stretch.at(layer + 1)
                 expect = shapes.hidden(batch, rows)
+                unscaled = self._unscaled(stretch, layer + 1)
                 if attention is None:
-                    expect += shapes.qk(batch, rows)
-                    x, packed = yield Request("linear", 4, "down_qkv", (h,), attrs, expect)
+                    (x,) = yield Request("linear", 4, "down_scores", (h,), attrs, expect)
                 else:
                     expect += shapes.packed(batch, attention.blocks)
                     attrs.update(attention.block_attrs)
@@ -340,6 +363,11 @@ class Layers:
         x, logits = yield Request("linear+lm_head", 1, "down_lm_head", (h,), stretch.at(last_layer), expect)
         del h
         return self._logits(logits, self._inverse_rms(x))
+
+    @staticmethod
+    def _unscaled(stretch: Stretch, layer: int) -> list[Progress]:
+        """Those of the earlier stretches whose keys have no scale yet in scores that are asked for now."""
+        return [each for each in stretch.earlier if each.scaled < layer]
 
     def _linear_attention(self, stretch: Stretch, layer: int) -> tuple[Attention | None, tuple[torch.Tensor, ...]]:
         """What scores to ask for in a layer, None for none; and which rows to keep from it on, if not all."""
@@ -355,7 +383,7 @@ class Layers:
         self, packed: torch.Tensor, attention: Attention, scale: Scale, stretch: Stretch, kept: bool
     ) -> None:
         """The rows' scales, for q; and the new columns', for k: earlier ones have theirs already."""
-        start, end = stretch.start, stretch.start + stretch.rows
+        start = stretch.start
         if not isinstance(scale, float):
             by_row = scale.unsqueeze(1)  # [B, 1, n, 1]
             by_column = by_row.transpose(2, 3)
@@ -371,7 +399,22 @@ class Layers:
             else:
                 scores.mul_(by_row[:, :, block.start : block.start + block.rows])
                 new.mul_(by_column[..., first - start : block.last - start])
-        assert end >= attention.blocks[-1].last
+        self.recorder.lap("rmsnorm")
+
+    def _scale_columns(
+        self, packed: torch.Tensor, attention: Attention, scales: Sequence[tuple[Progress, Scale]], batch: int
+    ) -> None:
+        """The columns of stretches that are under way at once, for their keys."""
+        if not scales:
+            return
+        for block, scores in self._unpacked(packed, attention, batch):
+            for (start, end), scale in (((each.start, each.start + each.rows), scale) for each, scale in scales):
+                first, last = max(start, block.first), min(end, block.last)
+                if first < last:
+                    part = scores[..., first - block.first : last - block.first]
+                    part.mul_(
+                        scale if isinstance(scale, float) else scale.mT.unsqueeze(1)[..., first - start : last - start]
+                    )
         self.recorder.lap("rmsnorm")
 
     # ---- parts ----

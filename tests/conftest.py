@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aio_front import Front
 
 import fastsplit
 from fastsplit.wire import ring, sharing
@@ -202,6 +203,14 @@ def uri(link: str, socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def socket_uri(request: pytest.FixtureRequest, socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The same for tests of what happens above the link: two kinds of kernel sockets that differ, and a ring."""
     return _uri(request.param, socket_dir, monkeypatch)
+
+
+@pytest.fixture(params=["blocking", pytest.param("aio", marks=pytest.mark.matrix)])
+def front(request: pytest.FixtureRequest) -> Iterator[Front]:
+    """The blocking front and the one for asyncio: `front.Server(...)` and `front.connect(...)`, used alike."""
+    front = Front(request.param)
+    yield front
+    front.close()
 
 
 # ---- both ends -------------------------------------------------------------------------------------------------------

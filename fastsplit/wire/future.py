@@ -1,4 +1,4 @@
-"""What a call gives: a Result now, or a Future of one. The channel sets the outcome and does all waiting.
+"""What a call gives: a Result now, or a Future of one, or an error. The channel sets the outcome and does all waiting.
 
 Rules. A future's outcome is set once, under the channel's lock. A result's tensors are the caller's own.
 """
@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CancelledError
+from ..errors import CancelledError, DeadlineError, FastsplitError, RemoteOpError
+from ..tensors import Arrays
+from .session import Error, Reply
 
 if TYPE_CHECKING:
     from .channel import Channel
 
-__all__ = ["Future", "Result"]
+__all__ = ["Future", "Result", "remote_error"]
 
 
 class Result(tuple):  # type: ignore[type-arg]
@@ -27,6 +29,25 @@ class Result(tuple):  # type: ignore[type-arg]
     attrs: dict[str, Any]
     remote_s: float
     wait_s: float
+
+    @classmethod
+    def of(cls, event: Reply, arrays: Arrays, waited_ns: int) -> Result:
+        """What a reply gives. Raises TensorError for a tensor that arrays of this kind cannot be."""
+        result = cls(map(arrays.view, event.buffers, event.message.tensors))
+        result.attrs = event.message.attrs
+        # The peer's word: it cannot have worked longer than we have waited.
+        result.remote_s = min(event.time_ns, waited_ns) * 1e-9
+        result.wait_s = waited_ns * 1e-9
+        return result
+
+
+def remote_error(op: str, event: Error) -> FastsplitError:
+    """What an ERROR frame means for the call that it answers."""
+    if event.code == "deadline":
+        return DeadlineError(f"{op}: {event.text}")
+    if event.code == "cancelled":
+        return CancelledError(f"{op}: {event.text}")
+    return RemoteOpError(op, event.text)
 
 
 class Future:

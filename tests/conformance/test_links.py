@@ -1,4 +1,4 @@
-"""One suite over every link, through the public names alone: the same call works on each, and costs what it should.
+"""One suite over every link and both fronts, through the public names alone: the same call works, and costs the same.
 
 Byte counts are exact. Over sockets a frame is a 40-byte header, its metadata and its payload; the metadata of a message
 is a multiple of 8 bytes and the same for every message of one shape, so what a second call of the same shape costs is
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from aio_front import Front
 from conftest import SHM_PREFIX
 
 import fastsplit
@@ -60,8 +61,8 @@ HANDLERS = {"scale": _scale, "echo": _echo, "fresh": _fresh, "fail": _fail, "not
 
 
 @pytest.fixture
-def server(uri: str) -> Iterator[fastsplit.Server]:
-    with fastsplit.Server(uri, HANDLERS) as server:
+def server(uri: str, front: Front) -> Iterator[fastsplit.Server]:
+    with front.Server(uri, HANDLERS) as server:
         yield server
 
 
@@ -71,8 +72,8 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def channel(server: fastsplit.Server, kind: str) -> Iterator[fastsplit.Channel]:
-    with fastsplit.connect(server.uri, arrays=kind, call_timeout_s=30) as channel:
+def channel(server: fastsplit.Server, kind: str, front: Front) -> Iterator[fastsplit.Channel]:
+    with front.connect(server.uri, arrays=kind, call_timeout_s=30) as channel:
         yield channel
 
 
@@ -305,12 +306,12 @@ def test_stats_of_one_call(channel: fastsplit.Channel, kind: str) -> None:
     assert stats.as_dict()["bytes_copied"] == (40 if channel.shm else 0)
 
 
-def test_two_servers_and_many_clients(server: fastsplit.Server) -> None:
+def test_many_clients(server: fastsplit.Server, front: Front) -> None:
     failures = []
 
     def work(number: int) -> None:
         try:
-            with fastsplit.connect(server.uri, arrays="numpy", call_timeout_s=30) as channel:
+            with front.connect(server.uri, arrays="numpy", call_timeout_s=30) as channel:
                 for step in range(20):
                     (y,) = channel.call("scale", np.full(5000, number, np.int64), by=step)
                     assert (y == number * step).all()
@@ -339,7 +340,10 @@ def test_server_gone(channel: fastsplit.Channel, server: fastsplit.Server) -> No
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("shm", [False, True], ids=["unix", "shm"])
 def test_more_than_two_gibibytes(unix_uri: str, shm: bool) -> None:
-    """One read, one write, one length of 32 bits or of int: each would break on this. So would one placement."""
+    """One read, one write, one length of 32 bits or of int: each would break on this. So would one placement.
+
+    Of the blocking front only: both read and write through the same links, and each time takes seconds and gigabytes.
+    """
     nbytes = 2**31 + 12_345
     marks = [0, 1, 2**31 - 1, 2**31, nbytes - 1]
 

@@ -253,6 +253,8 @@ class LocalBackend:
         ("folded", 3, False),
         ("fused", 1, True),
         ("linear", 1, True),
+        ("linear", 3, False),
+        ("linear", 3, True),
         ("folded", 3, True),
     ],
 )
@@ -326,7 +328,7 @@ def test_lanes_give_what_one_gives(llama: Named, unix_uri: str, plan: str, lanes
     batch, rows = mask.shape
     given = None if padding == "none" else mask
     with split(model, unix_uri, plan=plan, lanes=lanes, scores_nbytes=LONG_NBYTES) as (runner, _):
-        assert runner.lanes == (1 if plan == "linear" else lanes)
+        assert runner.lanes == lanes
         assert len(runner._stretch_rows(batch, 0, rows)) > 3
         with runner.new_cache(batch) as cache:
             logits = runner.forward(ids[:, :rows], cache, mask=given, keep=keep)
@@ -358,7 +360,7 @@ ROWS = [(3, 139), (3, 269), (200, 133), (139, 269)]
 
 @pytest.mark.parametrize(
     ("plan", "lanes"),
-    [("per-op", 3), *((plan, lanes) for plan in ("fused", "folded") for lanes in (1, 2, 3)), ("linear", 1)],
+    [("per-op", 3), *((plan, lanes) for plan in ("fused", "folded", "linear") for lanes in (1, 2, 3))],
 )
 @pytest.mark.parametrize("rows", ROWS)
 def test_rows_of_different_stretches(llama: Named, unix_uri: str, plan: str, lanes: int, rows: tuple[int, int]) -> None:
@@ -391,7 +393,7 @@ def test_lanes_of_other_families(models: Callable[[str], Named], unix_uri: str, 
     model, reference = models(family)
     ids = random_ids(1, LIMIT)
     with split(model, unix_uri, plan=plan, lanes=3) as (runner, _), runner.new_cache() as cache:
-        assert (runner.plan, runner.lanes) == (plan, 1 if plan == "linear" else 3)
+        assert (runner.plan, runner.lanes) == (plan, 3)
         logits = runner.forward(ids, cache, keep="all")
     assert_same(logits, hf_logits(reference, ids))
 
@@ -401,7 +403,7 @@ def test_lanes_on_a_device_that_computes_later(llama: Named, unix_uri: str, plan
     model, reference = llama
     ids = random_ids(1, 300)
     with split(model, unix_uri, plan=plan, device=Cuda(LazyDriver())) as (runner, _), runner.new_cache() as cache:
-        assert runner.lanes == (1 if plan == "linear" else 2), "it computes beside our cores"
+        assert runner.lanes == 2, "it computes beside our cores"
         logits = runner.forward(ids, cache, keep="all")
     assert_same(logits, hf_logits(reference, ids))
 
@@ -442,9 +444,8 @@ def test_no_stretch_is_ever_ahead_of_one_before_it(llama: Named, plan: str, lane
     assert stretches > lanes
     for (op, layer), found in starts.items():
         assert found == sorted(found), f"{op} of layer {layer}"
-    at_once = 1 if plan == "linear" else lanes
-    assert runner.lanes == at_once and sorted(numbers) == list(range(at_once))
-    assert backend.most_in_flight == (0 if plan == "linear" else lanes) and backend.in_flight == 0
+    assert runner.lanes == lanes and sorted(numbers) == list(range(lanes))
+    assert backend.most_in_flight == lanes and backend.in_flight == 0
     # whoever writes a layer's keys and values has done so before anybody behind it reads them
     for layer in range(model.config.num_hidden_layers):
         first_seen = list(dict.fromkeys(start for _, _, at, start in backend.requests if at == layer))
