@@ -1,6 +1,6 @@
 """Does the relay of link.py keep to what it states? Nothing that was measured through it counts unless it does.
 
-    python -m benches.bench_link                    about 3 minutes
+    python -m benches.bench_link                    about 2 minutes
     python -m benches.bench_link --only 1g 100m
     python -m benches.bench_link --namespaces       as root: beside a limit of the kernel's own
 
@@ -50,7 +50,7 @@ from benches.link import LINKS, LinkKind, relay_arguments
 from benches.processes import OthersCpu, process
 from benches.rounds import interleaved, progress
 
-__all__ = ["main"]
+__all__ = ["HOSTS", "in_namespace", "main", "namespaces"]
 
 DIRECT = LinkKind("direct", 0, 0)
 UNLIMITED = LinkKind("unlimited", 0, 0)
@@ -136,7 +136,7 @@ class _Sending(threading.Thread):
 
 
 def _serve_peer(host: str, namespace: str | None) -> None:
-    with _in_namespace(namespace):
+    with in_namespace(namespace):
         listener = socket.create_server((host, 0))
     threading.Thread(target=_accept, args=(listener,), daemon=True).start()
     print(f"READY {host} {listener.getsockname()[1]}", flush=True)
@@ -185,9 +185,12 @@ class Figures:
     round_trip_p99_s: list[float] = field(default_factory=list)
     message_there_s: list[float] = field(default_factory=list)
     message_back_s: list[float] = field(default_factory=list)
+    relay_goes_first: bool | None = None
+    """Whether it may run before other programs: None if it has nothing to be late for."""
 
     def median(self, what: str) -> float:
-        return statistics.median(getattr(self, what))
+        rounds: list[float] = getattr(self, what)
+        return statistics.median(rounds)
 
 
 class Measured:
@@ -195,6 +198,8 @@ class Measured:
 
     def __init__(self, kind: LinkKind, sock: socket.socket, relay_pid: int | None) -> None:
         self.figures = Figures(kind.name, kind.rate_bit_per_s, kind.round_trip_s)
+        if relay_pid is not None and (kind.rate_bit_per_s or kind.round_trip_s):
+            self.figures.relay_goes_first = os.sched_getscheduler(relay_pid) == os.SCHED_RR
         self._sock, self._relay_pid = sock, relay_pid
         self._nbytes = int(kind.rate_bit_per_s / 8 * LINK_S) or UNLIMITED_NBYTES
         few = int(ROUND_TRIPS_S / kind.round_trip_s) if kind.round_trip_s else MOST_ROUND_TRIPS
@@ -329,8 +334,19 @@ def _checks(figures: list[Figures]) -> list[Check]:
 
 
 def _table(figures: list[Figures]) -> str:
-    heads = ("link", "stated", "there", "back", "both there", "both back", "relay CPU", "stated", "64 B trip", "p99")
-    heads += ("stated", "1 MiB there", "back")
+    heads: tuple[str, ...] = (
+        "link",
+        "stated",
+        "there",
+        "back",
+        "both there",
+        "both back",
+        "relay CPU",
+        "stated",
+        "64 B trip",
+        "p99",
+    )
+    heads = (*heads, "stated", "1 MiB there", "back")
     lines = [
         f"{'':<11}{'Mbit/s':>10}{'':>48}{'cores':>10}{'ms':>10}{'':>20}{'ms':>10}",
         f"{heads[0]:<11}" + "".join(f"{head:>{12 if 'MiB' in head or 'both' in head else 10}}" for head in heads[1:]),
@@ -357,11 +373,11 @@ def _table(figures: list[Figures]) -> str:
 KERNEL_RATES = {"1g": 1e9, "100m": 100e6}
 _GOODPUT = (1500 - 52) / (1500 + 14)  # of a frame: less the headers of IP and tcp with timestamps, and of Ethernet
 _CLONE_NEWNET = 0x40000000
-_HOSTS = "10.77.0.1", "10.77.0.2"
+HOSTS = "10.77.0.1", "10.77.0.2"
 
 
 @contextmanager
-def _in_namespace(name: str | None) -> Iterator[None]:
+def in_namespace(name: str | None) -> Iterator[None]:
     """What this thread opens meanwhile belongs to that network namespace, and stays there."""
     if name is None:
         yield
@@ -388,8 +404,8 @@ def _command(*words: str) -> None:
 
 
 @contextmanager
-def _namespaces(rate_bit_per_s: float) -> Iterator[tuple[str, str]]:
-    """Two of them, joined by devices that are limited to that rate. Their names, which nobody else can have."""
+def namespaces(rate_bit_per_s: float | None) -> Iterator[tuple[str, str]]:
+    """Two of them, joined by devices that are limited to that rate, if any. Their names, which nobody else can have."""
     names = f"fastsplit-bench-{os.getpid()}-a", f"fastsplit-bench-{os.getpid()}-b"
     devices = "link-a", "link-b"
     with ExitStack() as stack:
@@ -398,9 +414,11 @@ def _namespaces(rate_bit_per_s: float) -> Iterator[tuple[str, str]]:
             stack.callback(_command, "ip", "netns", "delete", name)
         first, second = ("type", "veth", "peer", "name", devices[1], "netns", names[1]), names[0]
         _command("ip", "-n", second, "link", "add", devices[0], *first)
-        for name, device, host in zip(names, devices, _HOSTS):
+        for name, device, host in zip(names, devices, HOSTS):
             _command("ip", "-n", name, "address", "add", f"{host}/24", "dev", device)
             _command("ip", "-n", name, "link", "set", device, "up")
+            if rate_bit_per_s is None:
+                continue
             limit = ("rate", f"{rate_bit_per_s:.0f}bit", "burst", "128kb", "latency", "20ms")
             _command("tc", "-n", name, "qdisc", "add", "dev", device, "root", "tbf", *limit)
         yield names
@@ -429,11 +447,11 @@ def _measure_kernel(rounds: int) -> dict[str, Any]:
         progress(f"namespaces: {link}")
         try:
             with ExitStack() as stack:
-                here, there = stack.enter_context(_namespaces(rate))
-                arguments = ("--peer", _HOSTS[1], "--namespace", there)
+                here, there = stack.enter_context(namespaces(rate))
+                arguments = ("--peer", HOSTS[1], "--namespace", there)
                 peer = stack.enter_context(process("benches.bench_link", *arguments))
                 host, port = peer.ready.split()
-                with _in_namespace(here):
+                with in_namespace(here):
                     sock = stack.enter_context(_connect(host, int(port)))
                 measured = Measured(LinkKind(link, rate, 0), sock, None)
                 for _ in range(rounds):
@@ -492,6 +510,8 @@ def main(argv: list[str] | None = None) -> int:
     result["checks"] = [{**asdict(check), "reached": check.reached} for check in checks]
     missed = [check for check in checks if not check.reached]
     print(f"{len(checks) - len(missed)} of {len(checks)} figures are as stated.", *missed, sep="\nNOT reached: ")
+    if any(one.relay_goes_first is False for one in figures):
+        print("The relay may not run before other programs (SCHED_RR): where the CPUs are all busy it is late.")
     if result["others_cpu_s"] is not None:
         print(f"Other programs used {result['others_cpu_s']:.1f} s of CPU meanwhile.")
     if args.namespaces:

@@ -69,7 +69,7 @@ def _generate(split: Split, ids: torch.Tensor, new_tokens: int) -> Measurement:
     (first_ns, first, sent_first), (last_ns, last, sent_last) = marks
     steps = new_tokens - 1
     measured: Measurement = {
-        "plan": split.runner.step_plan,
+        "plan": split.runner.plan,
         "steps": steps,
         "step_s": (last_ns - first_ns) * 1e-9 / steps,
         "calls": (last["rpc_calls"] - first["rpc_calls"]) / steps,

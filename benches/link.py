@@ -14,8 +14,9 @@ as the bytes do, each way on its own; a reset, at once.
 
 Rules. When a byte leaves and arrives is computed, never slept: being late now delays nothing that comes later, and
 since the queue reads ahead, being up to 2 ms late loses no link time. Bytes are handed on as they arrive, but at most
-every 0.2 ms, and the last ones of what was sent together exactly when they do. The waiting is done in the kernel: the
-CPU belongs to what is measured.
+every 0.25 ms, and the last ones of what was sent together exactly when they do. The waiting is done in the kernel: the
+CPU belongs to what is measured. Where the CPUs are all busy the relay is late like anybody, by milliseconds, unless it
+may run before others (SCHED_RR): root may.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ LINKS = {
 
 _QUEUE_S = 2e-3
 _SHARE_S = 0.5e-3  # the most one connection takes of the queue at a time, when others want it too
-_TICK_S = 0.2e-3
+_TICK_S = 0.25e-3
 _PACKET_NBYTES = 1500  # at low rates a share is this many bytes, and the queue two shares
 _UNLIMITED_HELD_NBYTES = 64 * 1024**2  # on the way at most, when there is a delay but no rate
 _UNDELAYED_HELD_NBYTES = 1024**2
@@ -107,8 +108,10 @@ class _Wire:
 
     @property
     def room_at(self) -> float:
-        """When the queue has room for a share."""
-        return self._free_at - self._queue_s + self._share_s if self.bytes_per_s else 0.0
+        """When the queue has room for a share: on a tick, when it is woken anyway."""
+        if not self.bytes_per_s:
+            return 0.0
+        return math.ceil((self._free_at - self._queue_s + self._share_s) / _TICK_S) * _TICK_S
 
     @property
     def share_nbytes(self) -> int:
@@ -244,7 +247,8 @@ class _Flow:
 
 
 class _Pump:
-    """A thread that moves the bytes of all flows of one direction."""
+    """A thread that moves the bytes of all flows of one direction. One for both would do up to 1 Gbit/s, for less CPU
+    time, but not for 10: there each copies for most of the time."""
 
     def __init__(self) -> None:
         self._flows: deque[_Flow] = deque()
@@ -311,8 +315,8 @@ def _wake_on_time() -> None:
 
 
 def _go_first() -> None:
-    """Hardware does not wait for a CPU. Without the right to (root has it) we wait, where the CPUs are all busy."""
-    with contextlib.suppress(OSError, AttributeError):
+    """Before other programs, as hardware does not wait for a CPU. The threads that we start do too."""
+    with contextlib.suppress(OSError, AttributeError):  # we may not: root may
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
 
 
@@ -327,11 +331,8 @@ def _tune(sock: socket.socket, rate_bit_per_s: float) -> None:
 
 def _serve(listener: socket.socket, target: TcpAddress, rate_bit_per_s: float, delay_s: float) -> None:
     """Accepts connections until stdin ends."""
-    _wake_on_time()
-    if (rate_bit_per_s or delay_s) and os.environ.get("RT") != "0":
-        _go_first()
     wires = _Wire(rate_bit_per_s, delay_s), _Wire(rate_bit_per_s, delay_s)
-    pumps = (_Pump(), _Pump()) if os.environ.get("PUMPS") != "1" else (_Pump(),) * 2
+    pumps = _Pump(), _Pump()
     stdin = sys.stdin.fileno()
     while True:
         readable, _, _ = select.select([listener, stdin], [], [])
@@ -402,6 +403,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--rate-mbit and --delay-ms must be 0 or more")
     listener, address = listen_socket(args.listen)
     assert isinstance(address, TcpAddress)
+    _wake_on_time()
+    if args.rate_mbit or args.delay_ms:
+        _go_first()
     with listener:
         _tune(listener, args.rate_mbit * 1e6)  # before a connection comes: its window is agreed on as it begins
         print("READY", TcpAddress(address.host, address.port, args.connect.shm), flush=True)
