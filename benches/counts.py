@@ -9,7 +9,7 @@ so that the real shapes of TinyLlama-1.1B (22 layers) and SmolLM2-135M (30 layer
 more with tiny layers over a unix socket, shared memory and a real executor, and compares what the channel counted.
 
 What the columns are. RPCs: counted, and by the formula of ops.PLANS: a * layers + b. sent, received: tensor bytes of
-all requests and replies, counted, and by a formula of sizes alone (`formula`). The command fails if any two differ.
+all requests and replies, counted, and by a formula of sizes alone (`ops.traffic`). The command fails if any two differ.
 KV cache: what a cache on the TEE side would have had to send beside that, as the original's does, heads not repeated.
 """
 
@@ -28,14 +28,14 @@ import torch
 import fastsplit
 from fastsplit.executor import Executor
 from fastsplit.models import DTYPES, PRESETS, Model, ModelConfig
-from fastsplit.ops import PLANS, Block, choose_block_rows, packed_elements, row_blocks
+from fastsplit.ops import PLANS, traffic
 from fastsplit.remote import RemoteModel
 from fastsplit.runner import Runner
 from fastsplit.wire.stats import Stats
 
 from .environment import describe, save
 
-__all__ = ["Counted", "count", "formula", "main"]
+__all__ = ["MODELS", "Counted", "count", "counted_model", "formula", "main"]
 
 SMOLLM2 = ModelConfig(
     vocab_size=49152,
@@ -100,13 +100,13 @@ class _Ones:
         return torch.ones(shape)
 
 
-def _model(name: str, config: ModelConfig) -> Model:
+def counted_model(name: str, config: ModelConfig) -> Model:
     return Model(name, config, None, _Ones())
 
 
 def count(config: ModelConfig, plan: str, dtype: str, prefill: int) -> tuple[Counted, Counted]:
     """What a prefill moves, and the decode step after it. Raises ValueError where the model has another plan."""
-    model = _model("counted", config)
+    model = counted_model("counted", config)
     backend = _CountingBackend()
     runner = Runner(
         RemoteModel(model.name, config, dtype, model.tee_weights()), backend, plan, lanes=1, scores_nbytes=2**62
@@ -122,58 +122,12 @@ def count(config: ModelConfig, plan: str, dtype: str, prefill: int) -> tuple[Cou
 
 def formula(config: ModelConfig, plan: str, dtype: str, start: int, rows: int) -> Counted:
     """The same from sizes: `rows` rows of one sequence after `start`, in one stretch, the last row's logits."""
-    itemsize = getattr(torch, dtype).itemsize
-    hidden, inter, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    heads = config.num_attention_heads
-    q, kv = config.out_features("q"), config.out_features("k")
-    total = start + rows
-    all_scores = packed_elements(1, heads, row_blocks(rows, total, choose_block_rows(rows)))
-    last_scores = packed_elements(1, heads, [Block(0, 1, 0, total)])
-    grouped = {"per-op": (3, 2), "batched": (1, 1), "fused": (1, 1)}
-    sent = received = 0  # elements
-    other_sent = 8 * rows  # bytes of what has a dtype of its own: ids
-    kept = 8 if rows > 1 else 0  # which row goes on
-    scales = 4 * rows if rows > 1 else 0  # one alone is an attribute
-    for layer in range(layers):
-        last = layer == layers - 1
-        after = 1 if last else rows  # rows that go on
-        scores = last_scores if last else all_scores
-        if plan in grouped:
-            attention, mlp = grouped[plan]
-            kept_here = plan == "fused"  # v stays there
-            sent += attention * rows * hidden + (after * q + rows * kv) + scores
-            received += rows * (q + kv) + scores + after * hidden
-            if not kept_here:
-                sent += rows * kv + after * q
-                received += rows * kv + after * q
-            sent += mlp * after * hidden + after * inter
-            received += 2 * after * inter + after * hidden
-            continue
-        sent += scores
-        received += scores + after * (hidden + 2 * inter)
-        other_sent += scales + (kept if last else 0)
-        if plan == "folded":
-            sent += after * q + rows * kv
-            received += rows * (q + kv)
-        if not last:  # what comes before the next layer's scores, of all rows
-            sent += rows * inter
-            received += rows * hidden
-    received += rows * hidden  # the embedding
-    if plan in grouped:
-        sent += hidden
-        received += config.vocab_size
-    else:
-        sent += inter
-        received += hidden + config.vocab_size
-    if plan == "linear":
-        other_sent += 4 * rows * config.rope.rotary_dim(config.head_dim)  # cos and sin
-    a, b = PLANS[plan]
-    return Counted(a * layers + b, other_sent + sent * itemsize, received * itemsize)
+    return Counted(*traffic(config, plan, getattr(torch, dtype).itemsize, start, rows))
 
 
 def _over_a_link(config: ModelConfig, plan: str, dtype: str, prefill: int) -> dict[str, int]:
     """What the channel counted in a prefill with a real executor: calls, and bytes by reference and copied."""
-    model = _model("tiny", config)
+    model = counted_model("tiny", config)
     executor = Executor(model, dtype=dtype)
     with (
         tempfile.TemporaryDirectory(prefix="fastsplit-bench-") as directory,

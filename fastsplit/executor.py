@@ -475,8 +475,8 @@ class Executor:
     def _scores_folded(
         self, call: Call, work: Work, session: Session, at: _At, lane: Lane, rest: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, ...]:
-        """From the residual stream to scores, if any are asked for: q, k and v stay here. What the norm leaves is for the
-        caller to apply to the scores, and comes back with `values_gate_up` for what was stored."""
+        """From the residual stream to scores, if any are asked for: q, k and v stay here. What the norm leaves is for
+        the caller to apply to the scores, and comes back with `values_gate_up` for what was stored."""
         config = self.config
         layer, start = at.layer, at.start
         cos, sin = lane.cos, lane.sin

@@ -30,6 +30,7 @@ from transformers import AutoConfig, GenerationConfig, GenerationMixin, PreTrain
 from transformers.cache_utils import Cache as TransformersCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .choice import choose, look, may_overlap
 from .errors import FastsplitError, ModelError, VerificationError
 from .models import open_model
 from .remote import Cache, RemoteModel, share_cores
@@ -218,14 +219,18 @@ class SplitModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
         tee_dtype: str | None = None,
         wire_dtype: str | None = None,
         lanes: int | None = None,
+        cast: str = "auto",
+        codec: str = "auto",
     ) -> SplitModelForCausalLM:
         """Connects to the GPU side at `uri`, which must serve the model in `model_dir`.
 
         `model_dir`: a Hugging Face directory, or `random:PRESET[@SEED]`. With `trusted` its configuration and norm
         weights are what counts, and the executor's must be the same; without, only config.json and
-        generation_config.json are read, and norm weights are taken from the executor unchecked. `plan`, `tee_dtype`,
-        `wire_dtype` and `lanes`: as for `Runner`. `timeout_s` is for connecting, `call_timeout_s` for each call.
-        `threads`: torch's, for the whole process.
+        generation_config.json are read, and norm weights are taken from the executor unchecked. `tee_dtype` and
+        `wire_dtype`: as for `Runner`. `plan`, `lanes` and `cast` ("auto", "off", "bfloat16", "float16"): as for
+        `choice.choose`; what is left to it is chosen for the link, which is measured now, and for prompts of a typical
+        length. `runner.choice` has the reasons. `codec`: as for `fastsplit.connect`. `timeout_s` is for connecting,
+        `call_timeout_s` for each call. `threads`: torch's, for the whole process.
 
         Raises ModelError for a directory that cannot be used, VerificationError where the executor's model is another
         one, ConnectError if nobody listens.
@@ -233,7 +238,14 @@ class SplitModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
         spec = str(model_dir)
         model = open_model(spec) if trusted or spec.startswith("random:") else None
         config, generation_config = _configs(spec, None if model is None else model.config.to_hf())
-        channel = Channel(uri, arrays="torch", timeout_s=timeout_s, call_timeout_s=call_timeout_s)
+        channel = Channel(
+            uri,
+            arrays="torch",
+            timeout_s=timeout_s,
+            call_timeout_s=call_timeout_s,
+            codec=codec,
+            overlap=may_overlap(uri, lanes),
+        )
         try:
             if threads is not None:
                 torch.set_num_threads(threads)
@@ -245,7 +257,18 @@ class SplitModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
                         f"the executor's model has {remote.config.vocab_size} tokens, that in {spec!r} "
                         f"{config.get_text_config().vocab_size}"
                     )
-                runner = Runner(remote, channel, plan=plan, tee_dtype=tee_dtype, wire_dtype=wire_dtype, lanes=lanes)
+                choice = choose(
+                    remote.config,
+                    remote.dtype,
+                    link=look(channel, call_timeout_s),
+                    shm=channel.shm,
+                    threads=remote.threads,
+                    plan=plan,
+                    lanes=lanes,
+                    cast=cast,
+                    wire_dtype=wire_dtype,
+                )
+                runner = Runner(remote, channel, tee_dtype=tee_dtype, wire_dtype=wire_dtype, choice=choice)
             split = cls(config, runner, channel, getattr(torch, remote.dtype))
         except BaseException:
             channel.close()

@@ -246,7 +246,7 @@ def traffic(
                     received += after * q
             continue
         other_sent += scales + (kept if final else 0)
-        if plan == "folded" or ends:  # q and k come here to be turned
+        if plan == "folded" or (ends and layers == 1):  # q and k come here to be turned
             sent += count * kv + (0 if ends else after * q)
             received += count * (q + kv)
         if not ends:

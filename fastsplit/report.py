@@ -21,7 +21,7 @@ from typing import Any
 
 from .wire.stats import Stats
 
-__all__ = ["GPU_OPS", "TEE_OPS", "Op", "Recorder", "chrome_trace", "table"]
+__all__ = ["GPU_OPS", "TEE_OPS", "Op", "Recorder", "chrome_trace", "codec_counts", "table"]
 
 GPU_OPS = ("embedding", "linear", "matmul", "lm_head")
 TEE_OPS = ("rmsnorm", "rotary", "softmax", "silu", "residual", "kv_cache", "sampling", "other")
@@ -142,6 +142,22 @@ class Recorder:
         op.total_ns += elapsed_ns
 
 
+def codec_counts(stats: Stats) -> dict[str, dict[str, float]]:
+    """What each codec did on a connection, by name: tensors, bytes before and after, their ratio, seconds here."""
+    return {
+        name: {
+            "tensors": used.tensors,
+            "raw_nbytes": used.raw_nbytes,
+            "wire_nbytes": used.wire_nbytes,
+            "ratio": used.raw_nbytes / used.wire_nbytes if used.wire_nbytes else 0.0,
+            "encode_s": used.encode_s,
+            "decode_s": used.decode_s,
+        }
+        for name, used in list(stats.codecs.items())
+        if used.tensors
+    }
+
+
 def table(report: dict[str, Any]) -> str:
     """The report as text. `report`: the JSON document of the TEE side."""
     wall_s = report["wall_s"]
@@ -177,9 +193,16 @@ def table(report: dict[str, Any]) -> str:
         f"bytes: sent {_nbytes(report['bytes_sent'])}, received {_nbytes(report['bytes_received'])}, "
         f"shared {_nbytes(report['bytes_shared'])}, copied {_nbytes(report['bytes_copied'])}"
     )
-    if report.get("plan_reason"):
-        lines.append(f"plan {report['plan']} instead of {report['plan_wanted']}: {report['plan_reason']}")
+    lines += _choices(report)
     lines.append(f"shared memory: {'yes' if report['shm'] else 'no'}, {_plain(report['shm_reason'])}")
+    if report.get("codecs"):
+        titles = ("tensors", "before", "travelled", "ratio", "encode s", "decode s")
+        lines.append("{:<10}{:>10}{:>12}{:>12}{:>8}{:>10}{:>10}".format("codec", *titles))
+        lines += [
+            f"{_plain(name):<10}{used['tensors']:>10}{_nbytes(used['raw_nbytes']):>12}"
+            f"{_nbytes(used['wire_nbytes']):>12}{used['ratio']:8.2f}{used['encode_s']:10.3f}{used['decode_s']:10.3f}"
+            for name, used in report["codecs"].items()
+        ]
     if wall_s and overhead_s > 0.5 * wall_s:
         lines.append(
             f"communication is {100 * overhead_s / wall_s:.0f} % of the wall clock: "
@@ -190,6 +213,20 @@ def table(report: dict[str, Any]) -> str:
             )
         )
     return "\n".join(lines)
+
+
+def _choices(report: dict[str, Any]) -> list[str]:
+    """What was chosen, and why: as Choice.lines has it."""
+    lines = []
+    plan, wanted, reason = report["plan"], report.get("plan_wanted", "auto"), report.get("plan_reason")
+    if reason:
+        instead = "" if wanted == "auto" else f" instead of {wanted}"
+        lines.append(f"plan {plan}{instead}: {_plain(reason)}")
+    if report.get("lanes_reason"):
+        lines.append(f"lanes {report['lanes']}: {_plain(report['lanes_reason'])}")
+    if report.get("cast_reason"):
+        lines.append(f"cast {report['cast']}: {_plain(report['cast_reason'])}")
+    return lines
 
 
 def chrome_trace(recorder: Recorder, path: Path) -> None:

@@ -2,10 +2,11 @@
 
 What happens between two calls is a program's business (plans.py). A Runner cuts a pass into stretches of rows that fit
 the memory for scores, says what each row may see, and runs a program for each stretch: one after another, or several
-in turn, so that the executor computes for one while this side works for another.
+in turn, so that the executor computes for one, and another's bytes travel, while this side works for a third.
 
 Rules. What a row sees is decided by slots, the positions of the cache, as in HF: padding takes a slot and is hidden.
-Positions, which the rotary embedding turns by, count tokens. Every stretch of time is recorded (report.py).
+Positions, which the rotary embedding turns by, count tokens. A cache is the same whatever plans filled it. Every
+stretch of time is recorded (report.py).
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from typing import Any
 
 import torch
 
+from .choice import LEAST_STRETCH_ROWS, Choice
 from .llama import rotary_matrix
 from .models import Rope
 from .ops import MAX_LANES, Block, block_attrs, choose_block_rows, choose_plan, row_blocks
-from .plans import Attention, Layers, Program, Stretch
+from .plans import Attention, Layers, Program, Progress, Stretch
 from .remote import Backend, Cache, RemoteModel
 from .report import Recorder
 from .rope import cos_sin
@@ -45,12 +47,15 @@ _Active = tuple[int, int, Program, str, int, Any]
 
 
 class Runner:
-    """One model, one plan, one backend. Not thread-safe. Run it under `torch.inference_mode()` or `torch.no_grad()`.
+    """One model, one backend, one plan. Not thread-safe. Run it under `torch.inference_mode()` or `torch.no_grad()`.
 
     `plan`: one of ops.PLANS, or "auto"; `self.plan` is the one that runs, `self.plan_reason` says why if it is another.
-    `tee_dtype`, `wire_dtype`: what is computed in here, and what travels; the executor's if None. `lanes`: how many
-    stretches are under way at once; if None 2 where the executor computes beside our cores, else 1. `block_rows`: rows
-    in a block of scores, chosen if None. `scores_nbytes`: what the scores of a stretch may take.
+    `tee_dtype`, `wire_dtype`: what is computed in here, and what the executor sends and gets; the executor's if None.
+    `lanes`: how many stretches are under way at once; if None 2 where the executor computes beside our cores, else 1.
+    `block_rows`: rows in a block of scores, chosen if None. `cast`: "bfloat16" or "float16", what float32 tensors
+    travel as on the link alone; None: as they are. `scores_nbytes`: what the scores of a stretch may take.
+
+    `choice`: what choice.py decided; it stands for `plan`, `lanes`, `block_rows` and `cast`.
     """
 
     def __init__(
@@ -64,21 +69,26 @@ class Runner:
         wire_dtype: str | None = None,
         lanes: int | None = None,
         block_rows: int | None = None,
+        cast: str | None = None,
+        choice: Choice | None = None,
         scores_nbytes: int = _SCORES_NBYTES,
     ) -> None:
+        if choice is not None:
+            plan, lanes, block_rows, cast = choice.plan, choice.lanes, choice.block_rows, choice.cast
         wire_dtype = wire_dtype or model.dtype
         self.plan, self.plan_reason = choose_plan(plan, model.config, (model.dtype, wire_dtype))
+        self.choice = choice
         self.config = model.config
+        self.cast = cast
         self.wire_dtype = wire_dtype
         self.tee_dtype = tee_dtype or wire_dtype
         if lanes is not None and not 1 <= lanes <= MAX_LANES:
             raise ValueError(f"lanes: {lanes}, expected 1 to {MAX_LANES}")
         self.lanes = lanes if lanes is not None else 1 if model.threads else 2
-        if self.plan == "linear":
-            self.lanes = 1  # a stretch's keys have their scale only when its weighted values have been asked for
         self._dtype: torch.dtype = getattr(torch, self.tee_dtype)
         self._wire_itemsize = getattr(torch, wire_dtype).itemsize
         self._backend = backend
+        self._how: dict[str, Any] = {} if cast is None else {"wire_dtype": cast}
         self._block_rows = block_rows
         self._scores_nbytes = scores_nbytes
         self._recorder = recorder or Recorder()
@@ -128,6 +138,7 @@ class Runner:
         wanted = self._wanted_rows(keep, batch, rows)
         counts = self._stretch_rows(batch, start, rows)
         offsets = list(accumulate(counts, initial=0))
+        started: list[Progress] = []
 
         def program(index: int, lane: int) -> Program:
             """Made when its turn comes: masks take memory."""
@@ -141,7 +152,11 @@ class Runner:
                 length,
                 kept,
             )
-            stretch = Stretch(ids[:, offset:end], cache.number, lane, start + offset, attention, kept, last)
+            progress = Progress(start + offset, end - offset)
+            stretch = Stretch(
+                ids[:, offset:end], cache.number, lane, start + offset, attention, kept, progress, tuple(started), last
+            )
+            started.append(progress)
             return self._layers.program(self.plan, stretch)
 
         with _serial() if batch * rows <= _FEW_ROWS else contextlib.nullcontext():
@@ -258,6 +273,7 @@ class Runner:
             free.append(lane)
             return
         backend = self._backend
+        attrs = {**self._how, **attrs}
         future = self._recorder.sending(backend.stats, backend.submit, op, *tensors, expect=expect, **attrs)
         active.append((index, lane, program, name, ops, future))
 
@@ -268,7 +284,9 @@ class Runner:
             while True:
                 name, ops, op, tensors, attrs, expect = program.send(reply)
                 del reply
-                reply = recorder.call(name, ops, backend.stats, backend.call, op, *tensors, expect=expect, **attrs)
+                reply = recorder.call(
+                    name, ops, backend.stats, backend.call, op, *tensors, expect=expect, **self._how, **attrs
+                )
                 del tensors
         except StopIteration as end:
             logits: torch.Tensor | None = end.value
@@ -277,20 +295,47 @@ class Runner:
     # ---- stretches ----
 
     def _stretch_rows(self, batch: int, start: int, rows: int) -> list[int]:
-        """How many rows each stretch has: as many as the scores' memory allows, in whole blocks."""
+        """How many rows each stretch has: one stretch for each lane, about equal in what travels for them, in whole
+        blocks; more of them where the scores' memory asks for it.
+
+        All are under way at once then, and the longest way through a layer is the shortest that it can be.
+        """
         most = self._scores_nbytes // (batch * self.config.num_attention_heads * self._wire_itemsize)
-        block = choose_block_rows(1)
-        share = rows if self.lanes == 1 else max(block, -(-rows // (2 * self.lanes * block)) * block)
+        grain = min(choose_block_rows(1, self._block_rows), choose_block_rows(1))
+        least = max(grain, -(-LEAST_STRETCH_ROWS // grain) * grain)
+        left = self.lanes
         counts = []
         while rows:
+            count = rows
+            if left > 1:
+                share = self._rows_of_weight(start, self._weight(start, rows) / left)
+                spare = rows - (left - 1) * LEAST_STRETCH_ROWS  # so that something is left for the others
+                count = max(least, min(round(share / grain), spare // grain) * grain)
+                if rows - count < LEAST_STRETCH_ROWS:
+                    count = rows
             # count * (start + count) scores at most
-            count = min(rows, share, max(int((start * start / 4 + most) ** 0.5 - start / 2), 1))
-            if block < count < rows:
-                count -= count % block
+            fitting = max(int((start * start / 4 + most) ** 0.5 - start / 2), 1)
+            if count > fitting:
+                count = fitting - fitting % grain if fitting > grain else fitting
             counts.append(count)
             start += count
             rows -= count
+            left = max(left - 1, 1)
         return counts
+
+    def _weight(self, start: int, rows: int) -> float:
+        """What travels in a layer, in elements of a sequence, both ways: rows of operands, and scores."""
+        config = self.config
+        width = 2 * config.hidden_size + 3 * config.intermediate_size
+        if self.plan != "linear":
+            width += 2 * (config.out_features("q") + config.out_features("k"))
+        return rows * (width + 2 * config.num_attention_heads * (start + rows / 2))
+
+    def _rows_of_weight(self, start: int, weight: float) -> float:
+        """How many rows from `start` on have that weight: `_weight`, solved."""
+        slope = self.config.num_attention_heads
+        offset = self._weight(start, 1) - slope
+        return float(((offset * offset + 4 * slope * weight) ** 0.5 - offset) / (2 * slope))
 
     def _attention(
         self,
@@ -330,7 +375,7 @@ class Runner:
         else:
             cos, sin = (table[positions].unsqueeze(2) for table in (cos, sin))
         total = start + rows
-        blocks = row_blocks(rows, total, self._block_rows or choose_block_rows(rows), window)
+        blocks = row_blocks(rows, total, choose_block_rows(rows, self._block_rows), window)
         rows_at = [torch.arange(start + block.start, start + block.start + block.rows) for block in blocks]
         hidden = [self._hidden(block, window, mask, at[None], start) for block, at in zip(blocks, rows_at)]
         last = None

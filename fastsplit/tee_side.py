@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastsplit import cli
+from fastsplit.choice import ASKED_FOR, CASTS, choose, look, may_overlap
 from fastsplit.errors import ModelError
 from fastsplit.models import DTYPES, Model, ModelConfig, open_model
 from fastsplit.ops import MAX_LANES, PLANS
@@ -33,6 +34,8 @@ __all__ = ["main"]
 
 _PROGRAM = "tee_side"
 _TOP_LOGITS = 10
+_CODECS = ("auto", "off", "zlib", "lz4", "zstd", "blosc2")
+_LINK = ("rtt_s", "send_bytes_per_s", "receive_bytes_per_s")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,14 +60,23 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
     parser.add_argument("--max-new-tokens", type=_count, default=64, metavar="N", help="0 stops after the prompt")
     parser.add_argument("--ignore-eos", action="store_true", help="do not stop at an end-of-sequence token")
-    parser.add_argument("--plan", choices=("auto", *PLANS), default="auto", help="what goes in one call")
+    parser.add_argument(
+        "--plan", choices=("auto", *PLANS), default="auto", help="what goes in one call; auto: by model and link"
+    )
     parser.add_argument("--tee-dtype", choices=DTYPES, help="what is computed in here; as --wire-dtype if not given")
     parser.add_argument("--wire-dtype", choices=DTYPES, help="what travels; the GPU side's dtype if not given")
     parser.add_argument(
         "--lanes",
         type=_lanes,
         metavar="N",
-        help="stretches of the prompt under way at once; 2 if the GPU side computes beside our cores, else 1",
+        help="stretches of the prompt under way at once; if not given 4 to 8 on a link that takes time, else 2 if the "
+        "GPU side computes beside our cores, else 1",
+    )
+    parser.add_argument(
+        "--cast", choices=CASTS, default="auto", help="what float32 tensors travel as; auto: float16 on a slow link"
+    )
+    parser.add_argument(
+        "--codec", choices=_CODECS, default="auto", help="how tensors are compressed on network links; auto: if it pays"
     )
     parser.add_argument("--temperature", type=_not_negative, default=0.0, metavar="T", help="0 is greedy")
     parser.add_argument("--top-k", type=_count, default=0, metavar="K", help="draw from the K most likely; 0: from all")
@@ -85,13 +97,18 @@ def _run(args: argparse.Namespace) -> int:
     import torch
 
     from fastsplit.remote import RemoteModel, share_cores
-    from fastsplit.report import Recorder, chrome_trace, table
+    from fastsplit.report import Recorder, chrome_trace, codec_counts, table
     from fastsplit.runner import Runner
     from fastsplit.sampling import Sampling
 
     cli.set_threads(args.threads)
     with Channel(
-        args.connect, arrays="torch", timeout_s=args.connect_timeout_s, call_timeout_s=args.timeout_s
+        args.connect,
+        arrays="torch",
+        timeout_s=args.connect_timeout_s,
+        call_timeout_s=args.timeout_s,
+        codec=args.codec,
+        overlap=may_overlap(args.connect, args.lanes),
     ) as channel:
         model = RemoteModel.fetch(channel, trusted)
         share_cores(channel, model)
@@ -102,16 +119,31 @@ def _run(args: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
         ids = _prompt_ids(args, model.config, tokenizer)
+        link = look(channel, args.timeout_s)
+        choice = choose(
+            model.config,
+            model.dtype,
+            len(ids),
+            link=link,
+            shm=channel.shm,
+            threads=model.threads,
+            plan=args.plan,
+            lanes=args.lanes,
+            cast=args.cast,
+            wire_dtype=args.wire_dtype,
+        )
+        if link is not None:
+            for line in choice.lines():
+                print(f"{_PROGRAM}: {line}", file=sys.stderr)
         setup = channel.stats.as_dict()
         recorder = Recorder(keep_spans=args.trace is not None)
         runner = Runner(
             model,
             channel,
-            args.plan,
-            recorder,
+            recorder=recorder,
             tee_dtype=args.tee_dtype,
             wire_dtype=args.wire_dtype,
-            lanes=args.lanes,
+            choice=choice,
         )
         printer = _Printer(tokenizer, args.format == "text")
         top: list[list[float]] = []
@@ -131,7 +163,7 @@ def _run(args: argparse.Namespace) -> int:
         report: dict[str, Any] = {
             "plan": runner.plan,
             "plan_wanted": args.plan,
-            "plan_reason": runner.plan_reason,
+            "plan_reason": "" if choice.plan_reason == ASKED_FOR else choice.plan_reason,
             "uri": args.connect,
             "shm": channel.shm,
             "shm_reason": channel.shm_reason,
@@ -140,6 +172,13 @@ def _run(args: argparse.Namespace) -> int:
             "wire_dtype": runner.wire_dtype,
             "tee_dtype": runner.tee_dtype,
             "lanes": runner.lanes,
+            "lanes_reason": choice.lanes_reason,
+            "block_rows": choice.block_rows,
+            "link": dict.fromkeys(_LINK) if link is None else {name: getattr(link, name) for name in _LINK},
+            "cast": runner.cast or "off",
+            "cast_reason": choice.cast_reason,
+            "codec": channel.codec,
+            "codecs": codec_counts(channel.stats),
             "prompt_tokens": len(ids),
             "new_tokens": len(printer.tokens),
             "tokens": printer.tokens,

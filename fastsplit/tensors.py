@@ -164,8 +164,8 @@ class Cast(NamedTuple):
     """How many were to be float16, and hold what only bfloat16 can."""
 
 
-def collect_cast(tensors: Iterable[Any], cast: int, allocate: Callable[[int], Any]) -> Cast:
-    """As `collect`, but float32 tensors are cast into memory that `allocate(nbytes)` gives.
+def collect_cast(tensors: Iterable[Any], cast: int, allocate: Callable[[int], Any], least_nbytes: int = 0) -> Cast:
+    """As `collect`, but float32 tensors of `least_nbytes` or more are cast into memory that `allocate(nbytes)` gives.
 
     What is not contiguous is cast as it lies, in the same pass. bfloat16 rounds to nearest even, as torch does. With
     float16 a tensor that holds an infinity, a NaN, or a number that would become an infinity is cast to bfloat16
@@ -180,7 +180,7 @@ def collect_cast(tensors: Iterable[Any], cast: int, allocate: Callable[[int], An
         is_torch = torch is not None and isinstance(value, torch.Tensor)
         if not is_torch:
             value = _as_numpy(value)
-        if not cast or (value.dtype is not torch.float32 if is_torch else value.dtype.newbyteorder("=") != np.float32):  # type: ignore[union-attr]
+        if not cast or value.nbytes < least_nbytes or not _is_float32(value):
             desc, array, copied = _outgoing_torch(torch, value) if is_torch else _outgoing_numpy(value)
             copied_nbytes += array.nbytes if copied else 0
             found.casts.append(0)
@@ -245,6 +245,12 @@ def _narrow_numpy(array: np.ndarray[Any, Any], cast: int, memory: Any) -> None:
         if is_nan.any():  # rounding could make one an infinity
             rounded[is_nan] = part[is_nan] >> 16 | 0x40
         out[at : at + _CAST_CHUNK] = rounded
+
+
+def _is_float32(value: Any) -> bool:
+    if isinstance(value, np.ndarray):
+        return bool(value.dtype.newbyteorder("=") == np.float32)
+    return str(value.dtype) == "torch.float32"
 
 
 def _is_finite(halves: Any) -> bool:

@@ -27,7 +27,7 @@ from fastsplit.schema.limits import Limits
 from fastsplit.wire.address import UnixAddress, parse_address
 from fastsplit.wire.ring import semaphores
 
-HELLO, REQUEST, REPLY, ERROR, CANCEL, GOODBYE, ABORT, SEGMENT, ATTACHED, RETIRE, RETURN = range(1, 12)
+HELLO, REQUEST, REPLY, ERROR, CANCEL, GOODBYE, ABORT, SEGMENT, ATTACHED, RETIRE, RETURN, PROBE = range(1, 13)
 HEADER = struct.Struct("<4sBBHQIIQQ")
 FLOAT32 = 12
 WIDE = Limits(max_tensors=10_000, max_dims=1000, max_attrs=10_000, max_metadata_nbytes=2**24, max_message_nbytes=2**50)
@@ -281,7 +281,7 @@ class RawPeer:
     def expect_abort(self) -> str:
         """The peer's reason; after it, its stream ends. What it said before is skipped."""
         came = self.receive()
-        while came is not None and came.kind in (HELLO, REQUEST, SEGMENT, RETURN, REPLY):
+        while came is not None and came.kind in (HELLO, REQUEST, SEGMENT, RETURN, REPLY, PROBE):
             came = self.receive()
         assert came is not None and came.kind == ABORT, came
         self.close_writing()

@@ -24,12 +24,10 @@ from typing import Any
 from .. import tensors
 from ..errors import (
     ArenaFull,
-    CancelledError,
     ClosedError,
     DeadlineError,
     FastsplitError,
     PeerLostError,
-    RemoteOpError,
     RemoteProtocolError,
     SettingError,
     TensorError,
@@ -39,11 +37,11 @@ from ..schema.coding import CAST_NAMES, CODEC_NAMES
 from ..schema.limits import Limits
 from ..tensors import Arrays, Outgoing, dtype_of
 from .address import connect_socket, parse_address
-from .coder import THRESHOLD_NBYTES, parse_cast, parse_codec
+from .coder import THRESHOLD_NBYTES, parse_cast, parse_codec, parse_threshold
 from .connection import Connection
 from .estimate import HANDSHAKE_FILLER_NBYTES, LinkEstimate
 from .frame import reply_flags
-from .future import Future, Result
+from .future import Future, Result, remote_error
 from .link import choose_spin_us, remaining_s
 from .segment import Hook
 from .session import (
@@ -122,6 +120,7 @@ class Channel:
         self._cast, self._codec = parse_cast(wire_dtype), parse_codec(codec)
         self._sender: ThreadPoolExecutor | None = None
         self._reader: threading.Thread | None = None
+        self._own_threads: set[threading.Thread] = set()
         self._probes: set[int] = set()  # those that somebody waits for
         self._stats = Stats()
         self._futures: dict[int, Future] = {}
@@ -135,6 +134,7 @@ class Channel:
         self._answer: Attached | None = None
         deadline = time.monotonic() + timeout_s
         spin_us = choose_spin_us(spin_us)
+        codec_threshold_nbytes = parse_threshold(codec_threshold_nbytes)
         address = parse_address(uri)
         connection = self._connection = Connection(
             connect_socket(address, timeout_s),
@@ -160,18 +160,18 @@ class Channel:
             if not self.shm:
                 connection.coder.check(self._cast, self._codec)
             if self._session.capabilities & PROBES:
-                self._measure(HANDSHAKE_FILLER_NBYTES, deadline)
+                self._measure(HANDSHAKE_FILLER_NBYTES, timeout_s, deadline)
+            if overlap and not self.shm:
+                connection.coder.overlaps = True
+                self._sender = ThreadPoolExecutor(1, "fastsplit-send", self._is_own_thread)
+                self._reader = threading.Thread(target=self._read_on, name=f"fastsplit-read {uri}", daemon=True)
+                self._reader.start()
         except DeadlineError:
             self._end(ClosedError("the handshake failed"))
             raise DeadlineError(f"{uri}: connected, but no handshake within {timeout_s} s") from None
         except BaseException:
             self._end(ClosedError("the handshake failed"))
             raise
-
-        if overlap and not self.shm:
-            self._sender = ThreadPoolExecutor(1, "fastsplit-send")
-            self._reader = threading.Thread(target=self._read_on, name=f"fastsplit-read {uri}", daemon=True)
-            self._reader.start()
 
     def _read_answer(self, deadline: float) -> Attached:
         while self._answer is None:
@@ -265,25 +265,32 @@ class Channel:
         deadline = self._deadline(timeout_s)[1]
         assert deadline is not None
         if self._session.capabilities & PROBES:
-            self._measure(nbytes, deadline)
+            self._measure(nbytes, timeout_s, deadline)
         return self.link
 
-    def _measure(self, nbytes: int, deadline: float) -> None:
-        self._ask(0, deadline)
-        self._ask(nbytes, deadline)
-        self._ask(0, deadline)  # the answer says how fast the second one's bytes came in there
+    def _measure(self, nbytes: int, timeout_s: float, deadline: float) -> None:
+        self._ask(0, timeout_s, deadline)
+        self._ask(nbytes, timeout_s, deadline)
+        self._ask(0, timeout_s, deadline)  # the answer says how fast the second one's bytes came in there
 
-    def _ask(self, nbytes: int, deadline: float) -> None:
+    def _ask(self, nbytes: int, timeout_s: float, deadline: float) -> None:
         """One probe with bytes each way, and its answer."""
-        with self._sending:
+        if not self._sending.acquire(timeout=max(deadline - time.monotonic(), 0.0)):
+            raise DeadlineError("the link was not measured: others were sending")
+        try:
+            if self._closed:
+                raise ClosedError(f"the channel is closed: {self._error}")
             number, frame = self._connection.probe(nbytes)
             self._probes.add(number)
-            self._send_frame(frame, deadline)
+            self._send_news("a probe", timeout_s, deadline, [frame])
+        finally:
+            self._release_sending()
         try:
             while number in self._probes:
                 if self._take_reading():
                     try:
-                        self._read_once(deadline)
+                        with contextlib.suppress(DeadlineError):
+                            self._read_once(deadline)
                     finally:
                         self._leave_reading()
                 else:
@@ -439,10 +446,14 @@ class Channel:
             finally:
                 self._release_sending()
         self._end(ClosedError("the channel was closed"))
+        inside = threading.current_thread() in self._own_threads  # in a callback
         if self._sender is not None:
-            self._sender.shutdown(wait=threading.current_thread() is not self._reader)
-        if self._reader is not None and threading.current_thread() is not self._reader:
+            self._sender.shutdown(wait=not inside)
+        if self._reader is not None and not inside:
             self._reader.join()
+
+    def _is_own_thread(self) -> None:
+        self._own_threads.add(threading.current_thread())
 
     # ---- sending ----
 
@@ -487,12 +498,19 @@ class Channel:
             return False
 
         def send_rest() -> None:
+            link, rest = self._connection.link, left
             try:
-                self._connection.link.send_all(left, deadline)
+                while rest:
+                    link.wait(deadline, reading=False)
+                    rest = link.send(rest)
             except DeadlineError:
-                self._end(
-                    DeadlineError(f"{future.op}: not sent within {future._timeout_s} s; the connection is closed")
-                )
+                late = f"{future.op}: not sent within {future._timeout_s} s"
+                if rest is buffers:  # not a byte of it: the stream is as it was
+                    self._futures.pop(future._id, None)
+                    self._session.retract(future._id)
+                    self._settle(future, DeadlineError(late))
+                else:
+                    self._end(DeadlineError(f"{late}; the connection is closed"))
             except FastsplitError as error:
                 self._read_last_words(future)
                 self._end(error)
@@ -507,11 +525,13 @@ class Channel:
 
     def _read_on(self) -> None:
         """The reader's thread, where there is one: whoever waits for a reply finds it reading."""
+        self._is_own_thread()
         while not self._closed:
             if self._take_reading():
                 try:
-                    with contextlib.suppress(DeadlineError):
-                        self._read_once(None)
+                    while not self._closed:  # whoever waits must not wake up for each part of a payload
+                        with contextlib.suppress(DeadlineError):
+                            self._read_once(None)
                 finally:
                     self._leave_reading()
             else:
@@ -680,15 +700,10 @@ class Channel:
                 return
             started_ns = perf_counter_ns()
             try:
-                result = Result(map(self._arrays.view, event.buffers, event.message.tensors))
+                result = Result.of(event, self._arrays, started_ns - future._sent_ns)
             except TensorError as error:
                 self._settle(future, error)
                 return
-            result.attrs = event.message.attrs
-            # The peer's word: it cannot have worked longer than we have waited.
-            waited_ns = started_ns - future._sent_ns
-            result.remote_s = min(event.time_ns, waited_ns) * 1e-9
-            result.wait_s = waited_ns * 1e-9
             self._stats.remote_s += result.remote_s
             self._session.decode_ns += perf_counter_ns() - started_ns
             with self._lock:
@@ -703,7 +718,7 @@ class Channel:
         elif isinstance(event, Error):
             future = self._futures.pop(event.request_id, None)
             if future is not None:
-                self._settle(future, _remote_error(future, event))
+                self._settle(future, remote_error(future.op, event))
         elif isinstance(event, Hello):
             self._greeted = True
         elif isinstance(event, Attached):
@@ -834,11 +849,3 @@ class Channel:
             if self._reading:
                 return
             # A reader that left just now came here too, and found `_sending` taken by us: look again for both.
-
-
-def _remote_error(future: Future, event: Error) -> FastsplitError:
-    if event.code == "deadline":
-        return DeadlineError(f"{future.op}: {event.text}")
-    if event.code == "cancelled":
-        return CancelledError(f"{future.op}: {event.text}")
-    return RemoteOpError(future.op, event.text)

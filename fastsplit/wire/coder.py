@@ -24,7 +24,16 @@ from ..tensors import Cast, Outgoing, collect_cast, widen
 from . import codec as codecs
 from .stats import Coded
 
-__all__ = ["AUTO", "OFF", "THRESHOLD_NBYTES", "Coder", "parse_cast", "parse_codec"]
+__all__ = [
+    "AUTO",
+    "LEAST_CAST_NBYTES",
+    "OFF",
+    "THRESHOLD_NBYTES",
+    "Coder",
+    "parse_cast",
+    "parse_codec",
+    "parse_threshold",
+]
 
 AUTO = None
 OFF = 0
@@ -32,8 +41,14 @@ Codec = int | None
 """A number of schema/coding.py, OFF, or AUTO."""
 
 THRESHOLD_NBYTES = 1024**2
+LEAST_CAST_NBYTES = 64 * 1024
+"""Of float32 that is cast: to cast what is smaller takes longer than to send all of it (at 1 Gbit/s), and it may be a
+scale that much depends on."""
 _ASK_AGAIN = 16  # messages of an operation that go by one sample's word
 _MAX_KNOWN = 256
+_KEEPS_UP, _WORTH = 1.5, 0.9
+"""While one message travels another can be compressed, which then takes no time but a core's: a codec has to be so many
+times as fast as the link, and to leave no more than this of the bytes."""
 
 
 def parse_cast(wire_dtype: str | None) -> int:
@@ -58,15 +73,22 @@ def parse_codec(codec: str) -> Codec:
     return CODECS[codec]
 
 
+def parse_threshold(nbytes: int) -> int:
+    """What a tensor must have to be compressed. Raises SettingError."""
+    if nbytes < 1:
+        raise SettingError(f"codec_threshold_nbytes: {nbytes!r}, expected an int of 1 or more")
+    return nbytes
+
+
 class Coder:
     """One connection's. `threshold_nbytes`: what a tensor must have to be compressed, after its cast."""
 
     def __init__(self, pool: Pool, threshold_nbytes: int = THRESHOLD_NBYTES) -> None:
-        if threshold_nbytes < 1:
-            raise SettingError(f"codec_threshold_nbytes: {threshold_nbytes!r}, expected an int of 1 or more")
-        self.threshold_nbytes = threshold_nbytes
+        self.threshold_nbytes = parse_threshold(threshold_nbytes)
         self.accepted: frozenset[int] = frozenset()
         """The codings that both sides know."""
+        self.overlaps = False
+        """Whether several messages are under way at once, so that one travels while another is compressed."""
         self.stats: dict[str, Coded] = {}
         self.too_large = 0
         self._lock = threading.Lock()  # requests of one connection may be answered by several threads
@@ -105,8 +127,9 @@ class Coder:
 
         Raises TensorError.
         """
-        found = collect_cast(tensors, cast, self._allocate)
-        self.too_large += found.too_large
+        if codec and codec not in self.accepted:
+            codec = OFF  # a server's own choice, for all of its clients: this one does not have it
+        found = collect_cast(tensors, cast, self._allocate, LEAST_CAST_NBYTES)
         if found.cast_s:
             self._count_casts(found)
         buffers: list[Any] = []
@@ -131,6 +154,8 @@ class Coder:
         return Outgoing(found.descs, buffers, offset, found.copied_nbytes, placements if is_coded else ())
 
     def _count_casts(self, found: Cast) -> None:
+        with self._lock:
+            self.too_large += found.too_large
         for cast in set(found.casts) - {0}:
             sizes = [buffer.nbytes for buffer, used in zip(found.buffers, found.casts) if used == cast]
             share = len(sizes) / sum(used != 0 for used in found.casts)
@@ -155,7 +180,10 @@ class Coder:
             best_s = len(data) / bytes_per_s
             number = times = 0
             for candidate in self._codecs:
-                needed_s = codecs.probe(candidate, data, itemsize).seconds(len(data), bytes_per_s)
+                estimate = codecs.probe(candidate, data, itemsize)
+                needed_s = estimate.seconds(len(data), bytes_per_s)
+                if self.overlaps and estimate.compress_bytes_per_s >= _KEEPS_UP * bytes_per_s:
+                    needed_s = min(needed_s, len(data) * estimate.ratio / bytes_per_s / _WORTH)
                 if needed_s < best_s:
                     number, best_s = candidate, needed_s
         if len(self._known) >= _MAX_KNOWN and key not in self._known:
@@ -190,7 +218,8 @@ class Coder:
         with self._lock:
             counted = self.stats.get(name)
             if counted is None:
-                counted = self.stats[name] = Coded()
+                counted = Coded()
+                self.stats = {**self.stats, name: counted}  # a new one, since somebody may be reading the old one
             counted.tensors += tensors
             counted.raw_nbytes += raw
             counted.wire_nbytes += wire

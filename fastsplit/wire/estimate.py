@@ -55,7 +55,7 @@ class Meter:
         self._timed_nbytes = 0
         self._rtts: deque[float] = deque(maxlen=_ROUND_TRIPS)
         self._asked: dict[int, float] = {}
-        self._lock = threading.Lock()  # guards the two that come next
+        self._lock = threading.Lock()  # guards the probes that are asked, and their number
         self._number = 0
         self._probed_at: tuple[float, int] = (0.0, 0)
 
@@ -107,14 +107,15 @@ class Meter:
         with self._lock:
             self._number += 1
             number = self._number
-        while len(self._asked) >= _ROUND_TRIPS:  # a peer need not answer
-            self._asked.pop(next(iter(self._asked)), None)
-        self._asked[number] = perf_counter()
+            while len(self._asked) >= _ROUND_TRIPS:  # a peer need not answer
+                del self._asked[next(iter(self._asked))]
+            self._asked[number] = perf_counter()
         return number
 
     def answered(self, number: int, bytes_per_s: float) -> bool:
         """The answer to a probe is in. False if none of that number was asked, or long ago."""
-        asked_s = self._asked.pop(number, math.inf)
+        with self._lock:
+            asked_s = self._asked.pop(number, math.inf)
         if asked_s == math.inf:
             return False
         self._rtts.append(perf_counter() - asked_s)

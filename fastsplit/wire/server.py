@@ -33,7 +33,7 @@ from ..schema.limits import Limits
 from ..tensors import Arrays
 from .address import UnixAddress, accept_socket, listen_socket, parse_address, remove_socket_file
 from .arena import IDLE_S
-from .coder import THRESHOLD_NBYTES, parse_codec
+from .coder import THRESHOLD_NBYTES, Coder, parse_codec, parse_threshold
 from .connection import Connection
 from .frame import wanted_reply
 from .link import choose_spin_us, cores, remaining_s
@@ -47,6 +47,7 @@ _logger = logging.getLogger("fastsplit.server")
 
 _MAX_AHEAD_NBYTES = 256 * 1024**2  # tensors of requests that were read ahead; a single one may have more
 _MAX_QUICK = 16  # requests in a row that found nothing to do, after which a connection reads for itself again
+_MAX_PROBES = 16  # without an answer, since a reply is being sent; then a connection reads no further
 _RELIEF_S = 0.005  # how long it reads before it looks again
 _LINGER_S = 1.0  # how long an aborted peer's bytes are read and dropped, so that it can read why
 
@@ -191,7 +192,7 @@ class Server:
         self._pool = pool
         self._workers = workers
         self._codec = parse_codec(codec)
-        self._codec_threshold_nbytes = codec_threshold_nbytes
+        self._codec_threshold_nbytes = parse_threshold(codec_threshold_nbytes)
         self._on_segment = on_segment
         self._past = Stats()  # of connections that have ended
         # While the pool's threads work, a reader that spins would only take the interpreter from them.
@@ -379,6 +380,7 @@ class _Connection:
         self._sending = self.wire.sending
         self._stats = Stats()
         self._waiting: deque[Request] = deque()  # came in while a handler waited for memory, or were read ahead
+        self._running: int | None = None  # the request that runs on this thread: a reader may be told to cancel it
         self._reader: threading.Thread | None = None  # reads ahead, while there is one; set under `_idle`
         self._reader_end: BaseException | bool = True  # why it ended: a reason to end the connection, or to read on
         self._ahead_nbytes = 0
@@ -432,7 +434,10 @@ class _Connection:
                 level = logging.WARNING if greeted else logging.DEBUG
                 _logger.log(level, "%s: a connection ended: %s", self.server.uri, str(error))
             self.wire.link.shutdown()
-            reader = self._reader
+            with self._idle:
+                self._waiting.clear()
+                self._idle.notify_all()  # the reader may wait for room
+                reader = self._reader
             if reader is not None:
                 reader.join()
             if self._sender is not None:
@@ -509,7 +514,7 @@ class _Connection:
             if self.wire.meter is not None:
                 self.wire.meter.peer_bytes_per_s = event.bytes_per_s
             self._probes.append(event)
-            self._answer_probes()
+            self._answer_probes(wait=len(self._probes) >= _MAX_PROBES)
         elif isinstance(event, Goodbye):
             self.ended = True
             return False
@@ -547,9 +552,14 @@ class _Connection:
         deadline = time.monotonic() + request.time_ns * 1e-9 if request.time_ns else None
         executor = self.server._executor
         if executor is None:
+            self._running = request.request_id
             if self._reader is None and self.wire.arena is None and self.wire.link.has_bytes():
                 self._read_ahead()
             self._run(request, deadline)
+            self._running = None
+            if self._reader is not None or self.cancelled:
+                with self._idle:
+                    self.cancelled.discard(request.request_id)
             return
         with self._idle:
             if request.request_id in self._pending:
@@ -570,8 +580,9 @@ class _Connection:
     def _next_waiting(self) -> Request:
         with self._idle:
             request = self._waiting.popleft()
-            if self._reader is not None:
-                self._ahead_nbytes -= _tensors_nbytes(request)
+            self._running = request.request_id
+            if self.wire.arena is None:  # else nothing is read ahead
+                self._ahead_nbytes -= tensors_nbytes(request)
                 self._idle.notify_all()
         return request
 
@@ -582,7 +593,11 @@ class _Connection:
             self._sender = ThreadPoolExecutor(1, f"fastsplit-send {self.server.uri}")
         self._reader_end = True
         self._reader = threading.Thread(target=self._read_on, name=f"fastsplit-read {self.server.uri}", daemon=True)
-        self._reader.start()
+        try:
+            self._reader.start()
+        except RuntimeError:  # no more threads: it reads when it has computed
+            self._reader = None
+        self.wire.coder.overlaps = self._reader is not None
 
     def _read_on(self) -> None:
         """The reader's thread: until the client leaves, or has had nothing more than one request in flight for long."""
@@ -604,17 +619,19 @@ class _Connection:
         with self._idle:
             self._reader_end = end
             self._reader = None
+            self.wire.coder.overlaps = False
             self._idle.notify_all()
+        del end  # an error keeps this frame, and with it the tensors
 
     def _queue(self, request: Request) -> bool:
         """Gives a request to the connection's thread. Returns whether that had nothing else to do."""
         limit = self.server.limits.max_inflight
-        nbytes = _tensors_nbytes(request)
+        nbytes = tensors_nbytes(request)
         with self._idle:
             while self._waiting and (self._ahead_nbytes + nbytes > _MAX_AHEAD_NBYTES or len(self._waiting) >= limit):
-                self._idle.wait(1.0)
                 if self.ended or self.server._closing.is_set():
                     break
+                self._idle.wait(1.0)
             was_idle = self._is_idle and not self._waiting
             self._waiting.append(request)
             self._ahead_nbytes += nbytes
@@ -629,14 +646,21 @@ class _Connection:
             self._is_idle = False
             if self._waiting:
                 return True
-            end = self._reader_end
-        if isinstance(end, BaseException):
+            end, self._reader_end = self._reader_end, True
+        if not isinstance(end, BaseException):
+            return end
+        try:
             raise end
-        return end
+        finally:
+            del end
 
     def _cancel(self, request_id: int) -> None:
         with self._idle:
-            if request_id in self._pending or any(request.request_id == request_id for request in self._waiting):
+            if (
+                request_id in self._pending
+                or request_id == self._running
+                or any(request.request_id == request_id for request in self._waiting)
+            ):
                 self.cancelled.add(request_id)
             else:
                 self.cancelled.discard(request_id)
@@ -714,7 +738,9 @@ class _Connection:
                 result = () if result is None else (result,)
             if deadline is None:
                 deadline = time.monotonic() + self.server.send_timeout_s
-            out = self.wire.prepare(message.op, result, deadline, *self._coding(request.flags))
+            out = self.wire.prepare(
+                message.op, result, deadline, *wanted_coding(self.wire.coder, request.flags, self.server._codec)
+            )
         except BaseException as error:  # noqa: BLE001 (sys.exit() in a handler must not end the server's threads either)
             self._answer_failure(request_id, message.op, error)
             return
@@ -740,31 +766,22 @@ class _Connection:
                 return
         finally:
             if not handed_over:
-                self._sending.release()
-                if self._probes:
-                    self._answer_probes()
+                self._release_sending()
         self._answer_failure(request_id, message.op, failure)
         del failure  # it keeps this frame, and with it the tensors
-
-    def _coding(self, flags: int) -> tuple[int, int | None]:
-        """The cast and the codec of a reply: as the client wants it, else the server's own codec."""
-        cast, codec = wanted_reply(flags)
-        coder = self.wire.coder
-        if cast and cast << 4 not in coder.accepted:
-            cast = 0  # a number that this version does not know; what is not cast is right, too
-        if codec and codec not in coder.accepted:
-            codec = None
-        return cast, self.server._codec if codec is None else codec
 
     def _answer_failure(self, request_id: int, op: str, error: BaseException) -> None:
         if not isinstance(error, FastsplitError):
             _logger.debug("%s: the handler of %r failed", self.server.uri, op, exc_info=error)
-        self._answer_error(request_id, "failed", _describe(error))
+        self._answer_error(request_id, "failed", describe(error))
 
     def _answer_error(self, request_id: int, code: str, text: str) -> None:
-        with self._sending:
+        self._sending.acquire()
+        try:
             frame = self.session.error(request_id, code, text)
             self._send([frame], len(frame))
+        finally:
+            self._release_sending()
 
     def _send_news(self, deadline: float) -> None:
         """Sends what must go before the next frame. The caller holds `_sending`."""
@@ -788,20 +805,28 @@ class _Connection:
                 _logger.debug("%s: a reply could not be sent: %s", self.server.uri, str(error))
                 self.wire.link.shutdown()
             finally:
-                self._sending.release()
-                if self._probes:
-                    self._answer_probes()
+                self._release_sending()
 
         self._sender.submit(send_rest)
         return True
 
-    def _answer_probes(self) -> None:
-        """Answers what was asked, or leaves it to whoever sends at this moment."""
-        while self._probes and self._sending.acquire(blocking=False):
+    def _release_sending(self) -> None:
+        self._sending.release()
+        if self._probes:
+            self._answer_probes()
+
+    def _answer_probes(self, wait: bool = False) -> None:
+        """Answers what was asked, or leaves it to whoever sends at this moment. `wait`: until that one is done."""
+        while self._probes and self._sending.acquire(blocking=wait):
             try:
-                with contextlib.suppress(FastsplitError, IndexError):  # gone, or answered by another thread
-                    frame = self.wire.probed(self._probes.popleft())
-                    self._send(frame, sum(map(len, frame)))
+                frame = self.wire.probed(self._probes.popleft())
+                self._send(frame, sum(map(len, frame)))
+            except IndexError:
+                return  # another thread has answered it
+            except FastsplitError as error:  # perhaps in the middle of the answer: nothing can follow it
+                _logger.debug("%s: a probe was not answered: %s", self.server.uri, str(error))
+                self.wire.link.shutdown()
+                return
             finally:
                 self._sending.release()
 
@@ -819,11 +844,23 @@ class _Connection:
             raise PeerLostError(f"the client did not take its reply within {self.server.send_timeout_s} s") from None
 
 
-def _tensors_nbytes(request: Request) -> int:
+def tensors_nbytes(request: Request) -> int:
+    """Bytes of a request's tensors, wherever they are."""
     return sum(desc.nbytes for desc in request.message.tensors)
 
 
-def _describe(error: BaseException) -> str:
+def wanted_coding(coder: Coder, flags: int, own_codec: int | None) -> tuple[int, int | None]:
+    """The cast and the codec of a reply: as the request's flags want it, else the server's own codec."""
+    cast, codec = wanted_reply(flags)
+    if cast and cast << 4 not in coder.accepted:
+        cast = 0  # a number that this version does not know; what is not cast is right, too
+    if codec and codec not in coder.accepted:
+        codec = None
+    return cast, own_codec if codec is None else codec
+
+
+def describe(error: BaseException) -> str:
+    """A handler's error, as its caller is told."""
     try:
         return f"{type(error).__name__}: {error}"
     except Exception:  # noqa: BLE001 (its own __str__ fails)

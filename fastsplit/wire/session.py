@@ -327,6 +327,7 @@ class Session:
     def retract(self, request_id: int) -> None:
         """Forgets a request of which no byte was sent."""
         self._open.pop(request_id, None)
+        self._unwanted.discard(request_id)
         self.take_back()
 
     def cancel(self, request_id: int) -> bytearray:
@@ -780,8 +781,9 @@ class Session:
         if answer != self.is_client:
             raise RemoteProtocolError(f"PROBE, answer: {answer}, expected {int(self.is_client)} from this side")
         most = MAX_FILLER_NBYTES if self.peer_limits is None else self.peer_limits.max_message_nbytes
-        if not 0 <= wanted <= min(most, MAX_FILLER_NBYTES):
-            raise RemoteProtocolError(f"PROBE, wanted: {wanted}, expected 0 to {min(most, MAX_FILLER_NBYTES)}")
+        most = 0 if answer else min(most, MAX_FILLER_NBYTES)
+        if not 0 <= wanted <= most:
+            raise RemoteProtocolError(f"PROBE, wanted: {wanted}, expected 0 to {most}")
         if not 0 <= bytes_per_s < math.inf:
             raise RemoteProtocolError(f"PROBE, bytes_per_s: {bytes_per_s}, expected a finite number of 0 or more")
         return Probe(number, bool(answer), wanted, bytes_per_s)
@@ -802,8 +804,8 @@ class Session:
         if self._share is not None:
             self.shared = self._share(message.attrs, self.peer_limits)
             if self.shared is not None:
-                self.capabilities &= ~PROBES
-        if self.capabilities & CODES and self._codings is not None and self._codings.accepted:
+                self.capabilities &= ~(PROBES | CODES)
+        if self.capabilities & CODES and self._codings is not None:
             self._decoder.codings = self._codings.accepted
             self._known_flags = REPLY_FLAGS
         return Hello(self.peer_limits, self.capabilities)

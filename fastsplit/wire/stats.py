@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 __all__ = ["Coded", "Stats"]
@@ -53,7 +53,9 @@ class Stats:
         return max(self.wait_s - self.remote_s, 0.0)
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "communication_s": self.communication_s}
+        """All numbers; what is counted by codec is not among them."""
+        numbers = {known.name: getattr(self, known.name) for known in fields(self) if known.name != "codecs"}
+        return {**numbers, "communication_s": self.communication_s}
 
     def add(self, other: Stats) -> Stats:
         """Adds another connection's counts and times. Returns itself."""

@@ -244,6 +244,9 @@ def messages(
                 add("linear", n * hidden, n * sum(together))
         elif plan == "fused":
             add("qkv", n * hidden, n * (q + kv))
+        if ends and plan == "linear" and layers > 1:
+            add("values_gate_up", 0, 0, scales)
+            return found
         if ends:
             alone = scales if plan in ("folded", "linear") else 0
             add("scores", n * kv, 0, alone)
@@ -271,11 +274,13 @@ def messages(
             add("linear", r * inter, r * hidden)
         elif final:
             add("down_lm_head", r * inter, r * (hidden + vocab))
-        elif plan == "folded" or (layer == layers - 2 and not last):
+        elif plan == "folded":
             add("down_qkv", n * inter, n * (hidden + q + kv))
         else:
-            own = only if layer == layers - 2 else 0
-            add("down_scores", n * inter, n * hidden + scores(layer + 1), own, own)
+            final_next = layer == layers - 2
+            own = only if final_next and last else 0
+            more = 0 if final_next and not last else scores(layer + 1)
+            add("down_scores", n * inter, n * hidden + more, own, own)
     if plan in ("per-op", "batched", "fused"):
         rows_out = batch if kept else n
         add("lm_head", rows_out * hidden, rows_out * vocab)

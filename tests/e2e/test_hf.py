@@ -164,11 +164,11 @@ def test_low_precision_is_as_close_to_fp32_as_hf_is(
 def test_the_cuda_path_gives_the_same(
     expected: Callable[[str], Expected], uri: str, name: str, plan: str, eager: tuple[str, ...]
 ) -> None:
-    """Two stretches at once but in linear, KV caches that grow in device memory, logits of one row; then tokens."""
+    """Two stretches at once, KV caches that grow in device memory, logits of one row; then tokens."""
     hf = expected(name)
     driver = LazyDriver(eager)
-    with split(hf.model, uri, plan=plan, device=Cuda(driver)) as (runner, _):
-        assert runner.lanes == (1 if runner.plan == "linear" else 2)
+    with split(hf.model, uri, plan=plan, device=Cuda(driver), block_rows=64) as (runner, _):
+        assert runner.lanes == 2
         assert len(runner._stretch_rows(1, 0, PROMPT)) == runner.lanes
         with runner.new_cache(1, 8) as cache:
             logits = runner.forward(hf.ids, cache, keep="all")

@@ -32,9 +32,15 @@ KEYS = {
     "plan": str,
     "plan_wanted": str,
     "plan_reason": str,
+    "link": dict,
+    "cast": str,
+    "cast_reason": str,
+    "codec": str,
+    "codecs": dict,
     "wire_dtype": str,
     "tee_dtype": str,
     "lanes": int,
+    "lanes_reason": str,
     "uri": str,
     "shm": bool,
     "shm_reason": str,
@@ -123,6 +129,9 @@ def test_json_is_one_document_with_hf_logits(gpu_side: tuple[GpuSide, Path], pla
     assert report["tokens"] == expected.tolist()
     assert (report["prompt_tokens"], report["new_tokens"]) == (6, 5)
     assert (report["plan"], report["plan_wanted"], report["plan_reason"]) == (plan, plan, "")
+    assert (report["cast"], report["codecs"]) == ("off", {})
+    assert report["cast_reason"] == "shared memory: nothing travels"
+    assert report["link"] == {"rtt_s": None, "send_bytes_per_s": None, "receive_bytes_per_s": None}
     per_layer, once = PLANS[plan]
     assert report["rpc_calls"] == 5 * (per_layer * 3 + once)
     assert report["setup_calls"] == 4, "describe, tee_weights, open, close"
@@ -378,15 +387,48 @@ def test_the_tee_side_does_not_spin_on_cores_that_the_gpu_side_computes_with(
     assert found == [expected]
 
 
-def test_linear_runs_with_one_lane_whatever_is_asked_for(gpu_side: tuple[GpuSide, Path]) -> None:
+def test_lanes_that_are_asked_for_run_in_each_plan(gpu_side: tuple[GpuSide, Path]) -> None:
     side, model = gpu_side
     flags = ("--model", str(model), "--prefill", "300", "--max-new-tokens", "2", "--format", "json", "--lanes", "2")
     found = {
         plan: json.loads(run("tee_side", "--connect", side.uri, *flags, "--plan", plan).stdout)
         for plan in ("folded", "linear")
     }
-    assert {plan: report["lanes"] for plan, report in found.items()} == {"folded": 2, "linear": 1}
+    assert {plan: report["lanes"] for plan, report in found.items()} == {"folded": 2, "linear": 2}
     assert found["folded"]["tokens"] == found["linear"]["tokens"]
+
+
+def test_a_network_link_is_measured_and_what_is_chosen_for_it_is_said(tmp_path: Path) -> None:
+    make_model(tmp_path, {})
+    side = GpuSide("--model", str(tmp_path), listen="tcp://127.0.0.1:0")
+    try:
+        flags = ("--connect", side.uri, "--model", str(tmp_path), "--prefill", "300", "--max-new-tokens", "3")
+        forced = ("--plan", "folded", "--lanes", "3", "--cast", "float16", "--codec", "zlib")
+        done = run("tee_side", *flags, *forced, "--format", "json")
+        assert done.returncode == 0, done.stderr
+        report = json.loads(done.stdout)
+        assert {key: type(report[key]) for key in KEYS} == KEYS
+        assert (report["plan"], report["plan_reason"]) == ("folded", "")
+        assert (report["lanes"], report["lanes_reason"]) == (3, "asked for")
+        assert (report["cast"], report["cast_reason"], report["codec"]) == ("float16", "asked for", "zlib")
+        assert 0 < report["link"]["rtt_s"] < 1
+        cast = report["codecs"]["float16"]
+        assert set(cast) == {"tensors", "raw_nbytes", "wire_nbytes", "ratio", "encode_s", "decode_s"}
+        assert cast["tensors"] > 100 and cast["ratio"] == pytest.approx(2, rel=0.1)
+        for line in ("plan folded: asked for", "lanes 3: asked for", "cast float16: asked for"):
+            assert f"tee_side: {line}\n" in done.stderr
+        plain = json.loads(run("tee_side", *flags, "--cast", "off", "--codec", "off", "--format", "json").stdout)
+        assert (plain["codec"], plain["codecs"], plain["cast"]) == ("off", {}, "off")
+        assert report["bytes_received"] < 0.6 * plain["bytes_received"]
+        assert report["top_logits"][0][0] == plain["top_logits"][0][0]
+    finally:
+        assert side.stop() == 0
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--cast", "float32"), ("--codec", "rar")])
+def test_casts_and_codecs_that_there_are_not(capsys: pytest.CaptureFixture[str], flag: str, value: str) -> None:
+    assert tee_side.main(["--connect", "unix:///x", "--prefill", "1", flag, value]) == 2
+    assert flag in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("lanes", ["0", "-1", "17", "x"])

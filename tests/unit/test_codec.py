@@ -464,5 +464,6 @@ def test_one_that_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_importing_brings_none_of_them() -> None:
-    program = "import fastsplit.wire.codec as codec, sys; codec.installed(); assert not {'lz4', 'zstandard', 'blosc2'} & set(sys.modules)"
+    program = "import fastsplit.wire.codec as codec, sys; codec.installed(); "
+    program += "assert not {'lz4', 'zstandard', 'blosc2'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=60)

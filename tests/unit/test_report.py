@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 pytest.importorskip("torch")
 
-from fastsplit.report import Recorder, table
+from fastsplit.report import Recorder, codec_counts, table
 from fastsplit.wire.stats import Stats
 
 
@@ -51,6 +52,38 @@ def test_a_plan_that_was_not_asked_for_is_said_with_its_reason() -> None:
     assert "instead of" not in table(report(plan="folded", plan_wanted="auto", plan_reason=""))
     text = table(report(plan="folded", plan_wanted="linear", plan_reason="qwen2: biases of q and k"))
     assert "\nplan folded instead of linear: qwen2: biases of q and k\n" in text
+
+
+def test_what_was_chosen_is_said_with_its_reasons() -> None:
+    chosen = {
+        "plan": "folded",
+        "plan_wanted": "auto",
+        "plan_reason": "1 MB/s",
+        "lanes": 4,
+        "lanes_reason": "2 s at once",
+        "cast": "float16",
+        "cast_reason": "below 500 MB/s\x1b[2J",
+    }
+    text = table(report(**chosen))
+    expected = ["plan folded: 1 MB/s", "lanes 4: 2 s at once"]
+    assert "\n" + "\n".join([*expected, "cast float16: below 500 MB/s?[2J"]) + "\n" in text
+
+
+def test_codecs_have_a_table_if_there_are_any() -> None:
+    stats: Any = SimpleNamespace(
+        codecs={
+            "zstd": SimpleNamespace(tensors=2, raw_nbytes=3000, wire_nbytes=1000, encode_s=0.5, decode_s=0.25),
+            "lz4": SimpleNamespace(tensors=0, raw_nbytes=0, wire_nbytes=0, encode_s=0.0, decode_s=0.0),
+            "empty": SimpleNamespace(tensors=1, raw_nbytes=0, wire_nbytes=0, encode_s=0.0, decode_s=0.0),
+        }
+    )
+    counts = codec_counts(stats)
+    assert list(counts) == ["zstd", "empty"], "those that were used"
+    assert (counts["zstd"]["ratio"], counts["empty"]["ratio"]) == (3.0, 0.0)
+    lines = table(report(codecs=counts)).split("\n")
+    (at,) = (index for index, line in enumerate(lines) if line.startswith("codec "))
+    assert lines[at + 1].split() == ["zstd", "2", "3.0", "kB", "1.0", "kB", "3.00", "0.500", "0.250"]
+    assert not any(line.startswith("codec") for line in table(report(codecs={})).split("\n"))
 
 
 def test_operations_that_a_plan_put_together_have_their_own_rows() -> None:

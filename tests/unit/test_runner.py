@@ -16,10 +16,11 @@ import pytest
 import torch
 
 from fastsplit import runner as runner_module
+from fastsplit.choice import Choice
 from fastsplit.errors import RemoteProtocolError, VerificationError
 from fastsplit.executor import Executor
 from fastsplit.models import open_model
-from fastsplit.ops import PLANS, choose_block_rows, packed_elements, row_blocks
+from fastsplit.ops import PLANS, choose_block_rows, packed_elements, row_blocks, traffic
 from fastsplit.remote import RemoteModel, share_cores
 from fastsplit.runner import Runner
 from fastsplit.sampling import check_finite
@@ -207,6 +208,65 @@ def test_stretches_are_whole_blocks_within_the_memory_for_scores(scores_nbytes: 
                 assert len(counts) >= 2
 
 
+@pytest.mark.parametrize("lanes", [2, 3, 4, 8])
+@pytest.mark.parametrize("block_rows", [32, 64, None])
+@pytest.mark.parametrize("start", [0, 500])
+def test_each_lane_has_a_stretch_and_all_of_them_about_the_same_to_move(
+    lanes: int, block_rows: int | None, start: int
+) -> None:
+    runner = make_runner(LocalBackend(), "folded", lanes=lanes, block_rows=block_rows)
+    for rows in (512, 1000, 1024, 2048):
+        counts = runner._stretch_rows(1, start, rows)
+        grain = block_rows or 128
+        assert len(counts) == min(lanes, rows // grain) or (grain == 128 and len(counts) < lanes)
+        assert min(counts) >= 64
+        assert all(count % grain == 0 for count in counts[:-1])
+        if rows >= 4 * lanes * grain:
+            moved, at = [], start
+            for count in counts:
+                part = traffic(MODEL.config, "folded", 4, at, count, block_rows=block_rows)
+                moved.append(part.sent + part.received)
+                at += count
+            assert max(moved) <= 1.5 * min(moved)
+
+
+def test_a_prompt_with_lanes_that_is_short_is_not_cut() -> None:
+    runner = make_runner(LocalBackend(), "folded", lanes=4, block_rows=32)
+    assert [runner._stretch_rows(1, 0, rows) for rows in (1, 64, 100, 127)] == [[1], [64], [100], [127]]
+    assert runner._stretch_rows(1, 0, 128) == [64, 64]
+
+
+# ---- casts and choices -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+@pytest.mark.parametrize("cast", [None, "float16"])
+def test_a_cast_is_asked_for_in_each_call_of_a_pass_and_nowhere_else(cast: str | None, lanes: int) -> None:
+    backend = LocalBackend()
+    seen: list[tuple[str, Any]] = []
+    call = backend.call
+
+    def watch(op: str, /, *tensors: torch.Tensor, **options: Any) -> Any:
+        seen.append((op, options.pop("wire_dtype", None)))
+        return call(op, *tensors, **options)
+
+    backend.call = watch  # type: ignore[method-assign]
+    runner = make_runner(backend, "folded", cast=cast, lanes=lanes)
+    with torch.inference_mode(), runner.new_cache() as cache:
+        runner.forward(torch.arange(256).unsqueeze(0), cache)
+    assert {how for op, how in seen if op not in ("open", "close")} == {cast}
+    assert {how for op, how in seen if op in ("open", "close")} == {None}
+
+
+def test_a_choice_stands_for_the_single_options() -> None:
+    choice = Choice("folded", "", 3, "", block_rows=32, cast="bfloat16")
+    runner = make_runner(LocalBackend(), "per-op", lanes=7, choice=choice)
+    assert (runner.plan, runner.lanes, runner.cast) == ("folded", 3, "bfloat16")
+    assert runner._stretch_rows(1, 0, 200) == [64, 64, 72]
+    assert runner.choice is choice
+    assert make_runner(LocalBackend()).choice is None
+
+
 # ---- results ---------------------------------------------------------------------------------------------------------
 
 
@@ -300,11 +360,9 @@ def test_a_number_of_lanes_that_there_is_not(lanes: int, plan: str) -> None:
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize(("threads", "lanes"), [(0, 2), (1, 1), (8, 1)])
 def test_two_lanes_where_the_executor_computes_beside_us(threads: int, lanes: int, plan: str) -> None:
-    """But one in linear: keys are without their scale until a stretch's weighted values have been asked for."""
     model = RemoteModel("x", MODEL.config, "float32", MODEL.tee_weights(), threads)
-    linear = plan == "linear"
-    assert Runner(model, LocalBackend(), plan).lanes == (1 if linear else lanes)
-    assert Runner(model, LocalBackend(), plan, lanes=3).lanes == (1 if linear else 3)
+    assert Runner(model, LocalBackend(), plan).lanes == lanes
+    assert Runner(model, LocalBackend(), plan, lanes=3).lanes == 3
 
 
 def test_one_lane_is_the_default_for_a_model_of_which_nothing_else_is_known() -> None:

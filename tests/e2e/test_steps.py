@@ -1,0 +1,130 @@
+"""What is chosen for a link that takes time runs, with HF's logits; caches go on by other plans than filled them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+from split import CONFIGS, load_hf, make_model, relative_error, split
+
+from fastsplit.choice import Choice, Link, choose
+from fastsplit.models import Model, open_model
+from fastsplit.ops import PLANS, traffic
+from fastsplit.remote import RemoteModel
+from fastsplit.runner import Runner
+from fastsplit.wire.estimate import LinkEstimate
+
+TOLERANCE = 2e-5
+VOCAB = 97
+Named = tuple[Model, Any]
+SLOW = LinkEstimate(0.02, 12.5e6, 12.5e6)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Named]:
+    made: dict[str, Named] = {}
+
+    def get(name: str) -> Named:
+        if name not in made:
+            directory = tmp_path_factory.mktemp("steps") / "model"
+            make_model(directory, CONFIGS[name])
+            made[name] = open_model(str(directory)), load_hf(directory)
+        return made[name]
+
+    return get
+
+
+def random_ids(batch: int, length: int) -> torch.Tensor:
+    return torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize(("plan", "lanes"), [("linear", 3), ("linear", 1), ("folded", 3), ("fused", 3)])
+def test_a_cache_goes_on_by_another_plan_than_filled_it(
+    models: Callable[[str], Named], unix_uri: str, plan: str, lanes: int
+) -> None:
+    """Of two sequences, one with padding: more of the prompt, and steps, by each of the others in turn."""
+    model, reference = models("grouped heads")
+    ids = random_ids(2, 280)
+    mask = torch.arange(280) >= torch.tensor([[0], [61]])
+    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+    expected = reference(ids, attention_mask=mask.long(), position_ids=positions, use_cache=False).logits
+    with split(model, unix_uri, plan=plan, lanes=lanes, block_rows=32) as (first, channel), first.new_cache(2) as cache:
+        found = [first.forward(ids[:, :230], cache, mask=mask[:, :230], keep="all")]
+        for other in (each for each in PLANS if each != plan):
+            runner = Runner(RemoteModel.fetch(channel, model), channel, other)
+            for rows in (1, 9):
+                end = cache.length + rows
+                found.append(runner.forward(ids[:, cache.length : end], cache, mask=mask[:, :end], keep="all"))
+        found.append(first.forward(ids[:, cache.length :], cache, mask=mask, keep="all"))
+    assert relative_error(torch.cat(found, dim=1)[mask], expected[mask]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("rows", [100, 300])
+def test_a_choice_is_what_runs(models: Callable[[str], Named], unix_uri: str, rows: int) -> None:
+    model, reference = models("grouped heads")
+    choice = choose(model.config, "float32", rows, link=SLOW, cast="off")
+    ids = random_ids(1, rows + 1)
+    expected = reference(ids).logits
+    with split(model, unix_uri, plan="per-op", choice=choice) as (runner, channel), runner.new_cache() as cache:
+        assert (runner.plan, runner.lanes) == (choice.plan, choice.lanes) == ("linear", 1 if rows == 100 else 4)
+        before = channel.stats.calls
+        logits = runner.forward(ids[:, :rows], cache)
+        layers, stretches = model.config.num_hidden_layers, choice.lanes
+        per_layer, once = PLANS[choice.plan]
+        calls = stretches * (per_layer * layers + once) - (stretches - 1)
+        assert channel.stats.calls - before == calls, "a stretch for each lane, and all but the last end early"
+        before = channel.stats.calls
+        step = runner.forward(ids[:, rows:], cache)
+        assert channel.stats.calls - before == per_layer * layers + once
+    assert relative_error(logits[:, 0], expected[:, rows - 1]) <= TOLERANCE
+    assert relative_error(step[:, 0], expected[:, rows]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("cast", ["bfloat16", "float16"])
+def test_what_is_cast_on_the_link_alone_is_near(models: Callable[[str], Named], cast: str) -> None:
+    model, reference = models("grouped heads")
+    ids = random_ids(1, 140)
+    expected = reference(ids).logits
+    choice = choose(model.config, "float32", 140, link=SLOW, cast=cast)
+    sizes = {}
+    for how in (choice, Choice(choice.plan, "", 2, "")):
+        with split(model, "tcp://127.0.0.1:0", plan="auto", choice=how) as (runner, channel):
+            before = channel.stats.as_dict()
+            with runner.new_cache() as cache:
+                logits = runner.forward(ids[:, :139], cache)
+                step = runner.forward(ids[:, 139:], cache)
+            after = channel.stats.as_dict()
+        sizes[how.cast] = sum(after[key] - before[key] for key in ("bytes_sent", "bytes_received"))
+        error = max(relative_error(logits[:, 0], expected[:, 138]), relative_error(step[:, 0], expected[:, 139]))
+        assert error <= (TOLERANCE if how.cast is None else 5e-2 if cast == "bfloat16" else 5e-3)
+        assert logits.dtype == torch.float32
+    assert sizes[cast] < 0.6 * sizes[None]
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_the_model_of_time_counts_what_the_runner_sends(
+    models: Callable[[str], Named], unix_uri: str, plan: str
+) -> None:
+    """All stretches, up to what their messages say beside the tensors."""
+    model, _ = models("mistral")
+    rows = 300
+    with split(model, f"{unix_uri}?shm=off", plan=plan, block_rows=32, lanes=3) as (runner, channel):
+        counts = runner._stretch_rows(1, 0, rows)
+        assert len(counts) == runner.lanes
+        with runner.new_cache(1, rows) as cache:
+            before = channel.stats.as_dict()
+            runner.forward(random_ids(1, rows), cache)
+            after = channel.stats.as_dict()
+    parts, start = [], 0
+    for count in counts:
+        parts.append(traffic(model.config, plan, 4, start, count, block_rows=32, last=start + count == rows))
+        start += count
+    assert after["calls"] - before["calls"] == sum(part.calls for part in parts)
+    sent, received = sum(part.sent for part in parts), sum(part.received for part in parts)
+    assert 0 < after["bytes_sent"] - before["bytes_sent"] - sent < 2000 * sum(part.calls for part in parts)
+    assert 0 < after["bytes_received"] - before["bytes_received"] - received < 500 * sum(part.calls for part in parts)
+    assert Link.of(SLOW).up_s * sent > 0
