@@ -33,8 +33,9 @@ from .errors import (
     VerificationError,
 )
 from .schema.limits import Limits
+from .wire.call import Call
 from .wire.channel import Channel, Future, Result
-from .wire.server import Call, Server
+from .wire.server import Server
 from .wire.stats import Stats
 
 __all__ = [

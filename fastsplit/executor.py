@@ -29,8 +29,8 @@ from .ops import Block, packed_elements, parse_blocks
 from .schema.limits import Limits
 from .sessions import Lane, Session, Sessions
 from .weights import Linear, Weights
+from .wire.call import Call, Handler
 from .wire.segment import Hook
-from .wire.server import Call, Handler
 
 __all__ = ["Executor"]
 

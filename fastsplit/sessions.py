@@ -17,7 +17,7 @@ from .devices import Device, Work
 from .errors import LimitError
 from .models import ModelConfig
 from .ops import MAX_LANES, Block
-from .wire.server import Client
+from .wire.call import Client
 
 __all__ = ["Lane", "Session", "Sessions"]
 

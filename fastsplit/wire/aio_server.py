@@ -32,10 +32,11 @@ from ..errors import ArenaFull, ClosedError, DeadlineError, FastsplitError, Peer
 from ..memory import Pool, pool
 from ..schema.limits import Limits
 from ..tensors import Arrays, Outgoing
-from . import server as blocking
 from .address import UnixAddress, accept_socket, listen_socket, parse_address, remove_socket_file
 from .aio_channel import MAX_QUEUED_NBYTES, allocate
 from .arena import IDLE_S
+from .call import Call as BlockingCall
+from .call import Client, describe, tensors_nbytes, wanted_coding
 from .coder import THRESHOLD_NBYTES, parse_codec
 from .connection import Connection
 from .pump import AT_ONCE, Pump, within
@@ -54,7 +55,7 @@ _MOST_WORK_NS = 1_000_000  # of plain handlers, before others get their turn
 _UNWIND_S = 1.0  # how long cancelled tasks may take to clean up, where the server closes
 
 
-class Call(blocking.Call):
+class Call(BlockingCall):
     """One request, as its handler sees it: as in fastsplit.Call, and `allocate`."""
 
     __slots__ = ("_flags",)
@@ -70,13 +71,13 @@ class Call(blocking.Call):
         """
         connection = self._connection
         deadline = AT_ONCE if connection.pump.in_loop else connection.reply_deadline(self._deadline)
-        return connection.server._arrays.empty(shape, dtype, lambda nbytes: connection.wire.allocate(nbytes, deadline))
+        return connection.arrays.empty(shape, dtype, lambda nbytes: connection.wire.allocate(nbytes, deadline))
 
     async def allocate(self, shape: int | Sequence[int], dtype: Any = "float32") -> Any:
         """As `empty`, for coroutines: waits for room as long as the caller does for its reply. Raises ArenaFull."""
         connection = self._connection
         deadline = connection.reply_deadline(self._deadline)
-        return await allocate(connection.pump, connection.server._arrays, shape, dtype, deadline)
+        return await allocate(connection.pump, connection.arrays, shape, dtype, deadline)
 
 
 Handler = Callable[[Call], Any] | Callable[[Call], Awaitable[Any]]
@@ -303,7 +304,7 @@ class _Connection:
         )
         self.pump = Pump(self.wire, self, send_timeout_s=server.send_timeout_s)
         self.session = self.wire.session
-        self.client = blocking.Client()
+        self.client = Client()
         self.cancelled: set[int] = set()
         self.ended = False
         self._stats = Stats()
@@ -339,9 +340,20 @@ class _Connection:
     def inflight(self) -> int:
         return len(self._pending)
 
+    # ---- for a Call ----
+
+    @property
+    def arrays(self) -> Arrays:
+        return self.server._arrays
+
     def reply_deadline(self, deadline: float | None) -> float:
-        """Until when a reply may wait for memory."""
         return time.monotonic() + self.server.send_timeout_s if deadline is None else deadline
+
+    def is_cancelled(self, request_id: int) -> bool:
+        return request_id in self.cancelled
+
+    def has_left(self) -> bool:
+        return not self.server._closing.is_set() and self.wire.link.peer_left()
 
     # ---- for the pump ----
 
@@ -356,7 +368,7 @@ class _Connection:
             self.pump.give_back()
         elif isinstance(event, Probe):
             if self.wire.meter is not None:
-                self.wire.meter.peer_bytes_per_s = event.bytes_per_s
+                self.wire.meter.told(event.bytes_per_s, event.rtt_s)
                 self.pump.send_filled(self.wire.probed(event))
         elif isinstance(event, Goodbye):
             self._end(None)
@@ -482,7 +494,7 @@ class _Connection:
                 self._refuse(request_id, "failed", "the server is closing")
         else:
             self._waiting.append((request, deadline))
-            self._waiting_nbytes += blocking.tensors_nbytes(request)
+            self._waiting_nbytes += tensors_nbytes(request)
 
     def _begin(self, request: Request, deadline: float | None) -> Call | None:
         """The call of a request that is to run now. None if it is not, and was answered."""
@@ -505,9 +517,9 @@ class _Connection:
 
     def _make_call(self, request: Request, deadline: float | None) -> Call:
         message = request.message
-        views = tuple(map(self.server._arrays.view, request.buffers, message.tensors))
+        views = tuple(map(self.arrays.view, request.buffers, message.tensors))
         request.buffers.clear()
-        call = Call(self, request.request_id, message.op, views, message.attrs or {}, deadline)  # type: ignore[arg-type]
+        call = Call(self, request.request_id, message.op, views, message.attrs or {}, deadline)
         call._flags = request.flags
         return call
 
@@ -568,7 +580,7 @@ class _Connection:
         end_ns = perf_counter_ns() + _MOST_WORK_NS
         while self._waiting:
             request, deadline = self._waiting.popleft()
-            self._waiting_nbytes -= blocking.tensors_nbytes(request)
+            self._waiting_nbytes -= tensors_nbytes(request)
             self._run_here(request, deadline)
             del request
             if self._waiting and perf_counter_ns() > end_ns:
@@ -678,7 +690,7 @@ class _Connection:
     def _describe(self, call: Call, error: BaseException) -> str:
         if not isinstance(error, FastsplitError):
             _logger.debug("%s: the handler of %r failed", self.server.uri, call.op, exc_info=error)
-        return blocking.describe(error)
+        return describe(error)
 
     def _refuse(self, request_id: int, code: str, text: str) -> None:
         if not self.ended and request_id in self._pending:
@@ -691,7 +703,7 @@ class _Connection:
         self._regulate()
 
     def _coding(self, flags: int) -> tuple[int, int | None]:
-        return blocking.wanted_coding(self.wire.coder, flags, self.server._codec)
+        return wanted_coding(self.wire.coder, flags, self.server._codec)
 
 
 def _is_coroutine(handler: Handler) -> bool:

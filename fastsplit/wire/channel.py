@@ -278,8 +278,8 @@ class Channel:
         if not self._sending.acquire(timeout=max(deadline - time.monotonic(), 0.0)):
             raise DeadlineError("the link was not measured: others were sending")
         try:
-            if self._closed:
-                raise ClosedError(f"the channel is closed: {self._error}")
+            if self._error is not None:  # in the handshake: why the server left
+                raise self._error
             number, frame = self._connection.probe(nbytes)
             self._probes.add(number)
             self._send_news("a probe", timeout_s, deadline, [frame])

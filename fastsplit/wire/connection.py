@@ -150,7 +150,7 @@ class Connection:
         assert meter is not None and session.peer_limits is not None
         number = meter.next_probe()
         nbytes = min(nbytes, session.peer_limits.max_message_nbytes, session.limits.max_message_nbytes)
-        head = session.probe(number, nbytes, nbytes, meter.received_bytes_per_s)
+        head = session.probe(number, nbytes, nbytes, meter.received_bytes_per_s, meter.rtt_s or 0.0)
         return number, [head, _filler(nbytes)] if nbytes else [head]
 
     def probed(self, probe: Probe) -> list[Any]:

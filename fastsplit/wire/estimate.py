@@ -67,13 +67,15 @@ class Meter:
     @property
     def is_near(self) -> bool:
         """Whether the peer answers so soon that it must be on this host, or round trips are not known."""
-        return min(self._rtts, default=0.0) < _NEAR_S
+        return (self.rtt_s or 0.0) < _NEAR_S
+
+    @property
+    def rtt_s(self) -> float | None:
+        """The shortest of the last round trips."""
+        return min(list(self._rtts), default=None)
 
     def estimate(self) -> LinkEstimate:
-        rtts = list(self._rtts)
-        return LinkEstimate(
-            min(rtts) if rtts else None, self.peer_bytes_per_s or None, self.received_bytes_per_s or None
-        )
+        return LinkEstimate(self.rtt_s, self.peer_bytes_per_s or None, self.received_bytes_per_s or None)
 
     # ---- payloads ----
 
@@ -101,6 +103,12 @@ class Meter:
             self._seconds = max(self._seconds - seconds, 1e-9)
 
     # ---- probes ----
+
+    def told(self, bytes_per_s: float, rtt_s: float) -> None:
+        """Server: what the client says with a probe, 0 for what it does not know."""
+        self.peer_bytes_per_s = bytes_per_s
+        if rtt_s:
+            self._rtts.append(rtt_s)
 
     def next_probe(self) -> int:
         """The number of a probe that is sent now."""

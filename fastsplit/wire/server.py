@@ -21,7 +21,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter_ns
 from typing import Any
@@ -33,10 +33,10 @@ from ..schema.limits import Limits
 from ..tensors import Arrays
 from .address import UnixAddress, accept_socket, listen_socket, parse_address, remove_socket_file
 from .arena import IDLE_S
-from .coder import THRESHOLD_NBYTES, Coder, parse_codec, parse_threshold
+from .call import Call, Client, Handler, describe, tensors_nbytes, wanted_coding
+from .coder import THRESHOLD_NBYTES, parse_codec, parse_threshold
 from .connection import Connection
-from .frame import wanted_reply
-from .link import choose_spin_us, cores, remaining_s
+from .link import choose_spin_us, cores
 from .segment import Hook
 from .session import MAX_RETURNS, Cancel, Event, Failed, Goodbye, Probe, Request, ReturnsWanted, RingOffered
 from .stats import Stats
@@ -50,103 +50,6 @@ _MAX_QUICK = 16  # requests in a row that found nothing to do, after which a con
 _MAX_PROBES = 16  # without an answer, since a reply is being sent; then a connection reads no further
 _RELIEF_S = 0.005  # how long it reads before it looks again
 _LINGER_S = 1.0  # how long an aborted peer's bytes are read and dropped, so that it can read why
-
-
-class Call:
-    """One request, as its handler sees it.
-
-    `op`: the operation's name. `tensors`: torch tensors or numpy arrays, writable, the handler's own for as long as it
-    keeps them. `attrs`: the request's attributes, the handler's own. `reply_attrs`: attributes for the reply.
-    """
-
-    __slots__ = ("_connection", "_deadline", "_request_id", "attrs", "op", "reply_attrs", "tensors")
-
-    def __init__(
-        self,
-        connection: _Connection,
-        request_id: int,
-        op: str,
-        tensors: tuple[Any, ...],
-        attrs: dict[str, Any],
-        deadline: float | None,
-    ) -> None:
-        self.op = op
-        self.tensors = tensors
-        self.attrs = attrs
-        self.reply_attrs: dict[str, Any] = {}
-        self._connection = connection
-        self._request_id = request_id
-        self._deadline = deadline
-
-    def empty(self, shape: int | Sequence[int], dtype: Any = "float32") -> Any:
-        """A tensor of undefined content in the memory that replies are sent from fastest, for the handler to return.
-
-        Where memory is shared it lies there. Waits for room as long as the caller does for its reply. Raises ArenaFull.
-        """
-        connection = self._connection
-        deadline = self._deadline
-        if deadline is None:
-            deadline = time.monotonic() + connection.server.send_timeout_s
-        return connection.server._arrays.empty(shape, dtype, lambda nbytes: connection.wire.allocate(nbytes, deadline))
-
-    @property
-    def client(self) -> Client:
-        """Who calls: the same object for all calls of one connection."""
-        return self._connection.client
-
-    @property
-    def remaining_s(self) -> float | None:
-        """Seconds until the caller gives up, at least 0; None if it never does."""
-        return remaining_s(self._deadline)
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether the caller has given up, its deadline has passed, or its connection has ended. A handler that works
-        for long may ask now and then: it takes some microseconds."""
-        connection = self._connection
-        return (
-            self._request_id in connection.cancelled
-            or self.remaining_s == 0.0
-            or connection.ended
-            or (not connection.server._closing.is_set() and connection.wire.link.peer_left())
-        )
-
-
-class Client:
-    """One connection, as a handler sees it: something to keep state by. Hashable, thread-safe."""
-
-    __slots__ = ("__weakref__", "_callbacks", "_ended", "_lock")
-
-    def __init__(self) -> None:
-        self._callbacks: list[Callable[[], object]] = []
-        self._ended = False
-        self._lock = threading.Lock()
-
-    @property
-    def ended(self) -> bool:
-        """Whether the connection has ended; a handler may still be at work for it."""
-        return self._ended
-
-    def on_end(self, callback: Callable[[], object]) -> None:
-        """Runs `callback` when the connection has ended, at once if it has already. It must not block."""
-        with self._lock:
-            if not self._ended:
-                self._callbacks.append(callback)
-                return
-        callback()
-
-    def _end(self) -> None:
-        with self._lock:
-            self._ended = True
-            callbacks, self._callbacks = self._callbacks, []
-        for callback in callbacks:
-            try:
-                callback()
-            except Exception:
-                _logger.exception("what was to run at a connection's end failed")
-
-
-Handler = Callable[[Call], Any]
 
 
 class Server:
@@ -398,6 +301,21 @@ class _Connection:
         self.wire.link.shutdown()
         self.wire.close()  # at once, since others wait to be accepted
 
+    # ---- for a Call ----
+
+    @property
+    def arrays(self) -> Arrays:
+        return self.server._arrays
+
+    def reply_deadline(self, deadline: float | None) -> float:
+        return time.monotonic() + self.server.send_timeout_s if deadline is None else deadline
+
+    def is_cancelled(self, request_id: int) -> bool:
+        return request_id in self.cancelled
+
+    def has_left(self) -> bool:
+        return not self.server._closing.is_set() and self.wire.link.peer_left()
+
     def stats(self) -> Stats:
         """What was counted so far."""
         self.wire.fill(self._stats)
@@ -512,7 +430,7 @@ class _Connection:
                 self.wire.give_back()
         elif isinstance(event, Probe):
             if self.wire.meter is not None:
-                self.wire.meter.peer_bytes_per_s = event.bytes_per_s
+                self.wire.meter.told(event.bytes_per_s, event.rtt_s)
             self._probes.append(event)
             self._answer_probes(wait=len(self._probes) >= _MAX_PROBES)
         elif isinstance(event, Goodbye):
@@ -842,26 +760,3 @@ class _Connection:
             self.wire.link.send_all(left, time.monotonic() + self.server.send_timeout_s)
         except DeadlineError:
             raise PeerLostError(f"the client did not take its reply within {self.server.send_timeout_s} s") from None
-
-
-def tensors_nbytes(request: Request) -> int:
-    """Bytes of a request's tensors, wherever they are."""
-    return sum(desc.nbytes for desc in request.message.tensors)
-
-
-def wanted_coding(coder: Coder, flags: int, own_codec: int | None) -> tuple[int, int | None]:
-    """The cast and the codec of a reply: as the request's flags want it, else the server's own codec."""
-    cast, codec = wanted_reply(flags)
-    if cast and cast << 4 not in coder.accepted:
-        cast = 0  # a number that this version does not know; what is not cast is right, too
-    if codec and codec not in coder.accepted:
-        codec = None
-    return cast, own_codec if codec is None else codec
-
-
-def describe(error: BaseException) -> str:
-    """A handler's error, as its caller is told."""
-    try:
-        return f"{type(error).__name__}: {error}"
-    except Exception:  # noqa: BLE001 (its own __str__ fails)
-        return type(error).__name__

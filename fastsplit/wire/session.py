@@ -149,12 +149,14 @@ class Attached(NamedTuple):
 
 class Probe(NamedTuple):
     """The peer measures the link, or answers that we do. `wanted`: bytes of filler that the answer is to bring.
-    `bytes_per_s`: how fast the peer receives what we send, 0 if it does not know."""
+    `bytes_per_s`: how fast the peer receives what we send; `rtt_s`: the shortest round trip that it has seen; 0 if it
+    does not know."""
 
     number: int
     is_answer: bool
     wanted: int
     bytes_per_s: float
+    rtt_s: float
 
 
 class ReturnsWanted(NamedTuple):
@@ -373,17 +375,17 @@ class Session:
         """Asks the peer for its returns."""
         return self._frame(_RETURN, 0, "", (), {"wanted": 1})
 
-    def probe(self, number: int, filler_nbytes: int, wanted: int, bytes_per_s: float) -> bytearray:
+    def probe(self, number: int, filler_nbytes: int, wanted: int, bytes_per_s: float, rtt_s: float) -> bytearray:
         """Client: asks the server to answer at once, and `wanted` bytes with it. `filler_nbytes` follow on the wire."""
-        return self._probe(number, 0, filler_nbytes, wanted, bytes_per_s)
+        return self._probe(number, 0, filler_nbytes, wanted, bytes_per_s, int(rtt_s * 1e9))
 
     def probed(self, number: int, filler_nbytes: int, bytes_per_s: float) -> bytearray:
         """Server: the answer to a probe."""
-        return self._probe(number, 1, filler_nbytes, 0, bytes_per_s)
+        return self._probe(number, 1, filler_nbytes, 0, bytes_per_s, 0)
 
-    def _probe(self, number: int, answer: int, nbytes: int, wanted: int, bytes_per_s: float) -> bytearray:
+    def _probe(self, number: int, answer: int, nbytes: int, wanted: int, bytes_per_s: float, rtt_ns: int) -> bytearray:
         attrs = {"answer": answer, "wanted": wanted, "bytes_per_s": bytes_per_s}
-        return self._frame(_PROBE, number, "", [(_UINT8, (nbytes,))] if nbytes else (), attrs, nbytes)
+        return self._frame(_PROBE, number, "", [(_UINT8, (nbytes,))] if nbytes else (), attrs, nbytes, rtt_ns)
 
     def goodbye(self) -> bytearray:
         """This side will say nothing more."""
@@ -746,7 +748,7 @@ class Session:
         if kind == _HELLO:
             return self._greeted(message)
         if kind == _PROBE:
-            return self._probe_of(request_id, message)
+            return self._probe_of(request_id, message, header[5])
         if kind >= _SEGMENT:
             return self._take_note(kind, message)
         self._state = _State.ENDED
@@ -773,7 +775,7 @@ class Session:
             return RingOffered(nbytes, name)
         raise RemoteProtocolError(f"a {Kind(kind).name} frame from the client")
 
-    def _probe_of(self, number: int, message: Message) -> Probe:
+    def _probe_of(self, number: int, message: Message, rtt_ns: int) -> Probe:
         if not self.capabilities & PROBES:
             raise RemoteProtocolError("a PROBE frame, expected none: it was not agreed on")
         answer, wanted = _attr(_PROBE, message, "answer", int), _attr(_PROBE, message, "wanted", int)
@@ -786,7 +788,7 @@ class Session:
             raise RemoteProtocolError(f"PROBE, wanted: {wanted}, expected 0 to {most}")
         if not 0 <= bytes_per_s < math.inf:
             raise RemoteProtocolError(f"PROBE, bytes_per_s: {bytes_per_s}, expected a finite number of 0 or more")
-        return Probe(number, bool(answer), wanted, bytes_per_s)
+        return Probe(number, bool(answer), wanted, bytes_per_s, rtt_ns * 1e-9)
 
     def _greeted(self, message: Message) -> Hello:
         values: dict[str, Any] = {field.name: message.attrs.get(field.name) for field in fields(Limits)}

@@ -29,7 +29,7 @@ from fastsplit.models import Model, open_model
 from fastsplit.ops import MAX_LANES, PLANS
 from fastsplit.remote import RemoteModel
 from fastsplit.runner import Runner, _corner
-from fastsplit.wire.server import Client
+from fastsplit.wire.call import Client
 from fastsplit.wire.stats import Stats
 
 pytestmark = pytest.mark.matrix

@@ -144,7 +144,10 @@ def test_nothing_is_unpacked_that_a_call_does_not_expect() -> None:
 
 @pytest.mark.parametrize("capabilities", [0, 256 | 65536, PROBES])
 def test_codings_and_flags_without_the_capability(server: fastsplit.Server, capabilities: int) -> None:
-    for request, wanted in ((_coded(REQUEST, ZEROS), "tensor 0 (segment, codec, offset, nbytes): (0, 1, 0, "), (frame(REQUEST, 1, "echo", flags=1), "flags")):
+    for request, wanted in (
+        (_coded(REQUEST, ZEROS), "tensor 0 (segment, codec, offset, nbytes): (0, 1, 0, "),
+        (frame(REQUEST, 1, "echo", flags=1), "flags"),
+    ):
         with connected(server.uri) as peer:
             _greeted(peer, capabilities)
             peer.send(request)

@@ -72,9 +72,7 @@ def test_parse_names_what_is_wrong(uri: str, text: str) -> None:
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "[::]", "192.0.2.1", "10.0.0.1"])
 def test_a_listener_off_loopback_is_refused(host: str) -> None:
-    with pytest.raises(
-        AddressError, match="refused to listen: links are not authenticated, so a listener may only"
-    ):
+    with pytest.raises(AddressError, match="refused to listen: links are not authenticated, so a listener may only"):
         listen_socket(parse_address(f"tcp://{host}:0"))
 
 

@@ -23,7 +23,7 @@ from fastsplit.errors import ModelError
 from fastsplit.executor import Executor
 from fastsplit.models import open_model
 from fastsplit.ops import Block, block_attrs, packed_elements, row_blocks
-from fastsplit.wire.server import Client
+from fastsplit.wire.call import Client
 
 MODEL = open_model("random:tiny")
 CONFIG = MODEL.config

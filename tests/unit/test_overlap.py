@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 from raw_peer import CANCEL, ERROR, GOODBYE, PROBE, REPLY, REQUEST, RawPeer, connected, frame, hello, serving
 
 import fastsplit
-from fastsplit.errors import CancelledError, ClosedError, DeadlineError, FastsplitError, PeerLostError
+from fastsplit.errors import CancelledError, ClosedError, DeadlineError, PeerLostError
 from fastsplit.schema.dtypes import BY_NAME
 from fastsplit.schema.limits import Limits
 from fastsplit.wire import server as server_module
@@ -157,9 +158,14 @@ def test_a_deadline_in_the_middle_of_a_frame_ends_the_connection(connect: Connec
 def test_a_deadline_before_the_first_byte_leaves_it_as_it_was(
     serve: Serve, connect: Connect, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def late(deadline: float, *, reading: bool) -> Any:
+        time.sleep(0.1)
+        raise DeadlineError("the peer took too long to read")
+
     channel = connect(serve(TCP, gate.table(), arrays="numpy").uri, arrays="numpy", overlap=True)
     with monkeypatch.context() as patch:
         patch.setattr(channel._connection.link, "send", lambda buffers, nbytes=-1: buffers)
+        patch.setattr(channel._connection.link, "wait", late)
         future = channel.submit("step", timeout_s=0.05)
         assert isinstance(future.exception(), DeadlineError)
         _until(lambda: not channel._sending.locked())
@@ -181,11 +187,9 @@ def test_a_server_that_dies(at: str) -> None:
 
     with serving(TCP, script) as uri, fastsplit.connect(uri, overlap=True) as channel:
         futures = []
-        try:
+        with contextlib.suppress(PeerLostError, ClosedError):  # as soon as it is noticed
             for _ in range(3):
-                futures.append(channel.submit("x", LARGE if at == "while it is sent to" else np.ones(3)))
-        except FastsplitError as error:
-            assert isinstance(error, (PeerLostError, ClosedError))
+                futures.append(channel.submit("x", LARGE if at == "while it is sent to" else np.ones(3)))  # noqa: PERF401
         for future in futures:
             assert isinstance(future.exception(timeout=5), PeerLostError)
         _until(lambda: channel.closed)
@@ -230,11 +234,10 @@ def test_reading_ahead_is_bounded_by_requests(serve: Serve, gate: Gate) -> None:
     gate.open.clear()
     with connected(server.uri) as peer:
         peer.greet()
-        for n in range(100):
-            peer.send(_step(n, 500))
-        time.sleep(0.1)
+        peer.send(*[_step(n, 500) for n in range(100)])
         connection = _connection(server)
-        assert connection._reader is not None
+        _until(lambda: len(connection._waiting) == 4)
+        time.sleep(0.05)
         assert len(connection._waiting) <= 4
         gate.open.set()
         assert [peer.expect(REPLY).request_id for _ in range(100)] == list(range(100))
@@ -281,7 +284,9 @@ def test_a_cancel_finds_what_is_queued_and_what_runs(serve: Serve, gate: Gate) -
         assert not _connection(server).cancelled
 
 
-@pytest.mark.parametrize("last", [frame(GOODBYE), b"", frame(GOODBYE)[:20], b"nonsense" * 10])
+@pytest.mark.parametrize(
+    "last", [frame(GOODBYE), b"", frame(GOODBYE)[:20], b"nonsense" * 10], ids=["goodbye", "end", "cut", "nonsense"]
+)
 def test_a_client_that_leaves_with_requests_queued(serve: Serve, gate: Gate, last: bytes) -> None:
     server = serve(TCP, gate.table(), arrays="numpy")
     with connected(server.uri) as peer:
@@ -293,7 +298,7 @@ def test_a_client_that_leaves_with_requests_queued(serve: Serve, gate: Gate, las
             peer.close()
     _until(lambda: server.connections == 0, 15)
     if last in (b"", frame(GOODBYE)):
-        assert gate.ran == [-2]
+        assert gate.ran in ([-2], [-2, 2])  # a handler may see that it is gone before the thread that reads does
         assert gate.cancelled == [True]
 
 

@@ -25,7 +25,7 @@ from fastsplit.remote import RemoteModel, share_cores
 from fastsplit.runner import Runner
 from fastsplit.sampling import check_finite
 from fastsplit.wire import link
-from fastsplit.wire.server import Client
+from fastsplit.wire.call import Client
 from fastsplit.wire.stats import Stats
 
 MODEL = open_model("random:tiny")

@@ -29,7 +29,7 @@ from fastsplit.errors import (
     SettingError,
 )
 from fastsplit.wire import link
-from fastsplit.wire.server import Client
+from fastsplit.wire.call import Client
 
 Serve = Callable[..., fastsplit.Server]
 Connect = Callable[..., fastsplit.Channel]
@@ -690,13 +690,13 @@ def test_close_while_clients_call(socket_uri: str) -> None:
         outcomes: list[type] = []
 
         def work(uri: str = server.uri, outcomes: list[type] = outcomes) -> None:
-            with fastsplit.connect(uri, arrays="numpy", call_timeout_s=10) as channel:
-                try:
+            try:
+                with fastsplit.connect(uri, arrays="numpy", call_timeout_s=10) as channel:
                     while True:
                         x = np.arange(50_000)
                         assert np.array_equal(channel.call("echo", x)[0], x)
-                except BaseException as error:
-                    outcomes.append(type(error))
+            except BaseException as error:
+                outcomes.append(type(error))
 
         threads = [threading.Thread(target=work) for _ in range(3)]
         for thread in threads:

@@ -18,7 +18,7 @@ from fastsplit import gpu_side
 from fastsplit.errors import LimitError, RemoteOpError
 from fastsplit.models import PRESETS, open_model
 from fastsplit.ops import MAX_LANES
-from fastsplit.wire.server import Client
+from fastsplit.wire.call import Client
 
 torch = pytest.importorskip("torch")
 

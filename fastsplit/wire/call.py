@@ -1,0 +1,162 @@
+"""What a handler sees of a request: the Call, and the Client that makes it. The same for both servers.
+
+Rules. A Call belongs to its handler for as long as that runs; a Client lives as long as its connection, and longer if
+somebody keeps it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from ..tensors import Arrays
+from .coder import Coder
+from .connection import Connection
+from .frame import wanted_reply
+from .link import remaining_s
+from .session import Request
+
+__all__ = ["Call", "Caller", "Client", "Handler", "describe", "tensors_nbytes", "wanted_coding"]
+
+_logger = logging.getLogger("fastsplit.server")
+
+
+class Caller(Protocol):
+    """What a Call needs to know of its connection."""
+
+    wire: Connection
+    client: Client
+    ended: bool
+    """Whether nobody waits for answers any more."""
+
+    @property
+    def arrays(self) -> Arrays: ...
+
+    def reply_deadline(self, deadline: float | None) -> float:
+        """Until when a reply is worth waiting for, where the client waits until `deadline`."""
+
+    def is_cancelled(self, request_id: int) -> bool:
+        """Whether the client has given this request up, as far as is known."""
+
+    def has_left(self) -> bool:
+        """Whether the client has left, which nobody may have noticed yet. Takes a system call."""
+
+
+class Call:
+    """One request, as its handler sees it.
+
+    `op`: the operation's name. `tensors`: torch tensors or numpy arrays, writable, the handler's own for as long as it
+    keeps them. `attrs`: the request's attributes, the handler's own. `reply_attrs`: attributes for the reply.
+    """
+
+    __slots__ = ("_connection", "_deadline", "_request_id", "attrs", "op", "reply_attrs", "tensors")
+
+    def __init__(
+        self,
+        connection: Caller,
+        request_id: int,
+        op: str,
+        tensors: tuple[Any, ...],
+        attrs: dict[str, Any],
+        deadline: float | None,
+    ) -> None:
+        self.op = op
+        self.tensors = tensors
+        self.attrs = attrs
+        self.reply_attrs: dict[str, Any] = {}
+        self._connection = connection
+        self._request_id = request_id
+        self._deadline = deadline
+
+    def empty(self, shape: int | Sequence[int], dtype: Any = "float32") -> Any:
+        """A tensor of undefined content in the memory that replies are sent from fastest, for the handler to return.
+
+        Where memory is shared it lies there. Waits for room as long as the caller does for its reply. Raises ArenaFull.
+        """
+        connection = self._connection
+        deadline = connection.reply_deadline(self._deadline)
+        return connection.arrays.empty(shape, dtype, lambda nbytes: connection.wire.allocate(nbytes, deadline))
+
+    @property
+    def client(self) -> Client:
+        """Who calls: the same object for all calls of one connection."""
+        return self._connection.client
+
+    @property
+    def remaining_s(self) -> float | None:
+        """Seconds until the caller gives up, at least 0; None if it never does."""
+        return remaining_s(self._deadline)
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the caller has given up, its deadline has passed, or its connection has ended. A handler that works
+        for long may ask now and then: it takes some microseconds."""
+        connection = self._connection
+        return (
+            connection.is_cancelled(self._request_id)
+            or self.remaining_s == 0.0
+            or connection.ended
+            or connection.has_left()
+        )
+
+
+class Client:
+    """One connection, as a handler sees it: something to keep state by. Hashable, thread-safe."""
+
+    __slots__ = ("__weakref__", "_callbacks", "_ended", "_lock")
+
+    def __init__(self) -> None:
+        self._callbacks: list[Callable[[], object]] = []
+        self._ended = False
+        self._lock = threading.Lock()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the connection has ended; a handler may still be at work for it."""
+        return self._ended
+
+    def on_end(self, callback: Callable[[], object]) -> None:
+        """Runs `callback` when the connection has ended, at once if it has already. It must not block."""
+        with self._lock:
+            if not self._ended:
+                self._callbacks.append(callback)
+                return
+        callback()
+
+    def _end(self) -> None:
+        with self._lock:
+            self._ended = True
+            callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            try:
+                callback()
+            except Exception:
+                _logger.exception("what was to run at a connection's end failed")
+
+
+Handler = Callable[[Call], Any]
+
+
+def wanted_coding(coder: Coder, flags: int, own_codec: int | None) -> tuple[int, int | None]:
+    """The cast and the codec of a reply: as the request's flags want it, else the server's own codec."""
+    cast, codec = wanted_reply(flags)
+    if cast and cast << 4 not in coder.accepted:
+        cast = 0  # a number that this version does not know; what is not cast is right, too
+    if codec and codec not in coder.accepted:
+        codec = None
+    return cast, own_codec if codec is None else codec
+
+
+def tensors_nbytes(request: Request) -> int:
+    """Bytes of a request's tensors, wherever they are."""
+    return sum(desc.nbytes for desc in request.message.tensors)
+
+
+def describe(error: BaseException) -> str:
+    """A handler's error, as its caller is told."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # noqa: BLE001 (its own __str__ fails)
+        return type(error).__name__
