@@ -167,6 +167,7 @@ def choose(
     batch: int = 1,
     link: LinkEstimate | None = None,
     shm: bool = False,
+    near: bool = False,
     threads: int = 1,
     plan: str = "auto",
     lanes: int | None = None,
@@ -176,7 +177,8 @@ def choose(
 ) -> Choice:
     """The choice for prompts of `rows` tokens (None: a typical length) in `batch` sequences, and steps after them.
 
-    `dtype`: the executor's. `link`: None, or all of it None: not known. `shm`: memory is shared. `threads`: how many
+    `dtype`: the executor's. `link`: None, or all of it None: not known. `shm`: memory is shared. `near`: the peer is on
+    this host, whatever was measured while it was busy. `threads`: how many
     cores the executor computes with, 0 on a device of its own. `plan`, `lanes`, `block_rows`, `cast`, `wire_dtype`:
     what the user asks for; "auto" or None: nothing.
 
@@ -190,8 +192,9 @@ def choose(
     travels = wire_dtype or dtype
     dtypes = (dtype, travels)
     speed = None if link is None or link == (None, None, None) else Link.of(link)
-    kind, cast_reason = _cast(cast, travels, shm, speed)
-    if shm or speed is None or speed.near:
+    near = near or (speed is not None and speed.near)
+    kind, cast_reason = _cast(cast, travels, shm, near, speed)
+    if shm or speed is None or near:
         where = "shared memory" if shm else "a link of unknown speed" if speed is None else f"{speed}: within a host"
         chosen, reason = choose_plan(plan, config, dtypes)
         if not reason:
@@ -300,7 +303,7 @@ def _block_rows(wanted: int | None, link: Link) -> tuple[int, str]:
     return _BLOCK_ROWS, "fewer scores behind the diagonal travel"
 
 
-def _cast(wanted: str, travels: str, shm: bool, link: Link | None) -> tuple[str | None, str]:
+def _cast(wanted: str, travels: str, shm: bool, near: bool, link: Link | None) -> tuple[str | None, str]:
     """What float32 travels as, and why. Over what cannot be measured nothing is cast unless it is asked for."""
     if shm:
         return None, "shared memory: nothing travels"
@@ -312,6 +315,8 @@ def _cast(wanted: str, travels: str, shm: bool, link: Link | None) -> tuple[str 
         return wanted, ASKED_FOR
     if link is None:
         return None, "a link of unknown speed"
+    if near:
+        return None, "within a host"
     limit = _CAST_BYTES_PER_S / 2e6
     if link.byte_s > 2 / _CAST_BYTES_PER_S:
         return "float16", f"below {limit:g} MB/s half the bytes pay for two casts"

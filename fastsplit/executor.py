@@ -395,7 +395,7 @@ class Executor:
             raise ValueError(f"{len(call.tensors)} tensors, expected h, and maybe keep")
         lane = at.lane
         (reply,) = self._down(call, work, session, at.layer - 1, lane, call.tensors[0])
-        return (reply, *self._scores_folded(call, work, session, at, lane, call.tensors[1:]))
+        return (reply, *self._scores_folded(call, work, session, at, lane, call.tensors[1:], may_end=True))
 
     def _down_lm_head(self, call: Call, work: Work, session: Session, at: _At) -> tuple[torch.Tensor, ...]:
         (h,) = _take(call, 1)
@@ -473,10 +473,17 @@ class Executor:
         return self._project(call, work, session, at, normed.view(lane.x.shape), biased=False, reply=reply)
 
     def _scores_folded(
-        self, call: Call, work: Work, session: Session, at: _At, lane: Lane, rest: Sequence[torch.Tensor]
+        self,
+        call: Call,
+        work: Work,
+        session: Session,
+        at: _At,
+        lane: Lane,
+        rest: Sequence[torch.Tensor],
+        may_end: bool = False,
     ) -> tuple[torch.Tensor, ...]:
-        """From the residual stream to scores, if any are asked for: q, k and v stay here. What the norm leaves is for
-        the caller to apply to the scores, and comes back with `values_gate_up` for what was stored."""
+        """From the residual stream to scores: q, k and v stay here. What the norm leaves is for the caller to apply to
+        the scores, and comes back with `values_gate_up` for what was stored. `may_end`: nothing more may be wanted."""
         config = self.config
         layer, start = at.layer, at.start
         cos, sin = lane.cos, lane.sin
@@ -485,8 +492,8 @@ class Executor:
         batch, rows, _ = lane.x.shape
         keep = None if not rest else _indices("keep", rest[0], rows, batch)
         count = rows if keep is None else 1
-        wants_scores = "blocks" in call.attrs or "last" in call.attrs
-        blocks = parse_blocks(call.attrs, count, start + rows) if wants_scores else []
+        ends = may_end and "blocks" not in call.attrs and "last" not in call.attrs
+        blocks = [] if ends else parse_blocks(call.attrs, count, start + rows)
         linear = self._weights.layers[layer].linears[("q", "k", "v")]
         if linear.bias is not None or config.qk_norm:
             raise ValueError("this model's q and k cannot stay here: expected `down_qkv` and `scores`")

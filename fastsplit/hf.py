@@ -262,6 +262,7 @@ class SplitModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
                     remote.dtype,
                     link=look(channel, call_timeout_s),
                     shm=channel.shm,
+                    near=channel.near,
                     threads=remote.threads,
                     plan=plan,
                     lanes=lanes,

@@ -209,7 +209,7 @@ def table(report: dict[str, Any]) -> str:
             + (
                 f"plan {report['plan']} needs many calls; auto takes the one with the fewest that this model can have"
                 if report["plan"] in ("per-op", "batched")
-                else "unix:// is the fastest link on one host; between hosts, longer prompts spread the cost of a call"
+                else "unix:// is the fastest link on one host; between hosts, auto chooses plan and lanes by the link"
             )
         )
     return "\n".join(lines)

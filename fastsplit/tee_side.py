@@ -126,6 +126,7 @@ def _run(args: argparse.Namespace) -> int:
             len(ids),
             link=link,
             shm=channel.shm,
+            near=channel.near,
             threads=model.threads,
             plan=args.plan,
             lanes=args.lanes,

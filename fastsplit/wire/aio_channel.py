@@ -32,7 +32,7 @@ from ..schema.limits import Limits
 from ..tensors import Arrays, Outgoing, dtype_of
 from .address import Address, connect_socket, parse_address
 from .channel import MAX_TIMEOUT_S
-from .coder import THRESHOLD_NBYTES, parse_cast, parse_codec
+from .coder import THRESHOLD_NBYTES, parse_cast, parse_codec, parse_threshold
 from .connection import Connection
 from .estimate import HANDSHAKE_FILLER_NBYTES, LinkEstimate
 from .frame import reply_flags
@@ -108,7 +108,7 @@ class Channel:
         self._limits = limits
         self._pool = pool
         self._on_segment = on_segment
-        self._codec_threshold_nbytes = codec_threshold_nbytes
+        self._codec_threshold_nbytes = parse_threshold(codec_threshold_nbytes)
         self._stats = Stats()
         self._encode_ns = 0  # and what is made of replies
         self._calls: dict[int, _Call] = {}

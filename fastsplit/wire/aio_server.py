@@ -37,7 +37,7 @@ from .aio_channel import MAX_QUEUED_NBYTES, allocate
 from .arena import IDLE_S
 from .call import Call as BlockingCall
 from .call import Client, describe, tensors_nbytes, wanted_coding
-from .coder import THRESHOLD_NBYTES, parse_codec
+from .coder import THRESHOLD_NBYTES, parse_codec, parse_threshold
 from .connection import Connection
 from .pump import AT_ONCE, Pump, within
 from .segment import Hook
@@ -124,7 +124,7 @@ class Server:
         self._on_segment = on_segment
         self._insecure = insecure
         self._codec = parse_codec(codec)
-        self._codec_threshold_nbytes = codec_threshold_nbytes
+        self._codec_threshold_nbytes = parse_threshold(codec_threshold_nbytes)
         self._past = Stats()  # of connections that have ended
         self._executor: ThreadPoolExecutor | None = None
         self._listener: socket.socket | None = None

@@ -254,6 +254,12 @@ class Channel:
         shared, and on unix sockets."""
         return self._connection.estimate
 
+    @property
+    def near(self) -> bool:
+        """Whether the peer is on this host, as far as can be said: on a unix socket, or on a loopback address unless no
+        round trip took less than 2 ms, as through a relay."""
+        return self._connection.is_near
+
     def measure(self, nbytes: int = 1024**2, timeout_s: float = 10.0) -> LinkEstimate:
         """Measures the link now: a round trip, then `nbytes` each way (4 MiB at most). Returns what `link` says then.
 

@@ -127,11 +127,16 @@ class Connection:
         if not cast and codec == OFF:
             return collect(tensors)
         bytes_per_s = 0.0
-        if codec is AUTO and self.meter is not None and not (self._is_loopback and self.meter.is_near):
+        if codec is AUTO and self.meter is not None and not self.is_near:
             bytes_per_s = self.meter.peer_bytes_per_s
         if not cast and codec is AUTO and not bytes_per_s:
             return collect(tensors)
         return self.coder.collect(op, tensors, cast, codec, bytes_per_s)
+
+    @property
+    def is_near(self) -> bool:
+        """Whether the peer is on this host: on a loopback address a relay would take longer to answer."""
+        return self.meter is None or (self._is_loopback and self.meter.is_near)
 
     @property
     def can_code(self) -> bool:

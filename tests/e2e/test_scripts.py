@@ -414,12 +414,12 @@ def test_a_network_link_is_measured_and_what_is_chosen_for_it_is_said(tmp_path: 
         assert 0 < report["link"]["rtt_s"] < 1
         cast = report["codecs"]["float16"]
         assert set(cast) == {"tensors", "raw_nbytes", "wire_nbytes", "ratio", "encode_s", "decode_s"}
-        assert cast["tensors"] > 100 and cast["ratio"] == pytest.approx(2, rel=0.1)
+        assert cast["tensors"] > 0 and cast["ratio"] == pytest.approx(2, rel=0.1)
         for line in ("plan folded: asked for", "lanes 3: asked for", "cast float16: asked for"):
             assert f"tee_side: {line}\n" in done.stderr
         plain = json.loads(run("tee_side", *flags, "--cast", "off", "--codec", "off", "--format", "json").stdout)
         assert (plain["codec"], plain["codecs"], plain["cast"]) == ("off", {}, "off")
-        assert report["bytes_received"] < 0.6 * plain["bytes_received"]
+        assert report["bytes_received"] < 0.7 * plain["bytes_received"]  # small tensors are not cast
         assert report["top_logits"][0][0] == plain["top_logits"][0][0]
     finally:
         assert side.stop() == 0
