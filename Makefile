@@ -20,10 +20,10 @@ export PROMPT
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test format lint unit exhaustive coverage bench schema clean
+.PHONY: help demo test format lint unit exhaustive coverage bench bench-remote ladder schema clean
 
 help: ## Shows this list.
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo-ready ## Completes a prompt with a real model, split over two processes. PROMPT="..." asks your own.
 	@$(BIN)/python -m demo.run --prompt "$$PROMPT"
@@ -58,6 +58,24 @@ bench: $(VENV)/.bench-ready ## Runs the benchmarks (30 minutes, 11 GB), and writ
 	$(BIN)/python -m benches.bench_prefill
 	$(BIN)/python -m benches.bench_decode
 	$(BIN)/python -m benches.bench_overlap
+
+# Of the ladder the steps that matter most; at 100 Mbit/s those that take no ten minutes a row. What the whole ladder has
+# measured stays as it is.
+LADDER_1G := original-batched folded linear folded+float16+lanes4 auto
+LADDER_100M := folded+float16+lanes4 auto
+
+bench-remote: $(VENV)/.bench-ready ## Runs the benchmarks of remote links, through a relay on this machine (half an hour).
+	$(BIN)/python -m benches.bench_link --rounds 3
+	$(BIN)/python -m benches.bench_zerocopy
+	$(BIN)/python -m benches.codecs
+	$(BIN)/python -m benches.bench_inflight
+	mkdir -p build/ladder
+	$(BIN)/python -m benches.ladder --links 1g --rows $(LADDER_1G) --rounds 1 --fresh --output-dir build/ladder
+	$(BIN)/python -m benches.ladder --links 100m --rows $(LADDER_100M) --rounds 1 --fresh --output-dir build/ladder
+	$(BIN)/python -m benches.bench_remote_decode
+
+ladder: $(VENV)/.bench-ready ## Runs the whole ladder: every row on every link (2 hours), and writes it to benches/results/.
+	$(BIN)/python -m benches.ladder
 
 format: $(VENV)/.test-ready ## Formats the code and fixes what can be fixed.
 	$(BIN)/ruff check --fix --exit-zero .

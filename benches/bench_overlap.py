@@ -53,7 +53,7 @@ from fastsplit.ops import MAX_LANES, PLANS
 from fastsplit.remote import RemoteModel
 from fastsplit.report import Recorder
 from fastsplit.runner import Runner
-from fastsplit.wire.server import Call, Handler
+from fastsplit.wire.call import Call, Handler
 
 from .environment import save
 from .processes import OthersCpu, process

@@ -38,8 +38,8 @@ from fastsplit.models import open_model
 from fastsplit.remote import RemoteModel
 from fastsplit.runner import Runner
 from fastsplit.schema.coding import CODECS
+from fastsplit.wire.call import Client
 from fastsplit.wire.codec import compress, decompress, installed, probe
-from fastsplit.wire.server import Client
 from fastsplit.wire.stats import Stats
 
 from .environment import RESULTS, describe, save

@@ -37,7 +37,7 @@ from fastsplit import Server
 from fastsplit.devices import Cpu
 from fastsplit.models import DTYPES, Model, open_model
 from fastsplit.ops import Block, packed_elements, parse_blocks
-from fastsplit.wire.server import Call, Handler
+from fastsplit.wire.call import Call, Handler
 
 from .counts import MODELS, counted_model
 from .rivals.executor import RIVALS

@@ -34,11 +34,11 @@ from benches.rounds import progress
 from fastsplit.schema.decoder import Decoder
 from fastsplit.schema.limits import Limits
 from fastsplit.tensors import arrays, share
+from fastsplit.wire.call import Call
 from fastsplit.wire.frame import HEADER_NBYTES, pack_header, parse_header
 from fastsplit.wire.future import Future, Result
 from fastsplit.wire.link import Link
 from fastsplit.wire.ring import RING_NBYTES, SLOT_NBYTES, SLOTS, RingLink
-from fastsplit.wire.server import Call
 
 __all__ = ["measure", "table"]
 

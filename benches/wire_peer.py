@@ -23,7 +23,7 @@ import threading
 from pathlib import Path
 
 import fastsplit
-from fastsplit.wire.server import Handler
+from fastsplit.wire.call import Handler
 
 __all__ = ["RAW_COUNT", "RAW_ECHO", "RAW_HEADER", "RAW_TAKE", "main", "receive_exactly"]
 

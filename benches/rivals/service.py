@@ -17,7 +17,7 @@ import torch
 import zmq
 
 from fastsplit.executor import Executor
-from fastsplit.wire.server import Client
+from fastsplit.wire.call import Client
 
 from .messages import MESSAGES
 
