@@ -43,19 +43,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of a test that is marked `matrix` one combination in four runs by default, always the same ones, at least one of
-    each: all of them take minutes. `make exhaustive` runs all."""
+    """Of a test that is marked `matrix` one combination in six (or in `one_in`) runs by default, always the same, at
+    least one of each: all of them take minutes. `make exhaustive` runs all."""
     if config.getoption("--exhaustive"):
         return
-    groups: dict[tuple[str, str], list[pytest.Item]] = {}
+    groups: dict[tuple[str, str, int], list[pytest.Item]] = {}
     for item in items:
-        if item.get_closest_marker("matrix") is not None:
+        marker = item.get_closest_marker("matrix")
+        if marker is not None:
             name = getattr(item, "originalname", None) or item.name
-            groups.setdefault((str(item.path), name), []).append(item)
+            groups.setdefault((str(item.path), name, marker.kwargs.get("one_in", 6)), []).append(item)
     left_out = set()
-    for group in groups.values():
+    for (_, _, one_in), group in groups.items():
         ordered = sorted(group, key=lambda item: zlib.crc32(item.name.encode()))
-        left_out.update(ordered[-(-len(ordered) // 4) :])
+        left_out.update(ordered[-(-len(ordered) // one_in) :])
     if left_out:
         config.hook.pytest_deselected(items=[item for item in items if item in left_out])
         items[:] = [item for item in items if item not in left_out]
