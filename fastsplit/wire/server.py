@@ -334,7 +334,8 @@ class _Connection:
                         self._dispatch(request)
                 if self._broken is not None:
                     raise self._broken
-                going_on = self._read_or_trim() if self._reader is None else self._await_reader()
+                reads_itself = self._reader is None and self._reader_end is True  # else a reader has something to say
+                going_on = self._read_or_trim() if reads_itself else self._await_reader()
             self._drain()
         except RemoteProtocolError as protocol_error:
             error = protocol_error

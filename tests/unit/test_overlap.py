@@ -376,3 +376,16 @@ def test_without_a_thread_to_read_ahead_it_reads_later(
         peer.send(*[_step(n, 5000) for n in range(5)])
         assert [peer.expect(REPLY).request_id for _ in range(5)] == list(range(5))
         assert _connection(server)._reader is None
+
+
+def test_what_a_reader_found_wrong_while_a_handler_ran_is_told(serve: Serve, gate: Gate) -> None:
+    server = serve(TCP, gate.table(), arrays="numpy")
+    with connected(server.uri) as peer:
+        peer.greet()
+        gate.open.clear()
+        peer.send(_step(1), _step(2, 5000))
+        _until(lambda: _connection(server)._reader is not None)
+        peer.send(b"nonsense" * 10)
+        _until(lambda: _connection(server)._reader is None)
+        gate.open.set()
+        assert "magic" in peer.expect_abort()
