@@ -43,7 +43,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of a test that is marked `matrix` one combination in six (or in `one_in`) runs by default, always the same, at
+    """Of a test that is marked `matrix` one combination in eight (or in `one_in`) runs by default, always the same, at
     least one of each: all of them take minutes. `make exhaustive` runs all."""
     if config.getoption("--exhaustive"):
         return
@@ -52,7 +52,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         marker = item.get_closest_marker("matrix")
         if marker is not None:
             name = getattr(item, "originalname", None) or item.name
-            groups.setdefault((str(item.path), name, marker.kwargs.get("one_in", 6)), []).append(item)
+            groups.setdefault((str(item.path), name, marker.kwargs.get("one_in", 8)), []).append(item)
     left_out = set()
     for (_, _, one_in), group in groups.items():
         ordered = sorted(group, key=lambda item: zlib.crc32(item.name.encode()))
