@@ -69,6 +69,7 @@ bench-remote: $(VENV)/.bench-ready ## Runs the benchmarks of remote links, throu
 	$(BIN)/python -m benches.bench_zerocopy
 	$(BIN)/python -m benches.codecs
 	$(BIN)/python -m benches.bench_inflight
+	$(BIN)/python -m benches.bench_qkv
 	mkdir -p build/ladder
 	$(BIN)/python -m benches.ladder --links 1g --rows $(LADDER_1G) --rounds 1 --fresh --output-dir build/ladder
 	$(BIN)/python -m benches.ladder --links 100m --rows $(LADDER_100M) --rounds 1 --fresh --output-dir build/ladder
