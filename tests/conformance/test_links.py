@@ -57,7 +57,21 @@ def _slow(call: fastsplit.Call) -> Any:
     return call.tensors
 
 
-HANDLERS = {"scale": _scale, "echo": _echo, "fresh": _fresh, "fail": _fail, "nothing": _nothing, "slow": _slow}
+def _held(call: fastsplit.Call) -> Any:
+    assert _let_go.wait(20)
+    return call.tensors
+
+
+_let_go = threading.Event()
+HANDLERS = {
+    "scale": _scale,
+    "echo": _echo,
+    "fresh": _fresh,
+    "fail": _fail,
+    "nothing": _nothing,
+    "slow": _slow,
+    "held": _held,
+}
 
 
 @pytest.fixture
@@ -289,10 +303,12 @@ def test_a_failing_handler_costs_only_its_call(channel: fastsplit.Channel) -> No
 
 
 def test_a_deadline_costs_only_its_call(channel: fastsplit.Channel) -> None:
+    _let_go.clear()
     started = time.monotonic()
-    with pytest.raises(fastsplit.DeadlineError, match=r"slow: no reply within its deadline of 0\.1 s"):
-        channel.call("slow", seconds=0.4, timeout_s=0.1)
+    with pytest.raises(fastsplit.DeadlineError, match=r"held: no reply within its deadline of 0\.1 s"):
+        channel.call("held", timeout_s=0.1)
     assert time.monotonic() - started < 0.35
+    _let_go.set()
     assert channel.call("nothing", timeout_s=5) == ()  # the late reply was read and dropped
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import signal
 import subprocess
@@ -99,6 +101,19 @@ def run(module: str, *args: str, by_path: bool = False, timeout_s: float = 60) -
     )
 
 
+def inside(module: str, *args: str) -> subprocess.CompletedProcess[str]:
+    """What `run` gives, in this process: without the second or more that Python and torch take to start.
+
+    Each kind of result and each exit code is also looked at from outside, by at least one test.
+    """
+    main = {"tee_side": tee_side.main, "gpu_side": gpu_side_script.main}[module]
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # which a script would set for itself, and for whom it starts
+        code = main(args)
+    return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
+
+
 @pytest.fixture(scope="module")
 def gpu_side(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[GpuSide, Path]]:
     directory = tmp_path_factory.mktemp("scripts")
@@ -115,7 +130,8 @@ def test_json_is_one_document_with_hf_logits(gpu_side: tuple[GpuSide, Path], pla
     ids = [5, 17, 80, 3, 3, 42]
     prompt = ",".join(map(str, ids))
     flags = ("--model", str(model), "--plan", plan, "--format", "json", "--max-new-tokens", "5")
-    done = run("tee_side", "--connect", side.uri, "--prompt-ids", prompt, *flags)
+    runs = run if plan == "folded" else inside
+    done = runs("tee_side", "--connect", side.uri, "--prompt-ids", prompt, *flags)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     report: dict[str, Any] = json.loads(done.stdout)
@@ -152,14 +168,14 @@ def test_a_plan_that_this_model_cannot_have_is_another_one_and_the_report_says_w
     side = GpuSide("--model", str(tmp_path / "model"), listen=f"unix://{tmp_path}/gpu.sock")
     try:
         flags = ("--connect", side.uri, "--model", str(tmp_path / "model"), "--prefill", "5", "--max-new-tokens", "2")
-        done = run("tee_side", *flags, "--plan", "linear", "--format", "json")
+        done = inside("tee_side", *flags, "--plan", "linear", "--format", "json")
         report = json.loads(done.stdout)
         reason = "qwen2: biases of q and k come between the products"
         assert (report["plan"], report["plan_wanted"], report["plan_reason"]) == ("folded", "linear", reason)
         assert report["rpc_calls"] == 2 * (3 * 3 + 1)
-        text = run("tee_side", *flags, "--plan", "linear").stderr
+        text = inside("tee_side", *flags, "--plan", "linear").stderr
         assert f"\nplan folded instead of linear: {reason}\n" in text
-        report = json.loads(run("tee_side", *flags, "--wire-dtype", "float16", "--format", "json").stdout)
+        report = json.loads(inside("tee_side", *flags, "--wire-dtype", "float16", "--format", "json").stdout)
         reason = "float16: the residual stream may leave its range"
         assert (report["plan"], report["plan_wanted"], report["plan_reason"]) == ("fused", "auto", reason)
         assert (report["dtype"], report["wire_dtype"], report["tee_dtype"]) == ("float32", "float16", "float16")
@@ -198,10 +214,10 @@ def test_text_goes_to_stdout_and_the_report_to_stderr(gpu_side: tuple[GpuSide, P
 def test_without_shared_memory_the_report_says_why(gpu_side: tuple[GpuSide, Path]) -> None:
     side, _ = gpu_side
     flags = ("--connect", f"{side.uri}?shm=off", "--prefill", "9", "--max-new-tokens", "1")
-    done = run("tee_side", *flags)
+    done = inside("tee_side", *flags)
     assert (done.returncode, done.stdout.count("\n")) == (0, 1), done.stderr
     assert "\nshared memory: no, off: the client's URI says shm=off\n" in done.stderr
-    report = json.loads(run("tee_side", *flags, "--format", "json").stdout)
+    report = json.loads(inside("tee_side", *flags, "--format", "json").stdout)
     assert (report["shm"], report["shm_reason"]) == (False, "off: the client's URI says shm=off")
     assert report["bytes_copied"] == report["bytes_shared"] == 0
 
@@ -209,7 +225,7 @@ def test_without_shared_memory_the_report_says_why(gpu_side: tuple[GpuSide, Path
 def test_max_new_tokens_0_stops_after_the_prompt(gpu_side: tuple[GpuSide, Path]) -> None:
     side, _ = gpu_side
     flags = ("--prefill", "20", "--max-new-tokens", "0", "--format", "json")
-    first, second = (json.loads(run("tee_side", "--connect", side.uri, *flags).stdout) for _ in range(2))
+    first, second = (json.loads(inside("tee_side", "--connect", side.uri, *flags).stdout) for _ in range(2))
     assert first["rpc_calls"] == 3 * 3 + 1
     assert (first["tokens"], first["decode_s"]) == ([], 0)
     assert first["top_logits"] == second["top_logits"], "the ids are seeded"
@@ -230,13 +246,13 @@ def test_text_prompts_with_a_tokenizer(tmp_path: Path) -> None:
     side = GpuSide("--model", str(tmp_path), listen="tcp://127.0.0.1:0")
     try:
         flags = ("--connect", side.uri, "--model", str(tmp_path), "--max-new-tokens", "6")
-        plain = json.loads(run("tee_side", *flags, "--prompt", "why is", "--format", "json").stdout)
+        plain = json.loads(inside("tee_side", *flags, "--prompt", "why is", "--format", "json").stdout)
         assert plain["prompt_tokens"] == 2
         inverse = {index: word for word, index in words.items()}
         assert plain["text"].split() == [inverse[token] for token in plain["tokens"]]
-        streamed = run("tee_side", *flags, "--prompt-file", str(tmp_path / "prompt.txt"))
+        streamed = inside("tee_side", *flags, "--prompt-file", str(tmp_path / "prompt.txt"))
         assert streamed.stdout == plain["text"] + "\n"
-        chat = json.loads(run("tee_side", *flags, "--prompt", "why is", "--format", "json", "--chat").stdout)
+        chat = json.loads(inside("tee_side", *flags, "--prompt", "why is", "--format", "json", "--chat").stdout)
         assert chat["prompt_tokens"] == 3
     finally:
         assert side.stop(signal.SIGINT) == 0
@@ -257,10 +273,13 @@ FAILURES = {
 }
 
 
+FROM_OUTSIDE = ("no flags", "no such model", "GPU side absent, unix", "no model", "model directory missing")
+
+
 @pytest.mark.parametrize("name", FAILURES)
 def test_tee_side_failures_have_one_line_and_their_code(name: str) -> None:
     args, code, text = FAILURES[name]
-    done = run("tee_side", *args)
+    done = (run if name in FROM_OUTSIDE else inside)("tee_side", *args)
     assert done.returncode == code
     assert done.stdout == ""
     assert text in done.stderr
@@ -274,7 +293,7 @@ def test_prompts_that_do_not_fit(gpu_side: tuple[GpuSide, Path]) -> None:
         (("--prompt-ids", "97"), "prompt ids 97 to 97, expected 0 to 96"),
         (("--prefill", "500", "--max-new-tokens", "13"), "the model has 512 positions"),
     ):
-        done = run("tee_side", "--connect", side.uri, *flags)
+        done = inside("tee_side", "--connect", side.uri, *flags)
         assert done.returncode == 2
         assert text in done.stderr
 
@@ -300,7 +319,7 @@ GPU_FAILURES = {
 @pytest.mark.parametrize("name", GPU_FAILURES)
 def test_gpu_side_failures_have_one_line_and_their_code(name: str) -> None:
     args, code, text = GPU_FAILURES[name]
-    done = run("gpu_side", *args)
+    done = (run if name in FROM_OUTSIDE else inside)("gpu_side", *args)
     assert done.returncode == code
     assert done.stdout == ""
     assert text in done.stderr
@@ -313,7 +332,7 @@ def test_port_and_path_in_use(gpu_side: tuple[GpuSide, Path]) -> None:
     assert (done.returncode, done.stdout) == (1, "")
     assert "Address already in use" in done.stderr
     with fastsplit.Server("tcp://127.0.0.1:0", {}) as server:
-        done = run("gpu_side", "--model", "random:tiny", "--listen", server.uri)
+        done = inside("gpu_side", "--model", "random:tiny", "--listen", server.uri)
     assert done.returncode == 1
     assert "Address already in use" in done.stderr
     with fastsplit.connect(side.uri, arrays="numpy") as channel:
@@ -391,7 +410,7 @@ def test_lanes_that_are_asked_for_run_in_each_plan(gpu_side: tuple[GpuSide, Path
     side, model = gpu_side
     flags = ("--model", str(model), "--prefill", "300", "--max-new-tokens", "2", "--format", "json", "--lanes", "2")
     found = {
-        plan: json.loads(run("tee_side", "--connect", side.uri, *flags, "--plan", plan).stdout)
+        plan: json.loads(inside("tee_side", "--connect", side.uri, *flags, "--plan", plan).stdout)
         for plan in ("folded", "linear")
     }
     assert {plan: report["lanes"] for plan, report in found.items()} == {"folded": 2, "linear": 2}
@@ -404,7 +423,7 @@ def test_a_network_link_is_measured_and_what_is_chosen_for_it_is_said(tmp_path: 
     try:
         flags = ("--connect", side.uri, "--model", str(tmp_path), "--prefill", "300", "--max-new-tokens", "3")
         forced = ("--plan", "folded", "--lanes", "3", "--cast", "float16", "--codec", "zlib")
-        done = run("tee_side", *flags, *forced, "--format", "json")
+        done = inside("tee_side", *flags, *forced, "--format", "json")
         assert done.returncode == 0, done.stderr
         report = json.loads(done.stdout)
         assert {key: type(report[key]) for key in KEYS} == KEYS
@@ -417,7 +436,7 @@ def test_a_network_link_is_measured_and_what_is_chosen_for_it_is_said(tmp_path: 
         assert cast["tensors"] > 0 and cast["ratio"] == pytest.approx(2, rel=0.1)
         for line in ("plan folded: asked for", "lanes 3: asked for", "cast float16: asked for"):
             assert f"tee_side: {line}\n" in done.stderr
-        plain = json.loads(run("tee_side", *flags, "--cast", "off", "--codec", "off", "--format", "json").stdout)
+        plain = json.loads(inside("tee_side", *flags, "--cast", "off", "--codec", "off", "--format", "json").stdout)
         assert (plain["codec"], plain["codecs"], plain["cast"]) == ("off", {}, "off")
         assert report["bytes_received"] < 0.7 * plain["bytes_received"]  # small tensors are not cast
         assert report["top_logits"][0][0] == plain["top_logits"][0][0]
@@ -433,7 +452,7 @@ def test_casts_and_codecs_that_there_are_not(capsys: pytest.CaptureFixture[str],
 
 @pytest.mark.parametrize("lanes", ["0", "-1", "17", "x"])
 def test_lanes_that_there_are_not(lanes: str) -> None:
-    done = run("tee_side", "--connect", "unix:///x", "--prefill", "1", "--lanes", lanes)
+    done = inside("tee_side", "--connect", "unix:///x", "--prefill", "1", "--lanes", lanes)
     assert (done.returncode, done.stdout) == (2, "")
     assert "--lanes" in done.stderr
 

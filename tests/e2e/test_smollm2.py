@@ -71,21 +71,29 @@ def test_logits_and_64_greedy_tokens_are_hf(directory: Path, reference: Any, uni
     model = open_model(str(directory))
     executor = Executor(model)
     assert {plan for plans in PROMPTS.values() for plan in plans} == set(PLANS)
+    prompts = [_prompt(tokenizer, prompt) for prompt in PROMPTS]
+    all_tokens = _reference_tokens(reference, prompts)
     with fastsplit.Server(unix_uri, executor.handlers, arrays="torch") as server, torch.inference_mode():
-        for prompt, plans in PROMPTS.items():
-            ids = _prompt(tokenizer, prompt)
+        for ids, tokens, plans in zip(prompts, all_tokens, PROMPTS.values(), strict=True):
             logits = reference(ids[None]).logits[0]
-            tokens = reference.generate(
-                ids[None],
-                attention_mask=torch.ones_like(ids)[None],
-                max_new_tokens=NEW_TOKENS,
-                min_new_tokens=NEW_TOKENS,
-                do_sample=False,
-            )[0, len(ids) :].tolist()
             for plan in plans:
                 with fastsplit.connect(server.uri, arrays="torch") as channel:
                     runner = Runner(RemoteModel.fetch(channel, model), channel, plan)
                     _check(runner, channel, plan, ids, logits, tokens)
+
+
+def _reference_tokens(reference: Any, prompts: list[torch.Tensor]) -> list[list[int]]:
+    """What follows each prompt. All at once, padded on the left: a step reads every weight, however many there are."""
+    width = max(map(len, prompts))
+    ids, mask = torch.zeros(2, len(prompts), width, dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = prompt
+        mask[row, width - len(prompt) :] = 1
+    generated = reference.generate(
+        ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False
+    )
+    tokens: list[list[int]] = generated[:, width:].tolist()
+    return tokens
 
 
 def _check(

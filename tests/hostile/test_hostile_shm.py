@@ -829,7 +829,7 @@ def test_servers_that_overwrite_semaphores(unix_uri: str, poison: Callable[[], b
                 for _ in range(10):
                     started = time.monotonic()
                     with pytest.raises(FastsplitError):
-                        channel.call("f", np.ones(3), timeout_s=0.05)
+                        channel.call("f", np.ones(3), timeout_s=0.02)
                     assert time.monotonic() - started < 2
         finally:
             ended.set()
