@@ -14,12 +14,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import fastsplit
 
 __all__ = ["RESULTS", "describe", "save"]
 
 RESULTS = Path(__file__).resolve().parent / "results"
-_PACKAGES = ("numpy", "flatbuffers", "torch", "msgpack", "pyzmq", "iceoryx2")
+_PACKAGES = (
+    "numpy",
+    "flatbuffers",
+    "torch",
+    "transformers",
+    "safetensors",
+    "msgpack",
+    "pyzmq",
+    "iceoryx2",
+    "grpcio",
+    "protobuf",
+    "pyarrow",
+    "msgspec",
+    "pycapnp",
+)
 
 
 def describe(command: Sequence[str]) -> dict[str, Any]:
@@ -32,6 +48,9 @@ def describe(command: Sequence[str]) -> dict[str, Any]:
         "git_changed_files": len((_output(["git", "-C", str(root), "status", "--porcelain"]) or "").splitlines()),
         "cpu": _first_value("/proc/cpuinfo", "model name") or platform.processor(),
         "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        # how OpenMP's idle threads wait decides how much of another process's core they take
+        "openmp": {key: value for key, value in os.environ.items() if key.startswith(("OMP_", "GOMP_", "KMP_"))},
         "memory": _first_value("/proc/meminfo", "MemTotal"),
         "kernel": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),

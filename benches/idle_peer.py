@@ -1,4 +1,4 @@
-"""Connections that mostly wait: the company that bench_shm.py --idle measures a matrix product in.
+"""Connections that mostly wait: the company that bench_shm.py idle measures a matrix product in.
 
     python -m benches.idle_peer serve           prints `READY URI`
     python -m benches.idle_peer call URI        prints `READY`; after the line "go" it calls, and answers "going", until

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from benches.echoes.pair import Pair
 from benches.processes import process
 from benches.rounds import interleaved
+from benches.transports.pair import Pair
 
 __all__ = ["copy_table", "idle_table", "measure_copies", "measure_idle", "measure_matmul"]
 
@@ -108,7 +108,7 @@ def measure_idle(pair: Pair, idle_s: float) -> dict[str, float]:
     client: Any = pair.client
     with pair.listening():
         for _ in range(1000):
-            client.channel("spinning").call("take")
+            client.channel("spinning").call("echo")
     with pair.listening() as served:
         cpu_s = time.process_time()
         time.sleep(idle_s)

@@ -1,4 +1,4 @@
-"""Where the microseconds of a 64-byte round trip in shared memory go: bench_shm.py --profile.
+"""Where the microseconds of a 64-byte round trip in shared memory go: bench_shm.py profile.
 
 How it is measured. A server and a channel in this very process make some calls, so that all tables, templates and
 blocks are as in the middle of a connection; then both sides are left alone, and each step is run by itself in a tight
@@ -29,8 +29,8 @@ from typing import Any
 import torch
 
 import fastsplit
-from benches.echoes.pair import open_pairs
 from benches.rounds import progress
+from benches.transports.pair import open_pairs
 from fastsplit.schema.decoder import Decoder
 from fastsplit.schema.limits import Limits
 from fastsplit.tensors import arrays, share
@@ -42,7 +42,7 @@ from fastsplit.wire.ring import RING_NBYTES, SLOT_NBYTES, SLOTS, RingLink
 
 __all__ = ["measure", "table"]
 
-_OURS = "fastsplit shm, torch"
+_OURS = "shm: fastsplit"
 _REPEATS = 4000  # of a step, in each round
 _BATCH = SLOTS // 2  # frames that go into the ring before they are taken out again
 _LENT = 10**9  # loans that are made up, so that one can come back over and over
@@ -97,7 +97,7 @@ def _round_trip_us(rounds: int, cpu: int | None) -> float:
         pair = pairs[_OURS]
         pair.prepare(64)
         pair.run(64, "spinning", 2000)
-        figures = [pair.run(64, "spinning", 2000)[0] / 2000 * 1e6 for _ in range(rounds)]
+        figures = [pair.run(64, "spinning", 2000).wall_s / 2000 * 1e6 for _ in range(rounds)]
         pair.release(64)
     return statistics.median(figures)
 

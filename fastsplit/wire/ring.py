@@ -17,7 +17,7 @@ locked instruction is one. Elsewhere a side takes and posts one shared semaphore
 one comes first, and the other then sees what was written before it. Who cannot get it (for an instant, if the other is
 honest) rings without looking, or sleeps for a millisecond only. Measured against sleeping in sem_clockwait (docs/
 design.md): a wake-up takes the same time, and the end of the peer is an event (the end of the stream) instead of
-something to look for now and then; so an idle connection uses no CPU at all, and a killed peer is noticed at once.
+something to look for now and then; so an idle connection hardly uses any CPU, and a killed peer is noticed at once.
 
 Rules. The slot is copied out before anything of it is looked at. Whatever a hostile peer writes into the ring, this
 side's memory stays its own: counts that are wrong make it read bytes that are not a frame, which the session refuses.

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,13 @@ import torch
 import zmq
 import zmq.utils.garbage
 
-from benches.echoes import ECHOES
-from benches.echoes.pair import Pair
 from benches.rivals.backend import RivalBackend, rival_runner
 from benches.rivals.messages import MESSAGES, Messages
 from benches.rivals.raw_socket import one_way_bytes_per_s
 from benches.rivals.service import RivalService
 from benches.rounds import interleaved
+from benches.transports import TRANSPORTS
+from benches.transports.pair import Pair
 from fastsplit import Server, connect
 from fastsplit.errors import DeadlineError, RemoteOpError
 from fastsplit.executor import Executor
@@ -282,90 +283,134 @@ def test_the_raw_socket_has_a_rate(kind: str, buffers: int) -> None:
     assert 1e6 < rate < 1e12
 
 
-# ---- echoes ----------------------------------------------------------------------------------------------------------
+# ---- transports ------------------------------------------------------------------------------------------------------
 
-RIVAL_ECHOES = [name for name in ECHOES if not name.startswith("fastsplit")]
+RIVAL_TRANSPORTS = [name for name in TRANSPORTS if "fastsplit" not in name]
+_BY_CLASS = {(TRANSPORTS[name].module, TRANSPORTS[name].prefix): name for name in RIVAL_TRANSPORTS}
 
 
-def bench_shm(output: Path, *options: str) -> tuple[dict[str, Any], str]:
-    """The command's JSON, and what it wrote."""
-    run = subprocess.run(
-        [sys.executable, "-m", "benches.bench_shm", "--rounds", "1", *options, "--output", str(output)],
-        cwd=Path(__file__).resolve().parents[2],
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+def run_python(*arguments: str) -> str:
+    """What it wrote to stderr."""
+    root = Path(__file__).resolve().parents[2]
+    run = subprocess.run([sys.executable, *arguments], cwd=root, capture_output=True, text=True, timeout=100)
     assert run.returncode == 0, run.stderr
-    return json.loads(output.read_text()), run.stdout
+    return run.stderr
 
 
 def shm_names() -> set[str]:
     """What the rivals may have in /dev/shm."""
-    return {
-        path.name for path in Path("/dev/shm").iterdir() if path.name.startswith(("fastsplit_bench_", "psm_", "torch_"))
-    }
+    prefixes = ("fastsplit_bench_", "psm_", "torch_", "sem.mp-")
+    return {path.name for path in Path("/dev/shm").iterdir() if path.name.startswith(prefixes)}
 
 
-@pytest.mark.slow
-def test_every_rival_brings_the_bytes_back_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    before = shm_names()
-    result, text = bench_shm(tmp_path / "result.json", "--sizes", "64 B", "8 MiB", "--only", *RIVAL_ECHOES)
-    assert all("No module" in reason or "bytes free" in reason for reason in result["left_out"].values())
-    measured = {(one["system"], one["mode"], one["size"]): one for one in result["round_trips"]}
-    for name in RIVAL_ECHOES:
-        assert name in result["left_out"] or name in text
-    assert measured["unix socket", "sleeping", "64 B"]["times_unix_socket"] == 1.0
-    for one in measured.values():
-        assert len(one["round_trip_us"]) == 1
-        assert 0 < one["median_us"] < 1e6
-        assert one["cpu_us"] > 0
+def assert_nothing_left(before: set[str]) -> None:
     deadline = time.monotonic() + 5
-    while left := shm_names() - before:  # torch has a process of its own for that
+    while left := shm_names() - before:  # torch and multiprocessing have a process of their own for that
         assert time.monotonic() < deadline, left
         time.sleep(0.05)
 
 
+@contextmanager
+def connected(name: str, nbytes: int) -> Iterator[Pair]:
+    pair = Pair(name, None)
+    try:
+        pair.connect()
+        pair.prepare(nbytes)
+        yield pair
+    finally:
+        pair.close()
+
+
+def ones(nbytes: int) -> Any:
+    return np.ones(nbytes, np.uint8)
+
+
 @pytest.mark.slow
-def test_fastsplit_beside_them_goes_by_reference_and_copies_once(tmp_path: Path) -> None:
-    result, text = bench_shm(tmp_path / "result.json", "--sizes", "64 B", "8 MiB", "--only", "fastsplit")
-    assert not result["left_out"]
-    measured = {(one["system"], one["mode"], one["size"]): one["median_us"] for one in result["round_trips"]}
-    for mode in ("spinning", "sleeping"):
-        by_reference, by_socket = (measured[f"fastsplit {link}, numpy", mode, "8 MiB"] for link in ("shm", "unix"))
-        assert by_reference < by_socket
-    (copied,) = result["copies"]
-    assert copied["size"] == "8 MiB"
-    assert copied["share_of_numpy"] > 0
-    assert "a copy into the arena" in text
+def test_every_rival_brings_the_bytes_there_and_back_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    before, output = shm_names(), tmp_path / "result.json"
+    options = ["--rounds", "1", "--quick", "--round-s", "0.01", "--sizes", "64", "65536", "--output", str(output)]
+    # each of them over one kind of link; torch's own, which take long to start, are in the next test
+    names = [name for name in _BY_CLASS.values() if TRANSPORTS[name].module != "torch_tensors"]
+    wrote = run_python("-m", "benches.bench_transport", *options, "--only", *names)
+    result = json.loads(output.read_text())
+    assert all("No module" in reason or "bytes free" in reason for reason in result["left_out"].values()), wrote
+    rows = {(row["what"], row["system"], row["nbytes"]): row for row in result["rows"]}
+    for name in names:
+        if name not in result["left_out"]:
+            for nbytes in (64, 65536):
+                assert ("round trip", name, nbytes) in rows or ("one way", name, nbytes) in rows, name
+    for row in rows.values():
+        assert len(row["p50_us"]) == (row["what"] == "round trip")
+        assert 0 < row["median"]["mean_us"] < 1e6
+        assert row["link"] == row["system"].partition(":")[0]
+    assert_nothing_left(before)
 
 
-def test_the_steps_of_a_round_trip_add_up(tmp_path: Path) -> None:
-    profile = bench_shm(tmp_path / "result.json", "--profile")[0]["profile"]
-    assert sum(step["total_ns"] for step in profile["steps"] if not step["part"]) == pytest.approx(
-        profile["sum_us"] * 1e3
-    )
-    assert all(step["ns"] > 0 for step in profile["steps"])
-    assert profile["sum_us"] + profile["rest_us"] == pytest.approx(profile["round_trip_us"])
+KILLED = """
+import os, signal, sys, threading
+import numpy as np
+from benches.transports.pair import Pair
+
+for name in sys.argv[1:]:
+    try:
+        pair = Pair(name, None)
+    except ImportError:
+        continue
+    try:
+        pair.connect()
+        pair.prepare(4096)
+        mode = pair.client.modes[0]
+        pair.check(4096, mode)
+        pair.push(np.ones(4096, np.uint8), mode, 30, mark=True)  # more than there are slots of any kind
+        os.kill(pair.pid, signal.SIGKILL)
+    finally:
+        pair.close()
+    assert threading.active_count() == 1, name
+"""
+
+
+@pytest.mark.slow
+def test_a_peer_that_is_killed_leaves_nothing_behind_either() -> None:
+    before = shm_names()
+    names = [name for name in RIVAL_TRANSPORTS if name.startswith("shm: ")]
+    run_python("-c", KILLED, *names)
+    assert_nothing_left(before)
 
 
 def test_a_rival_that_brings_other_bytes_back_ends_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
-    pair = Pair("unix socket", None)
-    try:
-        pair.connect()
-        pair.prepare(64)
+    with connected("unix: raw socket", 64) as pair:
         pair.check(64, "sleeping")
         pair.check(64, "spinning")
-        wall_s, client_cpu_s, peer_cpu_s = pair.run(64, "sleeping", 50)
-        assert wall_s > 0
-        assert client_cpu_s >= 0
-        assert peer_cpu_s >= 0
+        figures = pair.run(64, "sleeping", 50)
+        assert len(figures.trips_ns) == 50
+        assert 0 < sum(figures.trips_ns) / 1e9 <= figures.wall_s
+        assert figures.client_cpu_s >= 0
+        assert figures.peer_cpu_s >= 0
         honest = pair.client.marked
         monkeypatch.setattr(pair.client, "marked", lambda run, message: honest(run, message)[::-1])
-        with pytest.raises(SystemExit, match="unix socket, 64 bytes, sleeping: the reply is not what it should be"):
+        message = "unix: raw socket, 64 bytes, sleeping: the reply is not what it should be"
+        with pytest.raises(SystemExit, match=message):
             pair.check(64, "sleeping")
-    finally:
-        pair.close()
+
+
+def test_a_rival_that_brings_others_one_way_ends_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    with connected("unix: multiprocessing Pipe", 64) as pair:
+        pair.push(ones(64), "sleeping", 3, mark=True)
+        honest = pair.client.push
+        monkeypatch.setattr(pair.client, "push", lambda run, message: honest(run, message + np.uint8(1)))
+        pair.push(ones(64), "sleeping", 3)  # nobody looks
+        with pytest.raises(SystemExit, match="64 bytes one way: what came is not what was sent"):
+            pair.push(ones(64), "sleeping", 3, mark=True)
+
+
+def test_a_rival_that_loses_a_message_ends_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    with connected("shm: memcpy", 64) as pair:
+        run_of = pair._run
+        monkeypatch.setattr(
+            pair, "_run", lambda nbytes, mode, count, **options: run_of(nbytes, mode, count - 1, **options)
+        )
+        with pytest.raises(SystemExit, match="shm: memcpy, one way: 2 messages came, expected 3"):
+            pair.push(ones(64), "sleeping", 3)
 
 
 def test_systems_take_turns_at_being_first() -> None:

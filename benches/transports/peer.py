@@ -1,10 +1,11 @@
-"""The process with an echo's answering end.
+"""The process with a transport's other end.
 
-    python -m benches.echoes.peer "iceoryx2" [--cpu N]
+    python -m benches.transports.peer "shm: iceoryx2" [--cpu N]
 
 Prints `READY` and its address as JSON. Then for each line on stdin, a `Run` as JSON, prints `go`, serves it, waits for
-the line "end", and prints {"cpu_s": ...}: what this process used between the two. Ends when stdin does, and with who
-started it, even if that is killed while this one spins.
+the line "end", and prints {"cpu_s": ..., "taken": ..., "crc32": ...}: what this process used between the two, how many
+messages came one way, and the checksum of the last if the run says to look. Ends when stdin does, and with who started
+it, even if that is killed while this one spins.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import signal
 import sys
 import tempfile
 import time
+import zlib
 from pathlib import Path
 
-from . import ECHOES, Run, load
+from . import TRANSPORTS, Run, bytes_of, load
 
 __all__ = ["main"]
 
@@ -27,8 +29,8 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benches.echoes.peer", description=__doc__.partition("\n")[0])
-    parser.add_argument("echo", choices=ECHOES)
+    parser = argparse.ArgumentParser(prog="python -m benches.transports.peer", description=__doc__.partition("\n")[0])
+    parser.add_argument("transport", choices=TRANSPORTS)
     parser.add_argument("--cpu", type=int, help="the only CPU to run on")
     args = parser.parse_args(argv)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -36,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         os.sched_setaffinity(0, {args.cpu})  # before any thread starts: they inherit it
     with tempfile.TemporaryDirectory(prefix="fastsplit-bench-") as directory:
         try:
-            peer = load(args.echo, "Peer")(Path(directory))
+            peer = load(args.transport, "Peer")(Path(directory), TRANSPORTS[args.transport].link)
         except (ImportError, OSError) as error:
             print("UNABLE", error, flush=True)
             return 1
@@ -44,13 +46,21 @@ def main(argv: list[str] | None = None) -> int:
         try:
             for line in sys.stdin:
                 run = Run(**json.loads(line))
+                peer.taken, peer.last = 0, None
                 peer.prepare(run)
                 started_s = time.process_time()
                 print("go", flush=True)
-                peer.serve(run)
+                if run.one_way:
+                    peer.take(run)
+                else:
+                    peer.serve(run)
                 sys.stdin.readline()
-                print(json.dumps({"cpu_s": time.process_time() - started_s}), flush=True)
+                said = {"cpu_s": time.process_time() - started_s, "taken": peer.taken}
+                if run.mark and peer.last is not None:
+                    said["crc32"] = zlib.crc32(bytes_of(peer.last))
+                print(json.dumps(said), flush=True)
         finally:
+            peer.last = None
             peer.close()
     return 0
 

@@ -1,13 +1,14 @@
-"""A system's two ends, and the benchmark's side of the conversation with the peer's process."""
+"""A transport's two ends, and the benchmark's side of the conversation with the peer's process."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,16 +16,26 @@ import numpy as np
 from benches.processes import Process
 from benches.rounds import progress
 
-from . import Client, Run, load
+from . import TRANSPORTS, Bytes, Client, Run, load
 
-__all__ = ["Pair", "open_pairs"]
+__all__ = ["Figures", "Pair", "open_pairs"]
 
-_NEEDS_DEV_SHM = ("shared_memory", "torch")
+_NEEDS_DEV_SHM = ("shared_block", "torch_tensors")
 _MARGIN_NBYTES = 64 * 1024**2
 
 
+@dataclass(frozen=True)
+class Figures:
+    """What a run took. `trips_ns`: each round trip."""
+
+    wall_s: float
+    client_cpu_s: float
+    peer_cpu_s: float
+    trips_ns: list[float]
+
+
 class Pair:
-    """A system's two ends: the client here, the peer in a process of its own."""
+    """A transport's two ends: the client here, the peer in a process of its own."""
 
     client: Client
 
@@ -33,7 +44,7 @@ class Pair:
         self._places: dict[int, str] = {}
         load(name, "Client")  # raises before a process is started
         options = [] if cpu is None else ["--cpu", str(cpu)]
-        self._process = Process("benches.echoes.peer", name, *options, wait=False)
+        self._process = Process("benches.transports.peer", name, *options, wait=False)
 
     @property
     def pid(self) -> int:
@@ -49,9 +60,12 @@ class Pair:
         if hasattr(self, "client"):
             self.client.close()
 
-    def takes(self, nbytes: int, mode: str) -> bool:
+    def takes(self, nbytes: int, mode: str, one_way: bool = False) -> bool:
+        """Whether it has that. One way it is measured in its first mode alone."""
         client = self.client
-        return mode in client.modes and (not client.sizes_nbytes or nbytes in client.sizes_nbytes)
+        if nbytes > client.most_nbytes or (client.sizes_nbytes and nbytes not in client.sizes_nbytes):
+            return False
+        return client.has_one_way and mode == client.modes[0] if one_way else mode in client.modes
 
     def prepare(self, nbytes: int) -> None:
         self._places[nbytes] = self.client.prepare(nbytes)
@@ -60,15 +74,29 @@ class Pair:
         self._places.pop(nbytes)
         self.client.release(nbytes)
 
-    def run(self, nbytes: int, mode: str, count: int) -> tuple[float, float, float]:
-        """Seconds for `count` trips: wall, this side's CPU, the peer's CPU."""
-        run = self._run(nbytes, mode, count)
-        with self._serving(run) as served:
+    def run(self, nbytes: int, mode: str, count: int) -> Figures:
+        """`count` round trips."""
+        with self._serving(self._run(nbytes, mode, count)) as served:
             cpu_s, wall_s = time.process_time(), time.perf_counter()
-            self.client.trips(run)
+            trips_ns = self.client.trips(self._run(nbytes, mode, count))
             wall_s = time.perf_counter() - wall_s
             cpu_s = time.process_time() - cpu_s
-        return wall_s, cpu_s, served["cpu_s"]
+        return Figures(wall_s, cpu_s, served["cpu_s"], trips_ns)
+
+    def push(self, message: Bytes, mode: str, count: int, *, mark: bool = False) -> Figures:
+        """`message` one way, `count` times. Ends the benchmark if another number of messages came, or, with `mark`,
+        if the last one is not what was sent."""
+        run = self._run(message.nbytes, mode, count, one_way=True, mark=mark)
+        with self._serving(run) as served:
+            cpu_s, wall_s = time.process_time(), time.perf_counter()
+            self.client.push(run, message)
+            wall_s = time.perf_counter() - wall_s
+            cpu_s = time.process_time() - cpu_s
+        if served["taken"] != count:
+            raise SystemExit(f"{self.name}, one way: {served['taken']} messages came, expected {count}")
+        if mark and not self.client.checks_itself and served["crc32"] != zlib.crc32(message):
+            raise SystemExit(f"{self.name}, {message.nbytes} bytes one way: what came is not what was sent")
+        return Figures(wall_s, cpu_s, served["cpu_s"], [])
 
     def check(self, nbytes: int, mode: str) -> None:
         """Sends bytes, and ends the benchmark if others come back than those, each with one added by the peer."""
@@ -79,8 +107,8 @@ class Pair:
         if not np.array_equal(reply, message + np.uint8(1)):
             raise SystemExit(f"{self.name}, {nbytes} bytes, {mode}: the reply is not what it should be")
 
-    def _run(self, nbytes: int, mode: str, count: int, *, mark: bool = False) -> Run:
-        return Run(nbytes, count, mode == "spinning", mark, self._places[nbytes])
+    def _run(self, nbytes: int, mode: str, count: int, *, one_way: bool = False, mark: bool = False) -> Run:
+        return Run(nbytes, count, mode == "spinning", one_way, mark, self._places[nbytes])
 
     @contextmanager
     def listening(self) -> Iterator[dict[str, float]]:
@@ -114,7 +142,7 @@ def open_pairs(
     starting, left_out = {}, {}
     room_nbytes = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
     for name in names:
-        if name.startswith(_NEEDS_DEV_SHM) and room_nbytes < most_nbytes + _MARGIN_NBYTES:
+        if TRANSPORTS[name].module in _NEEDS_DEV_SHM and room_nbytes < 4 * most_nbytes + _MARGIN_NBYTES:
             left_out[name] = f"{room_nbytes} bytes free in /dev/shm"
             continue
         try:

@@ -1,0 +1,323 @@
+"""Transports, side by side: round trips and one-way throughput, 64 bytes to 128 MiB, over shared memory, unix and tcp.
+
+    python -m benches.bench_transport                            everything
+    python -m benches.bench_transport --quick                    three sizes, three short rounds: every transport
+    python -m benches.bench_transport --links shm --sizes 64 8388608 --only iceoryx2 fastsplit
+
+transports/ has fastsplit, what one would use instead, and floors: a bare socket, and a copy within one process. It says
+what each of them does and does not do, what a round trip and one way are, and how the bytes are checked.
+
+How it is measured. Each end is a process of its own, on a core of its own where there are two. Transports of one link
+take turns in every round, in changing order, and only one is at work at any moment: the others sleep. How many messages
+a round has is settled before, so that it takes about as long for all of them; the first ones are not timed. Whoever
+does not answer within a minute is left out, and the JSON says so.
+
+What the columns are. p50, p99: of all single round trips, the former by round and the median of these, the latter of
+all rounds together. Of a pipelined transport it is what a call adds, not how long it takes. GB/s: messages of that size
+one way, until the sender knows that all have arrived. CPU: of both ends together, in us a message. x floor: times the
+bare socket of that link in the same mode, on shm times a copy there and back. In the JSON is every round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benches.environment import RESULTS, describe, save
+from benches.placement import on_cpu, separate_cpus
+from benches.processes import OthersCpu
+from benches.rounds import interleaved, progress
+from benches.transports import LINKS, TRANSPORTS, Bytes
+from benches.transports.pair import Figures, Pair, open_pairs
+
+__all__ = ["SIZES_NBYTES", "main"]
+
+SIZES_NBYTES = (64, 1024, 8 * 1024, 64 * 1024, 1024**2, 8 * 1024**2, 128 * 1024**2)
+QUICK_SIZES_NBYTES = (64, 64 * 1024, 8 * 1024**2)
+MODES = ("spinning", "sleeping")
+ROUND_TRIP, ONE_WAY = "round trip", "one way"
+MAX_COUNT = 2000  # messages a round, however quick they are ...
+MIN_ONE_WAY = 4  # ... and never fewer than so many one way: the first one has nobody to overlap with
+ANSWER_S = 60
+
+
+@dataclass
+class Series:
+    """One transport's messages of one size, in one mode; by round, microseconds a message."""
+
+    what: str
+    link: str
+    system: str
+    nbytes: int
+    mode: str
+    count: int
+    mean_us: list[float] = field(default_factory=list)
+    p50_us: list[float] = field(default_factory=list)
+    p99_us: list[float] = field(default_factory=list)
+    client_cpu_us: list[float] = field(default_factory=list)
+    peer_cpu_us: list[float] = field(default_factory=list)
+    trips_us: list[float] = field(default_factory=list)
+    """All of them, of all rounds: not in the JSON, p99 is."""
+
+    def add(self, figures: Figures) -> None:
+        self.mean_us.append(figures.wall_s / self.count * 1e6)
+        self.client_cpu_us.append(figures.client_cpu_s / self.count * 1e6)
+        self.peer_cpu_us.append(figures.peer_cpu_s / self.count * 1e6)
+        if figures.trips_ns:
+            trips_us = np.asarray(figures.trips_ns) / 1e3
+            self.p50_us.append(float(np.percentile(trips_us, 50)))
+            self.p99_us.append(float(np.percentile(trips_us, 99)))
+            self.trips_us += trips_us.tolist()
+
+    def median(self) -> dict[str, float | None]:
+        mean_us = statistics.median(self.mean_us)
+        return {
+            "p50_us": statistics.median(self.p50_us) if self.p50_us else None,
+            "p99_us": float(np.percentile(self.trips_us, 99)) if self.trips_us else None,
+            "mean_us": mean_us,
+            "cpu_us": statistics.median(self.client_cpu_us) + statistics.median(self.peer_cpu_us),
+            "gbytes_per_s": self.nbytes / mean_us / 1e3,
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        described = {name: value for name, value in vars(self).items() if name != "trips_us"}
+        return {**described, "median": self.median()}
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _answering() -> Iterator[None]:
+    """TimeoutError if what is inside takes more than a minute."""
+
+    def too_late(*_: object) -> None:
+        raise TimeoutError(f"no answer within {ANSWER_S} s")
+
+    before = signal.signal(signal.SIGALRM, too_late)
+    signal.alarm(ANSWER_S)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class _Link:
+    """All transports of one link, as far as they answer."""
+
+    def __init__(self, link: str, pairs: dict[str, Pair], left_out: dict[str, str], args: argparse.Namespace) -> None:
+        self._link = link
+        self._pairs = pairs
+        self._left_out = left_out
+        self._args = args
+
+    def measure(self, nbytes: int) -> list[Series]:
+        message = np.frombuffer(bytearray(np.random.default_rng(nbytes).bytes(nbytes)), np.uint8)
+        for name in list(self._pairs):
+            if any(self._pairs[name].takes(nbytes, mode) for mode in MODES):
+                self._try(name, lambda pair: pair.prepare(nbytes))
+        found: list[Series] = []
+        for mode in MODES:
+            found += self._compare(ROUND_TRIP, nbytes, mode, message)
+        found += self._compare(ONE_WAY, nbytes, "", message)
+        for name in list(self._pairs):
+            if any(self._pairs[name].takes(nbytes, mode) for mode in MODES):
+                self._try(name, lambda pair: pair.release(nbytes))
+        return found
+
+    def _compare(self, what: str, nbytes: int, mode: str, message: Bytes) -> list[Series]:
+        series = []
+        for name in list(self._pairs):
+            one_way = what == ONE_WAY
+            its_mode = mode or self._pairs[name].client.modes[0]
+            if self._pairs[name].takes(nbytes, its_mode, one_way):
+                one = Series(what, self._link, name, nbytes, its_mode, 1)
+                if self._try(name, lambda pair, one=one: self._settle(pair, one, message)):
+                    series.append(one)
+        group = [one.system for one in series]
+        by_system = {one.system: one for one in series}
+        for name in interleaved([group], self._args.rounds, f"{self._link}, {_size(nbytes)}, {what} {mode}".rstrip()):
+            if name in self._pairs:
+                self._try(name, lambda pair, one=by_system[name]: one.add(_run(pair, one, one.count, message)))
+        return [one for one in series if len(one.mean_us) == self._args.rounds]
+
+    def _settle(self, pair: Pair, one: Series, message: Bytes) -> None:
+        """Looks at the bytes, warms up, and finds how many messages a round has."""
+        if one.what == ONE_WAY:
+            pair.push(message, one.mode, 2, mark=True)
+        else:
+            pair.check(one.nbytes, one.mode)
+        least = MIN_ONE_WAY if one.what == ONE_WAY else 1
+        count, wall_s = least, _run(pair, one, least, message).wall_s
+        while wall_s < self._args.round_s / 2 and count < MAX_COUNT:
+            count = min(max(int(self._args.round_s / 2 / wall_s * count), 2 * count), 10 * count, MAX_COUNT)
+            wall_s = _run(pair, one, count, message).wall_s
+        one.count = min(max(int(self._args.round_s / wall_s * count), least), MAX_COUNT)
+
+    def _try(self, name: str, do: Callable[[Pair], object]) -> bool:
+        """Whether it went well; if not, this transport is out."""
+        try:
+            with _answering():
+                do(self._pairs[name])
+        except (OSError, RuntimeError) as error:
+            self._left_out[name] = f"{type(error).__name__}: {error}"
+            progress(f"left out from here on: {name}: {self._left_out[name]}")
+            self._pairs.pop(name)
+            return False
+        return True
+
+
+def _run(pair: Pair, one: Series, count: int, message: Bytes) -> Figures:
+    if one.what == ONE_WAY:
+        return pair.push(message, one.mode, count)
+    return pair.run(one.nbytes, one.mode, count)
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def _table(series: Sequence[Series]) -> str:
+    lines = []
+    sizes = sorted({one.nbytes for one in series})
+    medians = {(one.what, one.system, one.mode, one.nbytes): one.median() for one in series}
+    for link in dict.fromkeys(one.link for one in series):
+        for what in (ROUND_TRIP, ONE_WAY):
+            rows = list(dict.fromkeys((one.system, one.mode) for one in series if (one.link, one.what) == (link, what)))
+            unit = (
+                f"{'p50 us':>9}{'x floor':>9}{'p99':>9}{'CPU':>9}" if what == ROUND_TRIP else f"{'GB/s':>9}{'CPU':>9}"
+            )
+            lines += ["", f"{link}, {what:<38}" + "".join(f"{_size(nbytes):>{len(unit)}}" for nbytes in sizes)]
+            lines.append(f"{'':<44}" + unit * len(sizes))
+            for system, mode in sorted(rows, key=lambda row: MODES.index(row[1])):
+                cells = []
+                for nbytes in sizes:
+                    median = medians.get((what, system, mode, nbytes))
+                    floor = medians.get((what, f"{link}: raw socket", mode, nbytes))
+                    if link == "shm":
+                        floor = medians.get((what, "shm: memcpy", "sleeping", nbytes))
+                    cells.append(_cells(what, median, floor) if median else " " * len(unit))
+                label = f"{system.partition(': ')[2]}{', sleeping' if mode == 'sleeping' else ''}"
+                lines.append(f"{label:<44}" + "".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _cells(what: str, median: dict[str, Any], floor: dict[str, Any] | None) -> str:
+    if what == ONE_WAY:
+        return f"{_short(median['gbytes_per_s']):>9}{_short(median['cpu_us']):>9}"
+    times = "-" if floor is None else _short(median["p50_us"] / floor["p50_us"])
+    return f"{_short(median['p50_us']):>9}{times:>9}{_short(median['p99_us']):>9}{_short(median['cpu_us']):>9}"
+
+
+def _short(figure: float) -> str:
+    """Three digits, or as many as stand before the point."""
+    return f"{figure:.3g}" if figure < 100 else f"{figure:.0f}"
+
+
+def _size(nbytes: int) -> str:
+    for unit, name in ((1024**2, "MiB"), (1024, "KiB")):
+        if nbytes >= unit:
+            return f"{nbytes / unit:g} {name}"
+    return f"{nbytes} B"
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benches.bench_transport", description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="three sizes, and three short rounds")
+    parser.add_argument("--links", nargs="+", choices=LINKS, default=list(LINKS))
+    parser.add_argument(
+        "--sizes", nargs="+", type=int, metavar="NBYTES", help="multiples of 4 (default: 64 to 128 MiB)"
+    )
+    parser.add_argument("--only", nargs="+", metavar="TEXT", help="transports with TEXT in their names")
+    parser.add_argument("--rounds", type=int, help="default: 5, with --quick 3")
+    parser.add_argument("--round-s", type=float, help="how long a transport's round is, about (default: 0.1, 0.03)")
+    parser.add_argument("--not-pinned", action="store_true", help="both ends where the scheduler puts them")
+    parser.add_argument("--output", type=Path, help="the JSON file (default: benches/results/transport.json)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = _parser()
+    args = parser.parse_args(argv)
+    args.rounds = args.rounds or (3 if args.quick else 5)
+    args.round_s = args.round_s or (0.03 if args.quick else 0.1)
+    args.sizes = sorted(args.sizes or (QUICK_SIZES_NBYTES if args.quick else SIZES_NBYTES))
+    if args.rounds < 1 or args.round_s <= 0 or any(nbytes < 4 or nbytes % 4 for nbytes in args.sizes):
+        parser.error("--rounds must be 1 or more, --round-s above 0, --sizes multiples of 4")
+    chosen = [name for name in TRANSPORTS if not args.only or any(text in name for text in args.only)]
+    names = {link: [name for name in chosen if TRANSPORTS[name].link == link] for link in args.links}
+    if not any(names.values()):
+        parser.error(f"--only {' '.join(args.only)}: no such transport, of {', '.join(TRANSPORTS)}")
+    environment = describe(["python", "-m", "benches.bench_transport", *argv])
+    cpus = None if args.not_pinned else separate_cpus()
+    near, far = cpus or (None, None)
+    series: list[Series] = []
+    systems: dict[str, Any] = {}
+    left_out: dict[str, str] = {}
+    others_cpu_s: dict[str, float | None] = {}
+    for link in args.links:
+        with on_cpu(near), ExitStack() as stack:
+            pairs, missing = open_pairs(stack, names[link], far, max(args.sizes))
+            left_out.update(missing)
+            systems.update({name: _described(name, pair) for name, pair in pairs.items()})
+            others = OthersCpu(os.getpid(), *(pair.pid for pair in pairs.values()))
+            measured = _Link(link, pairs, left_out, args)
+            for nbytes in args.sizes:
+                series += measured.measure(nbytes)
+            others_cpu_s[link] = others.seconds()
+    print(_table(series))
+    for name, reason in left_out.items():
+        print(f"left out: {name}: {reason}")
+    used = ", ".join(f"{link} {seconds:.1f} s" for link, seconds in others_cpu_s.items() if seconds is not None)
+    print(f"CPU time of other programs meanwhile: {used}")
+    environment["load_average_after"] = os.getloadavg()
+    result = {
+        "environment": environment,
+        "placement": "not pinned" if cpus is None else f"client on CPU {near}, peer on CPU {far}",
+        "parameters": {
+            "rounds": args.rounds,
+            "round_s": args.round_s,
+            "sizes_nbytes": args.sizes,
+            "max_count": MAX_COUNT,
+            "min_one_way": MIN_ONE_WAY,
+        },
+        "others_cpu_s": others_cpu_s,
+        "left_out": left_out,
+        "systems": systems,
+        "rows": [one.as_dict() for one in series],
+    }
+    print(save("transport", result, args.output or RESULTS / "transport.json"))
+    return 0
+
+
+def _described(name: str, pair: Pair) -> dict[str, Any]:
+    client = pair.client
+    return {
+        "link": TRANSPORTS[name].link,
+        "label": TRANSPORTS[name].label,
+        "floor": client.how == "floor",
+        "latency": client.is_latency,
+        "how": client.how,
+        "copies": client.copies,
+        "writable": client.writable,
+        "safe": client.safe,
+        "note": client.note,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
