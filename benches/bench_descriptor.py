@@ -18,7 +18,7 @@ import flatbuffers
 import msgpack
 import pytest
 
-from benches.environment import describe, save
+from benches.environment import RESULTS, describe, save
 from fastsplit.schema import message_generated as gen
 from fastsplit.schema.decoder import Decoder
 from fastsplit.schema.descriptor import Attrs
@@ -44,7 +44,13 @@ def _saved() -> Iterator[None]:
     yield
     if _results:
         command = ["python", "-m", "pytest", "benches/bench_descriptor.py"]
-        print(save("descriptor", {"environment": describe(command), "unit": "us", "systems": _results}))
+        print(
+            save(
+                "descriptor",
+                {"environment": describe(command), "unit": "us", "systems": _results},
+                RESULTS / "descriptor.json",
+            )
+        )
 
 
 @pytest.mark.parametrize("attrs", ATTRS.values(), ids=ATTRS)

@@ -1,0 +1,344 @@
+"""What it costs to make bytes of a message with tensors, and tensors of bytes: fastsplit beside its rivals.
+
+    python -m benches.bench_serialization                    2 passes: 3 to 4 minutes, 2 GB
+    python -m benches.bench_serialization --quick            1 pass, 128 MiB in float32 alone: a minute
+    python -m benches.bench_serialization --only "arrow" "fastsplit" "row-float32"
+    python -m pytest benches/bench_serialization.py          one pass, with pytest-benchmark's own tables
+    pytest-benchmark compare A.json B.json                   two results, from before and after a change
+
+Messages. "row": a hidden state of one token, [1, 2048]. "hidden": of a prompt, [1024, 2048]. "scores": of 32 heads,
+[32, 1024, 1024], 128 MiB in float32. "qkv": what a projection gives for a prompt where eight query heads share keys
+and values, [1024, 2048] and twice [1024, 256]. Each goes with an op and two attributes, where the format can say them
+(`general`). Each in float32 and in bfloat16.
+
+What is measured. "encode": from tensors to buffers that `socket.sendmsg` takes. "decode": from what a receiver has read
+(serializers/__init__.py: what that is) to tensors that may be written to. "both": one after the other, the decoder with
+bytes that were received before, since no socket is between them. The socket itself is in none of them. Each contestant
+encodes a message of the same kind again and again, as in a model: what it keeps between them is warm. Memory that it
+asks for anew is not, and its page faults are part of its time, as they would be; what it made is let go of before the
+next one.
+
+The floor is numpy's copy of the payload from warm memory into warm memory: once to encode, once to decode, so twice in
+"both". "x" is how many times that; far below 1 means that the payload was not touched.
+
+Rules. Values, dtype, shape, op and attributes of what came out are checked after the time was taken, and that it can be
+written to; what is wrong fails. What is not installed is skipped, and says so. No garbage is collected meanwhile. In
+each pass every contestant has its block of rounds; every other pass goes in reversed order, and the result is the
+median of the passes' medians, so that what drifts favours nobody. The JSON is pytest-benchmark's own, its `stats` over
+all passes: medians of each figure, but the least minimum, the greatest maximum, and all rounds; `extra_info` has each
+pass's median, what is counted (`wire_nbytes`) and what contestants say of themselves (`copies_encode`, `safe`, ...).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benches.environment import RESULTS
+from benches.rounds import progress
+from benches.serializers import FLOOR, SERIALIZERS, Message, Serializer, open_serializer
+from benches.serializers.serializer import wire_nbytes
+
+__all__ = ["MESSAGES", "check", "main", "merge", "table"]
+
+MESSAGES: dict[str, tuple[tuple[int, ...], ...]] = {
+    "row": ((1, 2048),),
+    "hidden": ((1024, 2048),),
+    "qkv": ((1024, 2048), (1024, 256), (1024, 256)),
+    "scores": ((32, 1024, 1024),),
+}
+DTYPES = ("float32", "bfloat16")
+TASKS = ("encode", "decode", "both")
+OP, LAYER, SCALE = "linear", 3, 0.125
+
+_ROUNDS = 10
+# By --quick: how long one contestant's rounds take in a pass, about; but never fewer rounds than so many.
+_BLOCK_S = {False: 0.02, True: 0.015}
+_LEAST_ROUNDS = {False: 1, True: 2}
+
+
+# ---- one benchmark ---------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1)  # all of them together take 500 MB
+def _message(name: str, dtype: str) -> Message:
+    generator = torch.Generator().manual_seed(7)
+    tensors = [torch.randn(shape, generator=generator).to(getattr(torch, dtype)) for shape in MESSAGES[name]]
+    return Message(OP, LAYER, SCALE, tensors)
+
+
+def check(serializer: Serializer, message: Message, arrived: Message) -> dict[str, Any]:
+    """Raises AssertionError if `arrived` is not the message, or cannot be written to, which is tried: it is lost then.
+
+    Returns what was found out about its tensors.
+    """
+    if serializer.general:
+        said = (arrived.op, arrived.layer, arrived.scale)
+        assert said == (message.op, message.layer, message.scale), f"op and attributes: {said}"
+    assert len(arrived.tensors) == len(message.tensors)
+    alignments = []
+    for tensor, expected in zip(arrived.tensors, message.tensors):
+        assert (tensor.dtype, tensor.shape) == (expected.dtype, expected.shape)
+        bits, expected_bits = (one.contiguous().view(torch.int16) for one in (tensor, expected))
+        assert torch.equal(bits, expected_bits), "other values"
+        address = tensor.data_ptr()
+        alignments.append(address & -address)
+        assert address % tensor.itemsize == 0, f"not aligned to its elements of {tensor.itemsize} bytes"
+    for tensor in arrived.tensors:
+        tensor.zero_()
+        assert not tensor.view(torch.int16).any(), "it cannot be written to"
+    return {"writable": True, "alignment_nbytes": min(64, *alignments)}
+
+
+def _rounds(run: Callable[[], Any], quick: bool) -> tuple[int, int]:
+    """How many rounds of how many runs take the time that one contestant has. The runs before that warm it up."""
+    block_s = _BLOCK_S[quick]
+    runs, wall_s = 1, _time_s(run, 1)
+    if wall_s < block_s:  # else the first one, cold as it was, has said enough
+        wall_s = _time_s(run, 1)
+    while wall_s < 0.001:
+        runs *= 4
+        wall_s = _time_s(run, runs)
+    run_s = wall_s / runs
+    if run_s * _ROUNDS > block_s:
+        return max(int(block_s / run_s), _LEAST_ROUNDS[quick]), 1
+    return _ROUNDS, int(block_s / _ROUNDS / run_s)
+
+
+def _time_s(run: Callable[[], Any], runs: int) -> float:
+    started_s = time.perf_counter()
+    for _ in range(runs):
+        run()
+    return time.perf_counter() - started_s
+
+
+def _cases() -> Iterator[Any]:
+    for message in MESSAGES:
+        for dtype in DTYPES:
+            for task in TASKS:
+                for name in SERIALIZERS:
+                    yield pytest.param(message, dtype, task, name, id=f"{message}-{dtype}-{task}-{name}")
+
+
+@pytest.mark.benchmark(disable_gc=True)
+@pytest.mark.parametrize(("message", "dtype", "task", "serializer"), list(_cases()))
+def test_serialization(
+    benchmark: Any, pytestconfig: pytest.Config, message: str, dtype: str, task: str, serializer: str
+) -> None:
+    try:
+        contestant = open_serializer(serializer)
+    except ModuleNotFoundError as error:
+        pytest.skip(f"{serializer}: {error}")
+    benchmark.group = f"{message} {dtype}: {task}"
+    sent = _message(message, dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns where it makes a tensor of memory that must not be written to
+        wire = contestant.encode(sent)
+        nbytes = wire_nbytes(wire)
+        received = contestant.receive(wire)
+        del wire
+        encode, decode = contestant.encode, contestant.decode
+
+        # Each drops what it made, as who has sent it or has used it does, so that allocators can use memory again.
+        def run_encode() -> None:
+            encode(sent)
+
+        def run_decode() -> None:
+            decode(received)
+
+        def run_both() -> None:
+            encode(sent)
+            decode(received)
+
+        run = {"encode": run_encode, "decode": run_decode, "both": run_both}[task]
+        rounds, iterations = _rounds(run, pytestconfig.getoption("--quick"))
+        benchmark.pedantic(run, rounds=rounds, iterations=iterations)
+        if task != "decode":
+            received = contestant.receive(encode(sent))
+        found = check(contestant, sent, decode(received))
+    benchmark.extra_info.update(
+        {
+            "message": message,
+            "dtype": dtype,
+            "task": task,
+            "serializer": serializer,
+            "payload_nbytes": sum(tensor.nbytes for tensor in sent.tensors),
+            "wire_nbytes": nbytes,
+            **{
+                name: getattr(contestant, name)
+                for name in ("how", "copies_encode", "copies_decode", "safe", "general", "bfloat16", "note")
+            },
+            **found,
+        }
+    )
+
+
+# ---- all passes in one -----------------------------------------------------------------------------------------------
+
+
+def merge(passes: list[dict[str, Any]]) -> dict[str, Any]:
+    """The JSON of several passes as one, in pytest-benchmark's own form."""
+    by_name: dict[str, list[dict[str, Any]]] = {}
+    for document in passes:
+        for one in document["benchmarks"]:
+            by_name.setdefault(one["fullname"], []).append(one)
+    merged = dict(passes[0])
+    merged["benchmarks"] = [_merged(same) for same in by_name.values()]
+    merged["environment"] = passes[0].get("environment", {}) | {"passes": len(passes)}
+    return merged
+
+
+def _merged(same: list[dict[str, Any]]) -> dict[str, Any]:
+    whole = [one["stats"] for one in same]
+    stats: dict[str, Any] = {}
+    for key, value in whole[0].items():
+        if key == "data":
+            continue
+        values = [one[key] for one in whole]
+        if key == "min":
+            stats[key] = min(values)
+        elif key == "max":
+            stats[key] = max(values)
+        elif key in ("rounds", "total"):
+            stats[key] = sum(values)
+        elif isinstance(value, float):
+            stats[key] = statistics.median(values)
+        else:  # counts of outliers as text, iterations
+            stats[key] = value
+    stats["ops"] = 1 / stats["mean"]
+    extra = same[0]["extra_info"] | {"passes_median_s": [one["median"] for one in whole]}
+    return same[0] | {"stats": stats, "extra_info": extra}
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+_HEADER = (
+    f"{'':<26}" + "".join(f"{task + ' us':>13}{'x':>8}" for task in TASKS) + f"{'wire B':>12}  copies  writable  safe"
+)
+
+
+def table(document: dict[str, Any]) -> str:
+    """For each message and dtype, one row a contestant; quickest together first."""
+    groups: dict[tuple[str, str], dict[str, dict[str, dict[str, Any]]]] = {}
+    for one in document["benchmarks"]:
+        info = one["extra_info"]
+        rows = groups.setdefault((info["message"], info["dtype"]), {})
+        rows.setdefault(info["serializer"], {})[info["task"]] = one
+    lines = []
+    for message, message_shapes in MESSAGES.items():
+        for dtype in DTYPES:
+            rows = groups.get((message, dtype), {})
+            if not rows:
+                continue
+            shapes = " ".join(str(list(shape)) for shape in message_shapes)
+            lines += ["", f"{message} {dtype}: {shapes}", _HEADER]
+            floor = rows.get(FLOOR, {})
+            lines += [_row(name, rows[name], floor) for name in sorted(rows, key=lambda name: _order(rows[name]))]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "x: times memcpy. copies: of the payload, to encode and to decode. safe: whether what anybody sent may be",
+            "decoded; the JSON says why. T: tensors alone, without op and attributes. *: as commonly written.",
+        ]
+    )
+
+
+def _order(tasks: dict[str, dict[str, Any]]) -> float:
+    both = tasks.get("both")
+    return math.inf if both is None else float(both["stats"]["median"])
+
+
+def _row(name: str, tasks: dict[str, dict[str, Any]], floor: dict[str, dict[str, Any]]) -> str:
+    info = next(iter(tasks.values()))["extra_info"]
+    cells = ""
+    for task in TASKS:
+        if task not in tasks:
+            cells += f"{'-':>13}{'-':>8}"
+            continue
+        median_s = tasks[task]["stats"]["median"]
+        times = f"{median_s / floor[task]['stats']['median']:.2f}" if task in floor else "-"
+        cells += f"{median_s * 1e6:>13.1f}{times:>8}"
+    label = name + (" *" if info["how"] == "common" else "") + ("" if info["general"] else " T")
+    copies = f"{info['copies_encode']} + {info['copies_decode']}"
+    writable = "yes" if info["writable"] else "no"
+    return f"{label:<26}{cells}{info['wire_nbytes']:>12}  {copies:<6}  {writable:<8}  {info['safe'].partition(':')[0]}"
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="python -m benches.bench_serialization",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--passes", type=int, metavar="N", help="default: 2, with --quick 1")
+    parser.add_argument("--quick", action="store_true", help="128 MiB in float32 alone, and fewer rounds")
+    parser.add_argument(
+        "--only", nargs="+", metavar="TEXT", help="those with TEXT in MESSAGE-DTYPE-TASK-NAME, beside memcpy"
+    )
+    parser.add_argument("--output", type=Path, metavar="F", default=RESULTS / "serialization.json")
+    args = parser.parse_args(argv)
+    passes = args.passes or (1 if args.quick else 2)
+    if passes < 1:
+        parser.error(f"--passes {passes}: expected 1 or more")
+    command = ["python", "-m", "benches.bench_serialization", *argv]
+    documents, failed = [], False
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(passes):
+            progress(f"pass {number + 1} of {passes}")
+            path = Path(folder) / f"{number}.json"
+            failed |= not _run_pass(args, command, path, reverse=number % 2 == 1)
+            if not path.exists() or not path.stat().st_size:
+                print(f"pass {number + 1} has no result", file=sys.stderr)
+                return 1
+            documents.append(json.loads(path.read_text(encoding="utf-8")))
+    merged = merge(documents)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(merged, indent=1) + "\n", encoding="utf-8")
+    print(table(merged))
+    print(args.output)
+    return 1 if failed else 0
+
+
+def _run_pass(args: argparse.Namespace, command: list[str], path: Path, *, reverse: bool) -> bool:
+    """One pass in a process of its own. Returns whether nothing failed; what was skipped or failed is printed once."""
+    options = [f"--benchmark-json={path}", f"--described-command={shlex.join(command)}"]
+    options += ["--quiet", "--no-header", "--tb=short", "-p", "no:cacheprovider", "--benchmark-quiet"]
+    options += ["--quick"] * args.quick + ["--reverse"] * reverse + [f"--only={text}" for text in args.only or ()]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "benches/bench_serialization.py", *options],
+        cwd=Path(__file__).resolve().parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if run.returncode:
+        print(run.stdout + run.stderr, file=sys.stderr)
+    elif not reverse:
+        skipped = {line.partition(": ")[2] for line in run.stdout.splitlines() if line.startswith("SKIPPED")}
+        for reason in sorted(skipped):
+            print(f"left out: {reason}", file=sys.stderr)
+    return run.returncode == 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
