@@ -38,11 +38,11 @@ from fastsplit.ops import PLANS
 from fastsplit.remote import RemoteModel
 
 from .environment import RESULTS, save
-from .ladder import EXECUTORS, executor_process
 from .link import LINKS, LinkKind, through
 from .null_executor import null_model
 from .rounds import interleaved, progress
 from .splits import Rung, Split, environment, open_rung, parse_rung
+from .workers import EXECUTORS, executor_process
 
 __all__ = ["main"]
 

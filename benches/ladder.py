@@ -36,36 +36,23 @@ last row's logits against those of the first row that changes no number, max |di
 from __future__ import annotations
 
 import argparse
-import contextlib
-import gc
 import json
-import os
-import statistics
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import fastsplit
-from fastsplit.gpu_side import SPIN_COUNT
 from fastsplit.models import DTYPES
-from fastsplit.ops import PLANS
-from fastsplit.remote import RemoteModel
-from fastsplit.report import codec_counts
 
-from . import UNTOUCHED
-from .environment import RESULTS, save
-from .link import LINKS, LinkKind, through
-from .null_executor import null_model
-from .processes import OthersCpu, Process, process
-from .rivals.raw_socket import one_way_bytes_per_s
-from .rounds import interleaved, progress
-from .splits import Rung, Split, environment, open_rung, parse_rung
+from .environment import RESULTS
+from .link import LINKS
+from .measurements import Columns, Measurement, median, table, write_whole
+from .rungs import Climber, codecs_line
+from .splits import environment, parse_rung
+from .workers import EXECUTORS, executor_process
 
-__all__ = ["ROWS", "executor_process", "floors", "main"]
+__all__ = ["ROWS", "main"]
 
 ROWS = (
     # calls and serialization, one after the other
@@ -104,88 +91,6 @@ ROWS = (
     "auto",
 )
 
-EXECUTORS = {"null": "benches.null_executor", "real": "benches.rivals.executor"}
-
-_COUNTERS = ("bytes_sent", "bytes_received", "bytes_copied", "calls", "remote_s")
-
-Measurement = dict[str, Any]
-
-
-def floors(measured: Measurement, bytes_per_s: float, round_trip_s: float) -> dict[str, float]:
-    """The least that what was sent takes on a link, for one call at a time and for several under way.
-
-    `measured`: bytes_sent, bytes_received, rpc_calls, chain_calls, asynchronous.
-    """
-    up, down, trips_s = measured["bytes_sent"], measured["bytes_received"], measured["chain_calls"] * round_trip_s
-    blocking_s = (up + down) / bytes_per_s + measured["rpc_calls"] * round_trip_s
-    busier_s = max(up, down) / bytes_per_s
-    overlapped_s = max(busier_s + round_trip_s, trips_s)
-    return {
-        "floor_blocking_s": blocking_s,
-        "floor_overlapped_s": overlapped_s,
-        "floor_added_s": busier_s + trips_s,
-        "floor_s": overlapped_s if measured["asynchronous"] else blocking_s,
-    }
-
-
-# ---- one row ---------------------------------------------------------------------------------------------------------
-
-
-def executor_process(kind: str, model: str, dtype: str, threads: int) -> contextlib.AbstractContextManager[Process]:
-    """An executor of its own process, "null" or "real"; `ready` has its addresses as JSON."""
-    waiting = {"GOMP_SPINCOUNT": str(SPIN_COUNT)} if UNTOUCHED["OMP_WAIT_POLICY"] is None else {}  # as in gpu_side
-    options = ["--model", model, "--dtype", dtype, "--threads", str(threads)]
-    return process(EXECUTORS[kind], *options, environment=waiting)
-
-
-def _run(split: Split, ids: torch.Tensor) -> tuple[Measurement, torch.Tensor]:
-    runner = split.runner
-    with runner.new_cache(1, len(ids)) as cache:
-        before = split.backend.stats.as_dict()
-        recorder = split.record()
-        with recorder.phase("prefill"):
-            logits = runner.forward(ids[None], cache)[0, -1]
-        after = split.backend.stats.as_dict()
-    a, b = PLANS[runner.plan]
-    measured = {
-        **recorder.as_dict(),
-        **{key: after[key] - before[key] for key in _COUNTERS},
-        "plan": runner.plan,
-        "lanes": runner.lanes,
-        "chain_calls": a * runner.config.num_hidden_layers + b,
-        "asynchronous": runner.lanes > 1,
-    }
-    del measured["ops"]
-    return measured, logits
-
-
-def _said(split: Split) -> dict[str, Any]:
-    """What a connection found out and did, the short prompt before included; nothing of a rival's."""
-    channel, runner = split.backend, split.runner
-    if not isinstance(channel, fastsplit.Channel):
-        return {}
-    said: dict[str, Any] = {"link": channel.link._asdict(), "codecs": codec_counts(channel.stats)}
-    if channel.stats.casts_widened:
-        said["casts_widened"] = channel.stats.casts_widened
-    if runner.choice is not None:
-        said["choice"] = runner.choice.lines()
-    return said
-
-
-def _measure(
-    rung: Rung, uri: str, known: RemoteModel, worker_pid: int, ids: torch.Tensor, warm_up: int
-) -> tuple[Measurement, torch.Tensor]:
-    with ExitStack() as stack:
-        split = open_rung(stack, rung, uri, known, worker_pid, len(ids))
-        if warm_up:
-            _run(split, ids[:warm_up])
-        gc.collect()
-        others = OthersCpu(os.getpid(), worker_pid)
-        measured, logits = _run(split, ids)
-        measured["others_cpu_s"] = others.seconds()
-        measured["said"] = _said(split)
-    return measured, logits
-
 
 # ---- what is kept ----------------------------------------------------------------------------------------------------
 
@@ -217,35 +122,23 @@ class _Document:
         if row is None or row["run"] != run:
             row = self.rows[name] = {"run": run, "rounds": []}
         row["rounds"].append(measured)
-        row["median"] = _median(row["rounds"])
+        row["median"] = median(row["rounds"])
         original = self.rows.get("original", {}).get("median")
         if original is not None:
             for other in self.rows.values():
                 other["median"]["times_fewer_bytes"] = _nbytes(original) / _nbytes(other["median"])
         known = {name: self.rows[name] for name in ROWS if name in self.rows}
         self.content["rows"] = {**known, **self.rows}  # in the ladder's order
-        unfinished = self._path.with_suffix(".unfinished")
-        save("ladder", self.content, unfinished)
-        unfinished.replace(self._path)  # whoever ends us now leaves a whole file behind
+        write_whole(self._path, self.content)
 
 
 def _nbytes(median: Measurement) -> float:
     return float(median["bytes_sent"] + median["bytes_received"])
 
 
-def _median(rounds: Sequence[Measurement]) -> Measurement:
-    """Of each number the median; of what is not one (plan, lanes, what the connection said) the last."""
-    median: Measurement = {}
-    for key, value in rounds[-1].items():
-        values = [measured[key] for measured in rounds if measured.get(key) is not None]
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and key != "lanes"
-        median[key] = statistics.median(values) if number else value
-    return median
-
-
 # ---- the table -------------------------------------------------------------------------------------------------------
 
-_COLUMNS: tuple[tuple[str, int, Callable[[Measurement], str]], ...] = (
+_COLUMNS: Columns = (
     ("wall s", 9, lambda m: f"{m['wall_s']:.3f}"),
     ("comm s", 9, lambda m: f"{m['communication_s']:.3f}"),
     ("serial s", 10, lambda m: f"{m['serialization_s']:.3f}"),
@@ -266,25 +159,12 @@ _COLUMNS: tuple[tuple[str, int, Callable[[Measurement], str]], ...] = (
 
 
 def _table(rows: dict[str, Any]) -> str:
-    lines = [f"{'row':<29}" + "".join(f"{title:>{width}}" for title, width, _ in _COLUMNS)]
-    for name, row in rows.items():
-        median = {**row["median"], "rounds": len(row["rounds"])}
-        cells = []
-        for _, width, text_of in _COLUMNS:
-            try:
-                text = text_of(median)
-            except (KeyError, TypeError):  # no original to compare with, no errors without arithmetic
-                text = "-"
-            cells.append(f"{text:>{width}}")
-        lines.append(f"{name:<29}" + "".join(cells))
-        if name == "auto":
-            lines += [f"    {line}" for line in median["said"].get("choice", [])]
-            lines.append(f"    codecs: {_codecs(median['said']['codecs'])}")
-    return "\n".join(lines)
-
-
-def _codecs(found: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {used['ratio']:.2f} times smaller" for name, used in found.items()) or "none"
+    medians = {name: {**row["median"], "rounds": len(row["rounds"])} for name, row in rows.items()}
+    notes = {}
+    if "auto" in rows:
+        said = medians["auto"]["said"]
+        notes["auto"] = [*said.get("choice", []), f"codecs: {codecs_line(said['codecs'])}"]
+    return table("row", _COLUMNS, medians, notes)
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -308,58 +188,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-class _Ladder:
-    """All rows on one link."""
-
-    def __init__(self, args: argparse.Namespace, link: str, document: _Document) -> None:
-        self._args = args
-        self._link = link
-        self._document = document
-        self._reference: torch.Tensor | None = None
-
-    def climb(self, rungs: list[Rung], executor: Process, known: RemoteModel, ids: torch.Tensor) -> None:
-        args = self._args
-        addresses = json.loads(executor.ready)
-        kind = LINKS[self._link]
-        bytes_per_s, round_trip_s = _bandwidth(kind), kind.round_trip_s
-        slow: set[str] = set()
-        with ExitStack() as stack:
-            services = dict.fromkeys(rung.service for rung in rungs)
-            uris = {service: stack.enter_context(through(kind, addresses[service])) for service in services}
-            for rung in interleaved([rungs], args.rounds, self._link):
-                if rung.name in slow:
-                    continue
-                progress(f"{self._link}: {rung.name}")
-                measured, logits = _measure(
-                    rung, uris[rung.service], known, executor.pid, ids, min(args.warm_up, len(ids))
-                )
-                measured.update(bytes_per_s=bytes_per_s, round_trip_s=round_trip_s)
-                measured.update(floors(measured, bytes_per_s, round_trip_s))
-                self._compare(rung, measured, logits)
-                self._document.add(rung.name, measured)
-                progress(f"{self._link}: {rung.name} {measured['wall_s']:.2f} s, floor {measured['floor_s']:.2f} s")
-                if measured["wall_s"] > args.once_over:
-                    slow.add(rung.name)
-
-    def _compare(self, rung: Rung, measured: Measurement, logits: torch.Tensor) -> None:
-        if self._args.executor == "null":
-            return
-        if self._reference is None and rung.cast is None and not rung.auto:
-            self._reference = logits
-        if self._reference is not None:
-            reference = self._reference
-            measured["logits_error"] = float((logits - reference).abs().max() / reference.abs().max())
-            measured["same_top_token"] = bool(logits.argmax() == reference.argmax())
-
-
-def _bandwidth(kind: LinkKind) -> float:
-    """Bytes per second in one direction. Without a limit, the better of what memory that is in no cache and memory
-    that is can do: replies come from the former, what the TEE side works on in place may be the latter."""
-    if kind.rate_bit_per_s:
-        return kind.rate_bit_per_s / 8
-    return max(one_way_bytes_per_s("tcp"), one_way_bytes_per_s("tcp", buffers=1))
-
-
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = _parser()
@@ -380,17 +208,14 @@ def main(argv: list[str] | None = None) -> int:
     if not args.table:
         if args.threads:
             torch.set_num_threads(args.threads)
-        model = null_model(args.model)
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(0, model.config.vocab_size, (args.prefill,), generator=generator)
-        progress(f"starting the {args.executor} executor")
-        with torch.inference_mode(), executor_process(args.executor, args.model, args.dtype, args.threads) as executor:
-            with fastsplit.connect(json.loads(executor.ready)["fastsplit-unix"] + "?shm=off") as channel:
-                known = RemoteModel.fetch(channel, model)
+        with executor_process(args.executor, args.model, args.dtype, args.threads) as executor:
+            climber = Climber.at(args.executor, executor, args.model, args.prefill)
             for link, document in documents.items():
                 circumstances = environment("benches.ladder", argv)
                 document.begin({"environment": circumstances, "rounds": args.rounds, "warm_up": args.warm_up})
-                _Ladder(args, link, document).climb(rungs, executor, known, ids)
+                found = climber.climb(link, rungs, rounds=args.rounds, once_over_s=args.once_over, warm_up=args.warm_up)
+                for name, measured in found:
+                    document.add(name, measured)
     for link, document in documents.items():
         print(f"{link}, {args.executor} executor, {args.model}, {args.prefill} tokens, {args.dtype}, medians")
         print(_table(document.rows))

@@ -25,7 +25,7 @@ import importlib.metadata
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,16 +35,14 @@ import torch
 
 import fastsplit
 from fastsplit.choice import choose, look, may_overlap
-from fastsplit.gpu_side import SPIN_COUNT
 from fastsplit.models import open_model
 from fastsplit.ops import PLANS
 from fastsplit.remote import RemoteModel, share_cores
 from fastsplit.report import Recorder
 from fastsplit.runner import Runner
 
-from . import UNTOUCHED
 from .environment import describe
-from .processes import process
+from .processes import Process
 from .rivals.backend import RivalBackend, rival_runner
 from .rivals.executor import RIVALS
 
@@ -91,23 +89,9 @@ class Split:
         return recorder
 
 
-def open_splits(
-    stack: ExitStack,
-    names: Sequence[str],
-    model_name: str,
-    dtype: str,
-    *,
-    threads: int = 0,
-    device: str = "cpu",
-    variables: Mapping[str, str] | None = None,
-) -> list[Split]:
-    """Starts the executor, and connects to it once for each link and rival. `variables`: of its environment."""
+def open_splits(stack: ExitStack, names: Sequence[str], model_name: str, executor: Process) -> list[Split]:
+    """Connects to the executor, once for each link and rival."""
     model = open_model(model_name)
-    options = ["--model", model_name, "--dtype", dtype, "--threads", str(threads), "--device", device]
-    waiting = {"GOMP_SPINCOUNT": str(SPIN_COUNT)} if UNTOUCHED["OMP_WAIT_POLICY"] is None else {}  # as in gpu_side
-    executor = stack.enter_context(
-        process("benches.rivals.executor", *options, environment={**waiting, **(variables or {})})
-    )
     addresses = json.loads(executor.ready)
     with fastsplit.connect(addresses["fastsplit-unix"]) as channel:
         known = RemoteModel.fetch(channel, model)

@@ -1,13 +1,15 @@
-"""The rivals through the very same Runner: HF's logits and tokens, the same count of calls; and the command itself."""
+"""The rivals through the very same Runner: HF's logits and tokens, the same count of calls; and the commands."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,17 +17,24 @@ import zmq
 import zmq.utils.garbage
 
 import fastsplit
-from benches.bench_prefill import SYSTEMS
+from benches import split_systems
 from benches.processes import process
 from benches.rivals.backend import RivalBackend, rival_runner
 from benches.rivals.executor import RIVALS
 from benches.rivals.hf import load
+from benches.split_ladder import STEPS
+from benches.split_systems import Document, Phase, Setting, System, measure
+from benches.workers import Workers
 from fastsplit.models import Model, open_model
+from fastsplit.ops import PLANS
 from fastsplit.remote import RemoteModel
 from fastsplit.runner import Runner
 
 SPEC = "random:tiny@7"
 ROOT = Path(__file__).resolve().parents[2]
+SOME_PLANS = ("folded", "linear", "batched")
+SPLITS = [*(("shm", plan) for plan in PLANS), *((link, plan) for link in ("unix", "tcp") for plan in SOME_PLANS)]
+HF = ("hf-eager", "hf-sdpa")
 
 
 @pytest.fixture(scope="module")
@@ -82,55 +91,155 @@ def test_a_rival_gives_hfs_tokens_in_6_calls_a_layer_and_2(runner: Runner, model
     assert sum(report[part] for part in parts) == pytest.approx(report["wall_s"], rel=0.02)
 
 
-def test_one_command_measures_every_system(tmp_path: Path) -> None:
-    output = tmp_path / "result.json"
-    options = ["--model", SPEC, "--prefill", "150", "--rounds", "2", "--threads", "1", "--output", str(output)]
-    run = subprocess.run(
-        [sys.executable, "-m", "benches.bench_prefill", *options],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert run.returncode == 0, run.stderr
-    result = json.loads(output.read_text())
-    assert set(result["medians"]) == set(SYSTEMS)
-    for system in SYSTEMS:
-        assert system in run.stdout
-        assert len(result["rounds"][system]) == 2
-        assert result["medians"][system]["logits_error"] <= 1e-4
-        if not system.startswith("hf-"):
-            calls = 3 * 2 + 1 if system.endswith("folded") else 6 * 2 + 2
-            assert result["medians"][system]["rpc_calls"] == calls
-        assert result["medians"][system]["wall_to_sdpa"] > 0
-    for system in ("unix-folded", "tcp-folded"):
-        assert result["medians"][system]["bytes_copied"] == 0
-        assert result["medians"][system]["communication_to_floor"] > 0
-    for key in ("date", "command", "git_revision", "cpu", "cores", "kernel", "packages", "threads"):
-        assert key in result["environment"]
+@dataclass
+class Ran:
+    """What commands wrote: each its results into `directory`, bench_split also its tables."""
+
+    directory: Path
+    tables: str
 
 
-@pytest.mark.parametrize(
-    ("module", "options"),
-    [
-        ("bench_decode", ["--model", SPEC, "--new-tokens", "6", "--rounds", "1", "--threads", "1", "--rivals"]),
-        ("bench_overlap", ["--layers", "1", "--prefill", "256", "--lanes", "1", "2", "--rounds", "1"]),
-        ("counts", ["--prefill", "150", "--link"]),
-    ],
-)
-def test_the_other_commands_end_well(tmp_path: Path, module: str, options: list[str]) -> None:
-    output = tmp_path / "result.json"
-    run = subprocess.run(
-        [sys.executable, "-m", f"benches.{module}", *options, "--output", str(output)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert run.returncode == 0, run.stderr
-    result = json.loads(output.read_text())
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    """The commands, all at once: they mostly wait for imports, and for a link of 5 ms."""
+    directory = tmp_path_factory.mktemp("results")
+    split = ["--quick", "--model", SPEC, "--tokens", "150", "--new-tokens", "6", "--threads", "1"]
+    overlap = ["--layers", "1", "--prefill", "256", "--lanes", "1", "2", "--rounds", "1"]
+    commands = {
+        "bench_split": [*split, "--output-dir", str(directory)],
+        "bench_overlap": [*overlap, "--output", str(directory / "overlap.json")],
+        "counts": ["--prefill", "150", "--link", "--output", str(directory / "counts.json")],
+    }
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", f"benches.{module}", *options],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for module, options in commands.items()
+    ]
+    written = []
+    for running in started:
+        stdout, stderr = running.communicate(timeout=100)
+        assert running.returncode == 0, stderr
+        written.append(stdout)
+    return Ran(directory, written[0])
+
+
+def split_result(directory: Path, part: str) -> Any:
+    result = json.loads((directory / f"split-{part}.json").read_text())
+    assert result["environment"]["command"].startswith("python -m benches.bench_split")
+    assert {"date", "git_revision", "cpu", "cores", "kernel", "packages", "threads"} <= set(result["environment"])
+    assert result["options"]["model"] == SPEC
+    return result
+
+
+def test_one_command_measures_a_prefill_by_every_system(ran: Ran) -> None:
+    prefill = split_result(ran.directory, "prefill")
+    assert {row["system"] for row in prefill["rows"]} == {*(f"{link}-{plan}" for link, plan in SPLITS), *RIVALS, *HF}
+    for row in prefill["rows"]:
+        median = row["median"]
+        assert row["system"] in ran.tables
+        assert (row["phase"], row["dtype"], row["tokens"], len(row["rounds"])) == ("prefill", "float32", 150, 1)
+        assert median["logits_error"] <= 1e-4
+        assert median["wall_to_sdpa"] > 0 and median["wall_to_eager"] > 0
+        assert (
+            (row["link"], row["plan"]) in SPLITS if row["kind"] == "fastsplit" else row["link"] is row["plan"] is None
+        )
+        if row["kind"] != "hf":
+            a, b = PLANS[row["plan"] or "batched"]
+            assert median["rpc_calls"] == a * 2 + b
+        if row["kind"] == "fastsplit":
+            assert row["shm"] is (row["link"] == "shm") and row["reason"]
+            assert (median["bytes_shared"] > 2**19) is row["shm"]
+        if row["system"] in ("unix-folded", "tcp-folded"):
+            assert median["bytes_copied"] == 0
+            assert median["communication_to_floor"] > 0
+    assert all(rate > 0 for rate in prefill["raw_socket_bytes_per_s"].values())
+
+
+def test_it_measures_decoding_by_every_system(ran: Ran) -> None:
+    decode = split_result(ran.directory, "decode")
+    systems = {row["system"] for row in decode["rows"]}
+    assert systems == {*(f"shm-{plan}" for plan in PLANS), *RIVALS, *HF, "hf-loop"}
+    for row in decode["rows"]:
+        assert (row["phase"], row["prompt_tokens"], row["tokens"]) == ("decode", 32, 6)
+        assert row["median"]["same_tokens"]
+        assert row["median"]["step_to_sdpa"] > 0
+        if row["kind"] != "hf":
+            a, b = PLANS[row["plan"] or "batched"]
+            assert row["median"]["calls_per_token"] == a * 2 + b
+
+
+def test_it_measures_each_step_of_the_ladder(ran: Ran) -> None:
+    ladder = split_result(ran.directory, "ladder")
+    assert [row["row"] for row in ladder["rows"]] == list(STEPS)
+    assert {link: about["executor"] for link, about in ladder["links"].items()} == {"loopback": "real", "1g": "null"}
+    first = ladder["rows"][0]
+    assert first["predicted"] == {"calls": 200, "seconds": 40.0, "speed_up": 1.0}
+    for row in ladder["rows"]:
+        for link, measured in row["measured"].items():
+            assert len(measured["rounds"]) == 1
+            assert measured["speed_up"] == first["measured"][link]["wall_s"] / measured["wall_s"]
+            assert measured["floor_s"] > 0
+        assert row["measured"]["loopback"]["logits_error"] <= 1e-3
+        assert row["measured"]["1g"]["wall_s"] > row["measured"]["1g"]["floor_s"]
+
+
+class FakePhase(Phase):
+    """Takes as long as it is told."""
+
+    name = "prefill"
+    size: ClassVar[dict[str, int]] = {"tokens": 1}
+    columns = (("wall s", 9, lambda m: f"{m['wall_s']:.3f}"),)
+    ops_key, ops_unit = "ops", ("s", 1.0)
+
+    def __init__(self, walls_s: dict[str, float]) -> None:
+        self.walls_s = walls_s
+        self.order: list[str] = []
+
+    def warm_up(self, system: System) -> None:
+        pass
+
+    def run(self, system: System) -> dict[str, Any]:
+        self.order.append(system.name)
+        return {"wall_s": self.walls_s[system.name]}
+
+    def compare(self, measured: Any) -> None:
+        for one in measured.values():
+            one["of"] = len(measured)
+
+
+def test_a_slow_system_has_one_round_and_what_was_measured_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phase = FakePhase({"shm-folded": 1.0, "original-tcp": 30.0, "hf-sdpa": 30.0})
+    hf: Any = object()
+    systems = [System(name, os.getpid(), hf=hf if name.startswith("hf") else None) for name in phase.walls_s]
+    monkeypatch.setattr(split_systems, "_open_systems", lambda *_: systems)
+    monkeypatch.setattr(split_systems.gc, "collect", lambda: 0)  # half a second each, with all that tests import
+    document = Document(tmp_path / "split.json", {}, {})
+    kept = []
+    write = document.write
+
+    def write_and_read() -> None:
+        write()
+        kept.append(json.loads(document.path.read_text())["rows"])
+
+    monkeypatch.setattr(document, "write", write_and_read)
+    measure(phase, list(phase.walls_s), "float32", Setting("random:tiny", 3, once_over_s=25.0), document, Workers())
+    turn = ["shm-folded", "original-tcp", "hf-sdpa"]
+    assert phase.order == [*turn, "hf-sdpa", "shm-folded", "shm-folded", "hf-sdpa"]
+    assert [len(row["rounds"]) for row in kept[-1]] == [3, 1, 3]
+    assert [row["median"]["of"] for row in kept[-1]] == [2, 3, 2]
+    assert [sum(len(row["rounds"]) for row in rows) for rows in kept] == [1, 2, 3, 4, 5, 6, 7, 7]
+
+
+@pytest.mark.parametrize(("module", "file"), [("bench_overlap", "overlap.json"), ("counts", "counts.json")])
+def test_the_other_commands_end_well(ran: Ran, module: str, file: str) -> None:
+    result = json.loads((ran.directory / file).read_text())
     assert result["environment"]["command"].startswith(f"python -m benches.{module}")
-    if module == "bench_decode":
-        assert all(median["same_tokens"] for median in result["dtypes"]["float32"]["medians"].values())
     if module == "counts":
         assert all(one["counted"] == one["formula"] for one in result["counts"])

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import zmq.utils.garbage
 
-from benches.ladder import ROWS, floors, main
+from benches import ladder, rungs
+from benches.ladder import ROWS, main
+from benches.measurements import median, table
 from benches.null_executor import NullExecutor, NullRivalService
 from benches.rivals.backend import RivalBackend, rival_runner
+from benches.rungs import floors
 from benches.splits import Rung, parse_rung
 from fastsplit import Server, connect
 from fastsplit.models import open_model
@@ -103,7 +109,47 @@ def test_numbers_are_neither_zeros_nor_the_same_twice(null: Any) -> None:
     assert numbers.take((2**20 + 1,)).shape == (2**20 + 1,)  # more than there were
 
 
-def test_a_file_keeps_the_rows_of_earlier_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_medians_of_what_is_a_number() -> None:
+    rounds = [
+        {"wall_s": 1.0, "calls": 7, "same": True, "ops": {"a": {"total_s": 3.0, "side": "tee"}}, "said": None},
+        {"wall_s": 4.0, "calls": 9, "same": False, "ops": {"a": {"total_s": 5.0, "side": "tee"}}, "said": ["x"]},
+    ]
+    assert median(rounds) == {
+        "wall_s": 2.5,
+        "calls": 7,
+        "same": False,
+        "ops": {"a": {"total_s": 4.0, "side": "tee"}},
+        "said": ["x"],
+    }
+    assert median([{"wall_s": 1.0}, {"wall_s": 3.0, "ratio": 2.0}]) == {"wall_s": 2.0, "ratio": 2.0}
+
+
+def test_a_table_has_dashes_for_what_a_row_lacks() -> None:
+    columns = (("wall s", 8, lambda m: f"{m['wall_s']:.1f}"), ("calls", 7, lambda m: str(m["calls"])))
+    shown = table("row", columns, {"a": {"wall_s": 1.0, "calls": 7}, "longer": {"wall_s": None}}, {"a": ["why"]})
+    assert shown.splitlines() == [
+        "row       wall s  calls",
+        "a            1.0      7",
+        "    why",
+        "longer         -      -",
+    ]
+
+
+@contextmanager
+def executor_in_here(null: Any) -> Iterator[Any]:
+    """An executor's addresses, without a process of its own."""
+    with ExitStack() as stack:
+        tcp = stack.enter_context(Server("tcp://127.0.0.1:0", null.handlers)).uri
+        original = stack.enter_context(NullRivalService("tcp://127.0.0.1:*", "original", null)).address
+        addresses = {"fastsplit-unix": tcp, "fastsplit-tcp": tcp, "original-tcp": original}
+        yield SimpleNamespace(ready=json.dumps(addresses), pid=os.getpid())
+
+
+def test_a_file_keeps_the_rows_of_earlier_runs(
+    null: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rungs, "one_way_bytes_per_s", lambda *_, **__: 3e9)  # which is measured for two seconds
+    monkeypatch.setattr(ladder, "executor_process", lambda *_: executor_in_here(null))
     options = ["--model", "random:tiny", "--prefill", "130", "--links", "loopback", "--output-dir", str(tmp_path)]
     main([*options, "--rows", "folded", "original", "--rounds", "2"])
     main([*options, "--rows", "linear", "folded", "--rounds", "1"])
