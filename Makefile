@@ -51,9 +51,11 @@ coverage: $(VENV)/.test-ready ## Runs the tests and reports which lines and bran
 # Every contestant, with fewer sizes, tokens and rounds: what is in benches/results/ stays as it is.
 bench: $(VENV)/.bench-ready ## Runs the benchmarks briefly (10 minutes, 11 GB): every contestant, to build/bench/.
 	@mkdir -p build/bench
-	$(BIN)/python -m benches.bench_serialization --quick --output build/bench/serialization.json
-	$(BIN)/python -m benches.bench_transport --quick --output build/bench/transport.json
-	$(BIN)/python -m benches.bench_split --quick --output-dir build/bench
+	@failed=0; \
+	$(BIN)/python -m benches.bench_serialization --quick --output build/bench/serialization.json || failed=1; \
+	$(BIN)/python -m benches.bench_transport --quick --output build/bench/transport.json || failed=1; \
+	$(BIN)/python -m benches.bench_split --quick --output-dir build/bench || failed=1; \
+	exit $$failed
 
 # Where the results go: another directory, to be compared with `python -m benches.compare benches/results DIR`.
 RESULTS ?= benches/results

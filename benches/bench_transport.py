@@ -7,15 +7,18 @@
 transports/ has fastsplit, what one would use instead, and floors: a bare socket, and a copy within one process. It says
 what each of them does and does not do, what a round trip and one way are, and how the bytes are checked.
 
-How it is measured. Each end is a process of its own, on a core of its own where there are two. Transports of one link
-take turns in every round, in changing order, and only one is at work at any moment: the others sleep. How many messages
-a round has is settled before, so that it takes about as long for all of them; the first ones are not timed. Whoever
-does not answer within a minute is left out, and the JSON says so.
+How it is measured. Each end is a process of its own, on a core of its own where there are two: a transport that has
+threads (zmq, gRPC, Flight, gloo) has them on that core, too. `--not-pinned` leaves both to the scheduler, which with
+more than two cores is kinder to those. Transports of one link take turns in every round, in changing order, and only
+one is at work at any moment: the others sleep. How many messages a round has is settled before, so that it takes about
+as long for all of them; the first ones are not timed. Whoever fails, or does not answer within a minute, is left out
+from there on, and the JSON says so.
 
 What the columns are. p50, p99: of all single round trips, the former by round and the median of these, the latter of
 all rounds together. Of a pipelined transport it is what a call adds, not how long it takes. GB/s: messages of that size
 one way, until the sender knows that all have arrived. CPU: of both ends together, in us a message. x floor: times the
-bare socket of that link in the same mode, on shm times a copy there and back. In the JSON is every round.
+quicker bare socket of that link in the same mode, on shm times a copy there and back, below which is who passes a
+reference. In the JSON is every round; it is written after each link.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import os
 import signal
 import statistics
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -32,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from benches.environment import RESULTS, describe, save
 from benches.placement import on_cpu, separate_cpus
@@ -49,6 +54,11 @@ ROUND_TRIP, ONE_WAY = "round trip", "one way"
 MAX_COUNT = 2000  # messages a round, however quick they are ...
 MIN_ONE_WAY = 4  # ... and never fewer than so many one way: the first one has nobody to overlap with
 ANSWER_S = 60
+_FLOORS = {
+    "shm": ("shm: memcpy",),
+    "unix": ("unix: raw socket", "unix: raw socket, 2 MiB buffer"),
+    "tcp": ("tcp: raw socket",),
+}
 
 
 @dataclass
@@ -98,19 +108,24 @@ class Series:
 
 
 @contextmanager
-def _answering() -> Iterator[None]:
-    """TimeoutError if what is inside takes more than a minute."""
+def _answering(pair: Pair) -> Iterator[None]:
+    """TimeoutError if what is inside takes more than a minute. Where a library waits outside of Python, the end of its
+    peer is what wakes it."""
 
     def too_late(*_: object) -> None:
         raise TimeoutError(f"no answer within {ANSWER_S} s")
 
     before = signal.signal(signal.SIGALRM, too_late)
     signal.alarm(ANSWER_S)
+    killer = threading.Timer(ANSWER_S + 1, pair.kill)
+    killer.daemon = True
+    killer.start()
     try:
         yield
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+        killer.cancel()
 
 
 class _Link:
@@ -168,12 +183,12 @@ class _Link:
     def _try(self, name: str, do: Callable[[Pair], object]) -> bool:
         """Whether it went well; if not, this transport is out."""
         try:
-            with _answering():
+            with _answering(self._pairs[name]):
                 do(self._pairs[name])
-        except (OSError, RuntimeError) as error:
+        except Exception as error:  # noqa: BLE001 - zmq, gRPC, Arrow: each has errors of its own
             self._left_out[name] = f"{type(error).__name__}: {error}"
             progress(f"left out from here on: {name}: {self._left_out[name]}")
-            self._pairs.pop(name)
+            self._pairs.pop(name).kill()
             return False
         return True
 
@@ -203,19 +218,20 @@ def _table(series: Sequence[Series]) -> str:
                 cells = []
                 for nbytes in sizes:
                     median = medians.get((what, system, mode, nbytes))
-                    floor = medians.get((what, f"{link}: raw socket", mode, nbytes))
+                    floors = [medians.get((what, name, mode, nbytes)) for name in _FLOORS[link]]
                     if link == "shm":
-                        floor = medians.get((what, "shm: memcpy", "sleeping", nbytes))
-                    cells.append(_cells(what, median, floor) if median else " " * len(unit))
+                        floors = [medians.get((what, "shm: memcpy", "sleeping", nbytes))]
+                    floor_us = min((floor["p50_us"] for floor in floors if floor and floor["p50_us"]), default=None)
+                    cells.append(_cells(what, median, floor_us) if median else " " * len(unit))
                 label = f"{system.partition(': ')[2]}{', sleeping' if mode == 'sleeping' else ''}"
                 lines.append(f"{label:<44}" + "".join(cells).rstrip())
     return "\n".join(lines)
 
 
-def _cells(what: str, median: dict[str, Any], floor: dict[str, Any] | None) -> str:
+def _cells(what: str, median: dict[str, Any], floor_us: float | None) -> str:
     if what == ONE_WAY:
         return f"{_short(median['gbytes_per_s']):>9}{_short(median['cpu_us']):>9}"
-    times = "-" if floor is None else _short(median["p50_us"] / floor["p50_us"])
+    times = "-" if floor_us is None else _short(median["p50_us"] / floor_us)
     return f"{_short(median['p50_us']):>9}{times:>9}{_short(median['p99_us']):>9}{_short(median['cpu_us']):>9}"
 
 
@@ -262,29 +278,16 @@ def main(argv: list[str] | None = None) -> int:
     names = {link: [name for name in chosen if TRANSPORTS[name].link == link] for link in args.links}
     if not any(names.values()):
         parser.error(f"--only {' '.join(args.only)}: no such transport, of {', '.join(TRANSPORTS)}")
-    environment = describe(["python", "-m", "benches.bench_transport", *argv])
+    output = args.output or RESULTS / "transport.json"
     cpus = None if args.not_pinned else separate_cpus()
+    if cpus is not None:
+        torch.set_num_threads(1)  # there is one core for them
+    environment = describe(["python", "-m", "benches.bench_transport", *argv])
     near, far = cpus or (None, None)
     series: list[Series] = []
     systems: dict[str, Any] = {}
     left_out: dict[str, str] = {}
     others_cpu_s: dict[str, float | None] = {}
-    for link in args.links:
-        with on_cpu(near), ExitStack() as stack:
-            pairs, missing = open_pairs(stack, names[link], far, max(args.sizes))
-            left_out.update(missing)
-            systems.update({name: _described(name, pair) for name, pair in pairs.items()})
-            others = OthersCpu(os.getpid(), *(pair.pid for pair in pairs.values()))
-            measured = _Link(link, pairs, left_out, args)
-            for nbytes in args.sizes:
-                series += measured.measure(nbytes)
-            others_cpu_s[link] = others.seconds()
-    print(_table(series))
-    for name, reason in left_out.items():
-        print(f"left out: {name}: {reason}")
-    used = ", ".join(f"{link} {seconds:.1f} s" for link, seconds in others_cpu_s.items() if seconds is not None)
-    print(f"CPU time of other programs meanwhile: {used}")
-    environment["load_average_after"] = os.getloadavg()
     result = {
         "environment": environment,
         "placement": "not pinned" if cpus is None else f"client on CPU {near}, peer on CPU {far}",
@@ -298,9 +301,25 @@ def main(argv: list[str] | None = None) -> int:
         "others_cpu_s": others_cpu_s,
         "left_out": left_out,
         "systems": systems,
-        "rows": [one.as_dict() for one in series],
     }
-    print(save("transport", result, args.output or RESULTS / "transport.json"))
+    for link in args.links:
+        with on_cpu(near), ExitStack() as stack:
+            pairs, missing = open_pairs(stack, names[link], far, max(args.sizes))
+            left_out.update(missing)
+            systems.update({name: _described(name, pair) for name, pair in pairs.items()})
+            others = OthersCpu(os.getpid(), *(pair.pid for pair in pairs.values()))
+            measured = _Link(link, pairs, left_out, args)
+            for nbytes in args.sizes:
+                series += measured.measure(nbytes)
+            others_cpu_s[link] = others.seconds()
+        environment["load_average_after"] = os.getloadavg()
+        save("transport", {**result, "rows": [one.as_dict() for one in series]}, output)
+    print(_table(series))
+    for name, reason in left_out.items():
+        print(f"left out: {name}: {reason}")
+    used = ", ".join(f"{link} {seconds:.1f} s" for link, seconds in others_cpu_s.items() if seconds is not None)
+    print(f"CPU time of other programs meanwhile: {used}")
+    print(output)
     return 0
 
 

@@ -6,7 +6,7 @@
     round-trip.svg, throughput.svg    transport.json: time and GB/s by size, a panel for each link
     serialization.svg                 serialization.json: encoding and decoding of hidden states
     prefill.svg                       split-prefill.json: where a prefill's time goes
-    bytes.svg                         counts.json, and of the original split-prefill.json and split-decode.json
+    bytes.svg                         counts.json, and of the original split-prefill.json
     ladder.svg                        split-ladder.json: each step, and what was predicted of it
 
 The same JSON gives the same bytes, with the same matplotlib. A picture whose JSON is missing is left out, and said so;

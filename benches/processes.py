@@ -62,6 +62,9 @@ class Process:
         assert self._popen.stdout is not None
         return self._popen.stdout.readline()
 
+    def kill(self) -> None:
+        self._popen.kill()
+
     def close(self) -> None:
         assert self._popen.stdin is not None and self._popen.stdout is not None
         with contextlib.suppress(BrokenPipeError):

@@ -6,6 +6,7 @@ in italics and never bold. Times are medians over rounds; what a column is, the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -319,6 +320,42 @@ def _plans(results: Path) -> str:
     return _table(head, lines, _source(document, "counts.json", note))
 
 
+_LONGEST = 12
+
+
+def _compared(results: Path) -> str:
+    """What `benches.compare` found: by file, and the conclusions that turned round."""
+    document = load(results, "compare.json")
+    rows, turned = [], []
+    for name, found in document["files"].items():
+        counts, worst = found["counts"], found["spread_worst"]
+        total = sum(counts.values())
+        rows.append(
+            [
+                name,
+                str(total),
+                f"{counts['holds']} ({counts['holds'] / total:.0%})" if total else "0",
+                str(counts["noise"]),
+                str(counts["flipped"]),
+                f"{found['spread_median']:.2f}",
+                f"{worst['ratio']:.2f} ({worst['of']})",
+            ]
+        )
+        turned += [one for one in found["conclusions"] if one["verdict"] == "flipped"]
+    head = ["file", "conclusions", "hold", "noise", "turned round", "spread, median", "worst"]
+    source = _source(document, "compare.json", f"a tie is within {document['margin']:.0%}")
+    if not turned:
+        return _table(head, rows, source)
+    turned.sort(key=lambda one: -abs(math.log(one["ratios"][0] / one["ratios"][1])))
+    listed = [
+        [one["group"], one["first"], one["second"], *(f"{ratio:.2f}" for ratio in one["ratios"])]
+        for one in turned[:_LONGEST]
+    ]
+    title = f"the {_LONGEST} furthest apart of {len(turned)} that turned round" if len(turned) > _LONGEST else "turned round"
+    more = _table([title, "this", "beside", "times it", "in the other run"], listed, source)
+    return _table(head, rows, "") + "\n" + more
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "transport-round-trip": lambda results: _transport(results, "round trip"),
     "transport-one-way": lambda results: _transport(results, "one way"),
@@ -329,5 +366,6 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "decode-bfloat16": lambda results: _decode(results, "bfloat16"),
     "ladder": _ladder,
     "plans": _plans,
+    "compare": _compared,
 }
 """Name -> what makes it of a folder of results. Raises Missing where a file or all of a table's rows are not there."""

@@ -7,10 +7,10 @@ original system predicted calls and seconds. Here every row is measured, on each
     1g         1 Gbit/s each way, 5 ms round trip (benches/link.py), with the executor that computes nothing
                (benches/null_executor.py), so that what is left is the link and the TEE side's own work
 
-Rows between and behind the predicted ones: the same plan by fastsplit, before anything else is done ("batched"); plans
-of fewer calls, a cast, what the library chooses by itself. benches/rungs.py has how a row is measured, and
-benches/ladder.py what its numbers are, and any row on any link. What was predicted is of another machine: compare the
-steps, not the seconds.
+Rows between and behind the predicted ones: the same calls by fastsplit, before anything else is done ("batched"), which
+also has less to send, since kv heads go unrepeated and scores only up to the diagonal; plans of fewer calls, a cast,
+what the library chooses by itself. benches/rungs.py has how a row is measured, and benches/ladder.py what its numbers
+are, and any row on any link. What was predicted is of another machine: compare the steps, not the seconds.
 
 What compression gives here. The null executor replies with normally distributed numbers, in which no codec finds more
 than the exponents have in common: blosc2 makes them 1.2 times smaller, and at 1 Gbit/s costs more than that saves. The
@@ -44,7 +44,7 @@ STEPS: dict[str, tuple[str, tuple[int, float, float] | None]] = {
     "original": ("per-op, msgpack, one call at a time", (200, 40.0, 1.0)),
     "original-batched": ("+ linear layers of one input in one call", (110, 22.0, 1.8)),
     "tuned-batched": ("+ faster serialization: tensors out of band", (110, 15.0, 2.7)),
-    "batched": ("the same plan by fastsplit", None),
+    "batched": ("the same calls by fastsplit: kv heads go once, scores stop at the diagonal", None),
     "batched+blosc2": ("+ compression", (110, 8.0, 5.0)),
     "batched+blosc2+lanes4": ("+ asynchronous", (110, 4.0, 10.0)),
     "folded": ("plan folded alone: half of the calls", None),

@@ -112,7 +112,8 @@ class Client:
     writable: str
     """Whether who receives may write into what it got, without a copy: "yes" or why not."""
     safe: str
-    """Whether the receiver can trust it with bytes of a hostile peer: "yes" or why not."""
+    """Whether a hostile peer can do no more than send wrong numbers. "yes": all that it says is checked, also against
+    limits; "partly": none of its code runs and nothing is overwritten, but for what stands behind it; "no": why."""
 
     def __init__(self, address: str) -> None:
         raise NotImplementedError
@@ -167,6 +168,7 @@ def _transports() -> dict[str, Transport]:
     found = [
         Transport("shm", "fastsplit", "fastsplit_calls", "Torch"),
         Transport("shm", "fastsplit, numpy", "fastsplit_calls", "Numpy"),
+        Transport("shm", "fastsplit, new tensors", "fastsplit_calls", "NewTensors"),
         Transport("shm", "fastsplit, pipelined", "fastsplit_calls", "Pipelined"),
         Transport("shm", "fastsplit, asyncio", "fastsplit_calls", "Asyncio"),
         Transport("shm", "iceoryx2", "iceoryx", "Bare"),

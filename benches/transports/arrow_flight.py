@@ -88,7 +88,7 @@ class FlightClient(Client):
     modes = ("sleeping",)
     copies = "1: the received pieces put together"
     writable = "no: Arrow's memory is read-only"
-    safe = "yes"
+    safe = "partly: no limit on the size"
     most_nbytes = 2**31 - 1 - 64 * 1024  # of a message of Flight's
 
     def __init__(self, address: str) -> None:

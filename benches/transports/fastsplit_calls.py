@@ -4,6 +4,7 @@
     Pipelined      `Channel.submit`, up to 16 requests in flight (fewer large ones: 256 MiB in all); over sockets with
                    `overlap=True`, so that requests and replies travel at once. A round trip is then what a call adds,
                    not how long it takes
+    NewTensors     as Torch, but each call makes a tensor to send, and the handler another to answer with
     Asyncio        `fastsplit.aio` on both ends: round trips one at a time, one way as many at a time as Pipelined
 
 With shared memory ("shm", over unix://: the tensor goes and comes by reference) and without (`?shm=off`, and tcp). A
@@ -32,6 +33,8 @@ from . import Bytes, Client, Peer, Run, bytes_of
 __all__ = [
     "AsyncioClient",
     "AsyncioPeer",
+    "NewTensorsClient",
+    "NewTensorsPeer",
     "NumpyClient",
     "NumpyPeer",
     "PipelinedClient",
@@ -63,7 +66,7 @@ class _CallPeer(Peer):
     arrays = "torch"
 
     def __init__(self, directory: Path, link: str) -> None:
-        self._handlers = {"echo": lambda call: call.tensors, "mark": mark, "take": self._take}
+        self._handlers = {"echo": self._echo, "mark": mark, "take": self._take}
         uris = {
             mode: "tcp://127.0.0.1:0" if link == "tcp" else f"unix://{directory}/{mode}.sock"
             for mode in self.modes_of_client()
@@ -80,6 +83,9 @@ class _CallPeer(Peer):
             for mode, uri in uris.items()
         }
         return [(mode, server.uri.partition("?")[0]) for mode, server in self._servers.items()]
+
+    def _echo(self, call: fastsplit.Call) -> Any:
+        return call.tensors
 
     def _take(self, call: fastsplit.Call) -> None:
         self.taken += 1
@@ -101,7 +107,7 @@ class _CallClient(Client):
     overlap = False
     copies = "0; 1 from ordinary memory into shared"
     writable = "yes"
-    safe = "yes"
+    safe = "partly: what is said of tensors is checked, but the peer may change them while they are read"
 
     def __init__(self, address: str) -> None:
         self._shm, uris = json.loads(address)
@@ -118,7 +124,7 @@ class _CallClient(Client):
                 raise ConnectionError(f"shm is {channel.shm}: {channel.shm_reason}")
         self.note = f"shared memory: {channel.shm_reason}"
         if not self._shm:
-            self.copies = "0"
+            self.copies, self.safe = "0", "yes"
 
     def channel(self, mode: str) -> fastsplit.Channel:
         return self._channels[mode]
@@ -194,6 +200,26 @@ class NumpyClient(_CallClient):
     arrays = "numpy"
 
 
+class NewTensorsPeer(_CallPeer):
+    """Its echo answers with a tensor of its own making; as an answer it would be written to, which no echo does."""
+
+    def _echo(self, call: fastsplit.Call) -> Any:
+        return call.empty(call.tensors[0].shape, "float32")
+
+
+class NewTensorsClient(_CallClient):
+    has_one_way = False  # there a message comes out of ordinary memory, as Torch has it
+
+    def trip(self, run: Run) -> Callable[[], object]:
+        channel, _ = self._of(run)
+        call, empty, shape = channel.call, channel.empty, (run.nbytes // 4,)
+
+        def once() -> None:
+            (_reply,) = call("echo", empty(shape, "float32"))
+
+        return once
+
+
 class PipelinedPeer(_CallPeer):
     def modes_of_client(self) -> tuple[str, ...]:
         return PipelinedClient.modes
@@ -266,7 +292,7 @@ class AsyncioClient(Client):
     modes = ("sleeping",)
     copies = "0; 1 from ordinary memory into shared"
     writable = "yes"
-    safe = "yes"
+    safe = "partly: what is said of tensors is checked, but the peer may change them while they are read"
 
     def __init__(self, address: str) -> None:
         self._shm, uris = json.loads(address)
@@ -278,7 +304,7 @@ class AsyncioClient(Client):
             self.close()
             raise ConnectionError(f"shm is {self._channel.shm}: {self._channel.shm_reason}")
         if not self._shm:
-            self.copies = "0"
+            self.copies, self.safe = "0", "yes"
 
     def _do(self, coroutine: Any) -> Any:
         return self._loop.run_until_complete(coroutine)

@@ -93,7 +93,7 @@ class GlooClient(Client):
     modes = ("sleeping",)
     copies = "0"
     writable = "yes"
-    safe = "no: nothing says what comes"
+    safe = "partly: nothing says what comes"
 
     def __init__(self, address: str) -> None:
         _join(_Store("127.0.0.1", int(address), is_master=False, timeout=_TIMEOUT), _CLIENT)

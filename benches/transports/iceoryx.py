@@ -169,7 +169,7 @@ class BareClient(Client):
     most_nbytes = _MAX_NBYTES
     copies = "0, and the peer fills its answer itself; 1 from ordinary memory into shared"
     writable = "no: received memory is mapped read-only"
-    safe = "no: the peer may change what it has sent, and the queues"
+    safe = "no: the peer may change what it has sent while it is read, and the queues"
 
     def __init__(self, address: str) -> None:
         root, self._prefix = json.loads(address)

@@ -20,7 +20,8 @@ from . import TRANSPORTS, Bytes, Client, Run, load
 
 __all__ = ["Figures", "Pair", "open_pairs"]
 
-_NEEDS_DEV_SHM = ("shared_block", "torch_tensors")
+_NEEDS_DEV_SHM = ("shared_block", "torch_tensors", "iceoryx")
+_OF_A_MESSAGE = 4  # how many times its size one of them has there at most
 _MARGIN_NBYTES = 64 * 1024**2
 
 
@@ -59,6 +60,10 @@ class Pair:
         self._process.close()
         if hasattr(self, "client"):
             self.client.close()
+
+    def kill(self) -> None:
+        """Ends the peer at once, so that who waits for it hears of it, and nothing of it runs beside others."""
+        self._process.kill()
 
     def takes(self, nbytes: int, mode: str, one_way: bool = False) -> bool:
         """Whether it has that. One way it is measured in its first mode alone."""
@@ -140,11 +145,14 @@ def open_pairs(
 ) -> tuple[dict[str, Pair], dict[str, str]]:
     """The pairs, each with its peer on `cpu`, and why others are not there. `most_nbytes`: what will be sent."""
     starting, left_out = {}, {}
+    needed_nbytes = 0
     room_nbytes = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
     for name in names:
-        if TRANSPORTS[name].module in _NEEDS_DEV_SHM and room_nbytes < 4 * most_nbytes + _MARGIN_NBYTES:
-            left_out[name] = f"{room_nbytes} bytes free in /dev/shm"
-            continue
+        if TRANSPORTS[name].module in _NEEDS_DEV_SHM:
+            needed_nbytes += _OF_A_MESSAGE * most_nbytes
+            if room_nbytes < needed_nbytes + _MARGIN_NBYTES:
+                left_out[name] = f"{room_nbytes} bytes free in /dev/shm, expected {needed_nbytes + _MARGIN_NBYTES}"
+                continue
         try:
             starting[name] = Pair(name, cpu)
         except ImportError as error:

@@ -42,6 +42,8 @@ def main(argv: list[str] | None = None) -> int:
         except (ImportError, OSError) as error:
             print("UNABLE", error, flush=True)
             return 1
+        if args.cpu is not None and "torch" in sys.modules:
+            sys.modules["torch"].set_num_threads(1)  # it has asked how many cores there are before
         print("READY", json.dumps(peer.address), flush=True)
         try:
             for line in sys.stdin:

@@ -103,7 +103,7 @@ class RawClient(Client):
     how = "floor"
     copies = "0"
     writable = "yes"
-    safe = "no: nothing says what comes"
+    safe = "partly: nothing says what comes"
     sndbuf_nbytes = 0
 
     def __init__(self, address: str) -> None:

@@ -113,7 +113,7 @@ class _BlockPeer(Peer):
 class _BlockClient(Client):
     copies = "0; 1 from ordinary memory into shared"
     writable = "yes"
-    safe = "no: nothing is checked, and the peer may write at any time"
+    safe = "no: nothing is checked, and the peer may write while it is read"
     has_slots = True
 
     def __init__(self, address: str) -> None:
