@@ -56,4 +56,5 @@ def _group(item: pytest.Item) -> tuple[str, str, str]:
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
     command = config.getoption("--described-command")
     words = shlex.split(command) if command else ["python", "-m", "pytest", *config.invocation_params.args]
+    output_json["machine_info"]["node"] = ""  # the host's name is nobody's business
     output_json["environment"] = describe(list(map(str, words)))

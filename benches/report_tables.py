@@ -351,7 +351,11 @@ def _compared(results: Path) -> str:
         [one["group"], one["first"], one["second"], *(f"{ratio:.2f}" for ratio in one["ratios"])]
         for one in turned[:_LONGEST]
     ]
-    title = f"the {_LONGEST} furthest apart of {len(turned)} that turned round" if len(turned) > _LONGEST else "turned round"
+    title = (
+        f"the {_LONGEST} furthest apart of {len(turned)} that turned round"
+        if len(turned) > _LONGEST
+        else "turned round"
+    )
     more = _table([title, "this", "beside", "times it", "in the other run"], listed, source)
     return _table(head, rows, "") + "\n" + more
 

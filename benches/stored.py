@@ -71,7 +71,9 @@ def origin(document: dict[str, Any]) -> str:
     changed = known.get("git_changed_files")
     date = str(known.get("date") or "no date")[:10]
     revision = str(known.get("git_revision") or "not known")[:7]
-    return f"{date}, revision {revision}" + (f" and {changed} changed file{'s' if changed > 1 else ''}" if changed else "")
+    return f"{date}, revision {revision}" + (
+        f" and {changed} changed file{'s' if changed > 1 else ''}" if changed else ""
+    )
 
 
 def select(document: Any, path: str) -> Any:

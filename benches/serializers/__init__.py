@@ -2,9 +2,11 @@
 
     memcpy                      the floor: numpy's copyto into memory that is warm
     fastsplit                   the sessions of fastsplit/wire over a stream, without the socket
+    fastsplit, new shape        the same for a message of a shape that was not seen before
     flatbuffers                 Builder and CreateByteVector, as one writes it with generated code
     flatbuffers, sized          a Builder that is large enough from the start, the payload put in by one copy
     protobuf                    a bytes field for each tensor
+    protobuf, out-of-band       what is said in protobuf, each tensor's own memory beside it
     msgpack                     all in one, as the system that fastsplit replaces (benches/rivals/messages.py)
     msgpack, out-of-band        what is said in msgpack, each tensor's own memory beside it
     msgspec                     a Struct with a bytes field, in MessagePack
@@ -20,6 +22,7 @@
     safetensors, out-of-band    the same format: its JSON header, then the tensors' own memory
     arrow tensor                pyarrow.ipc.write_tensor and read_tensor
     arrow batch                 a record batch with a column for each tensor, read where it arrived
+    arrow batch, in pieces      the same, written by a stream that hands on what it need not copy
     capnproto                   assigned, to_bytes, from_bytes
     capnproto, in place         written into the message's own memory, read where it arrived
 
@@ -44,9 +47,11 @@ FLOOR = "memcpy"
 SERIALIZERS: dict[str, str] = {
     FLOOR: "floor.Memcpy",
     "fastsplit": "fastsplit_frames.Frames",
+    "fastsplit, new shape": "fastsplit_frames.NewShape",
     "flatbuffers": "flatbuffers_vectors.Vectors",
     "flatbuffers, sized": "flatbuffers_vectors.SizedVectors",
     "protobuf": "protobuf_messages.BytesField",
+    "protobuf, out-of-band": "protobuf_messages.OutOfBand",
     "msgpack": "msgpack_messages.Original",
     "msgpack, out-of-band": "msgpack_messages.OutOfBand",
     "msgspec": "msgspec_structs.Structs",
@@ -62,6 +67,7 @@ SERIALIZERS: dict[str, str] = {
     "safetensors, out-of-band": "safetensors_files.OutOfBand",
     "arrow tensor": "arrow_ipc.Tensors",
     "arrow batch": "arrow_ipc.Batch",
+    "arrow batch, in pieces": "arrow_ipc.Pieces",
     "capnproto": "capnproto.Assigned",
     "capnproto, in place": "capnproto.InPlace",
 }

@@ -3,8 +3,8 @@
 Tensors hold no op and no attributes; pyarrow gives them as read-only, even in memory that is not, so they are copied.
 A batch has one row, and a column for each tensor, whose dtype and shape are metadata of its field; op and attributes
 are metadata of the schema. Its bytes are read where they arrived: pyarrow says where that is, and the bytearray is
-writable. Both write the payload once, into memory that pyarrow allocates; nothing in Python sends a batch from where it
-lies.
+writable. As one piece the payload is copied once, into memory that pyarrow allocates; a stream over an object of
+Python's is handed the tensor's own memory instead ("in pieces").
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pyarrow as pa
 from .arrays import array_of, dtype_name, flat_bytes, offset_in, tensor_of, tensor_over
 from .serializer import Message, Serializer, joined
 
-__all__ = ["Batch", "Tensors"]
+__all__ = ["Batch", "Pieces", "Tensors"]
 
 
 class Tensors(Serializer):
@@ -50,7 +50,7 @@ class Tensors(Serializer):
 
 
 class Batch(Serializer):
-    """At its best. What arrives is one bytearray."""
+    """As one piece. What arrives is one bytearray."""
 
     how = "best"
     copies_encode = 1
@@ -58,6 +58,10 @@ class Batch(Serializer):
     safe = "yes: the metadata is verified, offsets by validate(full=True), the shape by this code"
 
     def encode(self, message: Message) -> list[Any]:
+        batch = self._batch(message)
+        return [batch.schema.serialize(), batch.serialize()]
+
+    def _batch(self, message: Message) -> Any:
         fields, columns = [], []
         for index, tensor in enumerate(message.tensors):
             said = json.dumps({"dtype": dtype_name(tensor), "shape": tuple(tensor.shape)})
@@ -67,7 +71,7 @@ class Batch(Serializer):
             columns.append(pa.Array.from_buffers(pa.large_binary(), 1, buffers))
         attrs = json.dumps({"layer": message.layer, "scale": message.scale})
         schema = pa.schema(fields, {"op": message.op, "attrs": attrs})
-        return [schema.serialize(), pa.RecordBatch.from_arrays(columns, schema=schema).serialize()]
+        return pa.RecordBatch.from_arrays(columns, schema=schema)
 
     def receive(self, wire: list[Any]) -> bytearray:
         return joined(wire)
@@ -88,3 +92,43 @@ class Batch(Serializer):
             tensors.append(tensor_over(received, said["dtype"], said["shape"], at + start, end - start))
         attrs = json.loads(schema.metadata[b"attrs"])
         return Message(schema.metadata[b"op"].decode(), attrs["layer"], attrs["scale"], tensors)
+
+
+class _Sink:
+    """A file of Python's, as far as Arrow's writer asks for one."""
+
+    closed = False
+
+    def __init__(self) -> None:
+        self.pieces: list[Any] = []
+        self._nbytes = 0
+
+    def write(self, piece: Any) -> int:
+        view = memoryview(piece)  # of bytes, or of Arrow's own buffer
+        self.pieces.append(view)
+        self._nbytes += view.nbytes
+        return view.nbytes
+
+    def tell(self) -> int:
+        return self._nbytes
+
+    def writable(self) -> bool:
+        return True
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Pieces(Batch):
+    """A stream of one batch, in as many pieces as Arrow writes. What arrives is one bytearray."""
+
+    copies_encode = 0
+
+    def encode(self, message: Message) -> list[Any]:
+        batch, sink = self._batch(message), _Sink()
+        with pa.ipc.new_stream(pa.PythonFile(sink, mode="w"), batch.schema) as writer:
+            writer.write_batch(batch)
+        return sink.pieces
