@@ -7,22 +7,19 @@
 
 How it is measured. Three processes for each dtype: this one is the TEE side and drives one `Runner` a system; one
 executor serves fastsplit and the rivals out of one copy of the weights; one runs HF. Only one system is at work at any
-moment. Every system first does a little, untimed; then come the rounds, each with every system once, every other round
-in the reverse order, so that what drifts on the machine does not favour one of them. A system whose round takes longer
-than --once-over seconds has that one round; HF, with which the others are compared, has them all. Ratios are those of
-the same round, and the median is that of the ratios.
-
-Rules. All plans over a link share a connection, and "shm" and "unix" a server: on two cores that one does not spin then
-for either. Beside an executor that computes on all cores nobody spins anyway; where spinning is to be felt (--threads,
---spin-us), ask for one link alone.
+moment, and only that one is connected: each thread of an executor that has a connection keeps threads for arithmetic of
+its own, and with six of them there decoding took 1.45 times as long as alone (98 against 68 ms a token, folded). First
+it does a little, untimed. In every other round the order is reversed, so that what drifts on the machine does not
+favour one of them. A system whose round takes longer than --once-over seconds has that one round; HF, with which the
+others are compared, has them all. Ratios are those of the same round, and the median is that of the ratios.
 """
 
 from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +29,7 @@ import torch
 import fastsplit
 
 from .measurements import Columns, Measurement, median, table, write_whole
-from .processes import OthersCpu, peak_rss_bytes, reset_peak_rss
+from .processes import OthersCpu, Process, peak_rss_bytes, reset_peak_rss
 from .rounds import progress
 from .splits import RIVALS, Split, memory, open_splits
 from .workers import Workers
@@ -138,23 +135,16 @@ class Document:
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
 
-def _open_systems(
-    stack: ExitStack, names: Sequence[str], dtype: str, setting: Setting, workers: Workers
-) -> list[System]:
-    split_names = [name for name in names if not name.startswith("hf-")]
-    hf_names = [name for name in names if name not in split_names]
-    kinds = {"real": split_names, "hf": hf_names}
-    wanted = [kind for kind, of in kinds.items() if of]
-    processes = dict(zip(wanted, workers.get(setting.model, dtype, *wanted)))
-    systems: list[System] = []
-    if split_names:
-        splits = open_splits(stack, split_names, setting.model, processes["real"])
-        systems += [System(split.name, split.worker_pid, split) for split in splits]
-    if hf_names:
-        hf = processes["hf"]
-        channel = stack.enter_context(fastsplit.connect(hf.ready, call_timeout_s=600))
-        systems += [System(name, hf.pid, hf=channel) for name in hf_names]
-    return systems
+@contextmanager
+def _connected(name: str, processes: Mapping[str, Process], setting: Setting) -> Iterator[System]:
+    """A system with a connection of its own, for as long as it is its turn."""
+    with ExitStack() as stack:
+        if name.startswith("hf-"):
+            hf = processes["hf"]
+            yield System(name, hf.pid, hf=stack.enter_context(fastsplit.connect(hf.ready, call_timeout_s=600)))
+            return
+        (split,) = open_splits(stack, [name], setting.model, processes["real"])
+        yield System(name, split.worker_pid, split)
 
 
 def _measured(phase: Phase, system: System) -> Measurement:
@@ -186,31 +176,32 @@ def measure(
 
     `finish` is called before these are made.
     """
-    with torch.inference_mode(), ExitStack() as stack:
-        systems = _open_systems(stack, names, dtype, setting, workers)
-        rows = {
-            system.name: {"phase": phase.name, "dtype": dtype, **system.row(), **phase.size, "rounds": [], "median": {}}
-            for system in systems
-        }
-        document.rows += rows.values()
-        for system in systems:
-            phase.warm_up(system)
-        slow: set[str] = set()
+    kinds = {"hf" if name.startswith("hf-") else "real": None for name in names}
+    processes = dict(zip(kinds, workers.get(setting.model, dtype, *kinds)))
+    rows: dict[str, dict[str, Any]] = {}
+    slow: set[str] = set()
+    with torch.inference_mode():
         for number in range(setting.rounds):
             turn: dict[str, Measurement] = {}
-            for system in systems if number % 2 == 0 else reversed(systems):
-                if system.name in slow:
+            for name in names if number % 2 == 0 else reversed(names):
+                if name in slow:
                     continue
-                measured = turn[system.name] = _measured(phase, system)
-                rows[system.name]["rounds"].append(measured)
+                with _connected(name, processes, setting) as system:
+                    phase.warm_up(system)
+                    measured = turn[name] = _measured(phase, system)
+                    if name not in rows:
+                        about = {"phase": phase.name, "dtype": dtype, **system.row(), **phase.size}
+                        rows[name] = {**about, "rounds": [], "median": {}}
+                        document.rows.append(rows[name])
+                rows[name]["rounds"].append(measured)
                 phase.compare(turn)
-                for name in turn:  # HF's turn may have come last
-                    rows[name]["median"] = phase.summary(rows[name])
+                for one in turn:  # HF's turn may have come last
+                    rows[one]["median"] = phase.summary(rows[one])
                 document.write()
                 wall_s = measured["wall_s"]
-                progress(f"{phase.name}, {dtype}, round {number + 1}: {system.name} {wall_s:.2f} s")
-                if wall_s > setting.once_over_s and system.kind != "hf":
-                    slow.add(system.name)
+                progress(f"{phase.name}, {dtype}, round {number + 1}: {name} {wall_s:.2f} s")
+                if wall_s > setting.once_over_s and rows[name]["kind"] != "hf":
+                    slow.add(name)
     finish()
     for row in document.rows:  # also those of another dtype: what `finish` found out may be theirs, too
         row["median"] = phase.summary(row)
