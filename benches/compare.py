@@ -58,22 +58,22 @@ def _serialization(document: dict[str, Any]) -> _Seconds:
     found: _Seconds = {}
     for benchmark in document["benchmarks"]:
         name = benchmark["extra_info"]["serializer"]
-        if not is_memcpy(name):
+        if not is_memcpy(name) and benchmark["extra_info"].get("general", True):
             found.setdefault(benchmark["group"], {})[name] = benchmark["stats"]["median"]
     return found
 
 
 def _transport(document: dict[str, Any]) -> _Seconds:
     found: _Seconds = {}
-    for sleeping in (False, True):
-        for what, key in (("round trip", "p50_us"), ("one way", "mean_us")):
-            for (name, nbytes), row in transport_rows(document, what, sleeping).items():
-                us = row["median"].get(key)
-                system = document["systems"][name]
-                if us and not system["floor"] and (what == "one way" or system.get("latency", True)):
-                    title = LINKS.get(row["link"], row["link"])
-                    group = f"{what}, {title}, {bytes_text(nbytes, binary=True)}{', sleeping' if sleeping else ''}"
-                    found.setdefault(group, {})[name] = us / 1e6
+    kinds = (("round trip", "p50_us", "spinning"), ("round trip", "p50_us", "sleeping"), ("one way", "mean_us", None))
+    for what, key, mode in kinds:
+        for (name, nbytes), row in transport_rows(document, what, mode).items():
+            us = row["median"].get(key)
+            system = document["systems"][name]
+            if us and not system["floor"] and (what == "one way" or system.get("latency", True)):
+                title = LINKS.get(row["link"], row["link"])
+                group = f"{what}, {title}, {bytes_text(nbytes, binary=True)}{f', {mode}' if mode else ''}"
+                found.setdefault(group, {})[name] = us / 1e6
     # nobody to compare with
     return {group: systems for group, systems in found.items() if len(systems) > 1}
 

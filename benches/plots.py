@@ -73,7 +73,10 @@ def _transport(results: Path, path: Path, what: str) -> None:
         raise Missing(f"transport.json has no {what}")
     sizes = sorted({nbytes for _, nbytes in rows})
     drawn, panels = figure(len(links), 1, 0.95 + 3.05 * len(links))
-    notes = {"round trip": "Median round trip of one message there and back", "one way": "One way, mean"}
+    notes = {
+        "round trip": "Median round trip, readers spinning but for those that only sleep (pale)",
+        "one way": "One way, mean",
+    }
     for axes, link in zip(panels, links):
         ends = []
         used: dict[str, int] = {}
@@ -84,6 +87,7 @@ def _transport(results: Path, path: Path, what: str) -> None:
             if not points:
                 continue
             label = about.get("label") or name
+            asleep = what == "round trip" and rows[name, points[0][0]]["mode"] == "sleeping" and not is_memcpy(name)
             colour = "grey" if about["floor"] else _family(label)
             variant = used[colour] = used.get(colour, -1) + 1
             first = colour == "blue" and variant == 0
@@ -92,11 +96,14 @@ def _transport(results: Path, path: Path, what: str) -> None:
                 color=COLOURS[colour],
                 linestyle="--" if about["floor"] else _DASHES[variant % 4],
                 linewidth=2.6 if first else 1.3,
+                alpha=0.55 if asleep else 1.0,
                 marker="" if about["floor"] else _MARKERS[variant % 4],
                 markersize=5 if first else 3,
                 zorder=4 if first else 3 if colour == "blue" else 2,
             )
-            ends.append((*points[-1], label, COLOURS["muted" if about["floor"] else colour], first))
+            ends.append(
+                (*points[-1], label + ", sleeps" * asleep, COLOURS["muted" if about["floor"] else colour], first)
+            )
         axes.set(xscale="log", yscale="log")
         axes.set_title(LINKS[link], fontweight="bold")
         axes.xaxis.set_major_locator(FixedLocator(sizes))
@@ -289,7 +296,9 @@ def _bytes(results: Path, path: Path) -> None:
         measured = load(results, name)
         dtype = counts["options"]["dtype"]
         same = [row for row in measured["rows"] if row["dtype"] == dtype and row.get("tokens", tokens) == tokens]
-        for system, title in (("tuned", "tuned"), ("original", "original"), ("shm-folded", "shared memory")):
+        for system, title in (("tuned-tcp", "tuned"), ("original-tcp", "original"), ("shm-folded", "shared memory")):
+            if not any(row["system"] == system for row in same):
+                print(f"bytes.svg: without {title}: {name} has no {system}", file=sys.stderr)
             for row in same:
                 if row["system"] == system:
                     bar = (title, row["median"]["bytes_sent"], row["median"]["bytes_received"])

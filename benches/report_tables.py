@@ -1,7 +1,8 @@
 """The tables of which README.md and docs consist, each from stored JSON: `benches.tables` says where they go.
 
-In all of them a bold figure is the best of its group; floors, which no system can beat and none is compared with, are
-in italics and never bold. Times are medians over rounds; what a column is, the benchmark's docstring says.
+In all of them a bold figure is the best of its group; references (a bare socket, a copy within one process), with which
+nobody competes, are in italics and never bold. Times are medians over rounds; what a column is, the benchmark's
+docstring says.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ _CONTENTS = {
     "linear": "values+o+gate+up, down+next q+k+scores",
 }
 _Row = dict[str, Any]
+_REFERENCE = "*italics*: a reference, which competes with nobody"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], source: str) -> str:
@@ -54,17 +56,16 @@ def _cell(value: float | None, best: float | None, text: Callable[[float], str])
 # ---- transports ------------------------------------------------------------------------------------------------------
 
 
-def _transport(results: Path, what: str) -> str:
+def _transport(results: Path, what: str, mode: str | None = None) -> str:
     document = load(results, "transport.json")
     systems = document["systems"]
-    rows = transport_rows(document, what)
-    asleep = transport_rows(document, what, sleeping=True)
+    rows = transport_rows(document, what, mode)
     round_trip = what == "round trip"
     figure_name = "p50_us" if round_trip else "gbytes_per_s"
     sizes = [size for size in _SIZES if any(nbytes == size for _, nbytes in rows)]
     head = ["", *(bytes_text(size, binary=True) for size in sizes)]
     if round_trip:
-        head += ["64 B, p99", "64 B, CPU", "64 B, readers asleep"]
+        head += ["64 B, p99", "64 B, CPU"]
 
     def of(name: str, nbytes: int, key: str, among: dict[tuple[str, int], _Row]) -> float | None:
         found = among.get((name, nbytes), {}).get("median", {}).get(key)
@@ -85,7 +86,7 @@ def _transport(results: Path, what: str) -> str:
         better = min if round_trip else max
         columns: list[tuple[int, str, dict[tuple[str, int], _Row]]] = [(size, figure_name, rows) for size in sizes]
         if round_trip:
-            columns += [(64, "p99_us", rows), (64, "cpu_us", rows), (64, "p50_us", asleep)]
+            columns += [(64, "p99_us", rows), (64, "cpu_us", rows)]
         # what a pipelined call adds is no round trip, and nobody is compared with it
         apart = {n for n in names if systems[n]["floor"] or (round_trip and not systems[n].get("latency", True))}
         best = [
@@ -95,20 +96,38 @@ def _transport(results: Path, what: str) -> str:
             )
             for size, key, among in columns
         ]
-        # the quickest first, whatever was not measured at the first size last, floors below all of them
-        names.sort(
-            key=lambda n: (systems[n]["floor"], (1 if round_trip else -1) * (of(n, *columns[0]) or float("inf")))
-        )
+
+        def place(name: str, columns: Any = columns) -> tuple[bool, bool, float]:
+            """The quickest first, whoever was not measured at the first size last, references below all of them."""
+            first = of(name, *columns[0])
+            return systems[name]["floor"], first is None, (first or 0.0) * (1 if round_trip else -1)
+
+        names.sort(key=place)
         lines.append([f"**{title}**", *[""] * len(columns)])
         for name in names:
             floor = systems[name]["floor"]
-            label = systems[name].get("label") or name
+            label = (systems[name].get("label") or name) + " *" * (systems[name]["how"] == "common")
             cells = [shown(of(name, *column), None if name in apart else best[n]) for n, column in enumerate(columns)]
             lines.append([f"*{label}*" if floor else label, *(f"*{c}*" if floor and c else c for c in cells)])
-    note = "median round trip" if round_trip else "one way, mean"
+    note = f"median round trip, {mode}" if round_trip else "one way, mean, each as it waits best"
     if document.get("placement"):
         note += f"; {document['placement']}"
-    return _table(head, lines, _source(document, "transport.json", note + "; *italics*: a floor"))
+    return _table(head, lines, _source(document, "transport.json", note + f"; {_REFERENCE}; \\*: as commonly written"))
+
+
+def _properties(results: Path) -> str:
+    """What each transport does and gives, links with the same together."""
+    document = load(results, "transport.json")
+    links: dict[tuple[str, ...], list[str]] = {}
+    for about in document["systems"].values():
+        said = tuple(about[key] for key in ("label", "how", "copies", "writable", "safe"))
+        links.setdefault(said, []).append(about["link"])
+    head = ["", "over", "measured as", "copies of a message", "writable", "safe with a hostile peer"]
+    lines = [
+        [label, ", ".join(over), how.replace("floor", "a reference"), *rest]
+        for (label, how, *rest), over in links.items()
+    ]
+    return _table(head, lines, _source(document, "transport.json"))
 
 
 # ---- serialization ---------------------------------------------------------------------------------------------------
@@ -135,7 +154,7 @@ def _serialization(results: Path) -> str:
     floors = [name for name in found if is_memcpy(name)]
     memcpy = seconds(floors[0], "both") if floors else None
     columns = ("encode", "decode", "both")
-    rivals = [name for name in found if name not in floors]
+    rivals = [name for name in found if name not in floors and about(name)["general"]]
     best = {
         column: min((s for n in rivals if (s := seconds(n, column)) is not None), default=None) for column in columns
     }
@@ -147,15 +166,19 @@ def _serialization(results: Path) -> str:
         wire = info.get("wire_nbytes")
         cells = [
             *(
-                _cell(seconds(name, column), None if name in floors else best[column], seconds_text)
+                _cell(seconds(name, column), best[column] if name in rivals else None, seconds_text)
                 for column in columns
             ),
             "" if both is None or not memcpy else f"{both / memcpy:.2g}",
             "" if wire is None else f"{wire - info['payload_nbytes']:,}",
             *(_said(info.get(key)) for key in ("copies_encode", "copies_decode", "writable", "safe")),
         ]
-        lines.append([f"*{name}*", *(f"*{c}*" if c else c for c in cells)] if name in floors else [name, *cells])
-    return _table(head, lines, _source(document, "serialization.json", "[1024, 2048] float32, medians"))
+        label = name + " *" * (info["how"] == "common") + " T" * (not info["general"])
+        lines.append([f"*{name}*", *(f"*{c}*" if c else c for c in cells)] if name in floors else [label, *cells])
+    note = (
+        f"[1024, 2048] float32, medians; {_REFERENCE}; \\*: as commonly written; T: tensors alone, competes with nobody"
+    )
+    return _table(head, lines, _source(document, "serialization.json", note))
 
 
 def _said(value: Any) -> str:
@@ -190,7 +213,7 @@ def _system(row: _Row) -> str:
 def _prefill(results: Path, dtype: str) -> str:
     document = load(results, "split-prefill.json")
     rows = _systems(document, dtype, "wall_s", "split-prefill.json")
-    best = _best([row for row in rows if row["kind"] != "hf"], lambda row: row["median"]["wall_s"])
+    best = _best(rows, lambda row: row["median"]["wall_s"])
     head = ["", "wall", "÷ sdpa", "÷ eager", "GPU side", "TEE side", "serialization", "communication", "calls"]
     head += ["through sockets", "by reference", "error"]
     lines = []
@@ -202,7 +225,7 @@ def _prefill(results: Path, dtype: str) -> str:
         lines.append(
             [
                 _system(row),
-                _cell(m["wall_s"], best if split else None, seconds_text),
+                _cell(m["wall_s"], best, seconds_text),
                 _ratio(m.get("wall_to_sdpa")),
                 _ratio(m.get("wall_to_eager")),
                 *(
@@ -222,7 +245,7 @@ def _prefill(results: Path, dtype: str) -> str:
 def _decode(results: Path, dtype: str) -> str:
     document = load(results, "split-decode.json")
     rows = _systems(document, dtype, "step_s", "split-decode.json")
-    best = _best([row for row in rows if row["kind"] != "hf"], lambda row: row["median"]["step_s"])
+    best = _best(rows, lambda row: row["median"]["step_s"])
     head = [
         "",
         "a token",
@@ -242,7 +265,7 @@ def _decode(results: Path, dtype: str) -> str:
         lines.append(
             [
                 _system(row),
-                _cell(m["step_s"], best if row["kind"] != "hf" else None, seconds_text),
+                _cell(m["step_s"], best, seconds_text),
                 "" if m.get("tokens_per_s") is None else f"{m['tokens_per_s']:.1f}",
                 _ratio(m.get("step_to_sdpa")),
                 _ratio(m.get("step_to_loop")),
@@ -262,6 +285,10 @@ def _ladder(results: Path) -> str:
     head = ["step", "predicted: calls", "time", "faster by"]
     for link, about in links.items():
         head += [f"{link_title(link, about)}: calls", "GB", "time", "faster by", "÷ floor"]
+    least = {
+        link: min(row["measured"][link]["wall_s"] for row in document["rows"] if link in row["measured"])
+        for link in links
+    }
     lines = []
     for row in document["rows"]:
         expected = row.get("predicted")
@@ -279,16 +306,19 @@ def _ladder(results: Path) -> str:
             cells += [
                 f"{m['rpc_calls']:.0f}",
                 f"{(m['bytes_sent'] + m['bytes_received']) / 1e9:.2f}",
-                f"**{seconds_text(m['wall_s'])}**",
+                _cell(m["wall_s"], least[link], seconds_text),
                 "" if m.get("speed_up") is None else f"{m['speed_up']:.1f}x",
                 f"{m['wall_s'] / m['floor_s']:.2f}" if m.get("floor_s") else "",
             ]
         lines.append(cells)
     executors = {"real": "the real executor", "null": "an executor that computes nothing"}
-    note = "; ".join(
-        f"{link_title(link, about)}: {about['tokens']} tokens, {executors.get(about['executor'], about['executor'])}"
-        for link, about in links.items()
-    )
+    notes = []
+    for link, about in links.items():
+        rounds = max(len(row["measured"][link]["rounds"]) for row in document["rows"] if link in row["measured"])
+        executor = executors.get(about["executor"], about["executor"])
+        times = "one round" if rounds == 1 else f"{rounds} rounds at most"
+        notes.append(f"{link_title(link, about)}: {about['tokens']} tokens, {executor}, {times}")
+    note = "; ".join(notes)
     return _table(head, lines, _source(document, "split-ladder.json", note))
 
 
@@ -361,7 +391,9 @@ def _compared(results: Path) -> str:
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
-    "transport-round-trip": lambda results: _transport(results, "round trip"),
+    "transport-round-trip": lambda results: _transport(results, "round trip", "spinning"),
+    "transport-round-trip-sleeping": lambda results: _transport(results, "round trip", "sleeping"),
+    "transport-properties": _properties,
     "transport-one-way": lambda results: _transport(results, "one way"),
     "serialization": _serialization,
     "prefill-float32": lambda results: _prefill(results, "float32"),

@@ -8,7 +8,7 @@
 How it is measured. Three processes for each dtype: this one is the TEE side and drives one `Runner` a system; one
 executor serves fastsplit and the rivals out of one copy of the weights; one runs HF. Only one system is at work at any
 moment, and only that one is connected: each thread of an executor that has a connection keeps threads for arithmetic of
-its own, and with six of them there decoding took 1.45 times as long as alone (98 against 68 ms a token, folded). First
+its own, and with six of them there decoding took longer (98 against 79 ms a token, folded). First
 it does a little, untimed. In every other round the order is reversed, so that what drifts on the machine does not
 favour one of them. A system whose round takes longer than --once-over seconds has that one round; HF, with which the
 others are compared, has them all. Ratios are those of the same round, and the median is that of the ratios.

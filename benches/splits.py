@@ -13,9 +13,9 @@ Over a slow link there is more to choose, and a system is named by what was (`pa
     original, original-batched  the original's messages, in plan "per-op" and "batched"
     tuned, tuned-batched        the same with tensors out of band
 
-Rules. All plans over one link share one connection, and a link has one only if it is asked for: an executor with as
-many clients as cores does not spin for any of them, which a benchmark of small messages would feel. Every system of a
-process computes out of the same copy of the weights.
+Rules. Systems that are opened together over one link share its connection, and a link has one only if it is asked for:
+what an executor keeps for each of its clients slows the others down. Every system of a process computes out of the same
+copy of the weights.
 """
 
 from __future__ import annotations

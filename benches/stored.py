@@ -180,15 +180,21 @@ def preferred_mode(modes: Sequence[str]) -> str:
 
 
 def transport_rows(
-    document: dict[str, Any], what: str, sleeping: bool = False
+    document: dict[str, Any], what: str, mode: str | None = None
 ) -> dict[tuple[str, int], dict[str, Any]]:
-    """transport.json's rows of one kind by system and size, in one mode each: `sleeping` or the preferred one."""
+    """transport.json's rows of one kind by system and size: those of a `mode`, or each system's preferred one.
+
+    memcpy, which waits for nobody, is in every mode.
+    """
     modes: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
     for row in document["rows"]:
         if row["what"] == what:
             modes.setdefault((row["system"], row["nbytes"]), {})[row["mode"]] = row
-    if sleeping:
-        return {key: rows["sleeping"] for key, rows in modes.items() if "sleeping" in rows}
+    if mode is not None:
+        chosen = {
+            key: next(iter(rows.values())) if is_memcpy(key[0]) else rows.get(mode) for key, rows in modes.items()
+        }
+        return {key: row for key, row in chosen.items() if row is not None}
     return {key: rows[preferred_mode(list(rows))] for key, rows in modes.items()}
 
 
