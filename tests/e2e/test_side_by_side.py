@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -217,8 +218,17 @@ def test_a_slow_system_has_one_round_and_what_was_measured_is_kept(
 ) -> None:
     phase = FakePhase({"shm-folded": 1.0, "original-tcp": 30.0, "hf-sdpa": 30.0})
     hf: Any = object()
-    systems = [System(name, os.getpid(), hf=hf if name.startswith("hf") else None) for name in phase.walls_s]
-    monkeypatch.setattr(split_systems, "_open_systems", lambda *_: systems)
+    connected = []
+
+    @contextmanager
+    def connect(name: str, *_: Any) -> Iterator[System]:
+        connected.append(name)
+        assert connected == [name], "one at a time"
+        yield System(name, os.getpid(), hf=hf if name.startswith("hf") else None)
+        connected.clear()
+
+    monkeypatch.setattr(split_systems, "_connected", connect)
+    monkeypatch.setattr(Workers, "get", lambda *_: [])
     monkeypatch.setattr(split_systems.gc, "collect", lambda: 0)  # half a second each, with all that tests import
     document = Document(tmp_path / "split.json", {}, {})
     kept = []
