@@ -55,10 +55,9 @@ from fastsplit.report import Recorder
 from fastsplit.runner import Runner
 from fastsplit.wire.call import Call, Handler
 
-from .environment import save
+from .environment import describe, save
 from .processes import OthersCpu, process
 from .rounds import progress
-from .splits import environment
 
 __all__ = ["main"]
 
@@ -353,7 +352,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     if args.serve:
         return _serve(args)
-    circumstances = environment("benches.bench_overlap", argv)
+    circumstances = describe(["python", "-m", "benches.bench_overlap", *argv])
     options = ["--serve", "--layers", str(args.layers), "--dtype", args.dtype, "--threads", str(args.threads)]
     options += ["--delay-ms", str(args.delay_ms), "--us-per-row", str(args.us_per_row), *(["--cpu"] * args.cpu)]
     ids = torch.randint(0, _VOCAB, (1, args.prefill), generator=torch.Generator().manual_seed(0))

@@ -37,11 +37,11 @@ from fastsplit.models import DTYPES
 from fastsplit.ops import PLANS
 from fastsplit.remote import RemoteModel
 
-from .environment import RESULTS, save
+from .environment import RESULTS, describe, save
 from .link import LINKS, LinkKind, through
 from .null_executor import null_model
 from .rounds import interleaved, progress
-from .splits import Rung, Split, environment, open_rung, parse_rung
+from .splits import Rung, Split, open_rung, parse_rung
 from .workers import EXECUTORS, executor_process
 
 __all__ = ["main"]
@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     kind = LINKS[args.link]
     output = args.output or RESULTS / f"remote-decode-{args.link}.json"
     result: dict[str, Any] = {
-        "environment": environment("benches.bench_remote_decode", argv),
+        "environment": describe(["python", "-m", "benches.bench_remote_decode", *argv]),
         "options": {name: value for name, value in vars(args).items() if name != "output"},
         "link": {"rate_bit_per_s": kind.rate_bit_per_s, "round_trip_s": kind.round_trip_s},
         "models": {},

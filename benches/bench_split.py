@@ -38,14 +38,14 @@ import torch
 from fastsplit.models import DTYPES, open_model
 from fastsplit.ops import PLANS
 
-from .environment import RESULTS
+from .environment import RESULTS, describe
 from .split_decode import HF as DECODE_HF
 from .split_decode import Decode
 from .split_ladder import EXECUTOR_OF, STEPS, climb
 from .split_prefill import HF as PREFILL_HF
 from .split_prefill import Prefill
 from .split_systems import DEFAULT_PLANS, Document, Setting, measure, system_names
-from .splits import LINKS, environment
+from .splits import LINKS
 from .workers import Workers
 
 __all__ = ["PARTS", "main"]
@@ -164,7 +164,7 @@ class _Bench:
 
     def _document(self, part: str, setting: Setting, dtypes: Iterable[str], tokens: Mapping[str, Any]) -> Document:
         args = self._args
-        circumstances = environment("benches.bench_split", self._argv)
+        circumstances = describe(["python", "-m", "benches.bench_split", *self._argv])
         circumstances["spin_us"] = os.environ.get("FASTSPLIT_SPIN_US")
         options = {
             "part": part,

@@ -4,7 +4,7 @@
     python -m benches.bench_transport --quick                    three sizes, three short rounds: every transport
     python -m benches.bench_transport --links shm --sizes 64 8388608 --only iceoryx2 fastsplit
 
-transports/ has fastsplit, what one would use instead, and floors: a bare socket, and a copy within one process. It says
+transports/ has fastsplit, what one would use instead, and references: a bare socket, a copy within one process. It says
 what each of them does and does not do, what a round trip and one way are, and how the bytes are checked.
 
 How it is measured. Each end is a process of its own, on a core of its own where there are two: a transport that has
@@ -42,6 +42,7 @@ from benches.environment import RESULTS, describe, save
 from benches.placement import on_cpu, separate_cpus
 from benches.processes import OthersCpu
 from benches.rounds import interleaved, progress
+from benches.stored import bytes_text
 from benches.transports import LINKS, TRANSPORTS, Bytes
 from benches.transports.pair import Figures, Pair, open_pairs
 
@@ -162,7 +163,9 @@ class _Link:
                     series.append(one)
         group = [one.system for one in series]
         by_system = {one.system: one for one in series}
-        for name in interleaved([group], self._args.rounds, f"{self._link}, {_size(nbytes)}, {what} {mode}".rstrip()):
+        for name in interleaved(
+            [group], self._args.rounds, f"{self._link}, {bytes_text(nbytes, binary=True)}, {what} {mode}".rstrip()
+        ):
             if name in self._pairs:
                 self._try(name, lambda pair, one=by_system[name]: one.add(_run(pair, one, one.count, message)))
         return [one for one in series if len(one.mean_us) == self._args.rounds]
@@ -212,7 +215,10 @@ def _table(series: Sequence[Series]) -> str:
             unit = (
                 f"{'p50 us':>9}{'x floor':>9}{'p99':>9}{'CPU':>9}" if what == ROUND_TRIP else f"{'GB/s':>9}{'CPU':>9}"
             )
-            lines += ["", f"{link}, {what:<38}" + "".join(f"{_size(nbytes):>{len(unit)}}" for nbytes in sizes)]
+            lines += [
+                "",
+                f"{link}, {what:<38}" + "".join(f"{bytes_text(nbytes, binary=True):>{len(unit)}}" for nbytes in sizes),
+            ]
             lines.append(f"{'':<44}" + unit * len(sizes))
             for system, mode in sorted(rows, key=lambda row: MODES.index(row[1])):
                 cells = []
@@ -238,13 +244,6 @@ def _cells(what: str, median: dict[str, Any], floor_us: float | None) -> str:
 def _short(figure: float) -> str:
     """Three digits, or as many as stand before the point."""
     return f"{figure:.3g}" if figure < 100 else f"{figure:.0f}"
-
-
-def _size(nbytes: int) -> str:
-    for unit, name in ((1024**2, "MiB"), (1024, "KiB")):
-        if nbytes >= unit:
-            return f"{nbytes / unit:g} {name}"
-    return f"{nbytes} B"
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@
     python -m benches.compare A B --margin 0.05 --output build/compare.json
 
 A conclusion is the order of two systems that were measured in one group, with how many times longer the one takes: of
-transports and serializers, fastsplit's each against everything else that is no floor, at the same size, on the same
+transports and serializers, fastsplit's each against everything else that is no reference, at the same size, on the same
 link; of a model's systems, fastsplit's against the rivals and HF, and its plans on one link against each other; of the
 ladder, each step against the one before and against the first. Two systems whose times differ by no more than the
 margin are tied.

@@ -45,11 +45,11 @@ import torch
 
 from fastsplit.models import DTYPES
 
-from .environment import RESULTS
+from .environment import RESULTS, describe
 from .link import LINKS
 from .measurements import Columns, Measurement, median, table, write_whole
 from .rungs import Climber, codecs_line
-from .splits import environment, parse_rung
+from .splits import parse_rung
 from .workers import EXECUTORS, executor_process
 
 __all__ = ["ROWS", "main"]
@@ -211,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
         with executor_process(args.executor, args.model, args.dtype, args.threads) as executor:
             climber = Climber.at(args.executor, executor, args.model, args.prefill)
             for link, document in documents.items():
-                circumstances = environment("benches.ladder", argv)
+                circumstances = describe(["python", "-m", "benches.ladder", *argv])
                 document.begin({"environment": circumstances, "rounds": args.rounds, "warm_up": args.warm_up})
                 found = climber.climb(link, rungs, rounds=args.rounds, once_over_s=args.once_over, warm_up=args.warm_up)
                 for name, measured in found:

@@ -10,8 +10,8 @@
     ladder.svg                        split-ladder.json: each step, and what was predicted of it
 
 The same JSON gives the same bytes, with the same matplotlib. A picture whose JSON is missing is left out, and said so;
-the exit code is 1 only if none could be drawn. Floors, which no system can beat, are grey and dashed. Where a system
-was measured with readers that spin and with readers that sleep, the former are drawn.
+the exit code is 1 only if none could be drawn. References (a bare socket, a copy within one process) are grey and
+dashed. Where a system was measured with readers that spin and with readers that sleep, the former are drawn.
 """
 
 from __future__ import annotations

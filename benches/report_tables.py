@@ -281,7 +281,8 @@ def _decode(results: Path, dtype: str) -> str:
 
 def _ladder(results: Path) -> str:
     document = load(results, "split-ladder.json")
-    links = document["links"]
+    rows = document["rows"]  # an interrupted run names links of which it has none
+    links = {link: about for link, about in document["links"].items() if any(link in row["measured"] for row in rows)}
     head = ["step", "predicted: calls", "time", "faster by"]
     for link, about in links.items():
         head += [f"{link_title(link, about)}: calls", "GB", "time", "faster by", "÷ floor"]

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from .measurements import Columns, Measurement
-from .split_systems import Phase, System
+from .split_systems import CIRCUMSTANCES, Phase, System
 from .splits import Split
 
 __all__ = ["HF", "Decode"]
@@ -53,9 +53,7 @@ class Decode(Phase):
         ("gpu ms", 8, lambda m: f"{m['step_gpu_compute_s'] * 1e3:.3f}"),
         ("tee ms", 8, lambda m: f"{m['step_tee_compute_s'] * 1e3:.3f}"),
         ("calls", 7, lambda m: f"{m['calls_per_token']:.0f}"),
-        ("RSS GB", 12, lambda m: f"{m.get('tee_peak_rss_bytes', 0) / 1e9:.1f}+{m['worker_peak_rss_bytes'] / 1e9:.1f}"),
-        ("PSS GB", 12, lambda m: f"{m.get('tee_pss_bytes', 0) / 1e9:.1f}+{m['worker_pss_bytes'] / 1e9:.1f}"),
-        ("others s", 10, lambda m: f"{m['others_cpu_s']:.1f}"),
+        *CIRCUMSTANCES,
         ("same", 6, lambda m: "yes" if m["same_tokens"] else "no"),
     )
 

@@ -29,7 +29,7 @@ from .measurements import Columns, Measurement
 from .rivals.raw_socket import one_way_bytes_per_s
 from .rounds import progress
 from .rungs import FEW_MESSAGES
-from .split_systems import Phase, System
+from .split_systems import CIRCUMSTANCES, Phase, System
 from .splits import Split
 
 __all__ = ["HF", "Prefill"]
@@ -63,9 +63,7 @@ class Prefill(Phase):
         ("copied MB", 11, lambda m: f"{m['bytes_copied'] / 1e6:.1f}"),
         ("staged kB", 11, lambda m: f"{m['bytes_staged'] / 1e3:.1f}"),
         ("floor s", 15, lambda m: f"{m['socket_floor_s']:.3f} ({m['communication_to_floor']:.2f}x)"),
-        ("RSS GB", 12, lambda m: f"{m.get('tee_peak_rss_bytes', 0) / 1e9:.1f}+{m['worker_peak_rss_bytes'] / 1e9:.1f}"),
-        ("PSS GB", 12, lambda m: f"{m.get('tee_pss_bytes', 0) / 1e9:.1f}+{m['worker_pss_bytes'] / 1e9:.1f}"),
-        ("others s", 10, lambda m: f"{m['others_cpu_s']:.1f}"),
+        *CIRCUMSTANCES,
         ("error", 9, lambda m: f"{m['logits_error']:.1e}"),
     )
 

@@ -34,7 +34,7 @@ from .rounds import progress
 from .splits import RIVALS, Split, memory, open_splits
 from .workers import Workers
 
-__all__ = ["DEFAULT_PLANS", "Document", "Phase", "Setting", "System", "measure", "system_names"]
+__all__ = ["CIRCUMSTANCES", "DEFAULT_PLANS", "Document", "Phase", "Setting", "System", "measure", "system_names"]
 
 DEFAULT_PLANS = {
     "shm": ("folded", "fused", "linear", "batched", "per-op"),
@@ -42,6 +42,14 @@ DEFAULT_PLANS = {
     "tcp": ("folded", "linear", "batched"),
 }
 """Link -> the plans that are measured over it, unless others are asked for."""
+
+
+CIRCUMSTANCES: Columns = (
+    ("RSS GB", 12, lambda m: f"{m.get('tee_peak_rss_bytes', 0) / 1e9:.1f}+{m['worker_peak_rss_bytes'] / 1e9:.1f}"),
+    ("PSS GB", 12, lambda m: f"{m.get('tee_pss_bytes', 0) / 1e9:.1f}+{m['worker_pss_bytes'] / 1e9:.1f}"),
+    ("others s", 10, lambda m: f"{m['others_cpu_s']:.1f}"),
+)
+"""What is measured around any phase."""
 
 
 def system_names(links: Sequence[str], plans: Sequence[str] | None, hf: Sequence[str], *, rivals: bool) -> list[str]:

@@ -21,17 +21,13 @@ copy of the weights.
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
-import os
 import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 import fastsplit
 from fastsplit.choice import choose, look, may_overlap
@@ -41,7 +37,6 @@ from fastsplit.remote import RemoteModel, share_cores
 from fastsplit.report import Recorder
 from fastsplit.runner import Runner
 
-from .environment import describe
 from .processes import Process
 from .rivals.backend import RivalBackend, rival_runner
 from .rivals.executor import RIVALS
@@ -51,7 +46,6 @@ __all__ = [
     "RIVALS",
     "Rung",
     "Split",
-    "environment",
     "memory",
     "open_rung",
     "open_splits",
@@ -196,16 +190,4 @@ def memory(pid: int, prefix: str) -> dict[str, int]:
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("RssShmem:"):
                 found[f"{prefix}_rss_shared_bytes"] = int(line.split()[1]) * 1024
-    return found
-
-
-def environment(module: str, argv: Sequence[str]) -> dict[str, Any]:
-    """As `describe` has it, and what matters to torch and the rivals."""
-    found = describe(["python", "-m", module, *argv])
-    for package in ("pyzmq", "transformers"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found["packages"][package] = importlib.metadata.version(package)
-    found["threads"] = torch.get_num_threads()
-    # how OpenMP's idle threads wait decides how much of the other process's core they take
-    found["openmp"] = {name: value for name, value in os.environ.items() if name.startswith(("OMP_", "GOMP_", "KMP_"))}
     return found

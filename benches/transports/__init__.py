@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import select
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["LINKS", "TRANSPORTS", "Bytes", "Client", "Peer", "Run", "Transport", "bytes_of", "load"]
+__all__ = ["LINKS", "TRANSPORTS", "Bytes", "Client", "Peer", "Run", "Transport", "bytes_of", "load", "poll_of"]
 
 LINKS = ("shm", "unix", "tcp")
 
@@ -210,6 +211,13 @@ def load(name: str, end: str) -> Any:
     """The class of one end, "Peer" or "Client". Raises ImportError where what it needs is not installed."""
     transport = TRANSPORTS[name]
     return getattr(importlib.import_module(f"{__name__}.{transport.module}"), transport.prefix + end)
+
+
+def poll_of(end: Any) -> Callable[[int], Any]:
+    """The poll of a socket or a Connection, without the selector that `Connection.poll` makes each time."""
+    poll = select.poll()
+    poll.register(end.fileno(), select.POLLIN)
+    return poll.poll
 
 
 def bytes_of(array: Any) -> Bytes:

@@ -64,18 +64,15 @@ class _CallPeer(Peer):
     """Its servers answer on threads of their own, all the time; idle they sleep."""
 
     arrays = "torch"
+    modes: tuple[str, ...] = ("spinning", "sleeping")
 
     def __init__(self, directory: Path, link: str) -> None:
         self._handlers = {"echo": self._echo, "mark": mark, "take": self._take}
         uris = {
-            mode: "tcp://127.0.0.1:0" if link == "tcp" else f"unix://{directory}/{mode}.sock"
-            for mode in self.modes_of_client()
+            mode: "tcp://127.0.0.1:0" if link == "tcp" else f"unix://{directory}/{mode}.sock" for mode in self.modes
         }
         query = "?shm=off" if link == "unix" else ""
         self.address = json.dumps([link == "shm", {mode: uri + query for mode, uri in self._listen(uris, query)}])
-
-    def modes_of_client(self) -> tuple[str, ...]:
-        return TorchClient.modes
 
     def _listen(self, uris: dict[str, str], query: str) -> list[tuple[str, str]]:
         self._servers = {
@@ -221,8 +218,7 @@ class NewTensorsClient(_CallClient):
 
 
 class PipelinedPeer(_CallPeer):
-    def modes_of_client(self) -> tuple[str, ...]:
-        return PipelinedClient.modes
+    modes = ("spinning",)
 
 
 class PipelinedClient(_CallClient):
@@ -265,8 +261,7 @@ class PipelinedClient(_CallClient):
 class AsyncioPeer(_CallPeer):
     """A loop in a thread of its own; handlers are plain functions, which run on it."""
 
-    def modes_of_client(self) -> tuple[str, ...]:
-        return AsyncioClient.modes
+    modes = ("sleeping",)
 
     def _listen(self, uris: dict[str, str], query: str) -> list[tuple[str, str]]:
         self._loop = asyncio.new_event_loop()

@@ -13,7 +13,6 @@ the receiver says one byte when it has everything.
 from __future__ import annotations
 
 import os
-import select
 import socket
 from collections.abc import Callable
 from multiprocessing.connection import Client as connect_pipe
@@ -23,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from . import Bytes, Client, Peer, Run
+from . import Bytes, Client, Peer, Run, poll_of
 
 __all__ = ["PipeClient", "PipePeer"]
 
@@ -39,9 +38,7 @@ def _with_buffer(pipe: Any) -> Any:
 def _receiver(pipe: Any, run: Run) -> Callable[[], Bytes]:
     """What receives a message as an array each time it is called."""
     recv_bytes, frombuffer, nbytes = pipe.recv_bytes, np.frombuffer, run.nbytes
-    poll = select.poll()
-    poll.register(pipe.fileno(), select.POLLIN)
-    ready = poll.poll
+    ready = poll_of(pipe)
 
     def receive() -> Bytes:
         if run.spinning:

@@ -11,25 +11,17 @@ has everything.
 
 from __future__ import annotations
 
-import select
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from . import Bytes, Client, Peer, Run
+from . import Bytes, Client, Peer, Run, poll_of
 
 __all__ = ["LargeBufferClient", "LargeBufferPeer", "RawClient", "RawPeer"]
 
 _SNDBUF_NBYTES = 2 * 1024**2
-
-
-def _poll(sock: socket.socket) -> Any:
-    poll = select.poll()
-    poll.register(sock, select.POLLIN)
-    return poll.poll
 
 
 def _fill(sock: socket.socket, buffer: memoryview) -> None:
@@ -73,7 +65,7 @@ class RawPeer(Peer):
     def serve(self, run: Run) -> None:
         sock, buffer = self._sock, memoryview(self._buffer)
         assert sock is not None
-        poll = _poll(sock)
+        poll = poll_of(sock)
         for _ in range(run.count):
             if run.spinning:
                 while not poll(0):
@@ -121,7 +113,7 @@ class RawClient(Client):
 
     def trip(self, run: Run) -> Callable[[], object]:
         sock, message, reply = self._sock, memoryview(self._message), memoryview(self._reply)
-        poll = _poll(sock)
+        poll = poll_of(sock)
 
         def once() -> None:
             sock.sendall(message)

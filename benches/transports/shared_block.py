@@ -20,7 +20,6 @@ Spinning, where there is a Pipe: a poll that does not wait (`Connection.poll` ma
 from __future__ import annotations
 
 import contextlib
-import select
 from collections.abc import Callable
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Client as connect_pipe
@@ -31,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from . import Bytes, Client, Peer, Run
+from . import Bytes, Client, Peer, Run, poll_of
 
 __all__ = ["CopyPipeClient", "CopyPipePeer", "FlagClient", "FlagPeer", "PipeClient", "PipePeer"]
 
@@ -63,7 +62,7 @@ def _waiting(pipe: Any, spinning: bool) -> Callable[[], object]:
     recv_bytes: Callable[[], bytes] = pipe.recv_bytes
     if not spinning:
         return recv_bytes
-    poll = _poll(pipe)
+    poll = poll_of(pipe)
 
     def receive() -> bytes:
         while not poll(0):
@@ -71,12 +70,6 @@ def _waiting(pipe: Any, spinning: bool) -> Callable[[], object]:
         return recv_bytes()
 
     return receive
-
-
-def _poll(pipe: Any) -> Any:
-    poll = select.poll()
-    poll.register(pipe.fileno(), select.POLLIN)
-    return poll.poll
 
 
 class _BlockPeer(Peer):
@@ -254,7 +247,7 @@ class PipeClient(_BlockClient):
 class CopyPipePeer(_BlockPeer):
     def serve(self, run: Run) -> None:
         pipe, blocks = self._pipe, self._blocks
-        poll = _poll(pipe)
+        poll = poll_of(pipe)
         for _ in range(run.count):
             if run.spinning:
                 while not poll(0):
@@ -269,7 +262,7 @@ class CopyPipePeer(_BlockPeer):
 
     def take(self, run: Run) -> None:
         pipe, blocks = self._pipe, self._blocks
-        poll = _poll(pipe)
+        poll = poll_of(pipe)
         for _ in range(run.count):
             if run.spinning:
                 while not poll(0):
@@ -299,7 +292,7 @@ class CopyPipeClient(_BlockClient):
 
     def trip(self, run: Run) -> Callable[[], object]:
         pipe, array, block = self._pipe, self._messages[run.nbytes], self._blocks[run.nbytes]
-        poll = _poll(pipe)
+        poll = poll_of(pipe)
 
         def once() -> None:
             shared = np.ndarray(array.shape, array.dtype, block.buf, _FLAGS_NBYTES)
@@ -321,7 +314,7 @@ class CopyPipeClient(_BlockClient):
 
     def push(self, run: Run, message: Bytes) -> None:
         pipe, array, block = self._pipe, message.view(np.float32), self._blocks[run.nbytes]
-        poll = _poll(pipe)
+        poll = poll_of(pipe)
         for _ in range(run.count):
             shared = np.ndarray(array.shape, array.dtype, block.buf, _FLAGS_NBYTES)
             np.copyto(shared, array)

@@ -26,7 +26,6 @@ import contextlib
 import multiprocessing
 import multiprocessing.context
 import pickle
-import select
 from collections.abc import Callable
 from multiprocessing import resource_sharer
 from multiprocessing.connection import Client as connect_pipe
@@ -38,7 +37,7 @@ from typing import Any
 import torch
 import torch.multiprocessing
 
-from . import Bytes, Client, Peer, Run, bytes_of
+from . import Bytes, Client, Peer, Run, bytes_of, poll_of
 
 __all__ = [
     "FileDescriptorClient",
@@ -66,12 +65,6 @@ def _stop_sharing() -> None:
     resource_sharer.stop()
 
 
-def _poll(pipe: Any) -> Any:
-    poll = select.poll()
-    poll.register(pipe.fileno(), select.POLLIN)
-    return poll.poll
-
-
 class _TorchPeer(Peer):
     strategy: str
 
@@ -95,7 +88,7 @@ class _TorchPeer(Peer):
 
     def serve(self, run: Run) -> None:
         pipe = self._pipe
-        poll, kept = _poll(pipe), self._kept
+        poll, kept = poll_of(pipe), self._kept
         for _ in range(run.count):
             if run.spinning:
                 while not poll(0):
@@ -108,7 +101,7 @@ class _TorchPeer(Peer):
 
     def take(self, run: Run) -> None:
         pipe = self._pipe
-        poll = _poll(pipe)
+        poll = poll_of(pipe)
         kept: list[Any] = [None] * _SHARED
         self._kept = kept
         for number in range(run.count):
@@ -147,7 +140,7 @@ class _TorchClient(Client):
     def trip(self, run: Run) -> Callable[[], object]:
         _use(self.strategy)
         pipe, message = self._pipe, self._messages[run.nbytes][0]
-        poll, send, recv = _poll(pipe), pipe.send, pipe.recv
+        poll, send, recv = poll_of(pipe), pipe.send, pipe.recv
 
         def once() -> None:
             send(message)
@@ -166,7 +159,7 @@ class _TorchClient(Client):
     def push(self, run: Run, message: Bytes) -> None:
         _use(self.strategy)
         pipe, shared, source = self._pipe, self._messages[run.nbytes], torch.from_numpy(message.view("float32"))
-        poll = _poll(pipe)
+        poll = poll_of(pipe)
 
         def wait() -> None:
             if run.spinning:

@@ -174,3 +174,16 @@ def test_pictures_are_the_same_each_time(tmp_path: Path) -> None:
     assert [path.name for path in one] == ["prefill.svg", "round-trip.svg", "throughput.svg"]
     assert [path.read_bytes() for path in one] == [path.read_bytes() for path in two]
     assert "prefers-color-scheme: dark" in one[0].read_text()
+
+
+def test_a_ladder_that_was_interrupted_has_the_links_that_it_climbed(tmp_path: Path) -> None:
+    measured = {"rpc_calls": 3, "bytes_sent": 10, "bytes_received": 10, "wall_s": 2.0, "floor_s": 1.0, "rounds": [{}]}
+    ladder = {
+        "environment": {},
+        "links": {"loopback": {"executor": "real", "tokens": 8}, "1g": {"executor": "null", "tokens": 8}},
+        "rows": [{"row": "original", "step": "per-op", "predicted": None, "measured": {"loopback": measured}}],
+    }
+    (tmp_path / "split-ladder.json").write_text(json.dumps(ladder))
+    text = tables.TABLES["ladder"](tmp_path)
+    assert "**2.00 s**" in text
+    assert "1 Gbit/s" not in text
