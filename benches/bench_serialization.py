@@ -22,11 +22,12 @@ The floor is numpy's copy of the payload from warm memory into warm memory: once
 "both". "x" is how many times that; far below 1 means that the payload was not touched.
 
 Rules. Values, dtype, shape, op and attributes of what came out are checked after the time was taken, and that it can be
-written to; what is wrong fails. What is not installed is skipped, and says so. No garbage is collected meanwhile. In
-each pass every contestant has its block of rounds; every other pass goes in reversed order, and the result is the
-median of the passes' medians, so that what drifts favours nobody. The JSON is pytest-benchmark's own, its `stats` over
-all passes: medians of each figure, but the least minimum, the greatest maximum, and all rounds; `extra_info` has each
-pass's median, what is counted (`wire_nbytes`) and what contestants say of themselves (`copies_encode`, `safe`, ...).
+written to; what is wrong fails. What is not installed or does not load is skipped, and says so. No garbage is collected
+meanwhile. In each pass every contestant has its block of rounds; every other pass goes in reversed order, and the
+result is the median of the passes' medians, so that what drifts favours nobody. The JSON is pytest-benchmark's own, its
+`stats` over all passes: medians of each figure, but the least minimum, the greatest maximum, and all rounds;
+`extra_info` has each pass's median, what is counted (`wire_nbytes`) and what contestants say of themselves
+(`copies_encode`, `safe`, ...).
 """
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ def test_serialization(
 ) -> None:
     try:
         contestant = open_serializer(serializer)
-    except ImportError as error:  # not installed, or not for this machine
+    except ImportError as error:  # not installed, or does not load
         pytest.skip(f"{serializer}: {error}")
     benchmark.group = f"{message} {dtype}: {task}"
     sent = _message(message, dtype)

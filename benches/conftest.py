@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -57,4 +58,14 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], o
     command = config.getoption("--described-command")
     words = shlex.split(command) if command else ["python", "-m", "pytest", *config.invocation_params.args]
     output_json["machine_info"]["node"] = ""  # the host's name is nobody's business
-    output_json["environment"] = describe(list(map(str, words)))
+    output_json["environment"] = describe([described(str(word)) for word in words])
+
+
+def described(word: str) -> str:
+    """A word of a command as it may be published: no absolute path says where this checkout lies, or anything else."""
+    option, equals, value = word.rpartition("=")
+    path = Path(value)
+    if not path.is_absolute():
+        return word
+    root = Path(__file__).resolve().parents[1]
+    return option + equals + (str(path.relative_to(root)) if path.is_relative_to(root) else path.name)

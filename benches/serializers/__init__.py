@@ -32,6 +32,11 @@ reading into it, is no contestant's time: it is the socket's, and all get it for
 tensor stand by themselves ("out-of-band", fastsplit) get one buffer for each tensor, as their receivers know the sizes
 before; those of one piece get one bytearray, or bytes where their library takes nothing else. numpy has no bfloat16:
 unless a class says otherwise its bits travel as int16, without a copy, and the name of the dtype beside them.
+
+What may be decoded from whomever (`safe`). "yes": wrong bytes give an error, whatever they are: no code of the sender's
+runs, nothing is read beyond what came, and nothing allocated beyond a small multiple of it and the limits that are
+stated. "partly": that holds but for what stands behind it. "no": it does not. What attributes mean is for their reader
+to check, whichever format brought them.
 """
 
 from __future__ import annotations
@@ -75,7 +80,7 @@ SERIALIZERS: dict[str, str] = {
 
 
 def open_serializer(name: str) -> Serializer:
-    """Raises ModuleNotFoundError where its package is not installed."""
+    """Raises ImportError where its package is not installed, or does not load."""
     module, _, cls = SERIALIZERS[name].partition(".")
     made: Serializer = getattr(importlib.import_module(f"{__name__}.{module}"), cls)()
     return made

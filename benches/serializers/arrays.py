@@ -43,8 +43,9 @@ def tensor_over(buffer: Any, dtype: str, shape: Sequence[int], offset: int = 0, 
     wanted = _NUMPY[dtype]
     if nbytes is None:
         nbytes = len(buffer) - offset
-    if any(dim < 0 for dim in shape) or math.prod(shape) * wanted.itemsize != nbytes:
-        raise ValueError(f"{nbytes} bytes for {dtype}{list(shape)}")
+    # numpy itself takes an offset that lies before the buffer.
+    if offset < 0 or any(dim < 0 for dim in shape) or math.prod(shape) * wanted.itemsize != nbytes:
+        raise ValueError(f"{nbytes} bytes at {offset} for {dtype}{list(shape)}")
     return tensor_of(np.ndarray(shape, wanted, buffer, offset), dtype)
 
 
@@ -54,6 +55,12 @@ def copied_tensor(data: bytes, dtype: str, shape: Sequence[int]) -> torch.Tensor
 
 
 def offset_in(part: Any, whole: Any) -> int:
-    """Where `part`, a view that a library gave as read-only, lies in the writable buffer that it was given."""
-    offset = np.frombuffer(part, np.uint8).ctypes.data - np.frombuffer(whole, np.uint8).ctypes.data
-    return int(offset)
+    """Where `part`, a view that a library gave as read-only, lies in the writable buffer that it was given.
+
+    Raises ValueError where it lies elsewhere, as what was compressed does.
+    """
+    inner, outer = np.frombuffer(part, np.uint8), np.frombuffer(whole, np.uint8)
+    offset = int(inner.ctypes.data - outer.ctypes.data)
+    if not 0 <= offset <= outer.size - inner.size:
+        raise ValueError(f"{inner.size} bytes outside of the {outer.size} that arrived")
+    return offset

@@ -55,7 +55,7 @@ class Batch(Serializer):
     how = "best"
     copies_encode = 1
     copies_decode = 0
-    safe = "yes: the metadata is verified, offsets by validate(full=True), the shape by this code"
+    safe = "partly: metadata, offsets and shape are checked, but what is compressed is inflated before it is refused"
 
     def encode(self, message: Message) -> list[Any]:
         batch = self._batch(message)

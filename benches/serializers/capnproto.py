@@ -3,6 +3,9 @@
 A reader's views are read-only, even over memory that is not; where they lie in the bytearray that arrived is known, so
 that nothing has to be copied. The limit on what may be read is set to the message's own size: its default of 64 MiB is
 less than some messages have, and no limit would let a few bytes be read a million times.
+
+As with any format, what is said could be the message alone, and each tensor's own memory go beside it: that is what
+"protobuf, out-of-band" and its like are, and Cap'n Proto would be another of them. Here tensors are in the message.
 """
 
 from __future__ import annotations

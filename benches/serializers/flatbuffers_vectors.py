@@ -8,6 +8,9 @@ written and read by the calls that generated code makes. What arrives is one byt
 there, as `DataAsNumpy()` gives it, and is writable since the bytearray is. The Builder takes `bytes` alone, and copies
 them; Output() copies once more. It has no verifier in Python: offsets are followed wherever they lead, though Python
 lets them lead nowhere outside of the buffer.
+
+As with any format, what is said could be the message alone, and each tensor's own memory go beside it: that is what
+fastsplit does, with FlatBuffers. Here tensors are in the message.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ class Original(Serializer):
     how = "common"
     copies_encode = 3
     copies_decode = 2
-    safe = "partly: lengths are checked, but not what the fields are"
+    safe = "partly: what msgpack and numpy check themselves; fields of any type, nested lists that claim more than came"
 
     def __init__(self) -> None:
         self._messages = messages.Original()
@@ -47,7 +47,7 @@ class OutOfBand(Serializer):
     how = "best"
     copies_encode = 0
     copies_decode = 0
-    safe = "partly: lengths are checked, but not what the fields are"
+    safe = "partly: lengths and shapes are checked, but fields of any type, nested lists that claim more than came"
 
     def encode(self, message: Message) -> list[Any]:
         tensors = [(dtype_name(tensor), list(tensor.shape)) for tensor in message.tensors]

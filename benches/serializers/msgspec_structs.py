@@ -6,7 +6,7 @@ nothing, so "in place" puts padding before each tensor: as many bytes as bring i
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -16,11 +16,12 @@ from .serializer import Message, OutOfBandBytes, Serializer, joined, out_of_band
 __all__ = ["InPlace", "OutOfBand", "Structs"]
 
 _ALIGNMENT = 64
+_Shape = tuple[Annotated[int, msgspec.Meta(ge=0)], ...]  # numpy would take -1 for what is left
 
 
 class _Tensor(msgspec.Struct):
     dtype: str
-    shape: tuple[int, ...]
+    shape: _Shape
     data: bytes
 
 
@@ -35,7 +36,7 @@ class _Head(msgspec.Struct):
     op: str
     layer: int
     scale: float
-    tensors: list[tuple[str, tuple[int, ...]]]
+    tensors: list[tuple[str, _Shape]]
 
 
 def _head_of(message: Message) -> _Head:

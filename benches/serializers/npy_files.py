@@ -77,8 +77,8 @@ class OutOfBand(Serializer):
             if npy.read_magic(headers) != (1, 0):
                 raise ValueError("expected version 1.0")
             shape, fortran_order, dtype = npy.read_array_header_1_0(headers)
-            if fortran_order or dtype.hasobject:
-                raise ValueError(f"expected plain rows, not {dtype}, fortran_order={fortran_order}")
+            if fortran_order or dtype.hasobject or any(dim < 0 for dim in shape):
+                raise ValueError(f"expected plain rows, not {dtype}{shape}, fortran_order={fortran_order}")
             tensors.append(_tensor(buffer.view(dtype).reshape(shape)))
         if headers.read(1):
             raise ValueError(f"more headers than buffers, which are {len(received[1])}")

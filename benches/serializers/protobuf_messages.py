@@ -77,7 +77,7 @@ class OutOfBand(Serializer):
     how = "best"
     copies_encode = 0
     copies_decode = 0
-    safe = "yes: lengths, depth and types are checked by the parser, the shape by numpy"
+    safe = "yes: lengths, depth and types are checked by the parser, the shape by this code"
 
     def __init__(self) -> None:
         self._class = _message_class()

@@ -78,6 +78,8 @@ class OutOfBand(Serializer):
             raise ValueError(f"a header of {header_nbytes} bytes, expected {len(head) - 8}")
         header = json.loads(head[8:])
         metadata = header.pop("__metadata__")
+        if not isinstance(metadata["op"], str):
+            raise ValueError(f"op {metadata['op']!r}, expected text")
         if len(header) != len(buffers):
             raise ValueError(f"{len(buffers)} buffers, expected {len(header)}")
         tensors = []

@@ -33,7 +33,7 @@ class Serializer(abc.ABC):
     copies_decode: ClassVar[int]
     """How often all bytes of all tensors are copied, by our code and inside of the library."""
     safe: ClassVar[str]
-    """Whether bytes from whomever may be decoded: "yes", "partly" or "no", and why."""
+    """Whether bytes from whomever may be decoded: "yes", "partly" or "no" as __init__.py defines them, and why."""
     general: ClassVar[bool] = True
     """Whether op and attributes travel, too; else tensors alone."""
     bfloat16: ClassVar[str] = "bits as int16"

@@ -14,8 +14,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from benches.bench_serialization import MESSAGES, check, merge, table  # noqa: E402 (what needs torch)
+from benches import conftest  # noqa: E402 (what needs torch)
+from benches.bench_serialization import MESSAGES, check, merge, table  # noqa: E402
 from benches.serializers import FLOOR, SERIALIZERS, Message, Serializer, open_serializer  # noqa: E402
+from benches.serializers.arrays import offset_in, tensor_over  # noqa: E402
 from benches.serializers.fastsplit_frames import Frames  # noqa: E402
 from benches.serializers.floor import Memcpy  # noqa: E402
 from benches.serializers.serializer import wire_nbytes  # noqa: E402
@@ -28,7 +30,7 @@ SMALL = {name: tuple(tuple(min(dim, 24) for dim in shape) for shape in shapes) f
 def _imported() -> None:
     """What a library opens when it is imported, and keeps, is no test's leak."""
     for name in SERIALIZERS:
-        with contextlib.suppress(ModuleNotFoundError):
+        with contextlib.suppress(ImportError):
             open_serializer(name)
 
 
@@ -36,7 +38,7 @@ def _imported() -> None:
 def serializer(request: pytest.FixtureRequest) -> Serializer:
     try:
         return open_serializer(request.param)
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         pytest.skip(f"{request.param}: {error}")
 
 
@@ -133,6 +135,65 @@ def test_fastsplit_refuses_a_frame_whose_sizes_do_not_agree() -> None:
     lying = first.replace(payload_nbytes, (24 * 24 * 4 + 4).to_bytes(8, "little"), 1)
     with pytest.raises(Exception, match="payload_nbytes"):
         serializer.decode((lying, frame_nbytes, buffers))
+
+
+@pytest.mark.parametrize("name", ["fastsplit", "fastsplit, new shape"])
+def test_a_new_shape_is_one_that_neither_side_remembers(name: str) -> None:
+    serializer = open_serializer(name)
+    for rows in (2, 3, 4):
+        serializer.decode(serializer.receive(serializer.encode(message(((rows, 8),)))))
+    is_new = "new shape" in name
+    assert (len(serializer._client._encoder._templates) == 1) == is_new
+    assert (len(serializer._server._decoder._known) == 1) == is_new
+
+
+def test_no_tensor_lies_outside_of_what_arrived() -> None:
+    arrived = bytearray(64)
+    assert offset_in(memoryview(arrived)[16:24].toreadonly(), arrived) == 16
+    with pytest.raises(ValueError, match="outside"):
+        offset_in(bytes(8), arrived)
+    with pytest.raises(ValueError, match="at -8"):
+        tensor_over(arrived, "float32", [2], -8, 8)
+    with pytest.raises((TypeError, ValueError)):
+        tensor_over(arrived, "float32", [2], 60, 8)
+
+
+def test_a_compressed_arrow_batch_is_refused() -> None:
+    pa = pytest.importorskip("pyarrow")
+    serializer = open_serializer("arrow batch")
+    batch = serializer._batch(message(((64, 64),)))
+    stream = pa.BufferOutputStream()
+    with pa.ipc.new_stream(stream, batch.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        writer.write_batch(batch)
+    with pytest.raises(ValueError, match="outside"):
+        serializer.decode(bytearray(stream.getvalue()))
+
+
+def test_a_negative_dimension_is_refused() -> None:
+    sent = message(((4, 4),))
+    npy = open_serializer("npy, out-of-band")
+    headers, buffers = npy.receive(npy.encode(sent))
+    with pytest.raises(ValueError, match="plain rows"):
+        npy.decode((headers.replace(b"(4, 4)", b"(-1,4)"), buffers))
+    pytest.importorskip("msgspec")
+    structs = open_serializer("msgspec")
+    received = structs.receive(structs.encode(sent))
+    assert b"\x92\x04\x04" in received  # a list of 4 and 4
+    with pytest.raises(ValueError, match=">= 0"):
+        structs.decode(received.replace(b"\x92\x04\x04", b"\x92\xff\x04", 1))
+
+
+def test_a_described_command_has_no_absolute_paths() -> None:
+    root = Path(__file__).resolve().parents[2]
+    described = {
+        "--quick": "--quick",
+        "build/a.json": "build/a.json",
+        "/elsewhere/a.json": "a.json",
+        "--output=/elsewhere/a.json": "--output=a.json",
+        f"{root}/build/a.json": "build/a.json",
+        f"--output={root}/build/a.json": "--output=build/a.json",
+    }
+    assert {word: conftest.described(word) for word in described} == described
 
 
 def test_a_contestant_that_is_wrong_fails() -> None:
