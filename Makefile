@@ -106,9 +106,9 @@ clean: ## Removes the virtual environment and all that was built. The converted 
 # ---- setting up ----
 
 $(VENV)/.created:
-	@command -v $(PYTHON) > /dev/null || { echo >&2 "make: no $(PYTHON) here: install Python 3.10 or newer, or say make PYTHON=..."; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
-		echo >&2 "make: $(PYTHON) is $$($(PYTHON) --version 2>&1), fastsplit needs Python 3.10 or newer: say make PYTHON=..."; \
+	@command -v $(PYTHON) > /dev/null || { echo >&2 "make: no $(PYTHON) here: install Python 3.11 or newer, or say make PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo >&2 "make: $(PYTHON) is $$($(PYTHON) --version 2>&1), fastsplit needs Python 3.11 or newer: say make PYTHON=..."; \
 		exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 	@touch $@

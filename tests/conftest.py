@@ -13,6 +13,7 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import socket
 import tempfile
 import threading
@@ -222,6 +223,15 @@ def front(request: pytest.FixtureRequest) -> Iterator[Front]:
     front = Front(request.param)
     yield front
     front.close()
+
+
+@pytest.fixture
+def sigint() -> Iterator[None]:
+    """SIGINT is KeyboardInterrupt in this test, and ends the processes that it starts: a test run that is started with
+    SIGINT ignored (nohup, a shell's background job) hands that on to its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 # ---- both ends -------------------------------------------------------------------------------------------------------

@@ -115,6 +115,7 @@ def test_the_demo_completes_a_prompt(directory: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+@pytest.mark.usefixtures("sigint")
 def test_an_interrupted_demo_leaves_nothing(directory: Path, tmp_path: Path) -> None:
     """Two at once, since most of the time is their start."""
     demos = {}

@@ -231,6 +231,7 @@ def test_max_new_tokens_0_stops_after_the_prompt(gpu_side: tuple[GpuSide, Path])
     assert first["top_logits"] == second["top_logits"], "the ids are seeded"
 
 
+@pytest.mark.usefixtures("sigint")
 def test_text_prompts_with_a_tokenizer(tmp_path: Path) -> None:
     tokenizers = pytest.importorskip("tokenizers")
     words = {"<unk>": 0, "why": 1, "is": 2, "the": 3, "sky": 4, "blue": 5}

@@ -83,7 +83,7 @@ def test_metadata(wheel: Path) -> None:
         scripts = configparser.ConfigParser()
         scripts.read_string(archive.read(f"{info}/entry_points.txt").decode())
     assert (metadata["Name"], metadata["Version"]) == ("fastsplit", fastsplit.__version__)
-    assert metadata["Requires-Python"] == ">=3.10"
+    assert metadata["Requires-Python"] == ">=3.11"
     assert "Apache-2.0" in (metadata["License-Expression"], metadata["License"])
     assert set(metadata.get_all("Provides-Extra")) == {
         "torch",
