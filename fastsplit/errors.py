@@ -11,6 +11,7 @@
     ├── ClosedError                          used after close(), or after an error that ended the connection
     ├── DeadlineError (TimeoutError)         a deadline passed: a call's, or that of connecting
     ├── CancelledError                       the call was cancelled before its reply came
+    ├── ReentrantCallError (RuntimeError)    a call in the middle of another one of the same thread, on the same channel
     ├── ProtocolError
     │   ├── LocalProtocolError               we broke the protocol, or were about to: a bug on this side
     │   └── RemoteProtocolError              the peer broke it: the connection is dead
@@ -39,6 +40,7 @@ __all__ = [
     "ModelError",
     "PeerLostError",
     "ProtocolError",
+    "ReentrantCallError",
     "RemoteOpError",
     "RemoteProtocolError",
     "SettingError",
@@ -103,6 +105,12 @@ class DeadlineError(FastsplitError, TimeoutError):
 
 class CancelledError(FastsplitError):
     """The call was cancelled on this side before its reply came."""
+
+
+class ReentrantCallError(FastsplitError, RuntimeError):
+    """A finalizer or a signal's handler, run in the middle of a call, used the channel of that very call.
+
+    It would have to wait for itself. Nothing was sent; do it later: note what is to be done, and do it after a call."""
 
 
 class ProtocolError(FastsplitError):

@@ -19,8 +19,6 @@ import socket
 import time
 from collections import deque
 from collections.abc import Generator, Sequence
-from concurrent.futures import Future as ThreadFuture
-from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter_ns
 from typing import Any
 
@@ -35,12 +33,14 @@ from .channel import MAX_TIMEOUT_S
 from .coder import THRESHOLD_NBYTES, parse_cast, parse_codec, parse_threshold
 from .connection import Connection
 from .estimate import HANDSHAKE_FILLER_NBYTES, LinkEstimate
+from .forked import watch
 from .frame import reply_flags
 from .future import Result, remote_error
-from .pump import AT_ONCE, Frame, Pump, within
+from .pump import AT_ONCE, Frame, Pump, settle_left, within
 from .segment import Hook
 from .session import PROBES, Attached, Error, Event, Goodbye, Hello, Probe, Reply, ReturnsWanted
 from .stats import Stats
+from .threads import Workers
 
 __all__ = ["MAX_QUEUED_NBYTES", "Channel", "connect"]
 
@@ -154,6 +154,7 @@ class Channel:
             codec_threshold_nbytes=self._codec_threshold_nbytes,
         )
         pump = self._pump = Pump(connection, self)
+        watch(self)
         self._session = connection.session
         self._error = None
         try:
@@ -208,6 +209,17 @@ class Channel:
             self._pump.goodbye()
             self._end(ClosedError("the channel was closed"))
         await asyncio.shield(self._pump.closed)  # after an abort, not at once
+
+    def leave(self, why: str) -> None:
+        """For a forked child: see forked.py."""
+        if self._error is None:
+            self._error = ClosedError(why)
+        self._pump.leave(why)
+        for call in self._calls.values():
+            settle_left(call.future, copy.copy(self._error))
+        self._calls.clear()
+        for future in (*(future for _, future in self._waiting), *self._steps, *self._probes.values()):
+            settle_left(future)
 
     # ---- what is known ----
 
@@ -594,21 +606,37 @@ async def allocate(pump: Pump, arrays: Arrays, shape: Any, dtype: Any, deadline:
 
 async def _connect(address: Address, timeout_s: float) -> socket.socket:
     """A connected socket, by a thread of its own."""
-    executor = ThreadPoolExecutor(1, "fastsplit-connect")
-    try:
-        connecting = executor.submit(connect_socket, address, timeout_s)
+    loop = asyncio.get_running_loop()
+    connected: asyncio.Future[socket.socket] = loop.create_future()
+
+    def connect() -> None:
         try:
-            return await asyncio.wrap_future(connecting)
-        except asyncio.CancelledError:
-            connecting.add_done_callback(_close_socket)  # it may still succeed
-            raise
-    finally:
-        executor.shutdown(wait=False)
+            sock = connect_socket(address, timeout_s)
+        except BaseException as error:  # noqa: BLE001 (it is the task's)
+            tell(None, error)
+        else:
+            if not tell(sock, None):
+                sock.close()
 
+    def tell(sock: socket.socket | None, error: BaseException | None) -> bool:
+        try:
+            loop.call_soon_threadsafe(settle, sock, error)
+        except RuntimeError:  # the loop is closed
+            return False
+        return True
 
-def _close_socket(connecting: ThreadFuture[socket.socket]) -> None:
-    if not connecting.cancelled() and connecting.exception() is None:
-        connecting.result().close()
+    def settle(sock: socket.socket | None, error: BaseException | None) -> None:
+        if error is not None and not connected.done():
+            connected.set_exception(error)
+        elif sock is not None and not connected.done():
+            connected.set_result(sock)
+        elif sock is not None:  # nobody waits any more
+            sock.close()
+
+    workers = Workers(1, "fastsplit-connect")
+    workers.submit(connect)
+    workers.shutdown(wait=False)
+    return await connected
 
 
 connect = Channel

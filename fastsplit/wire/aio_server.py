@@ -23,12 +23,19 @@ import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter_ns
 from typing import Any
 
 from .. import tensors
-from ..errors import ArenaFull, ClosedError, DeadlineError, FastsplitError, PeerLostError, RemoteProtocolError
+from ..errors import (
+    ArenaFull,
+    ClosedError,
+    DeadlineError,
+    FastsplitError,
+    PeerLostError,
+    RemoteProtocolError,
+    TensorError,
+)
 from ..memory import Pool, pool
 from ..schema.limits import Limits
 from ..tensors import Arrays, Outgoing
@@ -39,10 +46,12 @@ from .call import Call as BlockingCall
 from .call import Client, describe, tensors_nbytes, wanted_coding
 from .coder import THRESHOLD_NBYTES, parse_codec, parse_threshold
 from .connection import Connection
-from .pump import AT_ONCE, Pump, within
+from .forked import renew, watch
+from .pump import AT_ONCE, Pump, settle_left, within
 from .segment import Hook
 from .session import Cancel, Event, Goodbye, Probe, Request, ReturnsWanted, RingOffered
 from .stats import Stats
+from .threads import Workers, is_interrupt, only_one
 
 __all__ = ["Call", "Handler", "Server", "serve"]
 
@@ -126,7 +135,7 @@ class Server:
         self._codec = parse_codec(codec)
         self._codec_threshold_nbytes = parse_threshold(codec_threshold_nbytes)
         self._past = Stats()  # of connections that have ended
-        self._executor: ThreadPoolExecutor | None = None
+        self._pool_of_workers: Workers | None = None
         self._listener: socket.socket | None = None
         self._inode = 0
         self._connections: set[_Connection] = set()
@@ -136,12 +145,13 @@ class Server:
         self._closing = threading.Event()  # handlers in threads look at it
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed: asyncio.Future[bool] | None = None
+        self._left: str | None = None  # in a forked child: why it cannot be used
 
     def __await__(self) -> Generator[Any, None, Server]:
         return self.start().__await__()
 
     async def __aenter__(self) -> Server:
-        return self if self.started else await self.start()
+        return self if self.started and self._left is None else await self.start()
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
@@ -183,7 +193,8 @@ class Server:
         Raises OSError if the address is in use, AddressError if it must not be listened on, ClosedError after `close`.
         """
         if self.started or self._closing.is_set():
-            raise ClosedError("the server was closed" if self._closing.is_set() else "the server was started already")
+            state = "closed" if self._closing.is_set() else "started already"
+            raise ClosedError(self._left or f"the server was {state}")
         loop = asyncio.get_running_loop()
         listener, address = listen_socket(self._address, insecure=self._insecure)
         listener.setblocking(False)
@@ -192,13 +203,14 @@ class Server:
         if isinstance(address, UnixAddress):
             self._inode = os.stat(address.path).st_ino
         if self._workers:
-            self._executor = ThreadPoolExecutor(self._workers, "fastsplit-worker")
+            self._pool_of_workers = Workers(self._workers, "fastsplit-worker")
         loop.add_reader(listener.fileno(), self._accept)
+        watch(self)
         return self
 
     async def serve_forever(self) -> None:
         """Serves until `close` is called, or the task that awaits this is cancelled; closes then, too."""
-        if not self.started:
+        if not self.started or self._left is not None:
             await self.start()
         assert self._closed is not None
         try:
@@ -230,8 +242,8 @@ class Server:
         finally:
             for connection in list(self._connections):
                 connection.finish()
-            if self._executor is not None:
-                self._executor.shutdown(wait=False, cancel_futures=True)
+            if self._pool_of_workers is not None:
+                self._pool_of_workers.shutdown(wait=False)
             try:
                 tasks = self._tasks - {asyncio.current_task()}  # a handler that closes its server answers no more
                 if tasks:
@@ -241,6 +253,19 @@ class Server:
             finally:
                 if not self._closed.done():
                     self._closed.set_result(True)
+
+    def leave(self, why: str) -> None:
+        """For a forked child: see forked.py. The loop's selector is the parent's, too, and stays as it is."""
+        renew(self._closing)
+        self._left = why
+        self._closing.set()
+        if self._listener is not None:
+            self._listener.close()
+        if self._closed is not None:
+            settle_left(self._closed)
+        for connection in self._connections:
+            connection.leave(why)
+        self._connections = set()
 
     def _stop_accepting(self) -> None:
         assert self._loop is not None and self._listener is not None
@@ -322,6 +347,7 @@ class _Connection:
 
     def start(self) -> None:
         self._timer = self.pump.loop.call_later(self.server.handshake_timeout_s, self._look_for_handshake)
+        self.wire.serves_in(*only_one(self.server._pool_of_workers))
         self.pump.start()
         self.pump.send(self.session.hello())
 
@@ -339,6 +365,12 @@ class _Connection:
     @property
     def inflight(self) -> int:
         return len(self._pending)
+
+    def leave(self, why: str) -> None:
+        """For a forked child: see forked.py."""
+        self.ended = True
+        self.client.leave()
+        self.pump.leave(why)
 
     # ---- for a Call ----
 
@@ -487,10 +519,8 @@ class _Connection:
             call = self._begin(request, deadline)
             if call is not None:
                 self._adopt(call, self._run(call, handler))
-        elif handler is not None and server._executor is not None:
-            try:
-                server._executor.submit(self._run_in_thread, request, deadline, handler)
-            except RuntimeError:  # the pool is shut down: the server is closing
+        elif handler is not None and server._pool_of_workers is not None:
+            if not server._pool_of_workers.submit(functools.partial(self._run_in_thread, request, deadline, handler)):
                 self._refuse(request_id, "failed", "the server is closing")
         else:
             self._waiting.append((request, deadline))
@@ -503,7 +533,11 @@ class _Connection:
         if refusal is not None:
             self._refuse(request_id, *refusal)
             return None
-        return self._make_call(request, deadline)
+        try:
+            return self._make_call(request, deadline)
+        except TensorError as error:
+            self._refuse(request_id, "failed", describe(error))
+            return None
 
     def _why_not(self, request_id: int, op: str, deadline: float | None) -> tuple[str, str] | None:
         if request_id in self.cancelled:
@@ -539,10 +573,18 @@ class _Connection:
             time_ns = perf_counter_ns() - started_ns
             call.tensors = ()  # what of them is not in the result dies now, and goes back with this very reply
             out = await self._prepare(call, _sequence(result))
-        except (Exception, SystemExit) as error:  # noqa: BLE001 (a handler's; sys.exit() in it must not end the server)
+        except asyncio.CancelledError:
+            raise  # `_unwound` knows whose it is
+        except GeneratorExit as error:
+            if not self.pump.loop.is_running():  # not the handler's: the task is thrown away
+                raise
             self._fail(call, error)
-            return
-        self._reply(call, out, time_ns)
+        except BaseException as error:
+            self._fail(call, error)
+            if is_interrupt(error):
+                raise
+        else:
+            self._reply(call, out, time_ns)
 
     def _unwound(self, request_id: int, task: asyncio.Task[None]) -> None:
         self.server._tasks.discard(task)
@@ -552,7 +594,10 @@ class _Connection:
         elif not self.ended and request_id in self.cancelled:
             self._refuse(request_id, "cancelled", "cancelled")
         elif not self.ended:
-            self._refuse(request_id, "failed", "CancelledError: ")
+            try:
+                task.result()
+            except asyncio.CancelledError as error:  # the handler's own
+                self._refuse(request_id, "failed", describe(error))
 
     async def _prepare(self, call: Call, result: Sequence[Any]) -> Outgoing:
         """What is needed to send a reply; waits for memory."""
@@ -609,8 +654,10 @@ class _Connection:
             except ArenaFull:
                 self._adopt(call, self._reply_later(call, result, time_ns))
                 return
-        except (Exception, SystemExit) as error:  # noqa: BLE001 (a handler's; sys.exit() in it must not end the server)
+        except BaseException as error:
             self._fail(call, error)
+            if is_interrupt(error):
+                raise
             return
         self._reply(call, out, time_ns)
 
@@ -639,8 +686,8 @@ class _Connection:
         refusal = self._why_not(request.request_id, request.message.op, deadline)
         if refusal is not None:
             return functools.partial(self._refuse, request.request_id, *refusal)
-        call = self._make_call(request, deadline)
         try:
+            call = self._make_call(request, deadline)
             started_ns = perf_counter_ns()
             result = handler(call)
             time_ns = perf_counter_ns() - started_ns
@@ -650,7 +697,8 @@ class _Connection:
             until = self.reply_deadline(deadline)
             out = self.wire.prepare(call.op, _sequence(result), until, *self._coding(call._flags))
         except BaseException as error:  # noqa: BLE001 (sys.exit() in a handler must not end the server's threads either)
-            return functools.partial(self._refuse, call._request_id, "failed", self._describe(call, error))
+            text = self._describe(request.message.op, error)
+            return functools.partial(self._refuse, request.request_id, "failed", text)
         return functools.partial(self._reply, call, out, time_ns)
 
     # ---- answers ----
@@ -674,7 +722,7 @@ class _Connection:
         self.pump.queue_news()
         try:
             head = self.session.reply(request_id, out.descs, out.nbytes, time_ns, call.reply_attrs, out.placements)
-        except Exception as error:  # noqa: BLE001 (attributes of the handler's that are no such thing, for example)
+        except BaseException as error:  # noqa: BLE001 (attributes of the handler's that are no such thing, for example)
             self._fail(call, error)
             return
         if self.wire.arena is not None:
@@ -685,11 +733,11 @@ class _Connection:
         self._answer(request_id, head, out)
 
     def _fail(self, call: Call, error: BaseException) -> None:
-        self._refuse(call._request_id, "failed", self._describe(call, error))
+        self._refuse(call._request_id, "failed", self._describe(call.op, error))
 
-    def _describe(self, call: Call, error: BaseException) -> str:
+    def _describe(self, op: str, error: BaseException) -> str:
         if not isinstance(error, FastsplitError):
-            _logger.debug("%s: the handler of %r failed", self.server.uri, call.op, exc_info=error)
+            _logger.debug("%s: the handler of %r failed", self.server.uri, op, exc_info=error)
         return describe(error)
 
     def _refuse(self, request_id: int, code: str, text: str) -> None:

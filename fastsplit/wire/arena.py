@@ -24,11 +24,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ..errors import ArenaFull, LimitError, RemoteProtocolError
+from ..errors import ArenaFull, LimitError, ReentrantCallError, RemoteProtocolError
 from ..memory import Lease, Memory
 from ..schema.descriptor import TensorDesc
 from ..schema.limits import Limits
 from .blocks import Block, Blocks, OwnSegment, block_nbytes
+from .forked import renew
 from .segment import Hook, Memfd, Named, Segment
 
 __all__ = ["IDLE_S", "Arena"]
@@ -71,7 +72,7 @@ class Arena:
         self._max_nbytes = peer_limits.max_shared_nbytes
         self._max_segments = peer_limits.max_segments
         self._next_id = 1 if is_client else 2  # the client's are odd, the server's even
-        self._lock = threading.Lock()  # guards `_blocks`, and changes of `_own` and `_retired`
+        self._lock = threading.RLock()  # guards `_blocks`, and changes of `_own` and `_retired`
         self._blocks = Blocks()
         self._own: dict[int, OwnSegment] = {}
         self._peers: dict[int, Segment] = {}
@@ -113,6 +114,7 @@ class Arena:
     def _take(self, size: int, nbytes: int) -> Lease | None:
         lease = None
         now = time.monotonic()
+        self._check_reentrant()
         with self._lock:
             if self.closed:
                 return None
@@ -186,6 +188,7 @@ class Arena:
         The peer hears of it with the next frame, and unmaps them too.
         """
         now = self._trimmed_at = time.monotonic()
+        self._check_reentrant()
         with self._lock:
             self._sort_out()
             unused = self._blocks.remove_unused(now - idle_s)
@@ -390,6 +393,26 @@ class Arena:
             self._unannounced, self._retired = [], []
             self._remap()
         self.factory.close()
+
+    def _check_reentrant(self) -> None:
+        if self._lock._is_owned():  # type: ignore[attr-defined]
+            raise ReentrantCallError(
+                "shared memory was asked for by a finalizer or a signal's handler, in the middle of another request of "
+                "this thread"
+            )
+
+    def leave(self) -> None:
+        """For a forked child: forgets the segments, which are the parent's. What the child has in them stays mapped."""
+        renew(self._lock)
+        self.closed = True
+        for segment in self._own.values():
+            _close(segment)
+        for segment in self._retired:
+            _close(segment)
+        self._blocks = Blocks()
+        self._own, self._peers, self._map = {}, {}, ([], [])
+        self._unannounced, self._retired = [], []
+        self.factory.leave()
 
     def _remap(self) -> None:
         segments: list[Segment] = sorted([*self._own.values(), *self._peers.values()], key=lambda each: each.address)

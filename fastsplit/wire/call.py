@@ -6,7 +6,6 @@ somebody keeps it.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -14,13 +13,16 @@ from typing import Any, Protocol
 from ..tensors import Arrays
 from .coder import Coder
 from .connection import Connection
+from .forked import renew
 from .frame import wanted_reply
 from .link import remaining_s
 from .session import Request
+from .threads import call_safely
 
 __all__ = ["Call", "Caller", "Client", "Handler", "describe", "tensors_nbytes", "wanted_coding"]
 
-_logger = logging.getLogger("fastsplit.server")
+
+_AT_END = "what was to run at a connection's end"
 
 
 class Caller(Protocol):
@@ -123,17 +125,20 @@ class Client:
             if not self._ended:
                 self._callbacks.append(callback)
                 return
-        callback()
+        call_safely(_AT_END, callback)
 
     def _end(self) -> None:
         with self._lock:
             self._ended = True
             callbacks, self._callbacks = self._callbacks, []
         for callback in callbacks:
-            try:
-                callback()
-            except Exception:
-                _logger.exception("what was to run at a connection's end failed")
+            call_safely(_AT_END, callback)
+
+    def leave(self) -> None:
+        """For a forked child, where the connection's end is nobody's business."""
+        renew(self._lock)
+        self._ended = True
+        self._callbacks = []
 
 
 Handler = Callable[[Call], Any]
@@ -158,5 +163,5 @@ def describe(error: BaseException) -> str:
     """A handler's error, as its caller is told."""
     try:
         return f"{type(error).__name__}: {error}"
-    except Exception:  # noqa: BLE001 (its own __str__ fails)
+    except BaseException:  # noqa: BLE001 (its own __str__ fails)
         return type(error).__name__

@@ -5,6 +5,15 @@ waits for a reply reads the socket, for itself and for everybody else; the other
 reader leaves and one of them takes over. Whoever sends and finds the socket full reads too, so that two sides that both
 send large messages never wait for each other.
 
+Callbacks run in a thread that has just read or sent, when it has stopped doing so: a callback may do all that other
+code may, calls included. One thread runs one callback at a time. A finalizer, which the collector may run anywhere, and
+a signal's handler may find their thread in the middle of a call; then a call of theirs is a ReentrantCallError, at
+once.
+
+Interrupts (session.py). A signal's handler that raises while a call waits (Ctrl-C) ends that call alone: it is
+cancelled. One that raises while a frame is sent, or takes effect, ends the connection. Each lock is taken, and noted as
+taken, in one step: `(held,) = map(acquire, ...)`; it is released first thing in a `finally`.
+
 Rules. A deadline that passes while waiting costs only that call: a CANCEL goes out and the answer is dropped when it
 comes. One that passes in the middle of a send, and any other error there, ends the connection, as does any error of the
 peer's; then every call in flight gets that error. All public methods are thread-safe.
@@ -16,8 +25,9 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from threading import get_ident
 from time import perf_counter_ns
 from typing import Any
 
@@ -28,6 +38,7 @@ from ..errors import (
     DeadlineError,
     FastsplitError,
     PeerLostError,
+    ReentrantCallError,
     RemoteProtocolError,
     SettingError,
     TensorError,
@@ -38,8 +49,9 @@ from ..schema.limits import Limits
 from ..tensors import Arrays, Outgoing, dtype_of
 from .address import connect_socket, parse_address
 from .coder import THRESHOLD_NBYTES, parse_cast, parse_codec, parse_threshold
-from .connection import Connection
+from .connection import Connection, greeting
 from .estimate import HANDSHAKE_FILLER_NBYTES, LinkEstimate
+from .forked import renew, watch
 from .frame import reply_flags
 from .future import Future, Result, remote_error
 from .link import choose_spin_us, remaining_s
@@ -59,6 +71,7 @@ from .session import (
     ReturnsWanted,
 )
 from .stats import Stats
+from .threads import Workers, call_safely
 
 __all__ = ["Channel", "Future", "Result"]
 
@@ -66,6 +79,7 @@ _logger = logging.getLogger("fastsplit.channel")
 
 MAX_TIMEOUT_S = 1e6  # eleven days; beyond, poll's milliseconds and the header's nanoseconds would run out
 _RELIEF_S = 0.005  # how soon a sender that found another thread reading looks again whether it must read itself
+_LOOK_EVERY_S = 1.0  # how often who waits for the reader looks whether there is one: an interrupted one may say nothing
 _LAST_WORDS_S = 0.5  # how long a failed sender waits for another thread to read why
 _UNSET: Any = object()
 _LINGER_S = 0.5  # how long an aborted peer's bytes are read and dropped, so that it can read why
@@ -118,20 +132,22 @@ class Channel:
         self.call_timeout_s = call_timeout_s
         self._arrays = tensors.arrays(arrays)
         self._cast, self._codec = parse_cast(wire_dtype), parse_codec(codec)
-        self._sender: ThreadPoolExecutor | None = None
+        self._sender: Workers | None = None
         self._reader: threading.Thread | None = None
-        self._own_threads: set[threading.Thread] = set()
+        self._events: list[Event] = []  # that came in, and were not handled yet
+        self._callbacks: deque[tuple[Callable[[Future], object], Future]] = deque()  # of futures that are done
+        self._calling_back: set[int] = set()  # threads that are in one of these
         self._probes: set[int] = set()  # those that somebody waits for
         self._stats = Stats()
         self._futures: dict[int, Future] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # what a finalizer does in the middle of it may need it again
         self._changed = threading.Condition(self._lock)  # `_lock` guards the next four, and the futures' outcomes
-        self._reading = False
+        self._reading = 0  # the thread that does, 0 if none does
         self._followers = 0
         self._error: FastsplitError | None = None
         self._closed = False
         self._greeted = False
-        self._answer: Attached | None = None
+        self._answers: list[Attached] = []  # the one to the ring that was offered
         deadline = time.monotonic() + timeout_s
         spin_us = choose_spin_us(spin_us)
         codec_threshold_nbytes = parse_threshold(codec_threshold_nbytes)
@@ -148,24 +164,26 @@ class Channel:
             codec_threshold_nbytes=codec_threshold_nbytes,
         )
         self._sending = connection.sending
+        self._inside = connection.inside
         self._session = connection.session
         try:
             with contextlib.suppress(PeerLostError):  # refused at once: what the server said is still to be read
                 connection.link.send_all([self._session.hello()], deadline)
-            while not self._greeted:
-                self._read_for_handshake(deadline)
+            self._read_until(lambda: self._greeted, deadline)
             answered = connection.offer_ring(deadline)
             if answered is not None:
-                answered(self._read_answer(deadline).text)
+                self._read_until(lambda: bool(self._answers), deadline)
+                answered(self._answers[0].text)
             if not self.shm:
                 connection.coder.check(self._cast, self._codec)
             if self._session.capabilities & PROBES:
                 self._measure(HANDSHAKE_FILLER_NBYTES, timeout_s, deadline)
             if overlap and not self.shm:
                 connection.coder.overlaps = True
-                self._sender = ThreadPoolExecutor(1, "fastsplit-send", self._is_own_thread)
+                self._sender = Workers(1, f"fastsplit-send {uri}")
                 self._reader = threading.Thread(target=self._read_on, name=f"fastsplit-read {uri}", daemon=True)
                 self._reader.start()
+            watch(self)
         except DeadlineError:
             self._end(ClosedError("the handshake failed"))
             raise DeadlineError(f"{uri}: connected, but no handshake within {timeout_s} s") from None
@@ -173,15 +191,14 @@ class Channel:
             self._end(ClosedError("the handshake failed"))
             raise
 
-    def _read_answer(self, deadline: float) -> Attached:
-        while self._answer is None:
-            self._read_for_handshake(deadline)
-        return self._answer
-
-    def _read_for_handshake(self, deadline: float) -> None:
-        self._read_once(deadline)
-        if self._error is not None:
-            raise self._error
+    def _read_until(self, condition: Callable[[], bool], deadline: float) -> None:
+        """Reads for the handshake: nobody else uses the channel yet."""
+        while not condition():
+            self._read_once(deadline)
+            if self._error is not None:
+                raise self._error
+            if time.monotonic() >= deadline:
+                raise DeadlineError("no handshake")
 
     def __repr__(self) -> str:
         return f"<Channel to {self.uri}, {'closed' if self.closed else 'open'}>"
@@ -281,25 +298,27 @@ class Channel:
 
     def _ask(self, nbytes: int, timeout_s: float, deadline: float) -> None:
         """One probe with bytes each way, and its answer."""
-        if not self._sending.acquire(timeout=max(deadline - time.monotonic(), 0.0)):
-            raise DeadlineError("the link was not measured: others were sending")
+        ident = self._check_entry("measure")
+        held = False
         try:
+            self._inside.add(ident)
+            (held,) = map(self._sending.acquire, (True,), (max(deadline - time.monotonic(), 0.0),))
+            if not held:
+                raise DeadlineError("the link was not measured: others were sending")
             if self._error is not None:  # in the handshake: why the server left
                 raise self._error
             number, frame = self._connection.probe(nbytes)
             self._probes.add(number)
             self._send_news("a probe", timeout_s, deadline, [frame])
         finally:
-            self._release_sending()
+            try:
+                if held:
+                    self._sending.release()
+            finally:
+                self._inside.discard(ident)
         try:
             while number in self._probes:
-                if self._take_reading():
-                    try:
-                        with contextlib.suppress(DeadlineError):
-                            self._read_once(deadline)
-                    finally:
-                        self._leave_reading()
-                else:
+                if not self._read_a_while(deadline):
                     time.sleep(0.0002)  # somebody else reads
                 if self._error is not None:
                     raise self._error
@@ -347,9 +366,16 @@ class Channel:
         `codec`: for this request and its reply, the channel's if not given.
 
         Raises RemoteOpError if the handler failed, DeadlineError, TensorError for a tensor that cannot be sent,
-        LimitError over a cap of the server's, PeerLostError, ClosedError, RemoteProtocolError.
+        LimitError over a cap of the server's, PeerLostError, ClosedError, RemoteProtocolError, ReentrantCallError in a
+        finalizer or a signal's handler. What such a handler raises while the call waits (KeyboardInterrupt) cancels the
+        call, and the channel lives on; while the request is being sent it ends the connection.
         """
-        return self._start(op, tensors, timeout_s, expect, wire_dtype, codec, attrs).result()
+        future = self._start(op, tensors, timeout_s, expect, wire_dtype, codec, attrs)
+        try:
+            return future.result()
+        finally:
+            if not future._done:  # interrupted, and nobody else has the future
+                future.cancel()
 
     def submit(
         self,
@@ -393,10 +419,14 @@ class Channel:
             raise
         expected = None if expect is None else [(dtype_of(dtype).code, tuple(shape)) for dtype, shape in expect]
         time_ns = 0 if timeout_s is None else max(int(timeout_s * 1e9), 1)
-        if not self._sending.acquire(timeout=-1 if timeout_s is None else timeout_s):
-            raise DeadlineError(f"{op}: not sent within {timeout_s} s, since other calls were")
-        handed_over = False
+        ident = self._check_entry(op)
+        future: Future | None = None
+        held = handed_over = begun = False
         try:
+            self._inside.add(ident)
+            (held,) = map(self._sending.acquire, (True,), (-1 if timeout_s is None else timeout_s,))
+            if not held:
+                raise DeadlineError(f"{op}: not sent within {timeout_s} s, since other calls were")
             if self._closed:
                 raise ClosedError(f"the channel is closed: {self._error}")
             connection = self._connection
@@ -418,6 +448,7 @@ class Channel:
             stats.bytes_copied += out.copied_nbytes
             connection.lent_nbytes += out.shared_nbytes
             stats.serialization_s += (encoded_ns - started_ns) * 1e-9
+            begun = True
             if arena is not None:
                 arena.lend(out.placements)
             if self._sender is not None:
@@ -425,10 +456,26 @@ class Channel:
             else:
                 self._send(future, out, head, deadline)
             stats.wait_s += (perf_counter_ns() - encoded_ns) * 1e-9
+        except BaseException:
+            if future is not None and not begun:
+                self._forget(future)
+            raise
         finally:
-            if not handed_over:
-                self._release_sending()
+            try:
+                if held and not handed_over:
+                    self._sending.release()
+            finally:
+                self._inside.discard(ident)
+            if self._closed:
+                self._close_when_unused()
+            if self._callbacks:
+                self._call_back()
         return future
+
+    def _forget(self, future: Future) -> None:
+        """A request of which not a byte was sent: the stream is as it was."""
+        self._futures.pop(future._id, None)
+        self._session.retract(future._id)
 
     def _deadline(self, timeout_s: float | None) -> tuple[float | None, float | None]:
         """Seconds that a call may take, and when they are over."""
@@ -440,26 +487,41 @@ class Channel:
 
     def close(self) -> None:
         """Ends the connection: the server is told, and calls in flight fail with ClosedError. Idempotent."""
+        own = () if self._sender is None else (self._reader, *self._sender.threads)
+        # in the middle of a call, or in a callback of a thread of ours
+        inside = get_ident() in self._inside or threading.current_thread() in own
         with self._lock:
             first = not self._closed
             self._closed = True
             if self._error is None:  # now, so that it comes before the server's answer to the goodbye
                 self._error = ClosedError("the channel was closed")
-        if first and self._sending.acquire(timeout=0.1):  # not if a send is stuck: then the end says enough
+        if first and self._sending.acquire(timeout=0.0 if inside else 0.1):  # if a send is stuck the end says enough
             try:
                 with contextlib.suppress(FastsplitError):
                     self._connection.link.send([self._session.goodbye()])
             finally:
                 self._release_sending()
         self._end(ClosedError("the channel was closed"))
-        inside = threading.current_thread() in self._own_threads  # in a callback
         if self._sender is not None:
             self._sender.shutdown(wait=not inside)
         if self._reader is not None and not inside:
             self._reader.join()
+        self._call_back()
 
-    def _is_own_thread(self) -> None:
-        self._own_threads.add(threading.current_thread())
+    def leave(self, why: str) -> None:
+        """For a forked child: see forked.py."""
+        renew(self._lock, self._changed)
+        self._connection.leave(why)
+        self._calling_back.clear()
+        self._callbacks.clear()
+        self._reading = 0
+        self._sender = self._reader = None
+        self._closed = True
+        if self._error is None:
+            self._error = ClosedError(why)
+        for future in self._futures.values():
+            future._error, future._done, future._callbacks = self._error, True, None
+        self._futures.clear()
 
     # ---- sending ----
 
@@ -472,9 +534,8 @@ class Channel:
             while left:
                 left = self._send_rest(left, deadline)
         except DeadlineError:
-            if left is buffers:  # not a byte of it: the stream is as it was
-                self._futures.pop(future._id, None)
-                self._session.retract(future._id)
+            if left is buffers:
+                self._forget(future)
                 if self._connection.arena is not None:
                     self._connection.arena.lend(out.placements, -1)
                 raise DeadlineError(f"{future.op}: not sent within {future._timeout_s} s") from None
@@ -490,7 +551,7 @@ class Channel:
             raise
 
     def _send_behind(
-        self, sender: ThreadPoolExecutor, future: Future, out: Outgoing, head: bytearray, deadline: float | None
+        self, sender: Workers, future: Future, out: Outgoing, head: bytearray, deadline: float | None
     ) -> bool:
         """Has the sender's thread send what the kernel does not take at once; then that thread releases `_sending`:
         frames stay whole, and at most one waits. Returns whether it was handed over."""
@@ -511,9 +572,8 @@ class Channel:
                     rest = link.send(rest)
             except DeadlineError:
                 late = f"{future.op}: not sent within {future._timeout_s} s"
-                if rest is buffers:  # not a byte of it: the stream is as it was
-                    self._futures.pop(future._id, None)
-                    self._session.retract(future._id)
+                if rest is buffers:
+                    self._forget(future)
                     self._settle(future, DeadlineError(late))
                 else:
                     self._end(DeadlineError(f"{late}; the connection is closed"))
@@ -522,25 +582,28 @@ class Channel:
                 self._end(error)
             finally:
                 self._release_sending()
+            self._call_back()
 
-        try:
-            sender.submit(send_rest)
-        except RuntimeError:  # closed at this moment
-            raise self._end(ClosedError("the channel was closed")) from None
+        if not sender.submit(send_rest):  # closed at this moment
+            raise self._end(ClosedError("the channel was closed"))
         return True
 
     def _read_on(self) -> None:
         """The reader's thread, where there is one: whoever waits for a reply finds it reading."""
-        self._is_own_thread()
+        ident = get_ident()
         while not self._closed:
-            if self._take_reading():
-                try:
-                    while not self._closed:  # whoever waits must not wake up for each part of a payload
-                        with contextlib.suppress(DeadlineError):
-                            self._read_once(None)
-                finally:
-                    self._leave_reading()
-            else:
+            try:
+                self._inside.add(ident)
+                reads = self._take_reading()
+                # whoever waits must not wake up for each part of a payload
+                while reads and not self._callbacks and not self._closed:
+                    with contextlib.suppress(DeadlineError):
+                        self._read_once(None)
+            finally:
+                self._leave_reading()
+                self._inside.discard(ident)
+            self._call_back()
+            if not reads:
                 time.sleep(_RELIEF_S)
 
     def _send_news(
@@ -567,8 +630,8 @@ class Channel:
             left = self._send_rest(left, deadline)
 
     def _send_rest(self, left: Sequence[Any], deadline: float | None) -> Sequence[Any]:
-        reading = self._take_reading()
         try:
+            reading = self._take_reading()
             soon = None if reading else time.monotonic() + _RELIEF_S
             try:
                 readable, writable = self._connection.link.wait(
@@ -584,19 +647,19 @@ class Channel:
                 if self._error is not None:
                     raise self._error
         finally:
-            if reading:
-                self._leave_reading()
+            self._leave_reading()
         return self._connection.link.send(left) if writable else left
 
     def _read_last_words(self, future: Future) -> None:
         """Reads what is there already, or lets the thread that reads do so. What ends the connection is kept."""
+        end = time.monotonic() + _LAST_WORDS_S
         with contextlib.suppress(DeadlineError):
-            if self._take_reading(future, time.monotonic() + _LAST_WORDS_S):
-                try:
-                    while self._error is None:
+            try:
+                if self._take_reading(future, end):
+                    while self._error is None and time.monotonic() < end:
                         self._read_once(None, blocking=False)
-                finally:
-                    self._leave_reading()
+            finally:
+                self._leave_reading()
 
     def _give_up(self, future: Future, error: FastsplitError) -> bool:
         with self._lock:
@@ -604,21 +667,30 @@ class Channel:
                 return False
             self._futures.pop(future._id, None)
             self._finish(future, error)
-        self._call_back(future)
-        if self._session.abandon(future._id) and self._sending.acquire(blocking=False):
+        if self._session.abandon(future._id):
             # Best effort: the server may save some work; an answer that comes all the same is dropped.
             try:
-                if not self._closed:
-                    self._connection.send_small(self._session.cancel(future._id))
+                self._send_if_free(lambda: self._connection.send_small(self._session.cancel(future._id)))
             except FastsplitError as lost:
                 self._end(lost)
-            finally:
-                self._release_sending()
+        self._call_back()
         return True
+
+    def _send_if_free(self, send: Callable[[], object]) -> None:
+        """Calls `send` unless another thread sends at this moment, or the connection has ended."""
+        held = False
+        try:
+            (held,) = map(self._sending.acquire, (False,))
+            if held and not self._closed:
+                send()
+        finally:
+            if held:
+                self._release_sending()
 
     # ---- waiting and reading ----
 
     def _wait_for(self, future: Future, timeout: float | None) -> None:
+        ident = self._check_entry(future.op)
         started_ns = perf_counter_ns()
         decoded_ns = self._session.decode_ns
         deadline = future._deadline
@@ -627,15 +699,24 @@ class Channel:
         until = deadline if own else limit
         try:
             while not future._done:
-                if self._take_reading(future, until):
-                    try:
+                try:
+                    self._inside.add(ident)
+                    if self._take_reading(future, until):
                         self._read_once(until)
-                        while not future._done:
-                            if until is not None and time.monotonic() >= until:  # a peer may dribble for ever
-                                raise DeadlineError("no reply")
+                        while not self._callbacks and not future._done:
+                            _check_clock(until)  # a peer may dribble for ever
                             self._read_once(until)
-                    finally:
-                        self._leave_reading()
+                finally:
+                    left = self._reading == ident
+                    if left:
+                        self._reading = 0
+                    self._inside.discard(ident)
+                    if left:
+                        self._left_reading()
+                if self._callbacks:
+                    self._call_back()
+                    if not future._done:
+                        _check_clock(until)
         except DeadlineError:
             if not own:
                 raise DeadlineError(f"{future.op}: no reply within {timeout} s") from None
@@ -647,10 +728,24 @@ class Channel:
             self._stats.wait_s += waited_ns * 1e-9
             self._stats.serialization_s += decoded_ns * 1e-9
 
+    def _check_entry(self, op: str) -> int:
+        """This thread's number, which is put among `_inside` while it reads or sends.
+
+        Raises ReentrantCallError where it is there already.
+        """
+        ident = get_ident()
+        if ident in self._inside or ident in greeting:
+            raise ReentrantCallError(
+                f"{op}: this thread is in the middle of a call on this channel, or serves its requests, and would wait "
+                "for itself; a finalizer or a signal's handler notes what is to be done, for later"
+            )
+        return ident
+
     def _take_reading(self, future: Future | None = None, until: float | None = None) -> bool:
         """Makes this thread the reader. With a future: waits for that, and returns False when the future is done first.
 
-        Without one, returns False at once if another thread reads. Raises DeadlineError at `until`.
+        Without one, returns False at once if another thread reads. Raises DeadlineError at `until`. The caller leaves
+        reading in a `finally`, even if this was interrupted.
         """
         with self._lock:
             while self._reading:
@@ -658,50 +753,85 @@ class Channel:
                     return False
                 self._followers += 1
                 try:
-                    if not self._changed.wait(remaining_s(until)) and not future._done:
-                        raise DeadlineError("no reply")
+                    left_s = remaining_s(until)
+                    self._changed.wait(_LOOK_EVERY_S if left_s is None else min(left_s, _LOOK_EVERY_S))
+                    if self._reading and not future._done:
+                        _check_clock(until)
                 finally:
                     self._followers -= 1
             if future is not None and future._done:
                 return False
-            self._reading = True
+            self._reading = get_ident()
             return True
 
     def _leave_reading(self) -> None:
+        """Ends this thread's reading, if it reads."""
+        if self._reading == get_ident():
+            self._reading = 0
+            self._left_reading()
+
+    def _left_reading(self) -> None:
         with self._lock:
-            self._reading = False
             if self._followers:
                 self._changed.notify_all()
         if self._closed:
             self._close_when_unused()
+
+    def _read_a_while(self, deadline: float) -> bool:
+        """Reads once, and waits for that until the deadline. False if another thread reads."""
+        ident = self._check_entry("waiting")
+        reads = False
+        try:
+            self._inside.add(ident)
+            reads = self._take_reading()
+            if reads:
+                with contextlib.suppress(DeadlineError):
+                    self._read_once(deadline)
+        finally:
+            left = self._reading == ident
+            if left:
+                self._reading = 0
+            self._inside.discard(ident)
+            if left:
+                self._left_reading()
+        self._call_back()
+        return reads
 
     def _read_once(self, deadline: float | None, *, blocking: bool = True) -> None:
         """Reads once and hands out what that completed. Only the reader calls it.
 
         Raises DeadlineError; anything else that goes wrong ends the connection, and with it every future.
         """
-        session = self._session
+        session, events = self._session, self._events
         try:
-            events = self._connection.link.receive(session, deadline, blocking=blocking)
-            if events is None:
+            # what an interrupted read left comes first
+            if (
+                not events
+                and self._connection.link.receive(session, deadline, blocking=blocking, events=events) is None
+            ):
                 self._end(session.end_of_stream())
                 return
-            for event in events:
-                self._handle(event)
+            while events:
+                self._handle(events[0])
+                del events[0]
         except DeadlineError:
             raise
         except RemoteProtocolError as error:  # the link's, which no session was told
             self._abort(error)
             self._end(error)
-        except FastsplitError as error:
-            self._end(error)
-        except BaseException:
-            self._end(ClosedError("the connection was closed: a read was interrupted"))
+        except BaseException as error:
+            if isinstance(error, FastsplitError) and not isinstance(error, ReentrantCallError):
+                self._end(error)
+                return
+            # a signal's handler raised it
+            if session.in_doubt:
+                self._end(ClosedError("the connection was closed: a read was interrupted"))
             raise
 
     def _handle(self, event: Event) -> None:
+        """Acts on what came in. Interrupted, it is called with the same event again."""
         if isinstance(event, Reply):
-            future = self._futures.pop(event.request_id, None)
+            future = self._futures.get(event.request_id)
             if future is None:
                 return
             started_ns = perf_counter_ns()
@@ -713,22 +843,18 @@ class Channel:
             self._stats.remote_s += result.remote_s
             self._session.decode_ns += perf_counter_ns() - started_ns
             with self._lock:
-                if future._done:  # given up at this moment
-                    return
-                future._result = result
-                future._done = True
-                if self._followers:
-                    self._changed.notify_all()
-            if future._callbacks is not None:
-                self._call_back(future)
+                if not future._done:  # else it was given up at this moment
+                    future._result = result
+                    self._done(future)
+            self._futures.pop(event.request_id, None)
         elif isinstance(event, Error):
-            future = self._futures.pop(event.request_id, None)
+            future = self._futures.get(event.request_id)
             if future is not None:
                 self._settle(future, remote_error(future.op, event))
         elif isinstance(event, Hello):
             self._greeted = True
         elif isinstance(event, Attached):
-            self._answer = event
+            self._answers.append(event)
         elif isinstance(event, ReturnsWanted):
             self._give_back()
         elif isinstance(event, Probe):
@@ -745,57 +871,50 @@ class Channel:
 
     def _settle(self, future: Future, error: BaseException) -> None:
         with self._lock:
-            if future._done:  # given up at this moment
-                return
-            self._finish(future, error)
-        if future._callbacks is not None:
-            self._call_back(future)
+            if not future._done:  # else it was given up at this moment
+                self._finish(future, error)
+        self._futures.pop(future._id, None)
 
     def _finish(self, future: Future, error: BaseException) -> None:
-        """Ends a future that has no outcome. The caller holds `_lock`, and calls back after it."""
+        """Ends a future that has no outcome. The caller holds `_lock`."""
         future._error = error
+        self._done(future)
+
+    def _done(self, future: Future) -> None:
+        """A future has its outcome. The caller holds `_lock`."""
         future._done = True
+        if future._callbacks is not None:
+            self._callbacks.extend((callback, future) for callback in future._callbacks)
+            future._callbacks = None
         if self._followers:
             self._changed.notify_all()
 
-    @staticmethod
-    def _call_back(future: Future) -> None:
-        callbacks, future._callbacks = future._callbacks, None
-        for callback in callbacks or ():
-            try:
-                callback(future)
-            except Exception:
-                _logger.exception("a callback of %r failed", future)
+    def _call_back(self) -> None:
+        """Runs the callbacks of futures that are done. In the middle of something else of this thread it does nothing:
+        they run at the end of that."""
+        ident = get_ident()
+        if ident in self._inside or ident in self._calling_back:
+            return
+        try:
+            self._calling_back.add(ident)
+            while self._callbacks:
+                with contextlib.suppress(IndexError):  # another thread took the last one
+                    callback, future = self._callbacks.popleft()
+                    call_safely(f"a callback of {future!r}", callback, future)
+        finally:
+            self._calling_back.discard(ident)
 
     # ---- shared memory ----
 
     def _give_back(self) -> None:
         """The server is short of memory. Whoever sends at this moment takes returns along anyway."""
-        if self._sending.acquire(blocking=False):
-            try:
-                if not self._closed:
-                    self._connection.give_back()
-            finally:
-                self._release_sending()
+        self._send_if_free(self._connection.give_back)
 
     def _relieve(self, deadline: float | None) -> None:
         """Our own memory is full: asks the server for returns, and reads for a moment if nobody else does."""
-        if self._sending.acquire(blocking=False):
-            try:
-                if not self._closed:
-                    self._connection.ask_for_returns()
-            finally:
-                self._release_sending()
+        self._send_if_free(self._connection.ask_for_returns)
         soon = time.monotonic() + _RELIEF_S
-        if deadline is not None:
-            soon = min(soon, deadline)
-        if self._take_reading():
-            try:
-                with contextlib.suppress(DeadlineError):
-                    self._read_once(soon)
-            finally:
-                self._leave_reading()
-        else:
+        if not self._read_a_while(soon if deadline is None else min(soon, deadline)):
             time.sleep(0.001)
         if self._error is not None:
             raise self._error
@@ -822,9 +941,8 @@ class Channel:
             futures = list(self._futures.values())
             self._futures.clear()
             for future in futures:
-                self._finish(future, self._error)
-        for future in futures:
-            self._call_back(future)
+                if not future._done:
+                    self._finish(future, self._error)
         return self._error
 
     def _end(self, error: FastsplitError) -> FastsplitError:
@@ -855,3 +973,8 @@ class Channel:
             if self._reading:
                 return
             # A reader that left just now came here too, and found `_sending` taken by us: look again for both.
+
+
+def _check_clock(until: float | None) -> None:
+    if until is not None and time.monotonic() >= until:
+        raise DeadlineError("no reply")

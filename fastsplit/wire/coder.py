@@ -91,7 +91,7 @@ class Coder:
         """Whether several messages are under way at once, so that one travels while another is compressed."""
         self.stats: dict[str, Coded] = {}
         self.too_large = 0
-        self._lock = threading.Lock()  # requests of one connection may be answered by several threads
+        self.lock = threading.Lock()  # requests of one connection may be answered by several threads
         self._allocate = pool.allocate
         self._codecs: tuple[int, ...] = ()  # both sides', best first
         self._known: dict[tuple[str, int], tuple[int, int]] = {}  # op, index -> what to do, and how often yet
@@ -154,7 +154,7 @@ class Coder:
         return Outgoing(found.descs, buffers, offset, found.copied_nbytes, placements if is_coded else ())
 
     def _count_casts(self, found: Cast) -> None:
-        with self._lock:
+        with self.lock:
             self.too_large += found.too_large
         for cast in set(found.casts) - {0}:
             sizes = [buffer.nbytes for buffer, used in zip(found.buffers, found.casts) if used == cast]
@@ -215,7 +215,7 @@ class Coder:
         self, coding: int, raw: int, wire: int, tensors: int = 1, *, encode_s: float = 0.0, decode_s: float = 0.0
     ) -> None:
         name = coding_name(coding)
-        with self._lock:
+        with self.lock:
             counted = self.stats.get(name)
             if counted is None:
                 counted = Coded()

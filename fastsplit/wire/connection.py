@@ -12,10 +12,11 @@ import os
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from ..errors import ArenaFull, DeadlineError, PeerLostError, RemoteProtocolError
+from ..errors import ArenaFull, ClosedError, DeadlineError, PeerLostError, RemoteProtocolError
 from ..memory import Memory, Pool
 from ..schema.limits import Limits
 from ..tensors import Outgoing, collect, share
@@ -23,6 +24,7 @@ from .address import Address, UnixAddress
 from .arena import Arena
 from .coder import AUTO, OFF, THRESHOLD_NBYTES, Codec, Coder
 from .estimate import LinkEstimate, Meter
+from .forked import renew, watch
 from .link import Link
 from .ring import RING_NBYTES, RingLink
 from .segment import Hook, Memfd
@@ -30,8 +32,13 @@ from .session import CODES, MAX_FILLER_NBYTES, PROBES, SHARES, Probe, RingOffere
 from .sharing import Offer, Sharing, agree, offer
 from .stats import Stats
 
-__all__ = ["Connection"]
+__all__ = ["Connection", "greeting"]
 
+
+_clients: weakref.WeakValueDictionary[str, Connection] = weakref.WeakValueDictionary()
+"""The client sides of this process, by their tokens."""
+greeting: set[int] = set()
+"""Threads of servers that read a HELLO, and do not know yet whose. Only a finalizer can call from there."""
 
 _FILLER = os.urandom(MAX_FILLER_NBYTES // 16)  # nothing on the way can compress it, but by its repetition
 
@@ -75,6 +82,11 @@ class Connection:
         self.arena: Arena | None = None
         self.shm_reason = "off: not agreed on yet"
         self.sending = threading.Lock()
+        self.inside: set[int] = set()
+        """Client: threads that must not call now, since they would wait for themselves. They read or send for this
+        connection, or they are the server's thread of this very connection."""
+        self.left: str | None = None
+        """In a forked child: why this connection cannot be used."""
         self.lent_nbytes = 0
         """Tensor bytes that went out by reference. The sender counts them."""
         self._asked_at = 0.0
@@ -100,11 +112,26 @@ class Connection:
             offer=self._offer.attrs(),
             greeted=self._greeted,
         )
+        if is_client:
+            _clients[self._offer.token] = self
+        self._twin: Connection | None = None  # server: the client side of this connection, if it is in this process
+        self._serving: set[int] = set()
+        watch(self)
+
+    def serves_in(self, *threads: int) -> None:
+        """Server: threads, beside the one that reads the HELLO, without which no request of this connection is
+        answered. If the other end is in this process they must not call through that."""
+        self._serving.update(threads)
+        if self._twin is not None:
+            self._twin.inside.update(self._serving)
 
     # ---- memory ----
 
     def allocate(self, nbytes: int, deadline: float | None = None) -> Memory:
-        """Memory that this connection sends from fastest, flat uint8. Raises ArenaFull at the deadline, MemoryError."""
+        """Memory that this connection sends from fastest, flat uint8. Raises ArenaFull at the deadline, MemoryError,
+        ClosedError in a forked child."""
+        if self.left is not None:
+            raise ClosedError(self.left)
         arena = self.arena
         if arena is not None and not arena.closed:
             try:
@@ -119,8 +146,10 @@ class Connection:
     ) -> Outgoing:
         """What is needed to send tensors. Where memory is shared, they are not coded.
 
-        Raises TensorError, ArenaFull at the deadline.
+        Raises TensorError, ArenaFull at the deadline, ClosedError in a forked child.
         """
+        if self.left is not None:
+            raise ClosedError(self.left)
         arena = self.arena
         if arena is not None:
             return share(tensors, arena, deadline)
@@ -250,6 +279,10 @@ class Connection:
         peer = Offer.of(attrs)
         client, server = (self._offer, peer) if self.is_client else (peer, self._offer)
         sharing = self._sharing = agree(client, server, is_client=self.is_client)
+        if not self.is_client:
+            self._twin = _clients.get(peer.token)
+            self.serves_in(threading.get_ident())
+            greeting.discard(threading.get_ident())  # a request may have come with the HELLO, and its handler may call
         self.shm_reason = sharing.reason
         if sharing.factory is None:
             if self.session.capabilities & CODES:
@@ -326,6 +359,16 @@ class Connection:
         self.shm_reason = f"{self.shm_reason.partition(',')[0]}, control over the socket: {why}"
 
     # ---- the end ----
+
+    def leave(self, why: str) -> None:
+        """For a forked child: see forked.py."""
+        if self.left is None:
+            self.left = why
+            self.inside.clear()
+            renew(self.sending, self.coder.lock)
+            self.link.leave()
+            if self.arena is not None:
+                self.arena.leave()
 
     def close(self) -> None:
         """Closes the link and forgets the shared memory; what lies in it lives on. Nobody may be sending or reading."""

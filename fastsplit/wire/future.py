@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CancelledError, DeadlineError, FastsplitError, RemoteOpError
 from ..tensors import Arrays
 from .session import Error, Reply
+from .threads import call_safely
 
 if TYPE_CHECKING:
     from .channel import Channel
@@ -120,9 +121,10 @@ class Future:
         return self._channel._give_up(self, CancelledError(f"{self.op}: cancelled"))
 
     def add_done_callback(self, callback: Callable[[Future], object]) -> None:
-        """Calls `callback(future)` when the call is done: at once if it is, otherwise from the thread that reads."""
+        """Calls `callback(future)` when the call is done: at once if it is, otherwise in the thread that has read the
+        reply, when that is neither reading nor sending: it may call and submit. What it raises is logged."""
         with self._channel._lock:
             if not self._done:
                 self._callbacks = [*(self._callbacks or ()), callback]
                 return
-        callback(self)
+        call_safely(f"a callback of {self!r}", callback, self)

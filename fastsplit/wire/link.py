@@ -2,7 +2,8 @@
 
 Rules. Deadlines are `time.monotonic()` seconds, None for none. A read that times out loses nothing: what arrived is in
 the session. A write that times out in the middle of a frame leaves the stream in doubt; the caller must end the
-connection. Every OSError becomes PeerLostError here, and only here. One thread may read while another writes.
+connection. A deadline that has passed ends a wait, whatever the peer does meanwhile: it may go on talking for ever.
+Every OSError becomes PeerLostError here, and only here. One thread may read while another writes.
 
 On a unix socket that may bring shared memory, reads take descriptors along: a plain read would drop them.
 
@@ -29,13 +30,14 @@ from typing import Any
 
 from ..errors import DeadlineError, FastsplitError, PeerLostError, RemoteProtocolError, SettingError
 from .estimate import LEAST_NBYTES, Meter
+from .forked import renew
 from .session import Event, Session
 
-__all__ = ["Link", "Spin", "choose_spin_us", "cores", "remaining_s", "spin_us_beside"]
+__all__ = ["SEND_FLAGS", "Link", "Spin", "choose_spin_us", "cores", "lost", "remaining_s", "spin_us_beside"]
 
 _MAX_IOVECS = 64  # of 1024 that Linux takes; a message has at most a few
 _DONTWAIT = int(socket.MSG_DONTWAIT)  # socket's own constants are enums, slow to combine
-_SEND_FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)  # a peer that is gone is an error, never a signal
+SEND_FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)  # a peer that is gone is an error, never a signal
 _TICKS_S = (16.0, 1.0)
 """A read's SO_RCVTIMEO, when its deadline is further away: setting it for each call would cost a system call a call."""
 _SPIN_US = 50.0
@@ -137,12 +139,16 @@ class Link:
         self._readable = select.poll()
         self._readable.register(sock, select.POLLIN)
         self._sock = sock
+        self.send_now = sock.send
+        """The system call itself, with its OSErrors."""
         self._timeout_s = 0.0
         self._writable = select.poll()
         self._writable.register(sock, select.POLLOUT)
         self._either = select.poll()
         self._either.register(sock, select.POLLIN | select.POLLOUT)
         self._close_lock = threading.Lock()
+        self._message: Any = ()  # what recvmsg gave, until note was taken of it
+        self.arrived = 0  # of reads that are for no session
         self.bytes_sent = 0
         self.bytes_received = 0
 
@@ -153,13 +159,11 @@ class Link:
         not change until all of them are sent. Raises PeerLostError.
         """
         try:
-            sent = self._sock.sendmsg(
-                buffers if len(buffers) <= _MAX_IOVECS else buffers[:_MAX_IOVECS], (), _SEND_FLAGS
-            )
+            sent = self._sock.sendmsg(buffers if len(buffers) <= _MAX_IOVECS else buffers[:_MAX_IOVECS], (), SEND_FLAGS)
         except BlockingIOError:
             return buffers
         except OSError as error:
-            raise _lost(error) from None
+            raise lost(error) from None
         self.bytes_sent += sent
         if sent == nbytes:
             return ()
@@ -194,17 +198,20 @@ class Link:
         """
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
         try:
-            sent = self._sock.sendmsg([data], ancillary, _SEND_FLAGS)
+            sent = self._sock.sendmsg([data], ancillary, SEND_FLAGS)
         except BlockingIOError:
             return memoryview(data)
         except OSError as error:
-            raise _lost(error) from None
+            raise lost(error) from None
         self.bytes_sent += sent
         return memoryview(data)[sent:]
 
     def wait(self, deadline: float | None, *, reading: bool) -> tuple[bool, bool]:
-        """Waits until the socket is (readable, writable); readable only if `reading`. Raises DeadlineError."""
+        """Waits until the socket is (readable, writable); readable only if `reading`. Raises DeadlineError, also where
+        the deadline has passed and the socket is ready."""
         timeout_s = remaining_s(deadline)
+        if timeout_s == 0.0:
+            raise DeadlineError("the peer took too long to read")
         poll = self._either if reading else self._writable
         ready = poll.poll(None if timeout_s is None else timeout_s * 1000)
         if not ready:
@@ -213,22 +220,27 @@ class Link:
         # an error or a hang-up counts as both: the next read or write says what it is
         return reading and bool(events & ~select.POLLOUT), bool(events & ~select.POLLIN)
 
-    def receive(self, session: Session, deadline: float | None, *, blocking: bool = True) -> list[Event] | None:
-        """Reads once and gives it to the session; returns what that completed, None at the end of the stream.
+    def receive(
+        self, session: Session, deadline: float | None, *, blocking: bool = True, events: list[Event] | None = None
+    ) -> list[Event] | None:
+        """Reads once and gives it to the session; returns `events`, a new list by default, with what that completed at
+        its end; None at the end of the stream.
 
         Raises PeerLostError, DeadlineError (nothing is lost, another read may go on).
         """
+        if session.unfinished or session.arrived:  # another one was interrupted
+            return session.received(session.arrived, events)
         if blocking and self.spin.spin_us:
             self._spin_for_bytes()
-        received = self._receive_into(session.receive_buffers(), deadline, 0 if blocking else _DONTWAIT)
+        received = self._receive_into(session.receive_buffers(), deadline, 0 if blocking else _DONTWAIT, session)
         if not received:
             return None
         if self.meter is None:
-            return session.received(received)
+            return session.received(received, events)
         before = session.payload_left
         if before and before == received:
             self.meter.payload_ended()  # before it is decoded
-        events = session.received(received)
+        events = session.received(received, events)
         if session.payload_left >= LEAST_NBYTES and not before:
             self.meter.payload_begins(session.payload_left, self._waiting_nbytes())
         return events
@@ -289,29 +301,35 @@ class Link:
             self._spin_for_bytes()
         return self._receive_into(buffers, deadline, 0 if blocking else _DONTWAIT)
 
-    def _receive_into(self, buffers: Sequence[memoryview], deadline: float | None, flags: int) -> int:
+    def _receive_into(
+        self, buffers: Sequence[memoryview], deadline: float | None, flags: int, sink: Session | Link | None = None
+    ) -> int:
+        """Reads, and returns how many bytes; they are `sink.arrived` in the moment they have been read (session.py)."""
+        sink = self if sink is None else sink
         while True:
             if not flags:
                 self._arm(deadline)
             try:
-                if self._with_descriptors:
-                    received, ancillary, message_flags, _ = self._sock.recvmsg_into(
-                        buffers[:_MAX_IOVECS], _ANCILLARY_NBYTES, flags | _CLOSE_ON_EXEC
-                    )
+                if len(buffers) == 1 and not self._with_descriptors:
+                    (sink.arrived,) = map(self._sock.recv_into, buffers, (0,), (flags,))
+                else:
+                    if not self._message:
+                        ancillary_nbytes = _ANCILLARY_NBYTES if self._with_descriptors else 0
+                        parameters = (buffers[:_MAX_IOVECS],), (ancillary_nbytes,), (flags | _CLOSE_ON_EXEC,)
+                        (self._message,) = map(self._sock.recvmsg_into, *parameters)
+                    _, ancillary, message_flags, _ = self._message
                     if ancillary:
                         self._keep_descriptors(ancillary, message_flags)
-                elif len(buffers) == 1:
-                    received = self._sock.recv_into(buffers[0], 0, flags)
-                else:
-                    received = self._sock.recvmsg_into(buffers[:_MAX_IOVECS], 0, flags)[0]
+                    sink.arrived, self._message = self._message[0], ()
             except BlockingIOError:
                 if flags:
                     raise DeadlineError("nothing to read") from None
                 if deadline is not None and time.monotonic() >= deadline:
                     raise DeadlineError("nothing came from the peer") from None
             except OSError as error:
-                raise _lost(error) from None
+                raise lost(error) from None
             else:
+                received = sink.arrived
                 self.bytes_received += received
                 return received
 
@@ -357,6 +375,13 @@ class Link:
         """Ends only the reading direction, as if the peer had sent its last byte."""
         with self._close_lock, contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RD)
+
+    def leave(self) -> None:
+        """For a forked child: closes the descriptors, and leaves the stream to the parent."""
+        renew(self._close_lock)
+        self._sock.close()
+        while self.descriptors:
+            os.close(self.descriptors.popleft())
 
     def close(self) -> None:
         """Closes the socket. Call `shutdown` first if another thread may be in a read or a write."""
@@ -413,9 +438,10 @@ class Link:
             try:
                 self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", seconds, micros))
             except OSError as error:
-                raise _lost(error) from None
+                raise lost(error) from None
             self._timeout_s = timeout_s
 
 
-def _lost(error: OSError) -> PeerLostError:
+def lost(error: OSError) -> PeerLostError:
+    """What an error of the system's means for a connection."""
     return PeerLostError(f"the connection is lost: {error.strerror or error}")

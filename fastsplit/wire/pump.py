@@ -30,7 +30,7 @@ from .connection import Connection
 from .ring import RingLink
 from .session import MAX_RETURNS, Event, Failed
 
-__all__ = ["AT_ONCE", "Frame", "Owner", "Pump", "within"]
+__all__ = ["AT_ONCE", "Frame", "Owner", "Pump", "settle_left", "within"]
 
 AT_ONCE = 0.0
 """A deadline that has passed: what cannot be done without waiting fails."""
@@ -84,6 +84,17 @@ async def within(future: asyncio.Future[bool], deadline: float | None) -> bool:
     finally:
         if timer is not None:
             timer.cancel()
+
+
+def settle_left(future: asyncio.Future[Any], error: BaseException | None = None) -> None:
+    """For a forked child: whoever waits goes on, if the loop ever runs there."""
+    if not future.done():
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            if error is None:
+                future.set_result(False)
+            else:
+                future.set_exception(error)
+                future.exception()  # asyncio need not report that nobody asked for it
 
 
 def _settle(future: asyncio.Future[bool], value: bool) -> None:
@@ -550,6 +561,16 @@ class Pump:
         self.connection.link.shutdown()
         self.connection.close()
         self.closed.set_result(True)
+
+    def leave(self, why: str) -> None:
+        """For a forked child: see forked.py. The loop is told nothing: its selector is the parent's, too."""
+        self.ended = True
+        self._watches_reading = self._watches_writing = False
+        self._queue.clear()
+        self.connection.leave(why)
+        settle_left(self.closed)
+        for future in self._short:
+            settle_left(future)
 
     def _stop(self) -> None:
         """Nothing is sent or handed out from now on."""

@@ -19,6 +19,9 @@ honest) rings without looking, or sleeps for a millisecond only. Measured agains
 design.md): a wake-up takes the same time, and the end of the peer is an event (the end of the stream) instead of
 something to look for now and then; so an idle connection hardly uses any CPU, and a killed peer is noticed at once.
 
+Interrupts (session.py). What a read takes, a semaphore and then a slot, is noted in the same step: a read that a
+signal's handler ends is made again.
+
 Rules. The slot is copied out before anything of it is looked at. Whatever a hostile peer writes into the ring, this
 side's memory stays its own: counts that are wrong make it read bytes that are not a frame, which the session refuses.
 One thread reads at a time, one writes.
@@ -38,7 +41,7 @@ from time import perf_counter_ns
 from typing import Any
 
 from ..errors import DeadlineError, PeerLostError, RemoteProtocolError
-from .link import Link
+from .link import SEND_FLAGS, Link, lost
 from .session import Event, Session
 
 __all__ = ["RING_NBYTES", "SLOTS", "SLOT_NBYTES", "RingLink", "semaphores"]
@@ -59,6 +62,7 @@ RING_NBYTES = _SLOTS_AT + 2 * SLOTS * SLOT_NBYTES
 _ASLEEP, _EAGER = 1, 2  # values of an `asleep` byte; an eager sleeper spins a little when it is woken for nothing
 _EARLY_US = 40.0
 _WAKE = b"w"
+_UNRUNG = 3
 _DESCRIPTOR = b"d"
 _LOOK_EVERY_NS = 10_000_000  # while it spins for long, a side looks this often whether the peer is still there
 _TICK_S = 0.05
@@ -140,7 +144,8 @@ class RingLink:
         self._post, self._trywait = _semaphores.post, _semaphores.trywait
         mine, theirs = (0, 1) if is_client else (1, 0)
         self._items_out: list[Any] = _semaphores_at(memory, _ITEMS_AT[mine], SLOTS)
-        self._items_in: list[Any] = _semaphores_at(memory, _ITEMS_AT[theirs], SLOTS)
+        # each four times: `0 in map(trywait, four)` tries up to four times, and is one step with what follows it
+        self._items_in: list[Any] = [(item,) * 4 for item in _semaphores_at(memory, _ITEMS_AT[theirs], SLOTS)]
         self._space_out: list[Any] = _semaphores_at(memory, _SPACE_AT[mine], 2)
         self._space_in: list[Any] = _semaphores_at(memory, _SPACE_AT[theirs], 2)
         self._fence: Any = _semaphores_at(memory, _FENCE_AT, 1)[0]
@@ -150,6 +155,7 @@ class RingLink:
         first, second = _SLOTS_AT, _SLOTS_AT + SLOTS * SLOT_NBYTES
         self._out_at, self._in_at = (first, second) if is_client else (second, first)
         self._out_slot = self._in_slot = 0
+        self._owed = 0  # the half (1 or 2) that was read and is to be given to the peer, _UNRUNG if it was; 0 for none
         self._credit = SLOTS  # slots that may be written
         self._taken = 0  # slots that may be read, and have not been
         self._bell = memoryview(bytearray(64))
@@ -233,15 +239,15 @@ class RingLink:
     def wait(self, deadline: float | None, *, reading: bool) -> tuple[bool, bool]:
         """Waits until there is (something to read, room to write), the first only if `reading`.
 
-        Raises DeadlineError.
+        Raises DeadlineError, also where the deadline has passed and there is.
         """
         while True:
+            if deadline is not None and time.monotonic() >= deadline:
+                raise DeadlineError("the peer took too long to read")
             readable = reading and self._readable()
             writable = self._credit > 0 or self._find_space()
             if readable or writable:
                 return readable, writable
-            if deadline is not None and time.monotonic() >= deadline:
-                raise DeadlineError("the peer took too long to read")
             if reading:
                 soon = time.monotonic() + _TICK_S
                 if not self._sleep(soon if deadline is None else min(soon, deadline), for_space=True):
@@ -252,22 +258,30 @@ class RingLink:
                     raise PeerLostError("the peer closed the connection")
                 time.sleep(0.001)
 
-    def receive(self, session: Session, deadline: float | None, *, blocking: bool = True) -> list[Event] | None:
-        """Reads one slot and gives it to the session; returns what that completed, None at the end of the stream.
+    def receive(
+        self, session: Session, deadline: float | None, *, blocking: bool = True, events: list[Event] | None = None
+    ) -> list[Event] | None:
+        """Reads one slot and gives it to the session; returns what Link.receive does.
 
         Raises DeadlineError (nothing is lost), PeerLostError.
         """
-        if not self._readable() and not self._await_item(deadline, blocking):
-            return None
-        at = self._in_at + self._in_slot * SLOT_NBYTES
-        slot = self._memory[at : at + SLOT_NBYTES]
-        self._taken -= 1
-        self._in_slot = (self._in_slot + 1) % SLOTS
-        if self._in_slot % _HALF == 0:
-            self._post(self._space_in[self._in_slot == 0])  # the half that ends here
+        slot = session.slot
+        if slot is None:  # else another read was interrupted
+            if not self._readable() and not self._await_item(deadline, blocking):
+                return None
+            at = self._in_at + self._in_slot * SLOT_NBYTES
+            following = (self._in_slot + 1) % SLOTS
+            slot = self._memory[at : at + SLOT_NBYTES]
+            owed = 0 if following % _HALF else following // _HALF or 2  # the half that ends here
+            session.slot, self._taken, self._in_slot, self._owed = slot, 0, following, owed
+        if self._owed:
+            if self._owed != _UNRUNG:
+                (_,) = map(self._post, (self._space_in[self._owed - 1],))
+                self._owed = _UNRUNG
             with contextlib.suppress(PeerLostError):  # what it wrote before it left still counts
                 self._wake_peer()
-        return session.received_slot(slot)
+            self._owed = 0
+        return session.received_slot(slot, events)
 
     # For an event loop, which watches the socket itself: a byte comes through it when the peer has done something.
 
@@ -325,10 +339,19 @@ class RingLink:
     def close(self) -> None:
         """Closes the socket, and lets the ring's memory go. Nobody may be in another method. Idempotent."""
         self._link.close()
+        self._let_go()
+
+    def leave(self) -> None:
+        """For a forked child: see Link.leave."""
+        self._link.leave()
+        self._let_go()
+
+    def _let_go(self) -> None:
         self._credit = self._taken = 0  # so that whoever comes too late asks the semaphores
         self._post = self._trywait = _closed  # type: ignore[assignment]
         self._memory = None
-        self._items_out = self._space_out = self._items_in = self._space_in = [None] * SLOTS
+        self._items_out = self._space_out = self._space_in = [None] * SLOTS
+        self._items_in = [(None,)] * SLOTS
         self._fence = None
 
     def peer_left(self) -> bool:
@@ -345,7 +368,7 @@ class RingLink:
     def _readable(self) -> bool:
         if self._taken:
             return True
-        if self._trywait(self._items_in[self._in_slot]) == 0:
+        if 0 in map(self._trywait, self._items_in[self._in_slot][:1]):
             self._taken = 1
             return True
         return False
@@ -387,10 +410,9 @@ class RingLink:
         end_ns = now_ns + int(spin_us * 1e3)
         look_ns = now_ns + _LOOK_EVERY_NS
         while now_ns < end_ns:
-            for _ in range(4):
-                if trywait(items) == 0:
-                    self._taken = 1
-                    return True
+            if 0 in map(trywait, items):
+                self._taken = 1
+                return True
             now_ns = perf_counter_ns()
             if now_ns > look_ns:
                 if self._link.peer_left():
@@ -423,14 +445,23 @@ class RingLink:
         """
         memory = self._memory
         if memory is not None and memory[self._peer_asleep_at] == _EAGER:
-            memory[self._peer_asleep_at] = 0
             with contextlib.suppress(PeerLostError):  # the send itself will say so
-                self._link.send([_WAKE])
+                self._ring_bell()
 
     def _wake_peer(self) -> None:
         if not self._pass_fence() or self._memory[self._peer_asleep_at]:
-            self._memory[self._peer_asleep_at] = 0
-            self._link.send([_WAKE])
+            self._ring_bell()
+
+    def _ring_bell(self) -> None:
+        """Clears the peer's `asleep` byte and wakes it, in one step: nothing else wakes one whose byte is clear."""
+        send, memory, at = self._link.send_now, self._memory, self._peer_asleep_at
+        try:
+            memory[at] = 0
+            self._link.bytes_sent += send(_WAKE, SEND_FLAGS)
+        except BlockingIOError:
+            pass  # it has many bells to read yet
+        except OSError as error:
+            raise lost(error) from None
 
     def _pass_fence(self) -> bool:
         """Orders what this side wrote before what it reads next. False if the fence could not be had."""

@@ -43,12 +43,13 @@ _STALE_S = 1.0
 class Segment:
     """One mapping. `address`: of its first byte. `memory`: the mmap, which arrays over it keep alive."""
 
-    __slots__ = ("__weakref__", "_unmapping", "address", "id", "memory", "nbytes")
+    __slots__ = ("__weakref__", "_pid", "_unmapping", "address", "id", "memory", "nbytes")
 
     def __init__(self, segment_id: int, memory: mmap.mmap, hook: Hook | None) -> None:
         self.id = segment_id
         self.memory = memory
         self.nbytes = len(memory)
+        self._pid = os.getpid()
         self._unmapping: Callable[[], None] | None = None
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         if hook is not None:
@@ -56,7 +57,7 @@ class Segment:
 
     def __del__(self) -> None:
         unmapping = getattr(self, "_unmapping", None)
-        if unmapping is not None:
+        if unmapping is not None and os.getpid() == self._pid:  # a forked child has not told anybody of it
             unmapping()
 
 
@@ -114,6 +115,9 @@ class Memfd:
     def close(self) -> None:
         """There is nothing to clean up."""
 
+    def leave(self) -> None:
+        """There is nothing to leave."""
+
 
 def check_prefix(prefix: str) -> str:
     """A path that names of segments may start with, as it is. Raises AddressError for any other text."""
@@ -138,7 +142,6 @@ class Named:
 
     def __init__(self, prefix: str, own_token: str, peer_token: str) -> None:
         self._made: dict[str, int] = {}  # path -> descriptor, whose lock says that the owner lives
-        self._pid = os.getpid()
         self.prefix = check_prefix(prefix)
         self._own_token = own_token
         self._peer_token = peer_token
@@ -196,13 +199,17 @@ class Named:
                 self._forget(path)
 
     def __del__(self) -> None:
-        if os.getpid() == self._pid:  # a forked child's copy is not the owner
-            self.close()
+        self.close()
 
     def close(self) -> None:
         """Removes the names that the peer has not taken."""
         for path in list(self._made):
             self._forget(path)
+
+    def leave(self) -> None:
+        """For a forked child, which does not own the names: closes the descriptors."""
+        while self._made:
+            os.close(self._made.popitem()[1])
 
     def sweep(self) -> int:
         """Removes names that dead owners left behind, and says how many. Whoever lives holds a lock on its file."""

@@ -14,6 +14,7 @@ connection ends.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import select
@@ -22,7 +23,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from threading import get_ident
 from time import perf_counter_ns
 from typing import Any
 
@@ -35,11 +36,13 @@ from .address import UnixAddress, accept_socket, listen_socket, parse_address, r
 from .arena import IDLE_S
 from .call import Call, Client, Handler, describe, tensors_nbytes, wanted_coding
 from .coder import THRESHOLD_NBYTES, parse_codec, parse_threshold
-from .connection import Connection
+from .connection import Connection, greeting
+from .forked import renew, watch
 from .link import choose_spin_us, cores
 from .segment import Hook
 from .session import MAX_RETURNS, Cancel, Event, Failed, Goodbye, Probe, Request, ReturnsWanted, RingOffered
 from .stats import Stats
+from .threads import Workers, only_one
 
 __all__ = ["Call", "Client", "Handler", "Server"]
 
@@ -102,7 +105,7 @@ class Server:
         self._spin_us = 0.0 if workers else choose_spin_us(spin_us)
         # As soon as clients are as many as cores, a core that spins for one of them is taken from another.
         self._most_spinning = max(cores(), 2) - 1
-        self._executor: ThreadPoolExecutor | None = None
+        self._pool_of_workers: Workers | None = None
         self._listener: socket.socket | None = None
         self._inode = 0
         self._wake: tuple[int, int] | None = None
@@ -111,6 +114,7 @@ class Server:
         self._lock = threading.RLock()  # a signal may call `close` from inside any other method
         self._closing = threading.Event()
         self._closed = threading.Event()
+        self._left: str | None = None  # in a forked child: why it cannot be used
 
     @property
     def uri(self) -> str:
@@ -139,17 +143,19 @@ class Server:
     def bind(self) -> Server:
         """Takes the address, so that it is known to be free; clients queue until `start`. Returns the server.
 
-        Raises OSError if the address is in use, AddressError if it must not be listened on, ClosedError after `close`.
+        Raises OSError if the address is in use, AddressError if it must not be listened on, ClosedError after `close`
+        and in a forked child.
         """
         with self._lock:
             if self._closing.is_set():
-                raise ClosedError("the server was closed")
+                raise ClosedError(self._left or "the server was closed")
             if self._listener is None:
                 listener, address = listen_socket(self._address, insecure=self._insecure)
                 listener.setblocking(False)  # a client may be gone again between poll and accept
                 self._listener, self._address, self._uri = listener, address, str(address)
                 if isinstance(address, UnixAddress):
                     self._inode = os.stat(address.path).st_ino
+                watch(self)
         return self
 
     def start(self) -> Server:
@@ -159,7 +165,7 @@ class Server:
                 raise ClosedError("the server was started already")
             self.bind()
             if self._workers:
-                self._executor = ThreadPoolExecutor(self._workers, "fastsplit-worker")
+                self._pool_of_workers = Workers(self._workers, "fastsplit-worker")
             self._wake = os.pipe()
             thread = threading.Thread(target=self._accept, name=f"fastsplit-accept {self._uri}", daemon=True)
             thread.start()
@@ -168,7 +174,7 @@ class Server:
 
     def serve_forever(self) -> None:
         """Serves until `close` is called from another thread, or an exception (KeyboardInterrupt) comes in this one."""
-        if not self.started:
+        if not self.started or self._left is not None:
             self.start()
         try:
             self._closed.wait()
@@ -192,7 +198,8 @@ class Server:
         if self._accepting is not None and self._wake is not None:
             os.write(self._wake[1], b"x")
             self._accepting.join()
-            for end in self._wake:
+            wake, self._wake = self._wake, None
+            for end in wake:
                 os.close(end)
         self._listener.close()
         if isinstance(self._address, UnixAddress):
@@ -208,9 +215,24 @@ class Server:
             if connection.thread.is_alive():
                 connection.wire.link.shutdown()
                 connection.thread.join(0.1)
-        if self._executor is not None:
-            self._executor.shutdown(wait=False, cancel_futures=True)
+        if self._pool_of_workers is not None:
+            self._pool_of_workers.shutdown(wait=False)
         self._closed.set()
+
+    def leave(self, why: str) -> None:
+        """For a forked child: see forked.py."""
+        renew(self._lock, self._closing, self._closed)
+        self._left = why
+        self._closing.set()
+        self._closed.set()
+        if self._listener is not None:
+            self._listener.close()
+        for end in self._wake or ():
+            os.close(end)
+        self._wake = None
+        for connection in self._connections:
+            connection.leave(why)
+        self._connections = set()
 
     def __enter__(self) -> Server:
         return self.start()
@@ -288,7 +310,7 @@ class _Connection:
         self._reader_end: BaseException | bool = True  # why it ended: a reason to end the connection, or to read on
         self._ahead_nbytes = 0
         self._is_idle = False
-        self._sender: ThreadPoolExecutor | None = None
+        self._sender: Workers | None = None
         self._probes: deque[Probe] = deque()
         self._broken: RemoteProtocolError | None = None  # by the client, while a handler waited for memory
         self._idle = threading.Condition()  # guards `_pending`, and what is read ahead
@@ -320,6 +342,13 @@ class _Connection:
         """What was counted so far."""
         self.wire.fill(self._stats)
         return self._stats
+
+    def leave(self, why: str) -> None:
+        """For a forked child: see forked.py. One that a handler forked is in a connection that has ended."""
+        renew(self._idle)
+        self.ended = True
+        self.client.leave()
+        self.wire.leave(why)
 
     # ---- the connection's thread ----
 
@@ -369,13 +398,19 @@ class _Connection:
     def _greet(self) -> bool:
         timeout_s = self.server.handshake_timeout_s
         deadline = time.monotonic() + timeout_s
+        self.wire.serves_in(*only_one(self.server._pool_of_workers))
+        greeting.add(get_ident())
         try:
             self.wire.link.send_all([self.session.hello()], deadline)
             while self.session.peer_limits is None:
                 if not self._read(deadline):
                     return False
+                if time.monotonic() >= deadline:  # it may dribble
+                    raise DeadlineError("no handshake")
         except DeadlineError:
             raise RemoteProtocolError(f"no handshake within {timeout_s} s") from None
+        finally:
+            greeting.discard(get_ident())
         return True
 
     def _read_or_trim(self) -> bool:
@@ -469,8 +504,8 @@ class _Connection:
 
     def _dispatch(self, request: Request) -> None:
         deadline = time.monotonic() + request.time_ns * 1e-9 if request.time_ns else None
-        executor = self.server._executor
-        if executor is None:
+        workers = self.server._pool_of_workers
+        if workers is None:
             self._running = request.request_id
             if self._reader is None and self.wire.arena is None and self.wire.link.has_bytes():
                 self._read_ahead()
@@ -488,9 +523,7 @@ class _Connection:
                     f"{len(self._pending) + 1} requests in flight, expected at most {self.server.limits.max_inflight}"
                 )
             self._pending.add(request.request_id)
-        try:
-            executor.submit(self._run_pending, request, deadline)
-        except RuntimeError:  # the pool is shut down: the server is closing
+        if not workers.submit(functools.partial(self._run_pending, request, deadline)):
             self._done(request.request_id)
             self._answer_error(request.request_id, "failed", "the server is closing")
 
@@ -509,12 +542,15 @@ class _Connection:
         """Has another thread read from now on. The connection's own goes on to compute: a second one that does would
         bring a second set of OpenMP's threads."""
         if self._sender is None:
-            self._sender = ThreadPoolExecutor(1, f"fastsplit-send {self.server.uri}")
+            try:
+                self._sender = Workers(1, f"fastsplit-send {self.server.uri}")
+            except RuntimeError:  # no more threads: it reads when it has computed
+                return
         self._reader_end = True
         self._reader = threading.Thread(target=self._read_on, name=f"fastsplit-read {self.server.uri}", daemon=True)
         try:
             self._reader.start()
-        except RuntimeError:  # no more threads: it reads when it has computed
+        except RuntimeError:
             self._reader = None
         self.wire.coder.overlaps = self._reader is not None
 
@@ -522,6 +558,7 @@ class _Connection:
         """The reader's thread: until the client leaves, or has had nothing more than one request in flight for long."""
         quick = 0
         end: BaseException | bool = True
+        self.wire.serves_in(get_ident())
         try:
             while end is True and quick < _MAX_QUICK:
                 events = self._receive(None)
@@ -588,7 +625,7 @@ class _Connection:
         """Where the server closes: waits for the pool to answer what is left, then says goodbye."""
         if self.ended:
             return
-        if self.server._executor is not None:
+        if self.server._pool_of_workers is not None:
             with self._idle:
                 self._idle.wait_for(lambda: not self._pending, timeout=self.server.send_timeout_s)
         with self._sending:
@@ -672,7 +709,7 @@ class _Connection:
                 self._send_news(deadline)
             try:
                 head = self.session.reply(request_id, out.descs, out.nbytes, time_ns, call.reply_attrs, out.placements)
-            except Exception as error:  # noqa: BLE001 (attributes of the handler's that are no such thing, for example)
+            except BaseException as error:  # noqa: BLE001 (attributes of the handler's that are no such thing, for example)
                 failure = error
             else:
                 if arena is not None:
@@ -726,7 +763,8 @@ class _Connection:
             finally:
                 self._release_sending()
 
-        self._sender.submit(send_rest)
+        if not self._sender.submit(send_rest):  # the connection has ended
+            send_rest()
         return True
 
     def _release_sending(self) -> None:

@@ -22,6 +22,12 @@ is complete; from then on nobody can tell it from another.
 Tensors in shared memory have no bytes in the stream: the arena (`shared`) says where they are, and takes note of what
 the peer says about its own. Through a ring frames come slot by slot (`received_slot`), never with a payload.
 
+Interrupts. In the main thread a signal's handler may raise in the middle of anything (Ctrl-C). What `received` is given
+is noted in one step, and so is what became of it: an interrupted call is made again, with the same events, and goes on
+where it was. That is impossible only while a frame takes effect (`in_doubt`: some microseconds). CPython runs handlers
+where a function begins, after a call and at a jump backwards. So an assignment to several names is one step, and so is
+`(x,) = map(f, (y,))`, which calls f while it is unpacked.
+
 Rules. Events come in the order of the bytes, however these were cut up. A Failed event is the last one: the stream is
 dead; `abort` makes the frame that tells the peer. Errors of our own (LimitError, LocalProtocolError) are raised before
 anything changes. Nothing is allocated before the
@@ -215,13 +221,33 @@ _new = tuple.__new__  # a NamedTuple without its own constructor: 0.1 us less
 class _Incoming:
     """A frame whose payload is still arriving."""
 
-    __slots__ = ("buffers", "header", "message", "targets")
+    __slots__ = ("at", "buffers", "header", "index", "message", "targets")
 
     def __init__(self, header: Header, message: Message, buffers: list[Any], targets: list[memoryview]) -> None:
         self.header = header
         self.message = message
         self.buffers = buffers
-        self.targets = targets  # what is still to be filled, in order
+        self.targets = targets  # what is to be filled, in order
+        self.index = self.at = 0  # the first target that is not full, and how many of its bytes are
+
+    @property
+    def is_whole(self) -> bool:
+        return self.index == len(self.targets)
+
+    def remaining(self) -> list[memoryview]:
+        """What is still to be filled, in order."""
+        targets = self.targets[self.index :]
+        if self.at:
+            targets[0] = targets[0][self.at :]
+        return targets
+
+    def after(self, nbytes: int) -> tuple[int, int]:
+        """`index` and `at` when that many more bytes are in."""
+        index, at, targets = self.index, self.at + nbytes, self.targets
+        while index < len(targets) and at >= len(targets[index]):
+            at -= len(targets[index])
+            index += 1
+        return index, at
 
 
 class Session:
@@ -254,11 +280,19 @@ class Session:
         """What went back with the last frame."""
         self.payload_left = 0
         """Bytes that are still to come of the frame that is being read."""
+        self.arrived = 0
+        """Bytes that were read, and of which `received` has not taken note."""
+        self.unfinished = False
+        """Whether `received` was interrupted, and is to be called again with what `arrived`."""
+        self.slot: bytes | None = None
+        """A ring's slot that was taken out of it, and of which `received_slot` has not taken note."""
+        self.in_doubt = False
+        """Whether a frame has only half taken effect."""
         self._codings = codings
         self._known_flags = 0
         self._offer = dict(offer or {})
         self._share = greeted
-        self._part: bytearray | None = None  # of a frame that takes several slots
+        self._part: bytes | None = None  # of a frame that takes several slots
         self._part_nbytes = 0
         self._allocate = allocate
         self._state = _State.HANDSHAKE  # of what comes in
@@ -269,8 +303,10 @@ class Session:
         self._open: dict[int, Expected] = {}  # client: requests without an answer, and what the answer must look like
         self._unwanted: set[int] = set()  # client: those of them that nobody waits for any more
         self._next_id = 1
-        self._staging = self._small_staging = memoryview(bytearray(STAGING_NBYTES))
+        self._stagings = tuple(memoryview(bytearray(STAGING_NBYTES)) for _ in range(2))
+        self._staging = self._stagings[0]
         self._filled = 0
+        self._at = 0  # up to where the staging buffer has been read
         self._incoming: _Incoming | None = None
         self._scratch: memoryview | None = None
 
@@ -439,37 +475,45 @@ class Session:
     def receive_buffers(self) -> list[memoryview]:
         """Where the next bytes belong, in order; never empty. Valid until the next call of `received`."""
         if self._incoming is not None:
-            return self._incoming.targets
+            return self._incoming.remaining()
         return [self._staging[self._filled :]]
 
-    def received(self, nbytes: int) -> list[Event]:
-        """Takes note of bytes that were read into `receive_buffers()`, and returns what they completed.
+    def received(self, nbytes: int, events: list[Event] | None = None) -> list[Event]:
+        """Takes note of bytes that were read into `receive_buffers()`. Returns `events`, a new list by default, with
+        what they completed at its end.
 
         After a Failed event nothing more may be read.
         """
         started_ns = perf_counter_ns()
-        events: list[Event] = []
+        events = [] if events is None else events
         try:
             incoming = self._incoming
             if incoming is None:
-                self._filled += nbytes
+                self._filled, self.arrived, self.unfinished = self._filled + nbytes, 0, True
                 self._read_staged(events)
             else:
-                self._advance(incoming, nbytes)
-                self.payload_left -= nbytes
-                if not incoming.targets:
-                    self._incoming = None
-                    self._append(events, self._complete(incoming.header, incoming.message, incoming.buffers))
+                index, at = incoming.after(nbytes)
+                left = self.payload_left - nbytes
+                incoming.index, incoming.at, self.payload_left, self.arrived, self.unfinished = index, at, left, 0, True
+                if incoming.is_whole:
+                    buffers = self._decoded(incoming.message, incoming.buffers)
+                    self._incoming, self.in_doubt = None, True
+                    self._append(events, self._complete(incoming.header, incoming.message, buffers))
+                    self.in_doubt = False
+            self.unfinished = False
         except RemoteProtocolError as error:
             self._fail(error, events)
         finally:
             self.decode_ns += perf_counter_ns() - started_ns
         return events
 
-    def received_slot(self, slot: bytes) -> list[Event]:
-        """Takes one slot of a ring: the start of a frame, or the next part of one that is longer than a slot."""
+    def received_slot(self, slot: bytes, events: list[Event] | None = None) -> list[Event]:
+        """Takes one slot of a ring: the start of a frame, or the next part of one that is longer than a slot.
+
+        Returns what `received` does.
+        """
         started_ns = perf_counter_ns()
-        events: list[Event] = []
+        events = [] if events is None else events
         try:
             part = self._part
             if part is None:
@@ -480,13 +524,14 @@ class Session:
                 if frame_nbytes <= len(slot):
                     self._read_frame(header, slot[HEADER_NBYTES:frame_nbytes], events)
                 else:
-                    self._part, self._part_nbytes = bytearray(slot), frame_nbytes
+                    self._part, self._part_nbytes, self.slot = slot, frame_nbytes, None
             else:
                 part += slot
-                if len(part) >= self._part_nbytes:
-                    self._part = None
+                if len(part) < self._part_nbytes:
+                    self._part, self.slot = part, None
+                else:
                     header = parse_header(part, 0, self.limits, self._known_flags)
-                    self._read_frame(header, bytes(part[HEADER_NBYTES : self._part_nbytes]), events)
+                    self._read_frame(header, part[HEADER_NBYTES : self._part_nbytes], events)
         except RemoteProtocolError as error:
             self._fail(error, events)
         finally:
@@ -495,6 +540,7 @@ class Session:
 
     def _read_frame(self, header: Header, metadata: bytes, events: list[Event]) -> None:
         message = self._decoder.decode(metadata, header[3])
+        self.in_doubt, self.slot, self._part = True, None, None
         if header[0] == _REPLY and self.is_client and self._state is _OPEN and not message.payload_nbytes:
             # What `_admit`, `_make_room` and `_complete` do, in one piece: 1 to 3 us less a round trip.
             request_id = header[1]
@@ -506,13 +552,16 @@ class Session:
             if self._unwanted:
                 self._unwanted.discard(request_id)
             events.append(_new(Reply, (request_id, message, self._take_references(message), header[5])))
+            self.in_doubt = False
             return
         if header[0] == _REQUEST and not self.is_client and self._state is _OPEN and not message.payload_nbytes:
             events.append(_new(Request, (header[1], message, self._take_references(message), header[5], header[6])))
+            self.in_doubt = False
             return
         self._admit(header, message)
         buffers = self._make_room(message) if message.tensors else []
         self._append(events, self._complete(header, message, buffers))
+        self.in_doubt = False
 
     @staticmethod
     def _append(events: list[Event], event: Event | None) -> None:
@@ -529,13 +578,13 @@ class Session:
         self._state = _State.ENDED
         self._may_request = False
         if self._incoming is not None:
-            missing = sum(len(target) for target in self._incoming.targets)
+            missing = sum(map(len, self._incoming.remaining()))
             return PeerLostError(
                 f"the peer's stream ended {missing} bytes before the end of a payload of "
                 f"{self._incoming.header[4]} bytes"
             )
         if self._filled or self._part:
-            came = self._filled or len(self._part or b"")
+            came = self._filled or len(self._part or ())
             return PeerLostError(f"the peer's stream ended after {came} bytes of a frame's head")
         return PeerLostError("the peer closed the connection")
 
@@ -546,7 +595,7 @@ class Session:
 
     def _read_staged(self, events: list[Event]) -> None:
         """Takes whole frames out of the staging buffer, and leaves the rest at its start."""
-        at = 0
+        at = self._at
         filled = self._filled
         staging = self._staging
         while filled - at >= HEADER_NBYTES:
@@ -563,11 +612,14 @@ class Session:
             wanted = self._admit(header, message)
             payload_nbytes = header[4]
             if not payload_nbytes <= filled - at:
-                incoming = self._incoming = self._open_payload(header, message, wanted)
-                taken = self._take_staged(incoming, at)
-                self.payload_left = payload_nbytes - taken
-                at += taken
+                self.in_doubt = bool(message.placements)  # else it can be done again: nothing has happened yet
+                incoming = self._open_payload(header, message, wanted)
+                self._take_staged(incoming, staging[at:filled])
+                left = payload_nbytes - (filled - at)
+                self._incoming, self.payload_left, self._at, self.in_doubt = incoming, left, filled, False
+                at = filled
                 break
+            self.in_doubt = True
             buffers = []
             if wanted and not message.placements:
                 for desc in message.tensors:
@@ -586,38 +638,28 @@ class Session:
             else:
                 self._drop_references(message)
                 at += payload_nbytes
-            self._append(events, self._complete(header, message, buffers))
+            self._append(events, self._complete(header, message, self._decoded(message, buffers)))
+            self._at, self.in_doubt = at, False
         if at == filled:
-            self._filled = 0
-            self._staging = self._small_staging
+            self._staging, self._filled, self._at = self._stagings[0], 0, 0
         elif at:
-            self._move_staged(at, staging)
+            self._move_staged(at, self._stagings[staging is self._stagings[0]])
 
     def _move_staged(self, at: int, staging: memoryview) -> None:
+        """Goes on in another staging buffer, whose start the rest of this one becomes."""
         rest = self._filled - at
-        if rest and (at or staging is not self._staging):
-            staging[:rest] = bytes(self._staging[at : self._filled])
-        self._staging = staging
-        self._filled = rest
+        staging[:rest] = self._staging[at : self._filled]
+        self._staging, self._filled, self._at = staging, rest, 0
 
-    def _take_staged(self, incoming: _Incoming, at: int) -> int:
+    def _take_staged(self, incoming: _Incoming, staged: memoryview) -> None:
+        """Copies what of a payload was read with its head, which is less than all of it."""
         taken = 0
-        while incoming.targets and at + taken < self._filled:
-            target = incoming.targets[0]
-            part = min(len(target), self._filled - at - taken)
-            target[:part] = self._staging[at + taken : at + taken + part]
+        for target in incoming.targets:
+            part = min(len(target), len(staged) - taken)
+            target[:part] = staged[taken : taken + part]
             taken += part
-            self._advance(incoming, part)
+        incoming.index, incoming.at = incoming.after(taken)
         self.staged_nbytes += taken
-        return taken
-
-    @staticmethod
-    def _advance(incoming: _Incoming, nbytes: int) -> None:
-        targets = incoming.targets
-        while targets and nbytes >= len(targets[0]):
-            nbytes -= len(targets.pop(0))
-        if nbytes:
-            targets[0] = targets[0][nbytes:]
 
     def _admit(self, header: Header, message: Message) -> bool:
         """Checks a frame against the session's state. Returns whether anybody wants its payload."""
@@ -695,13 +737,17 @@ class Session:
                 buffers.append(shared.resolve(segment, placements[at + 1], desc))
         return buffers
 
-    def _decode(self, message: Message, buffers: list[Any]) -> None:
-        """Puts the tensors themselves in the place of what came for those that are coded."""
+    def _decoded(self, message: Message, buffers: list[Any]) -> list[Any]:
+        """The tensors themselves, also of those that came coded."""
+        if not buffers or not message.placements:
+            return buffers
         codings = self._codings
+        decoded = buffers.copy()
         for index, segment in enumerate(message.placements[::3]):
             if segment > _SEGMENT_BITS:
                 assert codings is not None  # else the decoder had let no coding pass
-                buffers[index] = codings.decode(segment >> 32, buffers[index], message.tensors[index])
+                decoded[index] = codings.decode(segment >> 32, buffers[index], message.tensors[index])
+        return decoded
 
     def _drop_references(self, message: Message) -> None:
         """Takes and drops what nobody waits for, so that it goes back."""
@@ -732,8 +778,6 @@ class Session:
         kind, request_id = header[0], header[1]
         if message.returns:
             self._take_returns(message)
-        if buffers and message.placements:
-            self._decode(message, buffers)
         if kind == _REQUEST:
             return Request(request_id, message, buffers, header[5], header[6])
         if kind == _REPLY or kind == _ERROR:  # noqa: SIM109 (faster so)

@@ -24,7 +24,8 @@ _MEMFD, _NAMED = Memfd.kind, Named.kind
 
 @dataclass(frozen=True)
 class Offer:
-    """What one side can do. `kinds`: of segments, the preferred one first. `note`: why there are none."""
+    """What one side can do. `kinds`: of segments, the preferred one first. `note`: why there are none. `token`: of this
+    side of this connection, new for each."""
 
     kinds: tuple[str, ...]
     prefix: str
@@ -86,7 +87,7 @@ def offer(address: Address, sock: socket.socket, *, is_client: bool) -> Offer:
         kinds, prefix = (_NAMED,), address.shm if explicit else ""
     else:
         note = "over tcp it must be asked for, with ?shm=/dev/shm/NAME"
-    return Offer(kinds, prefix, note, semaphores() if kinds else "", new_token() if kinds else "")
+    return Offer(kinds, prefix, note, semaphores() if kinds else "", new_token())
 
 
 def agree(client: Offer, server: Offer, *, is_client: bool) -> Sharing:

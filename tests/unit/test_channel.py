@@ -658,29 +658,6 @@ def test_memory_comes_from_the_channels_pool(server: fastsplit.Server) -> None:
         assert x.ctypes.data == address and pool.idle_nbytes == 0
 
 
-def test_an_interrupt_ends_the_connection_and_nothing_hangs(server: fastsplit.Server, gate: Gate) -> None:
-    class Interrupt(BaseException):
-        pass
-
-    def handler(*_: object) -> None:
-        raise Interrupt
-
-    before = signal.signal(signal.SIGUSR1, handler)
-    try:
-        channel = fastsplit.connect(server.uri)
-        timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGUSR1))
-        timer.start()
-        with pytest.raises(Interrupt):
-            channel.call("gate")
-        timer.join()
-        assert channel.closed
-        with pytest.raises(ClosedError, match="a read was interrupted"):
-            channel.call("echo")
-    finally:
-        signal.signal(signal.SIGUSR1, before)
-        gate.opened.set()
-
-
 def test_sockets_are_not_inherited(channel: fastsplit.Channel) -> None:
     assert not _socket(channel).get_inheritable()
 

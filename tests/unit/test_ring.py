@@ -29,8 +29,11 @@ pytestmark = pytest.mark.skipif(_WHY_NOT is not None, reason=str(_WHY_NOT))
 class Slots:
     """A session that gives out what it gets."""
 
+    slot: bytes | None = None
+
     @staticmethod
-    def received_slot(slot: bytes) -> list[Any]:
+    def received_slot(slot: bytes, events: list[Any] | None = None) -> list[Any]:
+        Slots.slot = None
         return [slot]
 
 

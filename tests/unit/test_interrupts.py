@@ -1,0 +1,250 @@
+"""Ctrl-C, and whatever else a signal's handler raises: the call that waits ends; only an interrupted send ends more."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dis
+import functools
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fastsplit
+from fastsplit.errors import ClosedError, DeadlineError
+
+WIRE = str(Path(fastsplit.__file__).parent / "wire")
+
+
+class Gate:
+    """A handler that waits until it is let through, or its caller gives up."""
+
+    def __init__(self) -> None:
+        self.opened = threading.Event()
+        self.gave_up = threading.Event()
+
+    def __call__(self, call: fastsplit.Call) -> Any:
+        deadline = time.monotonic() + 20
+        while not self.opened.wait(0.005):
+            assert time.monotonic() < deadline
+            if call.cancelled:
+                self.gave_up.set()
+                return None
+        return call.tensors
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    gate = Gate()
+    yield gate
+    gate.opened.set()
+
+
+@pytest.fixture
+def server(socket_uri: str, gate: Gate) -> Iterator[fastsplit.Server]:
+    handlers = {"echo": lambda call: call.tensors, "gate": gate}
+    with fastsplit.Server(socket_uri, handlers, arrays="numpy", workers=2) as server:
+        yield server
+        gate.opened.set()
+
+
+@contextlib.contextmanager
+def interrupted_after(delay_s: float) -> Iterator[None]:
+    """Whatever the main thread does then is interrupted."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    timer = threading.Timer(delay_s, os.kill, (os.getpid(), signal.SIGUSR1))
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.join()
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_an_interrupted_send_ends_the_connection(unix_uri: str, gate: Gate) -> None:
+    """Half a frame is out. (In shared memory a frame is a slot, and never waits.)"""
+    with fastsplit.Server(unix_uri, {"gate": gate, "echo": lambda call: call.tensors}, arrays="numpy") as server:
+        with fastsplit.connect(server.uri + "?shm=off", arrays="numpy", call_timeout_s=20) as channel:
+            first = channel.submit("gate")  # the server reads no further
+            with interrupted_after(0.2), pytest.raises(KeyboardInterrupt):
+                channel.submit("echo", np.zeros(2**28, np.uint8))
+            assert channel.closed
+            with pytest.raises(ClosedError, match="a send was interrupted"):
+                first.result()
+        gate.opened.set()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_an_interrupted_call_is_cancelled_and_the_channel_lives_on(
+    server: fastsplit.Server, gate: Gate, overlap: bool
+) -> None:
+    with fastsplit.connect(server.uri, arrays="numpy", overlap=overlap, call_timeout_s=20) as channel:
+        x = np.arange(5)
+        with interrupted_after(0.1), pytest.raises(KeyboardInterrupt):
+            channel.call("gate", x)
+        assert not channel.closed
+        (y,) = channel.call("echo", x, timeout_s=5)
+        assert np.array_equal(x, y)
+        assert gate.gave_up.wait(5), "the server was told"
+
+
+def test_an_interrupted_wait_for_a_future_may_be_made_again(server: fastsplit.Server, gate: Gate) -> None:
+    with fastsplit.connect(server.uri, arrays="numpy", call_timeout_s=20) as channel:
+        future = channel.submit("gate", np.arange(5))
+        with interrupted_after(0.1), pytest.raises(KeyboardInterrupt):
+            future.result()
+        gate.opened.set()
+        assert future.result(5)[0].sum() == 10
+
+
+def test_other_threads_go_on(server: fastsplit.Server, gate: Gate) -> None:
+    """The interrupted one may be the one that reads for all."""
+    with fastsplit.connect(server.uri, arrays="numpy", call_timeout_s=20) as channel:
+        results: list[Any] = []
+        future = channel.submit("gate", np.arange(5))
+
+        def wait() -> None:
+            time.sleep(0.1)  # the main thread reads by then
+            results.append(future.result(10))
+
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        with interrupted_after(0.3), pytest.raises(KeyboardInterrupt):
+            channel.call("gate", np.arange(5))
+        gate.opened.set()
+        waiting.join(10)
+        assert results and results[0][0].sum() == 10
+
+
+def test_a_cancelled_task_of_an_interrupted_loop(server: fastsplit.Server, gate: Gate) -> None:
+    """asyncio makes a cancellation of Ctrl-C: the call is cancelled, and the channel may be used for the rest."""
+
+    async def main() -> Any:
+        async with fastsplit.aio.connect(server.uri, arrays="numpy") as channel:
+            try:
+                await channel.call("gate", np.arange(5))
+            except asyncio.CancelledError:
+                asyncio.current_task().uncancel()  # type: ignore[union-attr]
+                return await channel.call("echo", np.arange(5))
+
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    timer.start()
+    try:
+        assert asyncio.run(main())[0].sum() == 10
+    finally:
+        timer.join()
+        signal.signal(signal.SIGINT, before)
+    assert gate.gave_up.wait(5)
+
+
+# ---- anywhere --------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _names(code: CodeType) -> dict[int, str]:
+    return {instruction.offset: instruction.opname for instruction in dis.get_instructions(code)}
+
+
+class Interrupt:
+    """Raises KeyboardInterrupt at the `n`th place of fastsplit.wire where CPython could run a signal's handler: where a
+    function begins, after a call, and at a jump backwards. `where`: the functions that it was raised in, innermost
+    first."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+        self.where: list[str] = []
+        self.lines: list[int] = []
+        self._last: dict[FrameType, str] = {}
+
+    def __enter__(self) -> Interrupt:
+        sys.settrace(self._enter)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(None)
+        self._last.clear()
+
+    def _enter(self, frame: FrameType, event: str, arg: object) -> Callable[..., Any] | None:
+        if not frame.f_code.co_filename.startswith(WIRE) or self.where:
+            return None
+        frame.f_trace_lines, frame.f_trace_opcodes = False, True
+        return self._step
+
+    def _step(self, frame: FrameType, event: str, arg: object) -> Callable[..., Any] | None:
+        if event == "return":
+            self._last.pop(frame, None)
+        if event != "opcode" or self.where:
+            return self._step
+        name = _names(frame.f_code).get(frame.f_lasti, "")
+        last = self._last.get(frame, "")
+        self._last[frame] = name
+        if last.startswith(("CALL", "RESUME", "JUMP_BACKWARD")):
+            self.n -= 1
+            if self.n < 0:
+                inner: FrameType | None = frame
+                while inner is not None and inner.f_code.co_filename.startswith(WIRE):
+                    self.where.append(inner.f_code.co_name)
+                    self.lines.append(inner.f_lineno)
+                    inner = inner.f_back
+                raise KeyboardInterrupt
+        return self._step
+
+
+SENDS = {"_send", "_send_rest", "_send_news"}
+TAKES_EFFECT = {"received", "received_slot", "_read_staged", "_read_frame", "_complete", "_take_references"}
+
+
+@pytest.mark.parametrize("link", ["shm", "unix", "tcp"])
+def test_interrupted_wherever_a_call_may_be(unix_uri: str, link: str, request: pytest.FixtureRequest) -> None:
+    """Nothing hangs, nothing is lost, and the connection ends only where a frame was sent or was taking effect."""
+    uri = {"shm": unix_uri, "unix": unix_uri + "?shm=off", "tcp": "tcp://127.0.0.1:0"}[link]
+    step = 1 if request.config.getoption("--exhaustive") else 5
+    x = np.arange(1000)
+    ended: list[list[str]] = []
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(fastsplit.Server(uri, {"echo": lambda call: call.tensors}, arrays="numpy"))
+
+        def connect() -> fastsplit.Channel:
+            channel = stack.enter_context(fastsplit.connect(server.uri, arrays="numpy", call_timeout_s=3, spin_us=0))
+            channel.call("echo", x)
+            return channel
+
+        channel = connect()
+        interrupts = 0
+        for n in range(0, 10_000, step):
+            try:
+                with Interrupt(n) as interrupt:
+                    channel.call("echo", x)
+                break
+            except KeyboardInterrupt:
+                interrupts += 1
+            except ClosedError as error:
+                pytest.fail(f"{interrupt.where}: {error}")
+            for _ in range(2):
+                try:
+                    (y,) = channel.call("echo", x)
+                    assert np.array_equal(x, y)
+                except ClosedError:
+                    ended.append(interrupt.where)
+                    channel = connect()
+                except DeadlineError as error:
+                    pytest.fail(f"{interrupt.where}, {interrupt.lines}: {error}")
+        assert channel._session.inflight == 0
+    assert interrupts * step > 100
+    for where in ended:
+        assert SENDS & set(where) or TAKES_EFFECT & set(where), where
+    assert len(ended) < interrupts / 3
