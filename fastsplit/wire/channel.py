@@ -29,20 +29,19 @@ from ..errors import (
     FastsplitError,
     PeerLostError,
     RemoteProtocolError,
-    SettingError,
     TensorError,
 )
 from ..memory import Pool, pool
 from ..schema.coding import CAST_NAMES, CODEC_NAMES
 from ..schema.limits import Limits
-from ..tensors import Arrays, Outgoing, dtype_of
+from ..tensors import Arrays, Outgoing, parse_expect
 from .address import connect_socket, parse_address
 from .coder import THRESHOLD_NBYTES, parse_cast, parse_codec, parse_threshold
 from .connection import Connection
 from .estimate import HANDSHAKE_FILLER_NBYTES, LinkEstimate
 from .frame import reply_flags
 from .future import Future, Result, remote_error
-from .link import choose_spin_us, remaining_s
+from .link import choose_spin_us, parse_count, parse_timeout, remaining_s
 from .segment import Hook
 from .session import (
     MAX_FILLER_NBYTES,
@@ -64,7 +63,6 @@ __all__ = ["Channel", "Future", "Result"]
 
 _logger = logging.getLogger("fastsplit.channel")
 
-MAX_TIMEOUT_S = 1e6  # eleven days; beyond, poll's milliseconds and the header's nanoseconds would run out
 _RELIEF_S = 0.005  # how soon a sender that found another thread reading looks again whether it must read itself
 _LAST_WORDS_S = 0.5  # how long a failed sender waits for another thread to read why
 _UNSET: Any = object()
@@ -111,9 +109,9 @@ class Channel:
         codec_threshold_nbytes: int = THRESHOLD_NBYTES,
         overlap: bool = False,
     ) -> None:
-        for name, value in (("timeout_s", timeout_s), ("call_timeout_s", call_timeout_s)):
-            if value is not None and not 0 <= value <= MAX_TIMEOUT_S:
-                raise SettingError(f"{name}: {value!r}, expected 0 to {MAX_TIMEOUT_S:g}")
+        timeout_s = parse_timeout("timeout_s", timeout_s)
+        if call_timeout_s is not None:
+            call_timeout_s = parse_timeout("call_timeout_s", call_timeout_s)
         self.uri = uri
         self.call_timeout_s = call_timeout_s
         self._arrays = tensors.arrays(arrays)
@@ -266,8 +264,7 @@ class Channel:
         For when nothing else is in flight: what is shares the link with it. Raises DeadlineError, and what ends the
         connection.
         """
-        if not 0 <= nbytes <= MAX_FILLER_NBYTES:
-            raise SettingError(f"nbytes: {nbytes!r}, expected 0 to {MAX_FILLER_NBYTES}")
+        nbytes = parse_count("nbytes", nbytes, 0, MAX_FILLER_NBYTES)
         deadline = self._deadline(timeout_s)[1]
         assert deadline is not None
         if self._session.capabilities & PROBES:
@@ -313,7 +310,8 @@ class Channel:
 
         `dtype`: a name such as "bfloat16", or a torch or numpy dtype. Where memory is shared, it lies there: it goes by
         reference, and whoever gets it works on the same bytes. `timeout_s`: how long to wait for room there, the
-        channel's `call_timeout_s` if None. Raises TensorError for another dtype, ArenaFull.
+        channel's `call_timeout_s` if None. Raises TensorError for another dtype and for a shape that no array can have,
+        ArenaFull if there is no room, in shared memory or in the system's.
         """
         deadline = self._deadline(timeout_s)[1]
         return self._arrays.empty(shape, dtype, lambda nbytes: self._connection.allocate(nbytes, deadline))
@@ -341,13 +339,15 @@ class Channel:
 
         `tensors`: torch tensors or numpy arrays; they are sent out of their own memory and must not change until the
         call returns. Those that lie in shared memory go by reference: what the handler changes in them has changed
-        here. `attrs`: ints, floats, strings, bytes, lists of ints or of strings. `timeout_s`: seconds for the whole
-        call, the channel's `call_timeout_s` if None. `expect`: (dtype, shape) of each tensor that the reply must hold;
-        a peer that sends anything else has broken the protocol, and nothing is allocated for it. `wire_dtype`,
-        `codec`: for this request and its reply, the channel's if not given.
+        here. `attrs`: ints (bools arrive as ints), floats, strings, bytes, lists of ints or of strings; numpy's scalars
+        count as these. `timeout_s`: seconds for the whole call, the channel's `call_timeout_s` if None. `expect`:
+        (dtype, shape) of each tensor that the reply must hold; a peer that sends anything else has broken the protocol,
+        and nothing is allocated for it. `wire_dtype`, `codec`: for this request and its reply, the channel's if not
+        given.
 
         Raises RemoteOpError if the handler failed, DeadlineError, TensorError for a tensor that cannot be sent,
-        LimitError over a cap of the server's, PeerLostError, ClosedError, RemoteProtocolError.
+        SettingError for another argument or attribute that cannot be, LimitError over a cap of the server's, ArenaFull,
+        PeerLostError, ClosedError, RemoteProtocolError.
         """
         return self._start(op, tensors, timeout_s, expect, wire_dtype, codec, attrs).result()
 
@@ -391,7 +391,7 @@ class Channel:
             if self._closed:
                 raise ClosedError(f"the channel is closed: {self._error}") from None
             raise
-        expected = None if expect is None else [(dtype_of(dtype).code, tuple(shape)) for dtype, shape in expect]
+        expected = parse_expect(expect)
         time_ns = 0 if timeout_s is None else max(int(timeout_s * 1e9), 1)
         if not self._sending.acquire(timeout=-1 if timeout_s is None else timeout_s):
             raise DeadlineError(f"{op}: not sent within {timeout_s} s, since other calls were")
@@ -434,8 +434,8 @@ class Channel:
         """Seconds that a call may take, and when they are over."""
         if timeout_s is None:
             timeout_s = self.call_timeout_s
-        elif not 0 <= timeout_s <= MAX_TIMEOUT_S:  # NaN is not, either
-            raise SettingError(f"timeout_s: {timeout_s!r}, expected 0 to {MAX_TIMEOUT_S:g}")
+        else:
+            timeout_s = parse_timeout("timeout_s", timeout_s)
         return timeout_s, None if timeout_s is None else time.monotonic() + timeout_s
 
     def close(self) -> None:
