@@ -2,10 +2,10 @@
 
     FastsplitError
     ├── AddressError (ValueError)            a URI that cannot be used, or must not be listened on
-    ├── SettingError (ValueError)            an argument or environment variable that cannot be used
-    ├── TensorError (TypeError)              a value that has no tensor description: its dtype, its device, its layout
+    ├── SettingError (ValueError)            an argument, attribute or environment variable that cannot be used
+    ├── TensorError (TypeError)              what cannot be sent as a tensor: type, dtype, device, layout, storage
     ├── LimitError (ValueError)              we were asked to send more than a cap allows; nothing was sent
-    ├── ArenaFull (MemoryError)              no room in shared memory: a limit, the system's memory, or a deadline
+    ├── ArenaFull (MemoryError)              no room for a tensor: a limit, the system's memory, or a deadline
     ├── ConnectError (ConnectionError)       nobody there
     ├── PeerLostError (ConnectionError)      the peer went away; what was in flight has no answer
     ├── ClosedError                          used after close(), or after an error that ended the connection
@@ -46,7 +46,19 @@ __all__ = [
     "SettingError",
     "TensorError",
     "VerificationError",
+    "shown",
 ]
+
+_MAX_SHOWN = 200
+
+
+def shown(value: object) -> str:
+    """What came, for a message: its repr in one line, shortened; its type where that fails (an int of 5000 digits)."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # noqa: BLE001 (whatever it raises, the message that is being made is the one that helps)
+        return f"a value of type {type(value).__name__}"
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
 class FastsplitError(Exception):
@@ -62,13 +74,13 @@ class AddressError(FastsplitError, ValueError):
 
 
 class SettingError(FastsplitError, ValueError):
-    """An argument or an environment variable that cannot be used."""
+    """An argument, an attribute of a message or an environment variable that cannot be used."""
 
     exit_code = 2
 
 
 class TensorError(FastsplitError, TypeError):
-    """A value that cannot be described as a tensor on the wire."""
+    """A value that cannot be sent as a tensor, because of its type, dtype, shape, device, layout or storage."""
 
 
 class LimitError(FastsplitError, ValueError):
@@ -76,7 +88,8 @@ class LimitError(FastsplitError, ValueError):
 
 
 class ArenaFull(FastsplitError, MemoryError):
-    """Shared memory has no room: over its limit, the system has none, or nothing was given back within the deadline."""
+    """No room for a tensor: shared memory is over its limit, nothing was given back within the deadline, or the system
+    has no memory, shared or private."""
 
 
 class ConnectError(FastsplitError, ConnectionError):

@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from .errors import ArenaFull
+
 __all__ = ["ALIGNMENT", "Lease", "Memory", "Pool", "pool"]
 
 ALIGNMENT = 64
@@ -90,7 +92,7 @@ class Pool:
     def allocate(self, nbytes: int) -> Memory:
         """`nbytes` of writable memory, aligned to 64 bytes, content undefined, as a flat uint8 array.
 
-        The memory is the caller's until the last view of the array dies. Raises MemoryError if there is none.
+        The memory is the caller's until the last view of the array dies. Raises ArenaFull if the system has none.
         """
         if nbytes <= _MAX_CELL_NBYTES:
             size = 64 if nbytes <= 64 else 128 if nbytes <= 128 else 256 if nbytes <= 256 else 512
@@ -155,8 +157,8 @@ def _size_class(nbytes: int) -> int:
 def _map(size: int) -> mmap.mmap:
     try:
         block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise MemoryError(f"{size} bytes of tensor memory: {error}") from None
+    except (OSError, OverflowError) as error:
+        raise ArenaFull(f"{size} bytes of memory for a tensor: {error}") from None
     if size >= _HUGE_PAGE_NBYTES and hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without huge pages: smaller pages do, more slowly
             block.madvise(mmap.MADV_HUGEPAGE)

@@ -9,7 +9,6 @@ connection has its own.
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -236,25 +235,18 @@ class _MessageReader:
 
     def _read_tensors(self, root: Table) -> tuple[TensorDesc, ...]:
         vector = root.vector(1, 4, 4, "tensors")
-        limits = self._limits
-        if vector.count > limits.max_tensors:
-            raise self._reader.error("tensors", str(vector.count), f"at most {limits.max_tensors}")
+        limits, error = self._limits, self._reader.error
+        limits.check_tensors(vector.count, error)
         descs = []
         for field, table in self._tables(vector, "tensor"):
             code = table.scalar(0, U8, f"{field} dtype")
             dtype = BY_CODE.get(code)
             if dtype is None:
-                raise self._reader.error(f"{field} dtype", str(code), f"a code from 1 to {max(BY_CODE)}")
+                raise error(f"{field} dtype", str(code), f"a code from 1 to {max(BY_CODE)}")
             dims = table.vector(1, 8, 8, f"{field} shape")
-            if dims.count > limits.max_dims:
-                raise self._reader.error(f"{field} dimensions", str(dims.count), f"at most {limits.max_dims}")
+            limits.check_dims(field, dims.count, error)
             shape = struct.unpack(f"<{dims.count}Q", self._reader.read(dims.at, 8 * dims.count))
-            # Zero counts as one here: an empty tensor's other dims must not overflow what numpy and torch can hold.
-            extent = math.prod([dim or 1 for dim in shape]) * dtype.itemsize
-            if extent > limits.max_message_nbytes:
-                raise self._reader.error(
-                    f"{field} shape", f"{list(shape)}, {extent} bytes", f"at most {limits.max_message_nbytes} bytes"
-                )
+            limits.check_shape(field, shape, dtype.itemsize, error)
             descs.append(TensorDesc.of(dtype, shape))
         return tuple(descs)
 
@@ -262,9 +254,7 @@ class _MessageReader:
         vector = self._placements = self._varying(root, 5, PLACEMENT_NBYTES, "placements")
         if vector.count != len(tensors):
             raise self._reader.error("placements", str(vector.count), f"{len(tensors)}, one for each tensor")
-        total = sum(desc.nbytes for desc in tensors)
-        if total > self._limits.max_message_nbytes:
-            raise self._reader.error("bytes of all tensors", str(total), f"at most {self._limits.max_message_nbytes}")
+        self._limits.check_nbytes(sum(desc.nbytes for desc in tensors), self._reader.error)
         return self._read_varying(vector, 3)
 
     def _read_returns(self, root: Table) -> tuple[int, ...]:
@@ -282,8 +272,7 @@ class _MessageReader:
     def _read_attrs(self, root: Table) -> None:
         reader = self._reader
         vector = root.vector(2, 4, 4, "attrs")
-        if vector.count > self._limits.max_attrs:
-            raise reader.error("attrs", str(vector.count), f"at most {self._limits.max_attrs}")
+        self._limits.check_attrs(vector.count, reader.error)
         for field, table in self._tables(vector, "attr"):
             name = table.text(0, f"{field} name")
             if not name or any(name == known for known, _, _, _ in self.slots):

@@ -1,13 +1,17 @@
 """THE dtype table: wire code, name, numpy dtype, item size.
 
 Rules: a name here is torch's name of the dtype, so that `getattr(torch, name)` is the torch column (tensors.py does
-that; this module does not know torch). numpy has no bfloat16 and no float8: such tensors are unsigned integers of the
-same width there, and the dtype's metadata carries the name, so that a received array can be sent on unchanged. Arrays
-of the ml_dtypes package are recognised by their dtype's name.
+that; this module does not know torch). numpy has no bfloat16 and no float8. Where the ml_dtypes package is installed,
+its dtypes stand for them, and numpy's operations keep or refuse these. Without it such tensors are unsigned integers of
+the same width, and the dtype's metadata carries the name, so that a received array can be sent on unchanged; numpy's
+operations may drop the metadata. ml_dtypes' arrays have no buffer that others can read: it is had by a view as
+`buffer_dtype`.
 """
 
 from __future__ import annotations
 
+import importlib
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -20,20 +24,32 @@ _NAME_KEY = "fastsplit.dtype"
 
 
 class DType(NamedTuple):
-    """One row of the table. `numpy` is what a numpy receiver gets."""
+    """One row of the table. `numpy` is what a numpy receiver gets; `buffer_dtype` has the same width and is numpy's
+    own: the same object where numpy has the dtype itself."""
 
     code: int
     name: str
     numpy: np.dtype
     itemsize: int
+    buffer_dtype: np.dtype
+
+
+def _ml_dtypes() -> ModuleType | None:
+    try:
+        return importlib.import_module("ml_dtypes")  # 3 ms
+    except ImportError:
+        return None
+
+
+_FOREIGN = _ml_dtypes()
 
 
 def _row(code: int, name: str, stand_in: str | None = None) -> DType:
-    if stand_in is None:
-        numpy_dtype = np.dtype(name)
-    else:
-        numpy_dtype = np.dtype(stand_in, metadata={_NAME_KEY: name})
-    return DType(code, name, numpy_dtype, numpy_dtype.itemsize)
+    buffer_dtype = numpy_dtype = np.dtype(stand_in or name)
+    if stand_in is not None:
+        foreign = getattr(_FOREIGN, name, None)
+        numpy_dtype = np.dtype(stand_in, metadata={_NAME_KEY: name}) if foreign is None else np.dtype(foreign)
+    return DType(code, name, numpy_dtype, numpy_dtype.itemsize, buffer_dtype)
 
 
 BY_CODE: dict[int, DType] = {
@@ -61,6 +77,7 @@ BY_CODE: dict[int, DType] = {
 BY_NAME: dict[str, DType] = {row.name: row for row in BY_CODE.values()}
 
 _BY_NUMPY: dict[np.dtype, DType] = {row.numpy: row for row in BY_CODE.values() if row.numpy.metadata is None}
+_NAMES = ", ".join(BY_NAME)
 
 
 def lookup(name: str) -> DType:
@@ -68,7 +85,7 @@ def lookup(name: str) -> DType:
     try:
         return BY_NAME[name]
     except KeyError:
-        raise TensorError(f"dtype {name!r}, expected one of {', '.join(BY_NAME)}") from None
+        raise TensorError(f"dtype {name!r}, expected one of {_NAMES}") from None
 
 
 def dtype_of_numpy(dtype: np.dtype) -> DType:
@@ -77,7 +94,8 @@ def dtype_of_numpy(dtype: np.dtype) -> DType:
         return lookup(dtype.metadata[_NAME_KEY])
     row = _BY_NUMPY.get(dtype)
     if row is None and dtype.isnative:
-        row = BY_NAME.get(dtype.name)  # ml_dtypes
+        row = BY_NAME.get(dtype.name)  # ml_dtypes, imported from elsewhere
     if row is None:
-        raise TensorError(f"numpy dtype {dtype!r}, expected one of {', '.join(BY_NAME)}")
+        order = "" if dtype.isnative else ", in this machine's byte order"
+        raise TensorError(f"numpy dtype {dtype!r}, expected one of {_NAMES}{order}")
     return row

@@ -1,10 +1,13 @@
 """Writes metadata: FlatBuffers by template and patch (descriptor.py says why).
 
-Rules. What goes out keeps to the peer's limits. Errors are ours, and are raised before anything is sent.
+Rules. What goes out keeps to the peer's limits, by the functions that the peer itself would refuse it by (limits.py).
+Errors are ours, and are raised before anything is sent.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import numbers
 import struct
@@ -12,12 +15,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flatbuffers
+import numpy as np
 
-from ..errors import LimitError, LocalProtocolError
+from ..errors import LimitError, LocalProtocolError, SettingError, shown
 from . import message_generated as gen
 from .descriptor import CACHED_SHAPES, FILE_IDENTIFIER, MAX_CACHED_NBYTES, Attrs, Tail, inline_placements
 from .dtypes import BY_CODE
-from .limits import Limits
+from .limits import Limits, over
 
 __all__ = ["Encoder"]
 
@@ -58,7 +62,7 @@ class Encoder:
         `tensors` are (dtype code, shape) pairs, valid ones: they come from arrays that exist. `placements`: segment
         (its coding in the upper half), offset and nbytes of each, flat; empty if all are in the frame's payload as they
         are in memory. `returns`: segment and offset, flat.
-        Raises LimitError over the peer's caps, LocalProtocolError for an attribute that cannot travel.
+        Raises LimitError over the peer's caps, SettingError for an op or an attribute that cannot travel.
         """
         key: tuple[Any, ...]
         ints: Sequence[int]
@@ -69,12 +73,15 @@ class Encoder:
         else:
             ints = floats = ()
             key = (op, tuple(tensors), len(returns))
-        template = self._templates.get(key)
+        try:
+            template = self._templates.get(key)
+        except TypeError:  # of all that is in the key, only `op` may be no such thing
+            raise _op_error(op) from None
         if template is None:
             try:
                 template = self._build(op, tensors, attrs, ints, floats, len(returns) // 2)
             except UnicodeEncodeError as error:
-                raise LocalProtocolError(f"{op!r}: the text {error.object!r}, which is not valid Unicode") from None
+                raise SettingError(f"{op!r}: the text {shown(error.object)}, expected valid Unicode") from None
             if len(template.metadata) <= MAX_CACHED_NBYTES:
                 if len(self._templates) >= CACHED_SHAPES:
                     del self._templates[next(iter(self._templates))]
@@ -95,7 +102,7 @@ class Encoder:
                     *returns,
                 )
             except struct.error:
-                raise _int_error(attrs) from None
+                raise _number_error(attrs) from None
         return out, template.varying_nbytes
 
     def _build(
@@ -136,10 +143,7 @@ class Encoder:
                 add(builder, offset)
         builder.Finish(gen.MessageEnd(builder), file_identifier=FILE_IDENTIFIER)
         body = bytes(builder.Output())
-        if len(body) > self.limits.max_metadata_nbytes:
-            raise LimitError(
-                f"metadata of {op!r}: {len(body)} bytes, the peer accepts {self.limits.max_metadata_nbytes}"
-            )
+        self.limits.check_metadata("metadata", len(body), functools.partial(_over, op))
         tail = Tail(len(ints), len(floats), len(tensors), returns)
         metadata = bytes(self._headroom) + body
         gaps = tuple(
@@ -154,24 +158,43 @@ class Encoder:
         return _Template(metadata, tail.nbytes, tail.numbers, len(metadata) - tail.nbytes, is_final, inline, gaps)
 
     def _check(self, op: str, tensors: Sequence[tuple[int, tuple[int, ...]]], attrs: Attrs) -> None:
-        limits = self.limits
         if not isinstance(op, str):
-            raise LocalProtocolError(f"op: {op!r}, expected a string")
-        if "" in attrs:
-            raise LocalProtocolError(f"{op!r}: an attribute without a name")
-        if len(tensors) > limits.max_tensors:
-            raise LimitError(f"{op!r}: {len(tensors)} tensors, the peer accepts {limits.max_tensors} in one message")
-        if len(attrs) > limits.max_attrs:
-            raise LimitError(f"{op!r}: {len(attrs)} attributes, the peer accepts {limits.max_attrs} in one message")
+            raise _op_error(op)
+        for name in attrs:
+            _check_name(op, name)
+        limits, excess = self.limits, functools.partial(_over, op)
+        limits.check_tensors(len(tensors), excess)
+        limits.check_attrs(len(attrs), excess)
         nbytes = 0
         for index, (code, shape) in enumerate(tensors):
-            if len(shape) > limits.max_dims:
-                raise LimitError(f"{op!r} tensor {index}: {len(shape)} dimensions, the peer accepts {limits.max_dims}")
-            nbytes += math.prod(shape) * BY_CODE[code].itemsize
-        if nbytes > limits.max_message_nbytes:
-            raise LimitError(
-                f"{op!r}: {nbytes} bytes of tensors, the peer accepts {limits.max_message_nbytes} in one message"
-            )
+            itemsize = BY_CODE[code].itemsize
+            limits.check_dims(f"tensor {index}", len(shape), excess)
+            limits.check_shape(f"tensor {index}", shape, itemsize, excess)
+            nbytes += math.prod(shape) * itemsize
+        limits.check_nbytes(nbytes, excess)
+        # what is sure to be too long is not built first: a Builder has limits of its own
+        limits.check_metadata("texts and lists", len(op) + sum(map(_least_nbytes, attrs.values())), excess)
+
+
+def _over(op: str, field: str, came: str, accepted: str) -> LimitError:
+    return over(f"{op!r}, {field}" if op else field, came, accepted)  # a reply names none
+
+
+def _check_name(op: str, name: object) -> None:
+    if not isinstance(name, str) or not name:
+        raise SettingError(f"{op!r}: an attribute named {shown(name)}, expected a string that is not empty")
+
+
+def _op_error(op: object) -> SettingError:
+    return SettingError(f"op: {shown(op)}, expected a string")
+
+
+def _least_nbytes(value: Any) -> int:
+    if isinstance(value, memoryview):
+        return value.nbytes
+    if isinstance(value, (str, bytes, bytearray)):
+        return len(value)
+    return 4 * len(value) if isinstance(value, (list, tuple)) else 0
 
 
 def _split_attrs(attrs: Attrs) -> tuple[tuple[Any, ...], list[int], list[float]]:
@@ -181,38 +204,68 @@ def _split_attrs(attrs: Attrs) -> tuple[tuple[Any, ...], list[int], list[float]]
     floats: list[float] = []
     for name, value in attrs.items():
         kind = type(value)
+        if kind not in _PLAIN:
+            value = _plain(name, value)
+            kind = type(value)
         if kind is int:
             ints.append(value)  # type: ignore[arg-type]
             signature.append(int)
         elif kind is float:
             floats.append(value)  # type: ignore[arg-type]
             signature.append(float)
-        elif kind is str or kind is bytes:
-            signature.append(value)
-        elif isinstance(value, numbers.Integral):  # bool and numpy's integers
-            ints.append(int(value))
-            signature.append(int)
-        elif isinstance(value, numbers.Real):
-            floats.append(float(value))
-            signature.append(float)
-        elif isinstance(value, (bytearray, memoryview)):
-            signature.append(bytes(value))
-        elif isinstance(value, (list, tuple)) and (
-            all(type(item) is int for item in value) or all(type(item) is str for item in value)
-        ):
-            signature.append(tuple(value))
         else:
-            raise LocalProtocolError(
-                f"attribute {name!r}: {value!r}, expected an int, float, str, bytes, or a list of ints or of strings"
-            )
+            signature.append(value)
     return tuple(signature), ints, floats
 
 
-def _int_error(attrs: Attrs) -> LocalProtocolError:
+_PLAIN = frozenset((int, float, str, bytes))
+
+
+def _plain(name: str, value: Any) -> int | float | str | bytes | tuple[Any, ...]:
+    """An attribute's value in Python's own types. Raises SettingError if it cannot travel."""
+    if isinstance(value, (list, tuple)):
+        items = tuple(value)
+        if not all(type(item) is int for item in items):
+            items = tuple(map(_scalar, items))
+        if all(type(item) is int for item in items) or all(type(item) is str for item in items):
+            return items
+    elif isinstance(value, (bytearray, memoryview)):
+        with contextlib.suppress(ValueError):  # a view that was released
+            return bytes(value)
+    else:
+        scalar = _scalar(value)
+        if scalar is not None:
+            return scalar
+    raise SettingError(
+        f"attribute {name!r}: {shown(value)}, expected an int, float, str, bytes, or a list of ints or of strings"
+    )
+
+
+def _scalar(value: Any) -> int | float | str | bytes | None:
+    """A bool, a number of numpy's, an enum's member, ... in Python's own types. None for what is no such thing, and
+    where the number would not be the same: of another unit, or beyond a float."""
+    if isinstance(value, str):
+        return str.__str__(value)  # an enum's own says something else
+    if isinstance(value, bytes):
+        return bytes(value)
+    if isinstance(value, np.timedelta64):  # an integer, to numpy; its unit is not in the number
+        return None
+    if isinstance(value, (numbers.Integral, np.bool_)):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        try:
+            number = float(value)
+        except OverflowError:
+            return None
+        return number if math.isfinite(number) or value in (number, -number) or number != number else None
+    return None
+
+
+def _number_error(attrs: Attrs) -> SettingError | LocalProtocolError:
     for name, value in attrs.items():
-        if isinstance(value, int) and not _INT64_MIN <= value <= _INT64_MAX:
-            return LocalProtocolError(f"attribute {name!r}: {value}, expected an int of 64 bits")
-    return LocalProtocolError("an attribute's number does not fit its field")
+        if isinstance(value, numbers.Integral) and not _INT64_MIN <= int(value) <= _INT64_MAX:
+            return SettingError(f"attribute {name!r}: {shown(value)}, expected an int of 64 bits")
+    return LocalProtocolError("a number of the metadata does not fit its field")
 
 
 def _build_vector(builder: Any, start: Any, prepend: Any, values: Sequence[Any]) -> int | None:
@@ -274,8 +327,8 @@ def _build_attrs(builder: Any, attrs: Attrs) -> list[int]:
             kind, add = gen.AttrType.Ints, gen.AttrAddIntList
             try:
                 offset = _build_vector(builder, gen.AttrStartIntListVector, builder.PrependInt64, value)
-            except (TypeError, struct.error):
-                raise LocalProtocolError(f"attribute {name!r}: {value!r}, expected ints of 64 bits") from None
+            except (TypeError, ValueError, struct.error):  # flatbuffers', of an int beyond 64 bits or 4300 digits
+                raise SettingError(f"attribute {name!r}: {shown(value)}, expected ints of 64 bits") from None
         gen.AttrStart(builder)
         gen.AttrAddName(builder, name_offset)
         gen.AttrAddType(builder, kind)

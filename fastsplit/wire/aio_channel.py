@@ -23,19 +23,19 @@ from time import perf_counter_ns
 from typing import Any
 
 from .. import tensors
-from ..errors import ArenaFull, ClosedError, DeadlineError, FastsplitError, PeerLostError, SettingError, TensorError
+from ..errors import ArenaFull, ClosedError, DeadlineError, FastsplitError, PeerLostError, TensorError
 from ..memory import Pool, pool
 from ..schema.coding import CAST_NAMES, CODEC_NAMES
 from ..schema.limits import Limits
-from ..tensors import Arrays, Outgoing, dtype_of
+from ..tensors import Arrays, Outgoing, nbytes_of, parse_expect
 from .address import Address, connect_socket, parse_address
-from .channel import MAX_TIMEOUT_S
 from .coder import THRESHOLD_NBYTES, parse_cast, parse_codec, parse_threshold
 from .connection import Connection
 from .estimate import HANDSHAKE_FILLER_NBYTES, LinkEstimate
 from .forked import watch
 from .frame import reply_flags
 from .future import Result, remote_error
+from .link import parse_count, parse_timeout
 from .pump import AT_ONCE, Frame, Pump, settle_left, within
 from .segment import Hook
 from .session import PROBES, Attached, Error, Event, Goodbye, Hello, Probe, Reply, ReturnsWanted
@@ -93,14 +93,12 @@ class Channel:
         codec: str = "auto",
         codec_threshold_nbytes: int = THRESHOLD_NBYTES,
     ) -> None:
-        for name, value in (("timeout_s", timeout_s), ("call_timeout_s", call_timeout_s)):
-            if value is not None and not 0 <= value <= MAX_TIMEOUT_S:
-                raise SettingError(f"{name}: {value!r}, expected 0 to {MAX_TIMEOUT_S:g}")
-        if max_queued_nbytes < 1:
-            raise SettingError(f"max_queued_nbytes: {max_queued_nbytes!r}, expected 1 or more")
+        timeout_s = parse_timeout("timeout_s", timeout_s)
+        if call_timeout_s is not None:
+            call_timeout_s = parse_timeout("call_timeout_s", call_timeout_s)
         self.uri = uri
         self.call_timeout_s = call_timeout_s
-        self.max_queued_nbytes = max_queued_nbytes
+        self.max_queued_nbytes = parse_count("max_queued_nbytes", max_queued_nbytes, 1)
         self._arrays = tensors.arrays(arrays)
         self._cast, self._codec = parse_cast(wire_dtype), parse_codec(codec)
         self._address = parse_address(uri)
@@ -274,8 +272,8 @@ class Channel:
     def empty(self, shape: int | Sequence[int], dtype: Any = "float32") -> Any:
         """A tensor of undefined content, in the memory that this link sends from fastest; the caller's own.
 
-        As fastsplit.Channel.empty, but it never waits: see `allocate`. Raises TensorError for another dtype, ArenaFull
-        if there is no room now.
+        As fastsplit.Channel.empty, but it never waits: see `allocate`. Raises TensorError for another dtype and for a
+        shape that no array can have, ArenaFull if there is no room now.
         """
         return self._arrays.empty(shape, dtype, lambda nbytes: self._connection.allocate(nbytes, AT_ONCE))
 
@@ -335,8 +333,8 @@ class Channel:
         self._check_open()
         timeout_s, deadline = self._deadline(timeout_s)
         cast, number = self._coding(wire_dtype, codec)
-        expected = None if expect is None else [(dtype_of(dtype).code, tuple(shape)) for dtype, shape in expect]
-        sizes = [getattr(tensor, "nbytes", 0) for tensor in tensors]
+        expected = parse_expect(expect)
+        sizes = [nbytes_of(tensor) for tensor in tensors]
         nbytes = 0 if self.shm else sum(sizes)
         waited_ns = 0
         try:
@@ -410,8 +408,8 @@ class Channel:
         """Seconds that a call may take, and when they are over."""
         if timeout_s is None:
             timeout_s = self.call_timeout_s
-        elif not 0 <= timeout_s <= MAX_TIMEOUT_S:  # NaN is not, either
-            raise SettingError(f"timeout_s: {timeout_s!r}, expected 0 to {MAX_TIMEOUT_S:g}")
+        else:
+            timeout_s = parse_timeout("timeout_s", timeout_s)
         return timeout_s, None if timeout_s is None else time.monotonic() + timeout_s
 
     def _coding(self, wire_dtype: Any, codec: Any) -> tuple[int, int | None]:

@@ -38,7 +38,7 @@ from ..errors import (
 )
 from ..memory import Pool, pool
 from ..schema.limits import Limits
-from ..tensors import Arrays, Outgoing
+from ..tensors import Arrays, Outgoing, nbytes_of
 from .address import UnixAddress, accept_socket, listen_socket, parse_address, remove_socket_file
 from .aio_channel import MAX_QUEUED_NBYTES, allocate
 from .arena import IDLE_S
@@ -608,7 +608,7 @@ class _Connection:
             try:
                 out = self.wire.prepare(call.op, result, AT_ONCE, *coding)
             except ArenaFull:
-                largest = max(getattr(tensor, "nbytes", 0) for tensor in result)
+                largest = max(map(nbytes_of, result))
                 if not await self.pump.memory(largest, deadline, again=again):
                     raise
                 again = True

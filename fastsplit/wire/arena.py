@@ -313,7 +313,7 @@ class Arena:
             self._remap()
 
     def resolve(self, segment_id: int, offset: int, desc: TensorDesc) -> Lease:
-        """A lease on what the peer sent by reference, an array of the description's shape and numpy's dtype for it.
+        """A lease on what the peer sent by reference, an array of the description's shape and buffer dtype.
 
         Raises RemoteProtocolError for a place that the peer may not name.
         """
@@ -329,7 +329,7 @@ class Arena:
                     f"placement: {nbytes} bytes at {offset} of segment {segment_id}, expected them within its "
                     f"{segment.nbytes} bytes"
                 )
-            lease = Lease(shape, dtype.numpy, segment.memory, offset)
+            lease = Lease(shape, dtype.buffer_dtype, segment.memory, offset)
             lease.token = (segment_id, offset)
             lease.segment = segment
             lease.home = self.returns
@@ -345,7 +345,7 @@ class Arena:
                 self._sort_out()
             finally:
                 self._lock.release()
-        lease = Lease(shape, dtype.numpy, block.segment.memory, offset)
+        lease = Lease(shape, dtype.buffer_dtype, block.segment.memory, offset)
         block.leases += 1
         lease.token = block
         lease.segment = block.segment

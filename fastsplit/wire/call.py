@@ -75,7 +75,8 @@ class Call:
     def empty(self, shape: int | Sequence[int], dtype: Any = "float32") -> Any:
         """A tensor of undefined content in the memory that replies are sent from fastest, for the handler to return.
 
-        Where memory is shared it lies there. Waits for room as long as the caller does for its reply. Raises ArenaFull.
+        Where memory is shared it lies there. Waits for room as long as the caller does for its reply. Raises
+        TensorError for a dtype or a shape that no tensor has, ArenaFull.
         """
         connection = self._connection
         deadline = connection.reply_deadline(self._deadline)

@@ -40,13 +40,12 @@ from ..errors import (
     PeerLostError,
     ReentrantCallError,
     RemoteProtocolError,
-    SettingError,
     TensorError,
 )
 from ..memory import Pool, pool
 from ..schema.coding import CAST_NAMES, CODEC_NAMES
 from ..schema.limits import Limits
-from ..tensors import Arrays, Outgoing, dtype_of
+from ..tensors import Arrays, Outgoing, parse_expect
 from .address import connect_socket, parse_address
 from .coder import THRESHOLD_NBYTES, parse_cast, parse_codec, parse_threshold
 from .connection import Connection, greeting
@@ -54,7 +53,7 @@ from .estimate import HANDSHAKE_FILLER_NBYTES, LinkEstimate
 from .forked import renew, watch
 from .frame import reply_flags
 from .future import Future, Result, remote_error
-from .link import choose_spin_us, remaining_s
+from .link import choose_spin_us, parse_count, parse_timeout, remaining_s
 from .segment import Hook
 from .session import (
     MAX_FILLER_NBYTES,
@@ -77,7 +76,6 @@ __all__ = ["Channel", "Future", "Result"]
 
 _logger = logging.getLogger("fastsplit.channel")
 
-MAX_TIMEOUT_S = 1e6  # eleven days; beyond, poll's milliseconds and the header's nanoseconds would run out
 _RELIEF_S = 0.005  # how soon a sender that found another thread reading looks again whether it must read itself
 _LOOK_EVERY_S = 1.0  # how often who waits for the reader looks whether there is one: an interrupted one may say nothing
 _LAST_WORDS_S = 0.5  # how long a failed sender waits for another thread to read why
@@ -125,9 +123,9 @@ class Channel:
         codec_threshold_nbytes: int = THRESHOLD_NBYTES,
         overlap: bool = False,
     ) -> None:
-        for name, value in (("timeout_s", timeout_s), ("call_timeout_s", call_timeout_s)):
-            if value is not None and not 0 <= value <= MAX_TIMEOUT_S:
-                raise SettingError(f"{name}: {value!r}, expected 0 to {MAX_TIMEOUT_S:g}")
+        timeout_s = parse_timeout("timeout_s", timeout_s)
+        if call_timeout_s is not None:
+            call_timeout_s = parse_timeout("call_timeout_s", call_timeout_s)
         self.uri = uri
         self.call_timeout_s = call_timeout_s
         self._arrays = tensors.arrays(arrays)
@@ -283,8 +281,7 @@ class Channel:
         For when nothing else is in flight: what is shares the link with it. Raises DeadlineError, and what ends the
         connection.
         """
-        if not 0 <= nbytes <= MAX_FILLER_NBYTES:
-            raise SettingError(f"nbytes: {nbytes!r}, expected 0 to {MAX_FILLER_NBYTES}")
+        nbytes = parse_count("nbytes", nbytes, 0, MAX_FILLER_NBYTES)
         deadline = self._deadline(timeout_s)[1]
         assert deadline is not None
         if self._session.capabilities & PROBES:
@@ -332,7 +329,8 @@ class Channel:
 
         `dtype`: a name such as "bfloat16", or a torch or numpy dtype. Where memory is shared, it lies there: it goes by
         reference, and whoever gets it works on the same bytes. `timeout_s`: how long to wait for room there, the
-        channel's `call_timeout_s` if None. Raises TensorError for another dtype, ArenaFull.
+        channel's `call_timeout_s` if None. Raises TensorError for another dtype and for a shape that no array can have,
+        ArenaFull if there is no room, in shared memory or in the system's.
         """
         deadline = self._deadline(timeout_s)[1]
         return self._arrays.empty(shape, dtype, lambda nbytes: self._connection.allocate(nbytes, deadline))
@@ -360,15 +358,17 @@ class Channel:
 
         `tensors`: torch tensors or numpy arrays; they are sent out of their own memory and must not change until the
         call returns. Those that lie in shared memory go by reference: what the handler changes in them has changed
-        here. `attrs`: ints, floats, strings, bytes, lists of ints or of strings. `timeout_s`: seconds for the whole
-        call, the channel's `call_timeout_s` if None. `expect`: (dtype, shape) of each tensor that the reply must hold;
-        a peer that sends anything else has broken the protocol, and nothing is allocated for it. `wire_dtype`,
-        `codec`: for this request and its reply, the channel's if not given.
+        here. `attrs`: ints (bools arrive as ints), floats, strings, bytes, lists of ints or of strings; numpy's scalars
+        count as these. `timeout_s`: seconds for the whole call, the channel's `call_timeout_s` if None. `expect`:
+        (dtype, shape) of each tensor that the reply must hold; a peer that sends anything else has broken the protocol,
+        and nothing is allocated for it. `wire_dtype`, `codec`: for this request and its reply, the channel's if not
+        given.
 
         Raises RemoteOpError if the handler failed, DeadlineError, TensorError for a tensor that cannot be sent,
-        LimitError over a cap of the server's, PeerLostError, ClosedError, RemoteProtocolError, ReentrantCallError in a
-        finalizer or a signal's handler. What such a handler raises while the call waits (KeyboardInterrupt) cancels the
-        call, and the channel lives on; while the request is being sent it ends the connection.
+        SettingError for another argument or attribute that cannot be, LimitError over a cap of the server's, ArenaFull,
+        PeerLostError, ClosedError, RemoteProtocolError, ReentrantCallError in a finalizer or a signal's handler. What
+        such a handler raises while the call waits (KeyboardInterrupt) cancels the call, and the channel lives on; while
+        the request is being sent it ends the connection.
         """
         future = self._start(op, tensors, timeout_s, expect, wire_dtype, codec, attrs)
         try:
@@ -376,6 +376,7 @@ class Channel:
         finally:
             if not future._done:  # interrupted, and nobody else has the future
                 future.cancel()
+            del future  # else an error keeps this frame, and with it the future, which keeps the error: and tensors
 
     def submit(
         self,
@@ -417,7 +418,7 @@ class Channel:
             if self._closed:
                 raise ClosedError(f"the channel is closed: {self._error}") from None
             raise
-        expected = None if expect is None else [(dtype_of(dtype).code, tuple(shape)) for dtype, shape in expect]
+        expected = parse_expect(expect)
         time_ns = 0 if timeout_s is None else max(int(timeout_s * 1e9), 1)
         ident = self._check_entry(op)
         future: Future | None = None
@@ -481,8 +482,8 @@ class Channel:
         """Seconds that a call may take, and when they are over."""
         if timeout_s is None:
             timeout_s = self.call_timeout_s
-        elif not 0 <= timeout_s <= MAX_TIMEOUT_S:  # NaN is not, either
-            raise SettingError(f"timeout_s: {timeout_s!r}, expected 0 to {MAX_TIMEOUT_S:g}")
+        else:
+            timeout_s = parse_timeout("timeout_s", timeout_s)
         return timeout_s, None if timeout_s is None else time.monotonic() + timeout_s
 
     def close(self) -> None:

@@ -15,13 +15,15 @@ from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
 
-from ..errors import SettingError
+from ..errors import SettingError, shown
 from ..memory import Pool
 from ..schema.coding import CAST_NAMES, CASTS, CODEC_NAMES, CODECS, cast_bit, codec_bit, coded_nbytes, coding_name
 from ..schema.descriptor import TensorDesc
 from ..schema.dtypes import BY_CODE
+from ..schema.limits import ARRAYS, Limits
 from ..tensors import Cast, Outgoing, collect_cast, widen
 from . import codec as codecs
+from .link import parse_count
 from .stats import Coded
 
 __all__ = [
@@ -51,33 +53,31 @@ _KEEPS_UP, _WORTH = 1.5, 0.9
 times as fast as the link, and to leave no more than this of the bytes."""
 
 
-def parse_cast(wire_dtype: str | None) -> int:
+def parse_cast(wire_dtype: object) -> int:
     """The number of a cast, 0 for none. Raises SettingError."""
     if wire_dtype is None:
         return 0
-    if wire_dtype not in CASTS:
-        raise SettingError(f"wire_dtype: {wire_dtype!r}, expected None, {' or '.join(map(repr, CASTS))}")
+    if not isinstance(wire_dtype, str) or wire_dtype not in CASTS:
+        raise SettingError(f"wire_dtype: {shown(wire_dtype)}, expected None, {' or '.join(map(repr, CASTS))}")
     return CASTS[wire_dtype]
 
 
-def parse_codec(codec: str) -> Codec:
+def parse_codec(codec: object) -> Codec:
     """ "auto", "off", or a codec's name. Raises SettingError for another, or one that is not installed."""
     if codec == "auto":
         return AUTO
     if codec == "off":
         return OFF
-    if codec not in CODECS:
-        raise SettingError(f"codec: {codec!r}, expected 'auto', 'off', {', '.join(map(repr, CODECS))}")
+    if not isinstance(codec, str) or codec not in CODECS:
+        raise SettingError(f"codec: {shown(codec)}, expected 'auto', 'off', {', '.join(map(repr, CODECS))}")
     if codec not in codecs.installed():
         raise SettingError(f"codec: {codec!r}, which is not installed here: pip install 'fastsplit[codecs]'")
     return CODECS[codec]
 
 
-def parse_threshold(nbytes: int) -> int:
+def parse_threshold(nbytes: Any) -> int:
     """What a tensor must have to be compressed. Raises SettingError."""
-    if nbytes < 1:
-        raise SettingError(f"codec_threshold_nbytes: {nbytes!r}, expected an int of 1 or more")
-    return nbytes
+    return parse_count("codec_threshold_nbytes", nbytes, 1)
 
 
 class Coder:
@@ -122,14 +122,23 @@ class Coder:
 
     # ---- out ----
 
-    def collect(self, op: str, tensors: Sequence[Any], cast: int, codec: Codec, bytes_per_s: float | None) -> Outgoing:
-        """What is needed to send tensors, coded. `bytes_per_s`: the link's, None if it is not known.
+    def collect(
+        self,
+        op: str,
+        tensors: Sequence[Any],
+        cast: int,
+        codec: Codec,
+        bytes_per_s: float | None,
+        limits: Limits = ARRAYS,
+    ) -> Outgoing:
+        """What is needed to send tensors, coded. `bytes_per_s`: the link's, None if it is not known. `limits`: the
+        peer's.
 
-        Raises TensorError.
+        Raises TensorError, LimitError, ArenaFull.
         """
         if codec and codec not in self.accepted:
             codec = OFF  # a server's own choice, for all of its clients: this one does not have it
-        found = collect_cast(tensors, cast, self._allocate, LEAST_CAST_NBYTES)
+        found = collect_cast(tensors, cast, self._allocate, LEAST_CAST_NBYTES, limits)
         if found.cast_s:
             self._count_casts(found)
         buffers: list[Any] = []

@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from ..errors import ArenaFull, ClosedError, DeadlineError, PeerLostError, RemoteProtocolError
+from ..errors import ArenaFull, ClosedError, DeadlineError, LimitError, PeerLostError, RemoteProtocolError
 from ..memory import Memory, Pool
 from ..schema.limits import Limits
 from ..tensors import Outgoing, collect, share
@@ -128,8 +128,8 @@ class Connection:
     # ---- memory ----
 
     def allocate(self, nbytes: int, deadline: float | None = None) -> Memory:
-        """Memory that this connection sends from fastest, flat uint8. Raises ArenaFull at the deadline, MemoryError,
-        ClosedError in a forked child."""
+        """Memory that this connection sends from fastest, flat uint8. Raises ArenaFull at the deadline, ClosedError in
+        a forked child."""
         if self.left is not None:
             raise ClosedError(self.left)
         arena = self.arena
@@ -146,21 +146,25 @@ class Connection:
     ) -> Outgoing:
         """What is needed to send tensors. Where memory is shared, they are not coded.
 
-        Raises TensorError, ArenaFull at the deadline, ClosedError in a forked child.
+        Raises TensorError, LimitError, ArenaFull at the deadline, ClosedError in a forked child.
         """
         if self.left is not None:
             raise ClosedError(self.left)
-        arena = self.arena
-        if arena is not None:
-            return share(tensors, arena, deadline)
-        if not cast and codec == OFF:
-            return collect(tensors)
-        bytes_per_s = 0.0
-        if codec is AUTO and self.meter is not None and not self.is_near:
-            bytes_per_s = self.meter.peer_bytes_per_s
-        if not cast and codec is AUTO and not bytes_per_s:
-            return collect(tensors)
-        return self.coder.collect(op, tensors, cast, codec, bytes_per_s)
+        arena, limits = self.arena, self.session.peer_limits
+        assert limits is not None  # nothing is sent before the handshake
+        try:
+            if arena is not None:
+                return share(tensors, arena, deadline, limits)
+            if not cast and codec == OFF:
+                return collect(tensors, limits)
+            bytes_per_s = 0.0
+            if codec is AUTO and self.meter is not None and not self.is_near:
+                bytes_per_s = self.meter.peer_bytes_per_s
+            if not cast and codec is AUTO and not bytes_per_s:
+                return collect(tensors, limits)
+            return self.coder.collect(op, tensors, cast, codec, bytes_per_s, limits)
+        except LimitError as error:
+            raise LimitError(f"{op!r}, {error}") from None
 
     @property
     def is_near(self) -> bool:

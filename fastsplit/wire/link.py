@@ -17,6 +17,7 @@ from __future__ import annotations
 import array
 import contextlib
 import fcntl
+import numbers
 import os
 import select
 import socket
@@ -28,12 +29,27 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import DeadlineError, FastsplitError, PeerLostError, RemoteProtocolError, SettingError
+from ..errors import DeadlineError, FastsplitError, PeerLostError, RemoteProtocolError, SettingError, shown
 from .estimate import LEAST_NBYTES, Meter
 from .forked import renew
 from .session import Event, Session
 
-__all__ = ["SEND_FLAGS", "Link", "Spin", "choose_spin_us", "cores", "lost", "remaining_s", "spin_us_beside"]
+__all__ = [
+    "MAX_TIMEOUT_S",
+    "SEND_FLAGS",
+    "Link",
+    "Spin",
+    "choose_spin_us",
+    "cores",
+    "lost",
+    "parse_count",
+    "parse_timeout",
+    "remaining_s",
+    "spin_us_beside",
+]
+
+MAX_TIMEOUT_S = 1e6
+"""Eleven days; beyond, poll's milliseconds and the header's nanoseconds would run out."""
 
 _MAX_IOVECS = 64  # of 1024 that Linux takes; a message has at most a few
 _DONTWAIT = int(socket.MSG_DONTWAIT)  # socket's own constants are enums, slow to combine
@@ -64,7 +80,24 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def choose_spin_us(spin_us: float | None) -> float:
+def parse_timeout(name: str, seconds: Any) -> float:
+    """Seconds that a caller gives as the argument `name`. Raises SettingError."""
+    is_number = isinstance(seconds, numbers.Real)
+    if is_number and 0 <= seconds <= MAX_TIMEOUT_S:  # NaN is not, either
+        return float(seconds)
+    raise SettingError(f"{name}: {shown(seconds)}, expected 0 to {MAX_TIMEOUT_S:g} seconds, as a number")
+
+
+def parse_count(name: str, count: Any, least: int, most: int | None = None) -> int:
+    """A whole number that a caller gives as the argument `name`. Raises SettingError."""
+    is_number = isinstance(count, numbers.Integral)
+    if is_number and least <= count and (most is None or count <= most):
+        return int(count)
+    expected = f"{least} or more" if most is None else f"{least} to {most}"
+    raise SettingError(f"{name}: {shown(count)}, expected {expected}, as an int")
+
+
+def choose_spin_us(spin_us: Any) -> float:
     """Microseconds that a reader spins before it sleeps: as given, else FASTSPLIT_SPIN_US, else 50, 0 on one core.
 
     Raises SettingError for what is not a number from 0 to 1e6.
@@ -77,8 +110,9 @@ def choose_spin_us(spin_us: float | None) -> float:
             spin_us = float(text)
         except ValueError:
             raise SettingError(f"FASTSPLIT_SPIN_US: {text!r}, expected a number of microseconds") from None
-    if not 0 <= spin_us <= 1e6:
-        raise SettingError(f"spin_us: {spin_us!r}, expected 0 to 1e6")
+    is_number = isinstance(spin_us, numbers.Real)
+    if not is_number or not 0 <= spin_us <= 1e6:
+        raise SettingError(f"spin_us: {shown(spin_us)}, expected 0 to 1e6")
     return float(spin_us)
 
 

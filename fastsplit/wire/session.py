@@ -29,7 +29,7 @@ where a function begins, after a call and at a jump backwards. So an assignment 
 `(x,) = map(f, (y,))`, which calls f while it is unpacked.
 
 Rules. Events come in the order of the bytes, however these were cut up. A Failed event is the last one: the stream is
-dead; `abort` makes the frame that tells the peer. Errors of our own (LimitError, LocalProtocolError) are raised before
+dead; `abort` makes the frame that tells the peer. Errors of our own (LimitError, SettingError) are raised before
 anything changes. Nothing is allocated before the
 header, the metadata and the session's state were checked against each other. Incoming state belongs to whoever reads,
 outgoing state to whoever sends; all they share are the tables of open requests, whose operations are atomic, and that
@@ -51,7 +51,7 @@ from ..schema.decoder import Decoder
 from ..schema.descriptor import Attrs, AttrValue, Message, TensorDesc
 from ..schema.dtypes import BY_CODE, BY_NAME
 from ..schema.encoder import Encoder
-from ..schema.limits import Limits
+from ..schema.limits import MAX_DIMS, Limits
 from ..tensors import Desc
 from .frame import HEADER_NBYTES, REPLY_FLAGS, VERSION, Header, Kind, pack_header, parse_header
 
@@ -315,7 +315,7 @@ class Session:
     def hello(self) -> bytearray:
         """The handshake: the first frame of either side."""
         attrs: dict[str, Any] = {"software": _SOFTWARE, "version": VERSION, "capabilities": self.capabilities}
-        attrs |= asdict(self.limits) | self._offer
+        attrs |= asdict(self.limits) | {"max_dims": min(self.limits.max_dims, MAX_DIMS)} | self._offer
         return self._frame(Kind.HELLO, 0, "hello", (), attrs)
 
     @property
@@ -339,8 +339,8 @@ class Session:
 
         `nbytes`: of the payload that follows. `placements`: see Encoder.encode.
 
-        Raises LimitError over a cap of the peer's, LocalProtocolError if the session is not open or an attribute is
-        not valid.
+        Raises LimitError over a cap of the peer's, SettingError for an op or an attribute that cannot travel,
+        LocalProtocolError if the session is not open.
         """
         if not self._may_request or self.peer_limits is None:
             raise LocalProtocolError(f"{op!r}: a request before the handshake or after the end")
@@ -381,7 +381,7 @@ class Session:
         attrs: Attrs | None = None,
         placements: Sequence[int] = (),
     ) -> bytearray:
-        """A reply's head. Raises LimitError over a cap of the peer's."""
+        """A reply's head. Raises LimitError over a cap of the peer's, SettingError for an attribute."""
         return self._frame(_REPLY, request_id, "", tensors, attrs or {}, nbytes, time_ns, placements)
 
     def error(self, request_id: int, code: str, text: str) -> bytearray:

@@ -9,15 +9,17 @@ import math
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from raw_peer import hello
 
-from fastsplit.errors import RemoteProtocolError
+from fastsplit.errors import LimitError, RemoteProtocolError
 from fastsplit.schema.decoder import Decoder
 from fastsplit.schema.dtypes import BY_CODE
 from fastsplit.schema.encoder import Encoder
 from fastsplit.schema.limits import Limits
+from fastsplit.wire.frame import HEADER_NBYTES, Kind, pack_header, parse_header
 from fastsplit.wire.session import Failed, Reply, Request, Session
 
 LIMITS = Limits(max_message_nbytes=2**16, max_tensors=8, max_dims=5, max_attrs=16, max_metadata_nbytes=8192)
@@ -118,6 +120,51 @@ def test_caches_never_change_what_a_message_means(messages: list[Any]) -> None:
         message = decoder.decode(bytes(data), hint)
         assert message == Decoder(LIMITS).decode(bytes(data), 0)
         assert (message.op, message.attrs, message.payload_nbytes) == (op, attrs, _nbytes(descs))
+
+
+WIDEST = Limits(
+    max_metadata_nbytes=2**24, max_message_nbytes=2**63 - 1, max_tensors=1000, max_dims=1000, max_attrs=1000
+)
+caps = st.builds(
+    Limits,
+    max_metadata_nbytes=st.integers(4096, 5000),
+    max_message_nbytes=st.one_of(st.integers(1, 200), st.integers(1, 2**63 - 1)),
+    max_tensors=st.integers(1, 6),
+    max_dims=st.one_of(st.integers(1, 5), st.integers(1, 100)),
+    max_attrs=st.integers(16, 18),
+)
+wide_dims = st.one_of(st.integers(0, 5), st.sampled_from([0, 0, 2**20, 2**31, 2**40, 2**62, 2**63 - 1]))
+wide_shapes = st.one_of(st.lists(wide_dims, max_size=6), st.integers(0, 70).map(lambda n: [1] * n)).map(tuple)
+wide_tensors = st.lists(st.tuples(st.sampled_from(sorted(BY_CODE)), wide_shapes), max_size=7)
+wide_attributes = st.one_of(
+    attributes,
+    st.integers(15, 19).map(lambda n: {f"a{index}": index for index in range(n)}),
+    st.integers(3900, 5000).map(lambda n: {"text": "x" * n}),
+    st.integers(480, 620).map(lambda n: {"ints": [7] * n}),
+)
+
+
+@settings(modest, max_examples=600)
+@given(caps, st.one_of(ops, st.integers(3900, 5000).map(lambda n: "o" * n)), wide_tensors, wide_attributes)
+def test_what_a_sender_lets_pass_a_receiver_accepts(limits: Limits, op: str, descs: Any, attrs: Any) -> None:
+    """And what a receiver would refuse a sender refuses, with a LimitError."""
+    try:
+        data, varying_nbytes = Encoder(WIDEST, HEADER_NBYTES).encode(op, descs, attrs)
+    except LimitError:
+        return  # more than any array can be
+    pack_header(data, Kind.REQUEST, 1, varying_nbytes, _nbytes(descs), 0, 0)
+    try:
+        header = parse_header(data, 0, limits)
+        message = Decoder(limits).decode(bytes(data[HEADER_NBYTES:]), header[3])
+    except RemoteProtocolError:
+        message = None
+    if message is None:
+        with pytest.raises(LimitError):
+            Encoder(limits).encode(op, descs, attrs)
+        return
+    assert Encoder(limits, HEADER_NBYTES).encode(op, descs, attrs)[0][HEADER_NBYTES:] == data[HEADER_NBYTES:]
+    for desc in message.tensors:  # and numpy can hold it
+        np.lib.stride_tricks.as_strided(np.zeros((), desc.dtype.buffer_dtype), desc.shape, (0,) * len(desc.shape))
 
 
 @modest

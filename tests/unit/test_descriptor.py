@@ -13,7 +13,7 @@ import flatbuffers
 import numpy as np
 import pytest
 
-from fastsplit.errors import LimitError, LocalProtocolError, RemoteProtocolError
+from fastsplit.errors import LimitError, RemoteProtocolError, SettingError
 from fastsplit.schema import descriptor
 from fastsplit.schema import message_generated as gen
 from fastsplit.schema.decoder import Decoder
@@ -116,21 +116,22 @@ def test_numpy_scalars_and_bool_are_numbers() -> None:
     ("attrs", "text"),
     [
         ({"a": 2**63}, "attribute 'a': 9223372036854775808, expected an int of 64 bits"),
-        ({"a": np.uint64(2**63)}, "an attribute's number does not fit its field"),
+        ({"a": np.uint64(2**63)}, "attribute 'a': np.uint64.9223372036854775808., expected an int of 64 bits"),
         ({"a": [2**63]}, "attribute 'a': .9223372036854775808,., expected ints of 64 bits"),
         ({"a": None}, "attribute 'a': None, expected an int, float, str, bytes, or a list"),
         ({"a": [1, "x"]}, r"attribute 'a': \[1, 'x'\], expected"),
         ({"a": [1.5]}, r"attribute 'a': \[1.5\], expected"),
         ({"a": {}}, r"attribute 'a': \{\}, expected"),
-        ({"a": "\udc80"}, r"'f': the text '\\udc80', which is not valid Unicode"),
-        ({"\udc80": 1}, r"'f': the text '\\udc80', which is not valid Unicode"),
-        ({"": 1}, "'f': an attribute without a name"),
+        ({"a": "\udc80"}, r"'f': the text '\\udc80', expected valid Unicode"),
+        ({"\udc80": 1}, r"'f': the text '\\udc80', expected valid Unicode"),
+        ({"": 1}, "'f': an attribute named '', expected a string that is not empty"),
+        ({5: 1}, "'f': an attribute named 5, expected a string"),
     ],
 )
 def test_attributes_that_cannot_travel(attrs: Any, text: str) -> None:
     encoder = Encoder(LIMITS)
     for _ in range(2):
-        with pytest.raises(LocalProtocolError, match=text):
+        with pytest.raises(SettingError, match=text):
             encoder.encode("f", [], attrs)
     encoder.encode("f", [], {"a": 1})
 
@@ -138,11 +139,11 @@ def test_attributes_that_cannot_travel(attrs: Any, text: str) -> None:
 def test_caps_out() -> None:
     encoder = Encoder(Limits(max_metadata_nbytes=4096, max_tensors=2, max_dims=3, max_attrs=16, max_message_nbytes=99))
     for op, tensors, attrs, text in [
-        ("f", [(UINT8, (1,))] * 3, {}, "'f': 3 tensors, the peer accepts 2 in one message"),
-        ("f", [(UINT8, (1,) * 4)], {}, "'f' tensor 0: 4 dimensions, the peer accepts 3"),
-        ("f", [], {str(n): 1 for n in range(17)}, "'f': 17 attributes, the peer accepts 16 in one message"),
-        ("f", [(UINT8, (50,)), (UINT8, (50,))], {}, "'f': 100 bytes of tensors, the peer accepts 99 in one message"),
-        ("o" * 5000, [], {}, "bytes, the peer accepts 4096"),
+        ("f", [(UINT8, (1,))] * 3, {}, "'f', tensors: 3, the peer accepts at most 2"),
+        ("f", [(UINT8, (1,) * 4)], {}, "'f', tensor 0 dimensions: 4, the peer accepts at most 3"),
+        ("f", [], {str(n): 1 for n in range(17)}, "'f', attrs: 17, the peer accepts at most 16"),
+        ("f", [(UINT8, (50,)), (UINT8, (50,))], {}, "'f', bytes of all tensors: 100, the peer accepts at most 99"),
+        ("o" * 5000, [], {}, "bytes, the peer accepts at most 4096"),
     ]:
         with pytest.raises(LimitError, match=text):
             encoder.encode(op, tensors, attrs)
@@ -553,5 +554,5 @@ def test_fewer_or_more_places_than_tensors() -> None:
 def test_returns_count_against_the_metadata_cap() -> None:
     encoder = Encoder(Limits(max_metadata_nbytes=4096))
     encoder.encode("f", [], {}, (), (1, 0) * 200)
-    with pytest.raises(LimitError, match=r"metadata of 'f': .* bytes, the peer accepts 4096"):
+    with pytest.raises(LimitError, match=r"'f', metadata: .* bytes, the peer accepts at most 4096"):
         encoder.encode("f", [], {}, (), (1, 0) * 300)

@@ -24,6 +24,24 @@ def test_row(row) -> None:
     assert dtype_of_numpy(row.numpy) is row  # also where numpy only has a stand-in
 
 
+def test_a_dtype_has_a_buffer_of_its_width() -> None:
+    for row in BY_CODE.values():
+        memory = memoryview(np.zeros(3, row.buffer_dtype))
+        assert memory.itemsize == row.itemsize
+        assert (row.numpy is row.buffer_dtype) == (row.name not in ("bfloat16", "float8_e4m3fn", "float8_e5m2"))
+
+
+def test_ml_dtypes_stand_for_what_numpy_does_not_have() -> None:
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    for name in ("bfloat16", "float8_e4m3fn", "float8_e5m2"):
+        assert lookup(name).numpy == getattr(ml_dtypes, name)
+        assert dtype_of_numpy(np.dtype(getattr(ml_dtypes, name))) is lookup(name)
+        tagged = np.dtype(lookup(name).buffer_dtype, metadata={"fastsplit.dtype": name})  # as without ml_dtypes
+        assert dtype_of_numpy(tagged) is lookup(name)
+    with pytest.raises(TensorError, match="expected one of bool"):
+        dtype_of_numpy(np.dtype(ml_dtypes.float8_e4m3))
+
+
 def test_stand_ins_are_told_from_what_they_stand_for() -> None:
     assert dtype_of_numpy(np.dtype("uint16")).name == "uint16"
     assert dtype_of_numpy(lookup("bfloat16").numpy).name == "bfloat16"

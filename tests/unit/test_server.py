@@ -77,8 +77,8 @@ def _raise(error: BaseException) -> Callable[[fastsplit.Call], Any]:
         (lambda call: [1, 2], "TensorError: a tensor of type int, expected a torch tensor or a numpy array"),
         (lambda call: "text", "TensorError: a tensor of type str"),
         (lambda call: np.array(["text"]), "TensorError: numpy dtype"),
-        (lambda call: call.reply_attrs.update(a=None), "LocalProtocolError: attribute 'a': None, expected an int"),
-        (lambda call: call.reply_attrs.update({5: 1}), "TypeError"),
+        (lambda call: call.reply_attrs.update(a=None), "SettingError: attribute 'a': None, expected an int"),
+        (lambda call: call.reply_attrs.update({5: 1}), "SettingError: '': an attribute named 5, expected a string"),
     ],
 )
 def test_a_handlers_failure_is_an_answer(

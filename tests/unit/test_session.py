@@ -31,7 +31,7 @@ from raw_peer import (
     raw_frame,
 )
 
-from fastsplit.errors import LimitError, LocalProtocolError, PeerLostError, RemoteProtocolError
+from fastsplit.errors import LimitError, LocalProtocolError, PeerLostError, RemoteProtocolError, SettingError
 from fastsplit.memory import Pool
 from fastsplit.schema.descriptor import TensorDesc
 from fastsplit.schema.limits import Limits
@@ -282,11 +282,11 @@ def test_caps_of_the_peer_are_honoured_before_anything_changes() -> None:
     client = make(CLIENT, greeted=False)
     feed(client, hello(Limits(max_tensors=2, max_dims=2, max_attrs=16, max_inflight=1, max_message_nbytes=100)))
     for tensors, attrs, text in [
-        ([(UINT8, (1,))] * 3, {}, "'f': 3 tensors, the peer accepts 2 in one message"),
-        ([(UINT8, (1, 1, 1))], {}, "'f' tensor 0: 3 dimensions, the peer accepts 2"),
-        ([(FLOAT32, (26,))], {}, "'f': 104 bytes of tensors, the peer accepts 100 in one message"),
-        ([], {str(n): n for n in range(17)}, "'f': 17 attributes, the peer accepts 16 in one message"),
-        ([], {"b": bytes(70_000)}, "metadata of 'f': 70092 bytes, the peer accepts 65536"),
+        ([(UINT8, (1,))] * 3, {}, "'f', tensors: 3, the peer accepts at most 2"),
+        ([(UINT8, (1, 1, 1))], {}, "'f', tensor 0 dimensions: 3, the peer accepts at most 2"),
+        ([(FLOAT32, (26,))], {}, "'f', tensor 0 shape: [26], 104 bytes, the peer accepts at most 100 bytes"),
+        ([], {str(n): n for n in range(17)}, "'f', attrs: 17, the peer accepts at most 16"),
+        ([], {"b": bytes(70_000)}, "'f', texts and lists: 70001 bytes, the peer accepts at most 65536 bytes"),
     ]:
         with pytest.raises(LimitError) as caught:
             client.request("f", tensors, attrs, 0)
@@ -732,7 +732,7 @@ def test_a_frame_that_fits_only_without_returns_goes_without() -> None:
     memory.returns.extend((2, 64 * number) for number in range(MAX_RETURNS))
     data = session.request("f", (), {"b": bytes(room)}, 0)[1]
     assert _read(data) == [] and len(memory.returns) == MAX_RETURNS
-    for attrs, error in (({"b": bytes(70_000)}, LimitError), ({"a": None}, LocalProtocolError)):
+    for attrs, error in (({"b": bytes(70_000)}, LimitError), ({"a": None}, SettingError)):
         with pytest.raises(error):
             session.request("f", (), attrs, 0)
         assert len(memory.returns) == MAX_RETURNS and memory.returns[0] == (2, 0)

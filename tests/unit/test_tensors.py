@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fastsplit.errors import TensorError
 from fastsplit.memory import Pool
 from fastsplit.schema.descriptor import TensorDesc
 from fastsplit.schema.dtypes import BY_CODE, BY_NAME
-from fastsplit.tensors import Arrays, arrays, collect, dtype_of, share
+from fastsplit.tensors import Arrays, arrays, collect, collect_cast, dtype_of, share
 
 torch = pytest.importorskip("torch")
 
@@ -110,7 +113,7 @@ NUMPY_LAYOUTS = {
     "fortran with one row": (lambda: np.asfortranarray(np.arange(4.0).reshape(1, 4)), False),
     "read-only": (lambda: np.frombuffer(bytes(range(16)), np.int32), False),
     "scalar": (lambda: np.float32(3), False),
-    "subclass": (lambda: np.arange(6).view(np.recarray), False),
+    "matrix": (lambda: np.arange(6).reshape(2, 3).view(np.matrix), False),
 }
 
 
@@ -145,6 +148,68 @@ def test_torch_layouts(make: Any, copied: bool) -> None:
     assert desc == (BY_NAME[str(tensor.dtype)[6:]].code, tuple(tensor.shape))
     assert data == bytes(plain.reshape(-1).view(torch.uint8).tolist())
     assert copied_nbytes == (len(data) if copied else 0) and own != copied
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 5)), max_size=3),
+    st.integers(0, 9),
+    st.integers(0, 60),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.complex64]),
+)
+@settings(max_examples=300, deadline=None)
+def test_no_element_outside_of_the_storage_is_sent(dims: Any, offset: int, kept: int, dtype: Any) -> None:
+    """All shapes, strides and offsets: refused exactly if an element lies outside, by each way of sending."""
+    shape, strides = [dim for dim, _ in dims], [stride for _, stride in dims]
+    whole = torch.arange(80).to(dtype)
+    tensor = whole.as_strided(shape, strides, offset)
+    elements = {
+        offset + sum(index * stride for index, stride in zip(place, strides, strict=True))
+        for place in itertools.product(*map(range, shape))
+    }
+    whole.untyped_storage().resize_(kept * whole.itemsize)
+    for send in (
+        lambda: collect([tensor]),
+        lambda: share([tensor], Memory(), 5.0),
+        lambda: collect_cast([tensor], 1, Pool().allocate),
+    ):
+        if elements and max(elements) >= kept:
+            with pytest.raises(TensorError, match=r"a tensor of shape .* whose storage has .* bytes, expected"):
+                send()
+        else:
+            assert send().descs == [(dtype_of(dtype).code, tuple(shape))]
+
+
+def test_a_refused_tensor_is_left_as_it_was() -> None:
+    """FSDP frees a storage and takes it again: nothing of ours may make it one that cannot be resized."""
+    tensor = torch.ones(5)
+    tensor.untyped_storage().resize_(0)
+    for send in (collect, lambda tensors: share(tensors, Memory(), 5.0)):
+        with pytest.raises(TensorError):
+            send([tensor])
+    tensor.untyped_storage().resize_(20)
+    tensor.fill_(2)
+    assert _sent(tensor)[1] == np.full(5, 2, np.float32).tobytes()
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+def test_what_arrives_cannot_be_resized(kind: str) -> None:
+    """So what lies in shared memory needs no look at its storage."""
+    for tensor in (arrays(kind).empty(5, "bfloat16", Pool().allocate), Memory().of(kind, BY_NAME["float32"], (5,))):
+        with pytest.raises((RuntimeError, ValueError)):
+            tensor.untyped_storage().resize_(0) if kind == "torch" else tensor.resize((2,), refcheck=False)
+
+
+def test_ml_dtypes_arrays() -> None:
+    """What numpy does to received bfloat16 is bfloat16, or another dtype that says so."""
+    pytest.importorskip("ml_dtypes")
+    array = arrays("numpy").empty((2, 3), "bfloat16", Pool().allocate)
+    array[:] = 1.5
+    bits = np.full((2, 3), 0x3FC0, np.uint16)
+    for same in (np.concatenate([array, array])[:2], np.stack([array])[0], np.where(array > 0, array, array), +array):
+        assert _sent(same)[:2] == ((BY_NAME["bfloat16"].code, (2, 3)), bits.tobytes())
+    assert _sent(array.T)[:2] == ((BY_NAME["bfloat16"].code, (3, 2)), bits.tobytes())
+    assert _sent(array[0, 0])[:2] == ((BY_NAME["bfloat16"].code, ()), bits[:1, :1].tobytes())
+    assert _sent(array + np.uint16(1))[:2] == ((BY_NAME["float32"].code, (2, 3)), np.float32(2.5).tobytes() * 6)
 
 
 def test_several_tensors_are_counted_together() -> None:
