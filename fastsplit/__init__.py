@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import (
     AddressError,
+    ArenaFull,
     CancelledError,
     ClosedError,
     ConnectError,
@@ -28,6 +29,7 @@ from .errors import (
     ProtocolError,
     RemoteOpError,
     RemoteProtocolError,
+    ResourceError,
     SettingError,
     TensorError,
     VerificationError,
@@ -40,6 +42,7 @@ from .wire.stats import Stats
 
 __all__ = [
     "AddressError",
+    "ArenaFull",
     "Call",
     "CancelledError",
     "Channel",
@@ -56,6 +59,7 @@ __all__ = [
     "ProtocolError",
     "RemoteOpError",
     "RemoteProtocolError",
+    "ResourceError",
     "Result",
     "Server",
     "SettingError",
