@@ -29,12 +29,15 @@ from ..errors import (
     FastsplitError,
     PeerLostError,
     RemoteProtocolError,
+    ResourceError,
     SettingError,
     TensorError,
+    fresh,
 )
 from ..memory import Pool, pool
 from ..schema.coding import CAST_NAMES, CODEC_NAMES
 from ..schema.limits import Limits
+from ..shortage import one_thread, start
 from ..tensors import Arrays, Outgoing, dtype_of
 from .address import connect_socket, parse_address
 from .coder import THRESHOLD_NBYTES, parse_cast, parse_codec, parse_threshold
@@ -163,9 +166,11 @@ class Channel:
                 self._measure(HANDSHAKE_FILLER_NBYTES, timeout_s, deadline)
             if overlap and not self.shm:
                 connection.coder.overlaps = True
-                self._sender = ThreadPoolExecutor(1, "fastsplit-send", self._is_own_thread)
-                self._reader = threading.Thread(target=self._read_on, name=f"fastsplit-read {uri}", daemon=True)
-                self._reader.start()
+                reader = threading.Thread(target=self._read_on, name=f"fastsplit-read {uri}", daemon=True)
+                start(reader)
+                self._reader = reader
+                own_threads = self._own_threads  # not a method of this channel: that would be a circle
+                self._sender = one_thread("fastsplit-send", lambda: own_threads.add(threading.current_thread()))
         except DeadlineError:
             self._end(ClosedError("the handshake failed"))
             raise DeadlineError(f"{uri}: connected, but no handshake within {timeout_s} s") from None
@@ -181,7 +186,7 @@ class Channel:
     def _read_for_handshake(self, deadline: float) -> None:
         self._read_once(deadline)
         if self._error is not None:
-            raise self._error
+            raise fresh(self._error)
 
     def __repr__(self) -> str:
         return f"<Channel to {self.uri}, {'closed' if self.closed else 'open'}>"
@@ -285,7 +290,7 @@ class Channel:
             raise DeadlineError("the link was not measured: others were sending")
         try:
             if self._error is not None:  # in the handshake: why the server left
-                raise self._error
+                raise fresh(self._error)
             number, frame = self._connection.probe(nbytes)
             self._probes.add(number)
             self._send_news("a probe", timeout_s, deadline, [frame])
@@ -302,7 +307,7 @@ class Channel:
                 else:
                     time.sleep(0.0002)  # somebody else reads
                 if self._error is not None:
-                    raise self._error
+                    raise fresh(self._error)
                 if time.monotonic() >= deadline:
                     raise DeadlineError("the link was not measured: no answer")
         finally:
@@ -582,7 +587,7 @@ class Channel:
                 with contextlib.suppress(DeadlineError):  # nothing to read after all
                     self._read_once(deadline, blocking=False)
                 if self._error is not None:
-                    raise self._error
+                    raise fresh(self._error)
         finally:
             if reading:
                 self._leave_reading()
@@ -707,8 +712,8 @@ class Channel:
             started_ns = perf_counter_ns()
             try:
                 result = Result.of(event, self._arrays, started_ns - future._sent_ns)
-            except TensorError as error:
-                self._settle(future, error)
+            except (ResourceError, TensorError) as error:
+                self._settle(future, fresh(error))
                 return
             self._stats.remote_s += result.remote_s
             self._session.decode_ns += perf_counter_ns() - started_ns
@@ -798,34 +803,36 @@ class Channel:
         else:
             time.sleep(0.001)
         if self._error is not None:
-            raise self._error
+            raise fresh(self._error)
 
     # ---- ending ----
 
-    def _abort(self, error: RemoteProtocolError) -> None:
-        """The peer broke the protocol: tell it how, if that is possible at once. Only the reader calls it."""
+    def _abort(self, error: FastsplitError) -> None:
+        """The peer broke the protocol, or something is short here: tell it, if that is possible at once. Only the
+        reader calls it."""
         self._fail(error)
         if self._sending.acquire(blocking=False):
             try:
                 with contextlib.suppress(FastsplitError):
-                    self._connection.link.send([self._session.abort(str(error))])
+                    self._connection.link.send([self._session.abort(error)])
             finally:
                 self._release_sending()
             self._connection.link.linger(time.monotonic() + _LINGER_S)
 
     def _fail(self, error: FastsplitError) -> FastsplitError:
-        """Nothing can be called any more, and every future gets the error; the first error stays. Returns that."""
+        """Nothing can be called any more, and every future gets the error; the first error stays. Returns that, to be
+        raised."""
         with self._lock:
             if self._error is None:
-                self._error = error
+                self._error = fresh(error)
             self._closed = True
             futures = list(self._futures.values())
             self._futures.clear()
             for future in futures:
-                self._finish(future, self._error)
+                self._finish(future, fresh(self._error))
         for future in futures:
             self._call_back(future)
-        return self._error
+        return fresh(self._error)
 
     def _end(self, error: FastsplitError) -> FastsplitError:
         """Ends the connection. Returns the error that did so first."""
