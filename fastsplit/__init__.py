@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import (
     AddressError,
+    ArenaFull,
     CancelledError,
     ClosedError,
     ConnectError,
@@ -29,6 +30,7 @@ from .errors import (
     ReentrantCallError,
     RemoteOpError,
     RemoteProtocolError,
+    ResourceError,
     SettingError,
     TensorError,
     VerificationError,
@@ -41,6 +43,7 @@ from .wire.stats import Stats
 
 __all__ = [
     "AddressError",
+    "ArenaFull",
     "Call",
     "CancelledError",
     "Channel",
@@ -58,6 +61,7 @@ __all__ = [
     "ReentrantCallError",
     "RemoteOpError",
     "RemoteProtocolError",
+    "ResourceError",
     "Result",
     "Server",
     "SettingError",

@@ -5,7 +5,8 @@
     ├── SettingError (ValueError)            an argument, attribute or environment variable that cannot be used
     ├── TensorError (TypeError)              what cannot be sent as a tensor: type, dtype, device, layout, storage
     ├── LimitError (ValueError)              we were asked to send more than a cap allows; nothing was sent
-    ├── ArenaFull (MemoryError)              no room for a tensor: a limit, the system's memory, or a deadline
+    ├── ResourceError                        no descriptor, memory or thread is left here: never the peer's fault
+    │   └── ArenaFull (MemoryError)          no room for a tensor: a limit, the system's memory, or a deadline
     ├── ConnectError (ConnectionError)       nobody there
     ├── PeerLostError (ConnectionError)      the peer went away; what was in flight has no answer
     ├── ClosedError                          used after close(), or after an error that ended the connection
@@ -25,7 +26,8 @@ Every class says with which code the scripts exit (`exit_code`), so that the map
 
 from __future__ import annotations
 
-from typing import ClassVar
+import copy
+from typing import ClassVar, TypeVar
 
 __all__ = [
     "AddressError",
@@ -43,9 +45,11 @@ __all__ = [
     "ReentrantCallError",
     "RemoteOpError",
     "RemoteProtocolError",
+    "ResourceError",
     "SettingError",
     "TensorError",
     "VerificationError",
+    "fresh",
     "shown",
 ]
 
@@ -87,9 +91,21 @@ class LimitError(FastsplitError, ValueError):
     """A message of ours is over a cap. Raised before anything is sent; the connection lives on."""
 
 
-class ArenaFull(FastsplitError, MemoryError):
-    """No room for a tensor: shared memory is over its limit, nothing was given back within the deadline, or the system
-    has no memory, shared or private."""
+class ResourceError(FastsplitError):
+    """This process or system has no descriptor, memory or thread left. The message names the limit and its value.
+
+    A connection that this ends tells the peer, which gets a PeerLostError with the same text.
+    """
+
+
+class ArenaFull(ResourceError, MemoryError):
+    """There is no room for a tensor. Shared memory: over its limit, the system has none, or nothing was given back
+    within the deadline. Private memory: the system has none."""
+
+    def __init__(self, *args: object, may_wait: bool = False) -> None:
+        """`may_wait`: whether room may come back, since what is in use may be returned."""
+        super().__init__(*args)
+        self.may_wait = may_wait
 
 
 class ConnectError(FastsplitError, ConnectionError):
@@ -163,3 +179,15 @@ class VerificationError(FastsplitError):
     """What the peer says of its model differs from the trusted copy."""
 
     exit_code = 5
+
+
+_Error = TypeVar("_Error", bound=BaseException)
+
+
+def fresh(error: _Error) -> _Error:
+    """A copy of an error without its traceback and context, to be stored, or to be raised once more.
+
+    A traceback keeps the frames that the error passed through, and with them tensors and connections; for ever, until
+    the cyclic collector comes, if one of these frames keeps the error.
+    """
+    return copy.copy(error)

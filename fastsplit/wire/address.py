@@ -19,13 +19,15 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..errors import AddressError, ConnectError, DeadlineError
+from ..errors import AddressError, ConnectError, DeadlineError, ResourceError
+from ..shortage import shortage
 from .segment import check_prefix
 
 __all__ = [
     "SHM_AUTO",
     "SHM_OFF",
     "Address",
+    "Reserve",
     "TcpAddress",
     "UnixAddress",
     "VsockAddress",
@@ -142,7 +144,10 @@ def _tune(sock: socket.socket, address: Address) -> None:
 
 
 def connect_socket(address: Address, timeout_s: float) -> socket.socket:
-    """A connected, blocking socket. Raises ConnectError if nobody is there, DeadlineError after `timeout_s` seconds."""
+    """A connected, blocking socket.
+
+    Raises ConnectError if nobody is there, DeadlineError after `timeout_s` seconds, ResourceError without a descriptor.
+    """
     try:
         if isinstance(address, TcpAddress):
             sock = socket.create_connection((address.host, address.port), timeout_s)
@@ -157,6 +162,7 @@ def connect_socket(address: Address, timeout_s: float) -> socket.socket:
     except TimeoutError:
         raise DeadlineError(f"{address}: no connection within {timeout_s} s") from None
     except OSError as error:
+        _check_shortage(f"{address}: cannot connect", error)
         raise ConnectError(f"{address}: cannot connect: {error.strerror or error}") from None
     if isinstance(address, TcpAddress) and sock.getsockname() == sock.getpeername():
         # Nobody listens, and the kernel picked that very port for our own end: tcp then connects a socket to itself.
@@ -170,7 +176,8 @@ def connect_socket(address: Address, timeout_s: float) -> socket.socket:
 def listen_socket(address: Address, backlog: int = 128, *, insecure: bool = False) -> tuple[socket.socket, Address]:
     """A listening socket, and the address it really has (port 0 picks a free one). `insecure`: anywhere.
 
-    Raises AddressError if others than this host's users could reach it, OSError if it is in use or not permitted.
+    Raises AddressError if others than this host's users could reach it, OSError if it is in use or not permitted,
+    ResourceError without a descriptor.
     """
     if isinstance(address, UnixAddress):
         _remove_stale(address)
@@ -222,6 +229,52 @@ def accept_socket(listener: socket.socket, address: Address) -> socket.socket:
         raise
 
 
+class Reserve:
+    """A descriptor that is kept for the moment when there is none left: a client that waits can then still be accepted,
+    told why it cannot stay, and refused, instead of waiting for a handshake until its deadline."""
+
+    def __init__(self) -> None:
+        """Raises ResourceError."""
+        self._fd: int | None = None
+        try:
+            self._open()
+        except OSError as error:
+            _check_shortage("a descriptor in reserve", error)
+            raise
+
+    def _open(self) -> None:
+        self._fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+    def accept(self, listener: socket.socket, address: Address) -> tuple[socket.socket, ResourceError | None]:
+        """The next connection; and if it took the place of the reserve, why it is to be refused: `restore` when that is
+        closed. Raises what `accept_socket` does: BlockingIOError if nobody waits."""
+        try:
+            return accept_socket(listener, address), None
+        except OSError as error:
+            short = shortage(error)
+            self.restore()
+            if short is None or self._fd is None:
+                raise
+        self.close()
+        try:
+            sock = accept_socket(listener, address)
+        except OSError:
+            self.restore()
+            raise
+        return sock, ResourceError(f"the server accepts no more connections: {short}")
+
+    def restore(self) -> None:
+        """Takes the descriptor again, if there is one."""
+        if self._fd is None:
+            with contextlib.suppress(OSError):  # another thread was faster: the next try may have more luck
+                self._open()
+
+    def close(self) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+
 def remove_socket_file(path: str, inode: int) -> None:
     """Removes a unix socket's file if it is still the one that was bound."""
     with contextlib.suppress(FileNotFoundError):
@@ -229,16 +282,26 @@ def remove_socket_file(path: str, inode: int) -> None:
             os.unlink(path)
 
 
+def _check_shortage(what: str, error: OSError) -> None:
+    """Raises ResourceError if a system call failed since something is short here."""
+    short = shortage(error)
+    if short is not None:
+        raise ResourceError(f"{what}: {short}") from None
+
+
 def _new_socket(address: Address) -> socket.socket:
-    if isinstance(address, UnixAddress):
-        return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    if isinstance(address, TcpAddress):
-        return socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET, socket.SOCK_STREAM)
-    if not hasattr(socket, "AF_VSOCK"):
+    if not isinstance(address, (UnixAddress, TcpAddress)) and not hasattr(socket, "AF_VSOCK"):
         raise AddressError(f"{address}: this system has no vsock")
     try:
+        if isinstance(address, UnixAddress):
+            return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        if isinstance(address, TcpAddress):
+            return socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET, socket.SOCK_STREAM)
         return socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
     except OSError as error:
+        _check_shortage(f"{address}: no socket", error)
+        if isinstance(address, (UnixAddress, TcpAddress)):
+            raise
         raise AddressError(f"{address}: this system has no vsock: {error.strerror}") from None
 
 
@@ -253,6 +316,7 @@ def _resolved(address: TcpAddress, insecure: bool) -> TcpAddress:
     try:
         found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
     except OSError as error:
+        _check_shortage(f"{address}: cannot resolve the host", error)
         raise AddressError(f"{address}: cannot resolve the host: {error.strerror}") from None
     hosts = [str(info[4][0]) for info in found]
     if not insecure and not all(ipaddress.ip_address(host.partition("%")[0]).is_loopback for host in hosts):
@@ -270,7 +334,7 @@ def _remove_stale(address: UnixAddress) -> None:
             return
     except OSError:
         return
-    probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    probe = _new_socket(address)
     try:
         probe.settimeout(1)
         probe.connect(address.path)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import copy
 import logging
 import socket
 import time
@@ -23,7 +22,16 @@ from time import perf_counter_ns
 from typing import Any
 
 from .. import tensors
-from ..errors import ArenaFull, ClosedError, DeadlineError, FastsplitError, PeerLostError, TensorError
+from ..errors import (
+    ArenaFull,
+    ClosedError,
+    DeadlineError,
+    FastsplitError,
+    PeerLostError,
+    ResourceError,
+    TensorError,
+    fresh,
+)
 from ..memory import Pool, pool
 from ..schema.coding import CAST_NAMES, CODEC_NAMES
 from ..schema.limits import Limits
@@ -187,7 +195,7 @@ class Channel:
         if not await within(future, deadline):
             raise DeadlineError("no handshake")
         if self._error is not None:
-            raise self._error
+            raise fresh(self._error)
 
     def _stepped(self) -> None:
         while self._steps:
@@ -214,7 +222,7 @@ class Channel:
             self._error = ClosedError(why)
         self._pump.leave(why)
         for call in self._calls.values():
-            settle_left(call.future, copy.copy(self._error))
+            settle_left(call.future, fresh(self._error))
         self._calls.clear()
         for future in (*(future for _, future in self._waiting), *self._steps, *self._probes.values()):
             settle_left(future)
@@ -347,11 +355,11 @@ class Channel:
                 try:
                     out = self._connection.prepare(op, tensors, AT_ONCE, cast, number)
                     break
-                except ArenaFull:
+                except ArenaFull as full:
                     self._check_open()
                     self._let_in()  # while this one waits, others may have what they need
                     waited_ns -= perf_counter_ns()
-                    if not await self._pump.memory(max(sizes), deadline, again=again):
+                    if not await self._pump.memory(full, deadline, again=again):
                         self._check_open()
                         raise
                     again = True
@@ -525,8 +533,8 @@ class Channel:
         decoded_ns = self._session.decode_ns - call.decoded_ns
         try:
             result = Result.of(event, self._arrays, max(started_ns - call.sent_ns - decoded_ns, 0))
-        except TensorError as error:
-            call.future.set_exception(error)
+        except (ResourceError, TensorError) as error:
+            call.future.set_exception(fresh(error))
             return
         stats = self._stats
         stats.remote_s += result.remote_s
@@ -547,28 +555,28 @@ class Channel:
             if not await within(future, deadline):
                 raise DeadlineError("the link was not measured: no answer")
             if self._error is not None:
-                raise self._error
+                raise fresh(self._error)
 
     # ---- ending ----
 
     def failed(self, error: FastsplitError, *, tell: bool) -> None:
         """For the pump."""
         if tell:
-            self._pump.abort(str(error), _LINGER_S)
+            self._pump.abort(error, _LINGER_S)
         self._end(error, at_once=not tell)
 
     def _end(self, error: FastsplitError, *, at_once: bool = True) -> None:
         """Nothing can be called any more, and every call gets the error; the first error stays."""
         if self._error is None:
-            self._error = error
+            self._error = fresh(error)
+        self._answered = None
         if at_once:
             self._pump.close()
         calls = list(self._calls.values())
         self._calls.clear()
         for call in calls:
             if not call.future.done():
-                # a copy for each, since an error keeps the frames that it passes through, and tensors in them
-                call.future.set_exception(copy.copy(self._error))
+                call.future.set_exception(fresh(self._error))
         waiting, self._waiting = self._waiting, deque()
         for _, future in waiting:
             if not future.done():
@@ -581,19 +589,12 @@ class Channel:
 
 async def allocate(pump: Pump, arrays: Arrays, shape: Any, dtype: Any, deadline: float | None) -> Any:
     """A tensor in the memory that a connection sends from fastest, as soon as there is room. Raises ArenaFull."""
-    wanted = 0
-
-    def take(nbytes: int) -> Any:
-        nonlocal wanted
-        wanted = nbytes
-        return pump.connection.allocate(nbytes, AT_ONCE)
-
     again = False
     while True:
         try:
-            tensor = arrays.empty(shape, dtype, take)
-        except ArenaFull:
-            if not await pump.memory(wanted, deadline, again=again):
+            tensor = arrays.empty(shape, dtype, lambda nbytes: pump.connection.allocate(nbytes, AT_ONCE))
+        except ArenaFull as full:
+            if not await pump.memory(full, deadline, again=again):
                 raise
             again = True
         else:
@@ -603,7 +604,7 @@ async def allocate(pump: Pump, arrays: Arrays, shape: Any, dtype: Any, deadline:
 
 
 async def _connect(address: Address, timeout_s: float) -> socket.socket:
-    """A connected socket, by a thread of its own."""
+    """A connected socket, by a thread of its own. Raises what `connect_socket` does."""
     loop = asyncio.get_running_loop()
     connected: asyncio.Future[socket.socket] = loop.create_future()
 

@@ -34,17 +34,19 @@ from ..errors import (
     FastsplitError,
     PeerLostError,
     RemoteProtocolError,
+    ResourceError,
     TensorError,
 )
 from ..memory import Pool, pool
 from ..schema.limits import Limits
-from ..tensors import Arrays, Outgoing, nbytes_of
-from .address import UnixAddress, accept_socket, listen_socket, parse_address, remove_socket_file
+from ..shortage import why
+from ..tensors import Arrays, Outgoing
+from .address import Reserve, UnixAddress, listen_socket, parse_address, remove_socket_file
 from .aio_channel import MAX_QUEUED_NBYTES, allocate
 from .arena import IDLE_S
 from .call import Call as BlockingCall
 from .call import Client, describe, tensors_nbytes, wanted_coding
-from .coder import THRESHOLD_NBYTES, parse_codec, parse_threshold
+from .coder import THRESHOLD_NBYTES, Coder, parse_codec, parse_threshold
 from .connection import Connection
 from .forked import renew, watch
 from .pump import AT_ONCE, Pump, settle_left, within
@@ -138,6 +140,7 @@ class Server:
         self._pool_of_workers: Workers | None = None
         self._listener: socket.socket | None = None
         self._inode = 0
+        self._reserve: Reserve | None = None
         self._connections: set[_Connection] = set()
         self._ending: set[asyncio.Future[bool]] = set()  # of connections that are read out before they are closed
         self._tasks: set[asyncio.Task[None]] = set()
@@ -190,20 +193,32 @@ class Server:
     async def start(self) -> Server:
         """Listens, and accepts clients from now on. Returns the server.
 
-        Raises OSError if the address is in use, AddressError if it must not be listened on, ClosedError after `close`.
+        Raises OSError if the address is in use, AddressError if it must not be listened on, ClosedError after `close`,
+        ResourceError without a descriptor or a thread.
         """
         if self.started or self._closing.is_set():
             state = "closed" if self._closing.is_set() else "started already"
             raise ClosedError(self._left or f"the server was {state}")
         loop = asyncio.get_running_loop()
-        listener, address = listen_socket(self._address, insecure=self._insecure)
+        reserve = Reserve()
+        workers = None
+        try:
+            Coder.capabilities()  # looks for codecs now: when a client comes there may be no descriptor left
+            if self._workers:
+                workers = Workers(self._workers, "fastsplit-worker")
+            listener, address = listen_socket(self._address, insecure=self._insecure)
+        except BaseException:
+            reserve.close()
+            if workers is not None:
+                workers.shutdown(wait=False)
+            raise
+        self._pool_of_workers = workers
+        self._reserve = reserve
         listener.setblocking(False)
         self._loop, self._closed = loop, loop.create_future()
         self._listener, self._address, self._uri = listener, address, str(address)
         if isinstance(address, UnixAddress):
             self._inode = os.stat(address.path).st_ino
-        if self._workers:
-            self._pool_of_workers = Workers(self._workers, "fastsplit-worker")
         loop.add_reader(listener.fileno(), self._accept)
         watch(self)
         return self
@@ -261,6 +276,8 @@ class Server:
         self._closing.set()
         if self._listener is not None:
             self._listener.close()
+        if self._reserve is not None:
+            self._reserve.close()
         if self._closed is not None:
             settle_left(self._closed)
         for connection in self._connections:
@@ -273,24 +290,31 @@ class Server:
             self._accepting.cancel()
         self._loop.remove_reader(self._listener.fileno())
         self._listener.close()
+        if self._reserve is not None:
+            self._reserve.close()
         if isinstance(self._address, UnixAddress):
             remove_socket_file(self._address.path, self._inode)
 
     def _accept(self) -> None:
-        assert self._loop is not None and self._listener is not None
+        assert self._loop is not None and self._listener is not None and self._reserve is not None
         self._accepting = None
         for _ in range(_MOST_ACCEPTED):
             try:
-                sock = accept_socket(self._listener, self._address)
+                sock, refusal = self._reserve.accept(self._listener, self._address)
             except BlockingIOError:
                 return
             except OSError as error:
-                # Out of descriptors, a client that left already, a stranger: none of them is a reason to stop serving.
-                _logger.warning("%s: a connection was not accepted: %s", self._uri, error)
+                # Out of descriptors, a stranger: neither is a reason to stop serving.
+                _logger.warning("%s: a connection was not accepted: %s", self._uri, why(error))
                 self._loop.remove_reader(self._listener.fileno())
                 self._accepting = self._loop.call_later(_ACCEPT_AGAIN_S, self._accept_again)
                 return
             connection = _Connection(self, sock)
+            if refusal is not None:
+                _logger.warning("%s: a connection was not accepted: %s", self._uri, refusal)
+                connection.refuse(refusal)
+                self._reserve.restore()
+                continue
             if len(self._connections) >= self.max_connections:
                 connection.refuse(f"{self.max_connections} connections already, the server accepts no more")
                 continue
@@ -334,6 +358,7 @@ class _Connection:
         self.ended = False
         self._stats = Stats()
         self._pending: dict[int, asyncio.Task[None] | None] = {}  # requests that have no answer yet
+        self._queued: dict[int, Request] = {}  # those for workers; here, so that they are gone when the connection is
         self._waiting: deque[tuple[Request, float | None]] = deque()  # those for plain handlers on the loop
         self._waiting_nbytes = 0
         self._stopped = False
@@ -351,7 +376,7 @@ class _Connection:
         self.pump.start()
         self.pump.send(self.session.hello())
 
-    def refuse(self, reason: str) -> None:
+    def refuse(self, reason: FastsplitError | str) -> None:
         """Says why, and closes at once, since others wait to be accepted. Instead of `start`."""
         self.pump.start()
         self.pump.send(self.session.abort(reason))
@@ -409,8 +434,9 @@ class _Connection:
         if isinstance(error, RemoteProtocolError) and not tell:
             error = PeerLostError(str(error))
         if tell:
-            self.pump.abort(str(error), _LINGER_S)
+            self.pump.abort(error, _LINGER_S)
         left = isinstance(error, PeerLostError) and self.session.at_frame_boundary and not self.inflight
+        left = left and not self.session.aborted
         self._end(None if left else error)
 
     def progressed(self) -> None:
@@ -484,7 +510,7 @@ class _Connection:
         self.ended = True
         if error is not None and not self.server._closing.is_set():
             # Who leaves before the handshake only wanted to see whether anybody is here.
-            greeted = self.session.peer_limits is not None or isinstance(error, RemoteProtocolError)
+            greeted = self.session.peer_limits is not None or isinstance(error, (RemoteProtocolError, ResourceError))
             level = logging.WARNING if greeted else logging.DEBUG
             _logger.log(level, "%s: a connection ended: %s", self.server.uri, str(error))
         if not self.pump.ended:
@@ -493,6 +519,7 @@ class _Connection:
             if handle is not None:
                 handle.cancel()
         self._waiting.clear()
+        self._queued.clear()
         self._waiting_nbytes = 0
         tasks = [task for task in self._pending.values() if task is not None]
         self._pending.clear()
@@ -520,7 +547,11 @@ class _Connection:
             if call is not None:
                 self._adopt(call, self._run(call, handler))
         elif handler is not None and server._pool_of_workers is not None:
-            if not server._pool_of_workers.submit(functools.partial(self._run_in_thread, request, deadline, handler)):
+            self._queued[request_id] = request
+            if not server._pool_of_workers.submit(
+                functools.partial(self._run_in_thread, request_id, deadline, handler)
+            ):
+                self._queued.pop(request_id, None)
                 self._refuse(request_id, "failed", "the server is closing")
         else:
             self._waiting.append((request, deadline))
@@ -528,8 +559,8 @@ class _Connection:
 
     def _begin(self, request: Request, deadline: float | None) -> Call | None:
         """The call of a request that is to run now. None if it is not, and was answered."""
-        request_id, op = request.request_id, request.message.op
-        refusal = self._why_not(request_id, op, deadline)
+        request_id = request.request_id
+        refusal = self._why_not(request, deadline)
         if refusal is not None:
             self._refuse(request_id, *refusal)
             return None
@@ -539,11 +570,14 @@ class _Connection:
             self._refuse(request_id, "failed", describe(error))
             return None
 
-    def _why_not(self, request_id: int, op: str, deadline: float | None) -> tuple[str, str] | None:
-        if request_id in self.cancelled:
+    def _why_not(self, request: Request, deadline: float | None) -> tuple[str, str] | None:
+        op = request.message.op
+        if request.request_id in self.cancelled:
             return "cancelled", "cancelled before it ran"
         if deadline is not None and time.monotonic() >= deadline:
             return "deadline", "its deadline passed before it ran"
+        if request.refusal is not None:
+            return "failed", describe(request.refusal)
         if op not in self.server.handlers:
             known = ", ".join(sorted(self.server.handlers)) or "none"
             return "unknown-op", f"no such operation here; there are: {known}"
@@ -607,9 +641,8 @@ class _Connection:
         while True:
             try:
                 out = self.wire.prepare(call.op, result, AT_ONCE, *coding)
-            except ArenaFull:
-                largest = max(map(nbytes_of, result))
-                if not await self.pump.memory(largest, deadline, again=again):
+            except ArenaFull as full:
+                if not await self.pump.memory(full, deadline, again=again):
                     raise
                 again = True
             else:
@@ -671,9 +704,10 @@ class _Connection:
 
     # ---- workers ----
 
-    def _run_in_thread(self, request: Request, deadline: float | None, handler: Callable[[Call], Any]) -> None:
+    def _run_in_thread(self, request_id: int, deadline: float | None, handler: Callable[[Call], Any]) -> None:
         """All that a worker does for a request: the handler, and what its reply has to copy."""
-        if not self.ended:
+        request = self._queued.pop(request_id, None)
+        if request is not None and not self.ended:
             answer = self._answer_in_thread(request, deadline, handler)
             del request
             with contextlib.suppress(RuntimeError):  # the loop is closed
@@ -683,7 +717,7 @@ class _Connection:
         self, request: Request, deadline: float | None, handler: Callable[[Call], Any]
     ) -> Callable[[], None]:
         """What the loop is to do about it."""
-        refusal = self._why_not(request.request_id, request.message.op, deadline)
+        refusal = self._why_not(request, deadline)
         if refusal is not None:
             return functools.partial(self._refuse, request.request_id, *refusal)
         try:

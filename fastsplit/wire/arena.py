@@ -24,10 +24,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ..errors import ArenaFull, LimitError, ReentrantCallError, RemoteProtocolError
+from ..errors import ArenaFull, ReentrantCallError, RemoteProtocolError, ResourceError
 from ..memory import Lease, Memory
 from ..schema.descriptor import TensorDesc
 from ..schema.limits import Limits
+from ..shortage import shortage
 from .blocks import Block, Blocks, OwnSegment, block_nbytes
 from .forked import renew
 from .segment import Hook, Memfd, Named, Segment
@@ -105,7 +106,7 @@ class Arena:
             if refusal is not None and not self.trim(0.0):
                 why, may_wait = refusal
                 if not may_wait or (deadline is not None and time.monotonic() >= deadline):
-                    raise ArenaFull(why)
+                    raise ArenaFull(why, may_wait=may_wait)
                 self._relieve(deadline)
             lease = self._take(size, nbytes)
         memory: Memory = np.ndarray(nbytes, _UINT8, lease)
@@ -153,7 +154,7 @@ class Arena:
             try:
                 memory, fd, name = self.factory.create(nbytes)
             except ArenaFull as full:
-                return str(full), total > 0
+                return str(full), full.may_wait and total > 0
             try:
                 segment = OwnSegment(self._next_id, memory, self._hook)
             except BaseException:  # the hook failed
@@ -278,7 +279,7 @@ class Arena:
     # ---- in: only the reader calls these ----
 
     def attach(self, segment_id: int, nbytes: int, name: str) -> None:
-        """Maps a segment that the peer announced. Raises RemoteProtocolError, LimitError if the system has no room."""
+        """Maps a segment that the peer announced. Raises RemoteProtocolError, ResourceError for a shortage here."""
         fd = self._take_descriptor() if not name else None
         try:
             self._check_new(segment_id, nbytes)
@@ -289,7 +290,12 @@ class Arena:
         try:
             memory = self.factory.attach(fd, name, nbytes)
         except OSError as error:
-            raise LimitError(f"a segment of {nbytes} bytes of the peer's cannot be mapped: {error.strerror}") from None
+            short = shortage(error)
+            if short is None:  # sealed against writing, for example
+                raise RemoteProtocolError(
+                    f"segment, descriptor: {error.strerror}, expected {nbytes} bytes that can be mapped"
+                ) from None
+            raise ResourceError(f"a segment of {nbytes} bytes of the peer's cannot be mapped: {short}") from None
         with self._lock:
             self._peers[segment_id] = Segment(segment_id, memory, self._hook)
             self._remap()

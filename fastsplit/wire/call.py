@@ -22,9 +22,6 @@ from .threads import call_safely
 __all__ = ["Call", "Caller", "Client", "Handler", "describe", "tensors_nbytes", "wanted_coding"]
 
 
-_AT_END = "what was to run at a connection's end"
-
-
 class Caller(Protocol):
     """What a Call needs to know of its connection."""
 
@@ -126,14 +123,14 @@ class Client:
             if not self._ended:
                 self._callbacks.append(callback)
                 return
-        call_safely(_AT_END, callback)
+        callback()
 
     def _end(self) -> None:
         with self._lock:
             self._ended = True
             callbacks, self._callbacks = self._callbacks, []
         for callback in callbacks:
-            call_safely(_AT_END, callback)
+            call_safely("what was to run at a connection's end", callback)
 
     def leave(self) -> None:
         """For a forked child, where the connection's end is nobody's business."""

@@ -40,11 +40,14 @@ from ..errors import (
     PeerLostError,
     ReentrantCallError,
     RemoteProtocolError,
+    ResourceError,
     TensorError,
+    fresh,
 )
 from ..memory import Pool, pool
 from ..schema.coding import CAST_NAMES, CODEC_NAMES
 from ..schema.limits import Limits
+from ..shortage import start
 from ..tensors import Arrays, Outgoing, parse_expect
 from .address import connect_socket, parse_address
 from .coder import THRESHOLD_NBYTES, parse_cast, parse_codec, parse_threshold
@@ -178,9 +181,10 @@ class Channel:
                 self._measure(HANDSHAKE_FILLER_NBYTES, timeout_s, deadline)
             if overlap and not self.shm:
                 connection.coder.overlaps = True
+                reader = threading.Thread(target=self._read_on, name=f"fastsplit-read {uri}", daemon=True)
+                start(reader)
+                self._reader = reader
                 self._sender = Workers(1, f"fastsplit-send {uri}")
-                self._reader = threading.Thread(target=self._read_on, name=f"fastsplit-read {uri}", daemon=True)
-                self._reader.start()
             watch(self)
         except DeadlineError:
             self._end(ClosedError("the handshake failed"))
@@ -194,7 +198,7 @@ class Channel:
         while not condition():
             self._read_once(deadline)
             if self._error is not None:
-                raise self._error
+                raise fresh(self._error)
             if time.monotonic() >= deadline:
                 raise DeadlineError("no handshake")
 
@@ -303,7 +307,7 @@ class Channel:
             if not held:
                 raise DeadlineError("the link was not measured: others were sending")
             if self._error is not None:  # in the handshake: why the server left
-                raise self._error
+                raise fresh(self._error)
             number, frame = self._connection.probe(nbytes)
             self._probes.add(number)
             self._send_news("a probe", timeout_s, deadline, [frame])
@@ -318,7 +322,7 @@ class Channel:
                 if not self._read_a_while(deadline):
                     time.sleep(0.0002)  # somebody else reads
                 if self._error is not None:
-                    raise self._error
+                    raise fresh(self._error)
                 if time.monotonic() >= deadline:
                     raise DeadlineError("the link was not measured: no answer")
         finally:
@@ -646,7 +650,7 @@ class Channel:
                 with contextlib.suppress(DeadlineError):  # nothing to read after all
                     self._read_once(deadline, blocking=False)
                 if self._error is not None:
-                    raise self._error
+                    raise fresh(self._error)
         finally:
             self._leave_reading()
         return self._connection.link.send(left) if writable else left
@@ -838,8 +842,8 @@ class Channel:
             started_ns = perf_counter_ns()
             try:
                 result = Result.of(event, self._arrays, started_ns - future._sent_ns)
-            except TensorError as error:
-                self._settle(future, error)
+            except (ResourceError, TensorError) as error:
+                self._settle(future, fresh(error))
                 return
             self._stats.remote_s += result.remote_s
             self._session.decode_ns += perf_counter_ns() - started_ns
@@ -918,33 +922,35 @@ class Channel:
         if not self._read_a_while(soon if deadline is None else min(soon, deadline)):
             time.sleep(0.001)
         if self._error is not None:
-            raise self._error
+            raise fresh(self._error)
 
     # ---- ending ----
 
-    def _abort(self, error: RemoteProtocolError) -> None:
-        """The peer broke the protocol: tell it how, if that is possible at once. Only the reader calls it."""
+    def _abort(self, error: FastsplitError) -> None:
+        """The peer broke the protocol, or something is short here: tell it, if that is possible at once. Only the
+        reader calls it."""
         self._fail(error)
         if self._sending.acquire(blocking=False):
             try:
                 with contextlib.suppress(FastsplitError):
-                    self._connection.link.send([self._session.abort(str(error))])
+                    self._connection.link.send([self._session.abort(error)])
             finally:
                 self._release_sending()
             self._connection.link.linger(time.monotonic() + _LINGER_S)
 
     def _fail(self, error: FastsplitError) -> FastsplitError:
-        """Nothing can be called any more, and every future gets the error; the first error stays. Returns that."""
+        """Nothing can be called any more, and every future gets the error; the first error stays. Returns that, to be
+        raised."""
         with self._lock:
             if self._error is None:
-                self._error = error
+                self._error = fresh(error)
             self._closed = True
             futures = list(self._futures.values())
             self._futures.clear()
             for future in futures:
                 if not future._done:
-                    self._finish(future, self._error)
-        return self._error
+                    self._finish(future, fresh(self._error))
+        return fresh(self._error)
 
     def _end(self, error: FastsplitError) -> FastsplitError:
         """Ends the connection. Returns the error that did so first."""

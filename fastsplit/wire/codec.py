@@ -13,12 +13,16 @@ What comes from the peer is hostile until it is unpacked: the size that it decla
 before a byte is unpacked; nothing is ever written behind it; nothing may follow it. It must lie in private memory,
 which the peer cannot change between a check and its use. blosc2 trusts its header, which can name other sizes, filters,
 files and plugins: only the headers that we could have written ourselves are given to it.
+
+What fails for lack of memory is an ArenaFull, not the peer's fault. blosc2 does not tell the two apart, so after an
+error it is tried whether there is memory.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import mmap
 import struct
 import threading
 import time
@@ -28,9 +32,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..errors import RemoteProtocolError, SettingError
+from ..errors import ArenaFull, RemoteProtocolError, ResourceError, SettingError
 from ..memory import Memory
 from ..schema.coding import CODEC_NAMES, CODECS
+from ..shortage import import_shortage, no_memory, why
 
 __all__ = [
     "DECOMPRESS_OVER_COMPRESS",
@@ -74,6 +79,9 @@ _BLOSC2_MOST_NBYTES = 2**31 - 1 - _BLOSC2_HEADER.size
 _SAMPLE_PIECES = 4
 _LEAST_PIECE_NBYTES, _MOST_PIECE_NBYTES = 1024, 16 * 1024
 _LEAST_S = 1e-7  # a clock may not have moved
+_NO_MEMORY = ("llocation", "Error -4 ")  # zstd's and lz4's words, and zlib's Z_MEM_ERROR
+_SCRATCH_BLOCKS, _SCRATCH_NBYTES = 4, 16 * 1024**2
+"""What a library may want beside its input and output: Blosc2 four of its blocks, and all of them something."""
 _NOTHING_MUCH = memoryview(bytes(64))
 
 Allocate = Callable[[int], Memory]
@@ -99,26 +107,37 @@ class Estimate(NamedTuple):
 
 @functools.cache
 def installed() -> tuple[str, ...]:
-    """The codecs that can be used here, in the order in which tensors want them. Imports none: blosc2 takes 0.2 s."""
-    return tuple(name for name in _PREFERRED if _is_there(name))
+    """The codecs that can be used here, in the order in which tensors want them. Imports none: blosc2 takes 0.2 s.
+
+    Raises ResourceError if the first look for them finds no descriptor left.
+    """
+    try:
+        return tuple(name for name in _PREFERRED if _is_there(name))
+    except OSError as error:
+        raise ResourceError(f"codecs that are installed: {why(error)}") from None
 
 
 def compress(codec: int, data: memoryview, itemsize: int, allocate: Allocate) -> memoryview | None:
     """The compressed bytes of `data`, flat, contiguous, and of one byte each; None if they would not be fewer.
 
-    `itemsize`: of the tensor's dtype. They lie in memory from `allocate`, or in the library's.
+    `itemsize`: of the tensor's dtype. They lie in memory from `allocate`, or in the library's. Raises ArenaFull.
     """
     if data.nbytes < 2:
         return None
-    packed = _COMPRESS[codec](data, itemsize, allocate)
+    try:
+        packed = _COMPRESS[codec](data, itemsize, allocate)
+    except _errors(codec) as error:
+        if _is_shortage(error, 0):
+            raise _full(codec, "compress", data.nbytes) from None
+        raise
     return packed if packed is not None and packed.nbytes < data.nbytes else None
 
 
 def decompress(codec: int, data: memoryview, out: memoryview, itemsize: int) -> None:
     """Fills `out`, flat, writable, and of one byte each, with what `data` was compressed from.
 
-    Raises RemoteProtocolError unless `data` is exactly one such stream, fewer bytes than `out` has; then `out` may hold
-    anything.
+    Raises RemoteProtocolError unless `data` is exactly one such stream, fewer bytes than `out` has, and ArenaFull if
+    there is no memory to unpack it; then `out` may hold anything.
     """
     name = CODEC_NAMES.get(codec)
     if name not in installed():
@@ -128,6 +147,9 @@ def decompress(codec: int, data: memoryview, out: memoryview, itemsize: int) -> 
     try:
         _DECOMPRESS[codec](data, out, itemsize)
     except _errors(codec) as error:
+        block_nbytes = _BLOSC2_HEADER.unpack_from(data)[5] if codec == CODECS["blosc2"] else 0
+        if _is_shortage(error, block_nbytes):
+            raise _full(codec, "unpack", out.nbytes) from None
         raise _wrong(codec, f"corrupt data ({str(error) or type(error).__name__})", f"{out.nbytes} bytes") from None
 
 
@@ -149,6 +171,21 @@ def probe(codec: int, data: memoryview, itemsize: int) -> Estimate:
     duration_s, packed_nbytes = _timed(codec, data, itemsize)
     rate = data.nbytes / max(duration_s - start_s, duration_s / 2, _LEAST_S)
     return Estimate(packed_nbytes / data.nbytes, rate, rate * DECOMPRESS_OVER_COMPRESS[codec])
+
+
+def _is_shortage(error: Exception, block_nbytes: int) -> bool:
+    """Whether a codec failed since there is no memory: it says so, or there is not what it may want for its blocks."""
+    if isinstance(error, MemoryError) or any(text in str(error) for text in _NO_MEMORY):
+        return True
+    try:
+        mmap.mmap(-1, _SCRATCH_BLOCKS * block_nbytes + _SCRATCH_NBYTES).close()
+    except OSError:
+        return True
+    return False
+
+
+def _full(codec: int, verb: str, nbytes: int) -> ArenaFull:
+    return ArenaFull(f"no memory to {verb} a tensor of {nbytes} bytes, {CODEC_NAMES[codec]}: {no_memory()}")
 
 
 def _wrong(codec: int, found: str, expected: str) -> RemoteProtocolError:
@@ -176,6 +213,9 @@ def _library(name: str) -> Any:
     try:
         library = zlib if module is None else importlib.import_module(module)
     except (ImportError, OSError) as error:  # one of its own libraries is not there, perhaps
+        short = import_shortage(error)
+        if short is not None:
+            raise ResourceError(f"codec: {name!r} cannot be imported: {short}") from None
         raise SettingError(f"codec: {name!r}, which is installed and cannot be imported: {error}") from None
     if name == "blosc2":
         library.set_releasegil(True)
@@ -184,13 +224,13 @@ def _library(name: str) -> Any:
 
 @functools.cache
 def _errors(codec: int) -> tuple[type[Exception], ...]:
-    """What a library raises for data that it cannot unpack."""
+    """What a library raises for data that it cannot unpack, and without memory."""
     name = CODEC_NAMES[codec]
     if name == "zlib":
-        return (zlib.error,)
+        return (MemoryError, zlib.error)
     if name == "zstd":
-        return (_library(name).ZstdError,)
-    return (RuntimeError, ValueError)
+        return (MemoryError, _library(name).ZstdError)
+    return (MemoryError, RuntimeError, ValueError)
 
 
 def _start_s(codec: int) -> float:

@@ -16,7 +16,7 @@ from time import perf_counter
 from typing import Any
 
 from ..errors import SettingError, shown
-from ..memory import Pool
+from ..memory import Pool, Tenant
 from ..schema.coding import CAST_NAMES, CASTS, CODEC_NAMES, CODECS, cast_bit, codec_bit, coded_nbytes, coding_name
 from ..schema.descriptor import TensorDesc
 from ..schema.dtypes import BY_CODE
@@ -83,7 +83,7 @@ def parse_threshold(nbytes: Any) -> int:
 class Coder:
     """One connection's. `threshold_nbytes`: what a tensor must have to be compressed, after its cast."""
 
-    def __init__(self, pool: Pool, threshold_nbytes: int = THRESHOLD_NBYTES) -> None:
+    def __init__(self, pool: Pool | Tenant, threshold_nbytes: int = THRESHOLD_NBYTES) -> None:
         self.threshold_nbytes = parse_threshold(threshold_nbytes)
         self.accepted: frozenset[int] = frozenset()
         """The codings that both sides know."""
@@ -203,7 +203,9 @@ class Coder:
     # ---- in ----
 
     def decode(self, coding: int, data: Any, desc: TensorDesc) -> Any:
-        """The memory of a tensor whose coded bytes are in `data`, flat uint8. Raises RemoteProtocolError."""
+        """The memory of a tensor whose coded bytes are in `data`, flat uint8.
+
+        Raises RemoteProtocolError, ArenaFull."""
         cast, number = coding >> 4, coding & 15
         if number:
             started_s = perf_counter()

@@ -3,10 +3,15 @@
 Rules. `sending` covers the link's writing side and the session's outgoing side; whoever calls a method that sends holds
 it. The arena exists from the peer's HELLO on, if both sides agreed on one; the ring replaces the link during the
 handshake, before any request.
+
+What a connection holds is gone with its `close`, at once: the frame that is half received is dropped, even if an
+error's traceback still leads to it. Nor is there a circle for the collector, not even of one that nobody closed: what
+is called back (by the session, by the arena) is called through a weak reference.
 """
 
 from __future__ import annotations
 
+import inspect
 import ipaddress
 import os
 import socket
@@ -14,11 +19,20 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
-from ..errors import ArenaFull, ClosedError, DeadlineError, LimitError, PeerLostError, RemoteProtocolError
-from ..memory import Memory, Pool
+from ..errors import (
+    ArenaFull,
+    ClosedError,
+    DeadlineError,
+    LimitError,
+    PeerLostError,
+    RemoteProtocolError,
+    ResourceError,
+)
+from ..memory import Memory, Pool, Tenant
 from ..schema.limits import Limits
+from ..shortage import why as why_failed
 from ..tensors import Outgoing, collect, share
 from .address import Address, UnixAddress
 from .arena import Arena
@@ -40,6 +54,7 @@ _clients: weakref.WeakValueDictionary[str, Connection] = weakref.WeakValueDictio
 greeting: set[int] = set()
 """Threads of servers that read a HELLO, and do not know yet whose. Only a finalizer can call from there."""
 
+_Callback = TypeVar("_Callback", bound=Callable[..., Any])
 _FILLER = os.urandom(MAX_FILLER_NBYTES // 16)  # nothing on the way can compress it, but by its repetition
 
 _ASK_EVERY_S = 0.02  # how often a side that is short of memory asks for returns
@@ -49,6 +64,20 @@ _SMALL_S = 0.005  # how long the rest of a frame may take that the socket took o
 def _filler(nbytes: int) -> bytes:
     """Bytes that say nothing."""
     return (_FILLER * -(-nbytes // len(_FILLER)))[:nbytes]
+
+
+def _weakly(method: _Callback) -> _Callback:
+    """The same bound method of an object that calls it only while it lives, without keeping that alive."""
+    if not inspect.ismethod(method):
+        return method
+    reference = weakref.WeakMethod(method)
+
+    def call(*args: Any) -> Any:
+        found = reference()
+        assert found is not None
+        return found(*args)
+
+    return call  # type: ignore[return-value]
 
 
 def _is_loopback(sock: socket.socket) -> bool:
@@ -62,7 +91,7 @@ def _is_loopback(sock: socket.socket) -> bool:
 
 
 class Connection:
-    """`relieve(deadline)`: see Arena. `hook`: see segment.Hook."""
+    """`relieve(deadline)`: see Arena. `hook`: see segment.Hook. Owns the socket, also if it cannot be made of it."""
 
     def __init__(
         self,
@@ -77,8 +106,13 @@ class Connection:
         hook: Hook | None,
         codec_threshold_nbytes: int = THRESHOLD_NBYTES,
     ) -> None:
+        try:
+            can_code = Coder.capabilities()
+        except ResourceError:
+            sock.close()
+            raise
         self.is_client = is_client
-        self.pool = pool
+        self._memory = Tenant(pool)
         self.arena: Arena | None = None
         self.shm_reason = "off: not agreed on yet"
         self.sending = threading.Lock()
@@ -90,10 +124,10 @@ class Connection:
         self.lent_nbytes = 0
         """Tensor bytes that went out by reference. The sender counts them."""
         self._asked_at = 0.0
-        self._relieve = relieve
+        self._relieve = _weakly(relieve)
         self._hook = hook
         self._sharing: Sharing | None = None
-        self.coder = Coder(pool, codec_threshold_nbytes)
+        self.coder = Coder(self._memory, codec_threshold_nbytes)
         self.meter = None if isinstance(address, UnixAddress) else Meter()
         """Measures the link, where it may lead to another host and nothing is shared."""
         self._is_loopback = _is_loopback(sock)
@@ -103,14 +137,14 @@ class Connection:
         )
         self.session = Session(
             is_client=is_client,
-            allocate=pool.allocate,
+            allocate=self._memory.allocate,
             limits=limits,
             capabilities=(SHARES if self._offer.kinds else 0)
             | (PROBES if self.meter is not None else 0)
-            | (CODES | self.coder.capabilities()),
+            | (CODES | can_code),
             codings=self.coder,
             offer=self._offer.attrs(),
-            greeted=self._greeted,
+            greeted=_weakly(self._greeted),
         )
         if is_client:
             _clients[self._offer.token] = self
@@ -128,8 +162,8 @@ class Connection:
     # ---- memory ----
 
     def allocate(self, nbytes: int, deadline: float | None = None) -> Memory:
-        """Memory that this connection sends from fastest, flat uint8. Raises ArenaFull at the deadline, ClosedError in
-        a forked child."""
+        """Memory that this connection sends from fastest, flat uint8. Raises ArenaFull, at the deadline if shared,
+        ClosedError in a forked child."""
         if self.left is not None:
             raise ClosedError(self.left)
         arena = self.arena
@@ -139,7 +173,7 @@ class Connection:
             except ArenaFull:
                 if not arena.closed:  # else the connection ended meanwhile
                     raise
-        return self.pool.allocate(nbytes)
+        return self._memory.allocate(nbytes)
 
     def prepare(
         self, op: str, tensors: Sequence[Any], deadline: float | None, cast: int = 0, codec: Codec = OFF
@@ -300,7 +334,7 @@ class Connection:
         self.arena = Arena(
             is_client=self.is_client,
             factory=sharing.factory,
-            take_descriptor=self._take_descriptor,
+            take_descriptor=_weakly(self._take_descriptor),
             relieve=self._relieve,
             limits=self.session.limits,
             peer_limits=peer_limits,
@@ -328,6 +362,9 @@ class Connection:
         else:
             try:
                 link.send_with_descriptor(frame, fd, deadline)
+            except ResourceError as error:  # nothing was sent
+                self._without_ring(str(error))
+                return None
             finally:
                 os.close(fd)
 
@@ -347,11 +384,12 @@ class Connection:
         sharing, link = self._sharing, self.link
         if sharing is None or sharing.factory is None or not sharing.ring or isinstance(link, RingLink):
             raise RemoteProtocolError("SEGMENT, id: 0, expected no ring, or no other one")
-        fd = link.take_descriptor() if not event.name else None
         try:
+            fd = link.take_descriptor() if not event.name else None
             memory = sharing.factory.attach(fd, event.name, event.nbytes)
-        except OSError as error:
-            why = f"the server cannot map the ring: {error.strerror}"
+        except (OSError, ResourceError) as error:
+            reason = why_failed(error) if isinstance(error, OSError) else error
+            why = f"the server cannot map the ring: {reason}"
             self._without_ring(why)
             link.send_all([self.session.attached(why)], deadline)
             return
@@ -375,7 +413,12 @@ class Connection:
                 self.arena.leave()
 
     def close(self) -> None:
-        """Closes the link and forgets the shared memory; what lies in it lives on. Nobody may be sending or reading."""
+        """Closes the link, and forgets what is half received and the shared memory; what lies in that lives on.
+
+        Nobody may be sending or reading. Idempotent.
+        """
         self.link.close()
+        self.session.close()
         if self.arena is not None:
             self.arena.close()
+        self._memory.close()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CancelledError, DeadlineError, FastsplitError, RemoteOpError
+from ..errors import CancelledError, DeadlineError, FastsplitError, RemoteOpError, fresh
 from ..tensors import Arrays
 from .session import Error, Reply
 from .threads import call_safely
@@ -33,7 +33,10 @@ class Result(tuple):  # type: ignore[type-arg]
 
     @classmethod
     def of(cls, event: Reply, arrays: Arrays, waited_ns: int) -> Result:
-        """What a reply gives. Raises TensorError for a tensor that arrays of this kind cannot be."""
+        """What a reply gives. Raises TensorError for a tensor that arrays of this kind cannot be, ResourceError if
+        there was no memory for it."""
+        if event.refusal is not None:
+            raise fresh(event.refusal)
         result = cls(map(arrays.view, event.buffers, event.message.tensors))
         result.attrs = event.message.attrs
         # The peer's word: it cannot have worked longer than we have waited.
@@ -104,9 +107,9 @@ class Future:
             self._channel._wait_for(self, timeout)
         if self._error is not None:
             try:
-                raise self._error
+                raise fresh(self._error)  # else the future keeps the frames of those who asked, and their tensors
             finally:
-                del self  # else the error keeps this frame, and with it the future, which keeps the error: and tensors
+                del self
         assert self._result is not None
         return self._result
 

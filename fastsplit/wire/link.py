@@ -10,12 +10,16 @@ On a unix socket that may bring shared memory, reads take descriptors along: a p
 Why the socket is blocking and still written with MSG_DONTWAIT: a read is one system call (SO_RCVTIMEO gives it its
 deadline), and a write never blocks, so that its caller can read meanwhile; two peers that both only write would wait
 for ever.
+
+A descriptor that comes while this process has none left is dropped by the kernel. Its place is kept among those that
+came, so that whoever takes it says so: that is no fault of the peer's.
 """
 
 from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import fcntl
 import numbers
 import os
@@ -29,7 +33,16 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import DeadlineError, FastsplitError, PeerLostError, RemoteProtocolError, SettingError, shown
+from ..errors import (
+    DeadlineError,
+    FastsplitError,
+    PeerLostError,
+    RemoteProtocolError,
+    ResourceError,
+    SettingError,
+    shown,
+)
+from ..shortage import no_descriptor, shortage
 from .estimate import LEAST_NBYTES, Meter
 from .forked import renew
 from .session import Event, Session
@@ -66,6 +79,9 @@ _MAX_DESCRIPTORS = 4
 """Descriptors in one message; fastsplit sends one at a time. What is more is the peer's fault."""
 _MAX_UNCLAIMED = 128
 """Descriptors whose announcements have not been read yet: those of many segments may come at once."""
+_DROPPED = -1
+"""In the place of a descriptor that came while there was none left here."""
+_CUT_OFF = int(socket.MSG_CTRUNC)
 _ANCILLARY_NBYTES = socket.CMSG_SPACE(4 * _MAX_DESCRIPTORS)
 _CLOSE_ON_EXEC = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
 
@@ -228,7 +244,7 @@ class Link:
     def send_with_descriptor_now(self, data: Any, fd: int) -> memoryview:
         """As much of `data` as the kernel takes now, and with its first byte a descriptor; returns what is left.
 
-        Raises PeerLostError.
+        Raises PeerLostError, ResourceError (nothing was sent: too many descriptors are under way).
         """
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
         try:
@@ -236,6 +252,8 @@ class Link:
         except BlockingIOError:
             return memoryview(data)
         except OSError as error:
+            if error.errno == errno.ETOOMANYREFS:
+                raise ResourceError(f"a descriptor cannot be sent: {shortage(error)}") from None
             raise lost(error) from None
         self.bytes_sent += sent
         return memoryview(data)[sent:]
@@ -306,8 +324,16 @@ class Link:
         """A socket's sleeper is only woken by bytes of a frame."""
 
     def take_descriptor(self) -> int | None:
-        """The next descriptor that came, the caller's to close; None if there is none."""
-        return self.descriptors.popleft() if self.descriptors else None
+        """The next descriptor that came, the caller's to close; None if there is none.
+
+        Raises ResourceError if one came, but this process had none left for it.
+        """
+        if not self.descriptors:
+            return None
+        fd = self.descriptors.popleft()
+        if fd == _DROPPED:
+            raise ResourceError(f"a descriptor that came cannot be taken: {no_descriptor()}")
+        return fd
 
     def receive_descriptors(self, scratch: memoryview) -> None:
         """Collects what is there already: descriptors, and bytes that say nothing."""
@@ -352,8 +378,12 @@ class Link:
                         parameters = (buffers[:_MAX_IOVECS],), (ancillary_nbytes,), (flags | _CLOSE_ON_EXEC,)
                         (self._message,) = map(self._sock.recvmsg_into, *parameters)
                     _, ancillary, message_flags, _ = self._message
-                    if ancillary:
-                        self._keep_descriptors(ancillary, message_flags)
+                    if ancillary or message_flags & _CUT_OFF:
+                        try:
+                            self._keep_descriptors(ancillary, message_flags)
+                        except RemoteProtocolError:
+                            self._message = ()
+                            raise
                     sink.arrived, self._message = self._message[0], ()
             except BlockingIOError:
                 if flags:
@@ -368,13 +398,17 @@ class Link:
                 return received
 
     def _keep_descriptors(self, ancillary: list[tuple[int, int, bytes]], message_flags: int) -> None:
+        came = 0
         for level, kind, data in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 fds = array.array("i")
                 fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
                 self.descriptors.extend(fds)
-        if message_flags & socket.MSG_CTRUNC:
-            raise RemoteProtocolError(f"descriptors: more than {_MAX_DESCRIPTORS} in one message, expected one")
+                came += len(fds)
+        if message_flags & _CUT_OFF:
+            if came >= _MAX_DESCRIPTORS:
+                raise RemoteProtocolError(f"descriptors: more than {_MAX_DESCRIPTORS} in one message, expected one")
+            self.descriptors.append(_DROPPED)  # there was room for it in the message, but no descriptor left here
         if len(self.descriptors) > _MAX_UNCLAIMED:
             raise RemoteProtocolError(f"descriptors: {len(self.descriptors)} without a SEGMENT, expected one for each")
 
@@ -427,7 +461,9 @@ class Link:
                         break
             self._sock.close()
             while self.descriptors:
-                os.close(self.descriptors.popleft())
+                fd = self.descriptors.popleft()
+                if fd != _DROPPED:
+                    os.close(fd)
 
     def peer_left(self) -> bool:
         """Whether the peer has ended its writing direction, or is gone. Takes a system call; reads nothing."""

@@ -23,9 +23,9 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from ..errors import ClosedError, DeadlineError, FastsplitError, PeerLostError, RemoteProtocolError
+from ..errors import ArenaFull, ClosedError, DeadlineError, FastsplitError, PeerLostError, RemoteProtocolError, fresh
 from ..tensors import Outgoing
-from .blocks import OwnSegment, block_nbytes
+from .blocks import OwnSegment
 from .connection import Connection
 from .ring import RingLink
 from .session import MAX_RETURNS, Event, Failed
@@ -57,6 +57,17 @@ class Owner(Protocol):
         """Something may have been read or sent: whoever waits for room may look again."""
 
 
+class _Nobody:
+    """The owner of a pump that is closed."""
+
+    def handle(self, event: Event) -> None: ...
+    def failed(self, error: FastsplitError, *, tell: bool) -> None: ...
+    def progressed(self) -> None: ...
+
+
+_NOBODY = _Nobody()
+
+
 class Frame:
     """A frame that waits to be sent, with its tensors."""
 
@@ -71,6 +82,10 @@ class Frame:
         self.returns = returns
         self.segment: OwnSegment | None = None  # its descriptor goes along
         self.started = False
+
+    def drop(self) -> None:
+        """It is sent, or never will be: lets the tensors go, whoever keeps the frame."""
+        self.buffers, self.out = (), None
 
 
 async def within(future: asyncio.Future[bool], deadline: float | None) -> bool:
@@ -227,7 +242,7 @@ class Pump:
                 self._flush_socket()
         except FastsplitError as error:
             # The peer may have said why it left: its last words are still to be read, but not in the middle of a turn.
-            self._lost = error
+            self._lost = fresh(error)
             self._watch_writing(False)
             self.loop.call_soon(self._read_last_words)
         if self._queue and self._stalling is None and self._send_timeout_s is not None:
@@ -287,7 +302,7 @@ class Pump:
     def _sent(self) -> None:
         frame = self._queue.popleft()
         frame.started = True
-        frame.out = None
+        frame.drop()
         self.queued_nbytes -= frame.nbytes
         self._head_since = time.monotonic()
 
@@ -449,16 +464,14 @@ class Pump:
 
     # ---- memory ----
 
-    async def memory(self, nbytes: int, deadline: float | None, *, again: bool) -> bool:
+    async def memory(self, full: ArenaFull, deadline: float | None, *, again: bool) -> bool:
         """Waits for a sign that there may be room in our shared memory now, in the order of those who ask.
 
-        `nbytes`: of the largest tensor that needs room. `again`: there was a sign, but no room. False if the deadline
-        has passed, or if there is nothing to wait for.
+        `full`: what the arena said. `again`: there was a sign, but no room. False if the deadline has passed, or if
+        there is nothing to wait for.
         """
-        arena, limits = self.connection.arena, self.connection.session.peer_limits
-        if arena is None or arena.closed or self.ended or not arena.nbytes or limits is None:
-            return False
-        if block_nbytes(nbytes) > limits.max_shared_nbytes:
+        arena = self.connection.arena
+        if arena is None or arena.closed or self.ended or not full.may_wait:
             return False
         future: asyncio.Future[bool] = self.loop.create_future()
         if again:
@@ -519,10 +532,11 @@ class Pump:
         """Says that this side will say nothing more, unless a frame is half sent. Close next."""
         self._say(self.connection.session.goodbye())
 
-    def abort(self, reason: str, linger_s: float) -> None:
-        """Tells the peer how it broke the protocol, if no frame is half sent, drops what it still says, and closes.
+    def abort(self, reason: FastsplitError | str, linger_s: float) -> None:
+        """Tells the peer how it broke the protocol, or what is short here; drops what it still says, and closes.
 
-        All that after this call, for `linger_s` seconds at most: so that the peer can read why.
+        It is not told if a frame is half sent. All that after this call, for `linger_s` seconds at most: so that the
+        peer can read why.
         """
         if self.ended:
             return
@@ -560,6 +574,7 @@ class Pump:
             self._lingering.cancel()
         self.connection.link.shutdown()
         self.connection.close()
+        self._owner = _NOBODY  # a circle
         self.closed.set_result(True)
 
     def leave(self, why: str) -> None:
@@ -580,8 +595,11 @@ class Pump:
             if handle is not None:
                 handle.cancel()
         self._turning = self._uncorking = self._stalling = self._looking = None
+        for frame in self._queue:
+            frame.drop()
         self._queue.clear()
         self.queued_nbytes = 0
+        self.connection.session.close()  # it may be a while until the descriptor is closed
         for future in list(self._short):
             _settle(future, False)
 

@@ -358,10 +358,10 @@ class RingLink:
         return self._link.peer_left()
 
     def take_descriptor(self) -> int | None:
-        """The next descriptor that came through the socket, None if there is none."""
+        """As Link.take_descriptor, of those that came through the socket."""
         if not self._link.descriptors:
             self._link.receive_descriptors(self._bell)
-        return self._link.descriptors.popleft() if self._link.descriptors else None
+        return self._link.take_descriptor()
 
     # ---- waiting ----
 

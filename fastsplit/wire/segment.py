@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable
 
 from ..errors import AddressError, ArenaFull, RemoteProtocolError
+from ..shortage import shortage, why
 
 __all__ = ["Hook", "Memfd", "Named", "Segment", "check_prefix", "new_token", "why_no_memfd"]
 
@@ -68,7 +69,7 @@ def why_no_memfd() -> str | None:
     try:
         os.close(os.memfd_create("fastsplit", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
     except OSError as error:
-        return f"memfd_create: {error.strerror}"
+        return f"memfd_create: {why(error)}"
     return None
 
 
@@ -82,7 +83,7 @@ class Memfd:
         try:
             fd = os.memfd_create("fastsplit", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         except OSError as error:
-            raise _full(nbytes, error) from None
+            raise _full(nbytes, error, "") from None
         try:
             os.ftruncate(fd, nbytes)
             # No seal against writing, since both sides write. Punching holes cannot be sealed: see docs/security.md.
@@ -90,7 +91,7 @@ class Memfd:
             return _map_reserved(fd, nbytes), fd, ""
         except OSError as error:
             os.close(fd)
-            raise _full(nbytes, error) from None
+            raise _full(nbytes, error, "") from None
         except BaseException:  # Ctrl-C: large memory takes a while
             os.close(fd)
             raise
@@ -153,7 +154,7 @@ class Named:
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise _full(nbytes, error) from None
+            raise _full(nbytes, error, _DIRECTORY) from None
         self._made[path] = fd
         try:
             with contextlib.suppress(OSError):  # without locks stale names are not swept, see `sweep`
@@ -163,7 +164,7 @@ class Named:
             return _map_reserved(fd, nbytes), None, path
         except OSError as error:
             self._forget(path)
-            raise _full(nbytes, error) from None
+            raise _full(nbytes, error, _DIRECTORY) from None
         except BaseException:
             self._forget(path)
             raise
@@ -179,6 +180,8 @@ class Named:
         try:
             fd = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
+            if shortage(error):
+                raise
             raise RemoteProtocolError(f"segment, name: {name!r}: {error.strerror}") from None
         try:
             found = os.fstat(fd)
@@ -242,8 +245,25 @@ class Named:
             os.close(fd)
 
 
-def _full(nbytes: int, error: OSError) -> ArenaFull:
-    return ArenaFull(f"no shared memory for a segment of {nbytes} bytes: {error.strerror or error}")
+def _full(nbytes: int, error: OSError, directory: str) -> ArenaFull:
+    """`directory`: of the file system that the segment was to lie in, empty for a memfd."""
+    if error.errno in (errno.ENOSPC, errno.EFAULT):  # EFAULT: said of a page that cannot be filled
+        reason, may_wait = f"{os.strerror(errno.ENOSPC)}: {_left(directory)}", True
+    else:
+        reason, may_wait = why(error), error.errno == errno.ENOMEM
+    return ArenaFull(f"no shared memory for a segment of {nbytes} bytes: {reason}", may_wait=may_wait)
+
+
+def _left(directory: str) -> str:
+    """What is left where segments are made."""
+    if not directory:
+        return "the system has no memory left for it, or this process's control group may have no more"
+    try:
+        found = os.statvfs(directory)
+    except OSError as error:
+        return f"{directory}: {why(error)}"
+    free, size = found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
+    return f"{directory} is full: {free} of its {size} bytes are free"
 
 
 def _map(fd: int, nbytes: int) -> mmap.mmap:

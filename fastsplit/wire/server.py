@@ -28,14 +28,23 @@ from time import perf_counter_ns
 from typing import Any
 
 from .. import tensors
-from ..errors import ClosedError, DeadlineError, FastsplitError, PeerLostError, RemoteProtocolError
+from ..errors import (
+    ClosedError,
+    DeadlineError,
+    FastsplitError,
+    PeerLostError,
+    RemoteProtocolError,
+    ResourceError,
+    fresh,
+)
 from ..memory import Pool, pool
 from ..schema.limits import Limits
+from ..shortage import start, why
 from ..tensors import Arrays
-from .address import UnixAddress, accept_socket, listen_socket, parse_address, remove_socket_file
+from .address import Reserve, UnixAddress, listen_socket, parse_address, remove_socket_file
 from .arena import IDLE_S
 from .call import Call, Client, Handler, describe, tensors_nbytes, wanted_coding
-from .coder import THRESHOLD_NBYTES, parse_codec, parse_threshold
+from .coder import THRESHOLD_NBYTES, Coder, parse_codec, parse_threshold
 from .connection import Connection, greeting
 from .forked import renew, watch
 from .link import choose_spin_us, cores
@@ -109,6 +118,7 @@ class Server:
         self._listener: socket.socket | None = None
         self._inode = 0
         self._wake: tuple[int, int] | None = None
+        self._reserve: Reserve | None = None
         self._accepting: threading.Thread | None = None
         self._connections: set[_Connection] = set()
         self._lock = threading.RLock()  # a signal may call `close` from inside any other method
@@ -144,7 +154,7 @@ class Server:
         """Takes the address, so that it is known to be free; clients queue until `start`. Returns the server.
 
         Raises OSError if the address is in use, AddressError if it must not be listened on, ClosedError after `close`
-        and in a forked child.
+        and in a forked child, ResourceError without a descriptor.
         """
         with self._lock:
             if self._closing.is_set():
@@ -164,11 +174,17 @@ class Server:
             if self.started and not self._closing.is_set():
                 raise ClosedError("the server was started already")
             self.bind()
-            if self._workers:
-                self._pool_of_workers = Workers(self._workers, "fastsplit-worker")
-            self._wake = os.pipe()
-            thread = threading.Thread(target=self._accept, name=f"fastsplit-accept {self._uri}", daemon=True)
-            thread.start()
+            try:
+                self._reserve = Reserve()
+                Coder.capabilities()  # looks for codecs now: when a client comes there may be no descriptor left
+                self._wake = _pipe()
+                thread = threading.Thread(target=self._accept, name=f"fastsplit-accept {self._uri}", daemon=True)
+                if self._workers:
+                    self._pool_of_workers = Workers(self._workers, "fastsplit-worker")
+                start(thread)
+            except ResourceError:
+                self.close()
+                raise
             self._accepting = thread
         return self
 
@@ -198,9 +214,11 @@ class Server:
         if self._accepting is not None and self._wake is not None:
             os.write(self._wake[1], b"x")
             self._accepting.join()
-            wake, self._wake = self._wake, None
-            for end in wake:
-                os.close(end)
+        wake, self._wake = self._wake, None
+        for end in wake or ():
+            os.close(end)
+        if self._reserve is not None:
+            self._reserve.close()
         self._listener.close()
         if isinstance(self._address, UnixAddress):
             remove_socket_file(self._address.path, self._inode)
@@ -227,6 +245,8 @@ class Server:
         self._closed.set()
         if self._listener is not None:
             self._listener.close()
+        if self._reserve is not None:
+            self._reserve.close()
         for end in self._wake or ():
             os.close(end)
         self._wake = None
@@ -252,27 +272,39 @@ class Server:
             ready = {fd for fd, _ in poll.poll()}
             if self._wake[0] in ready:
                 return
-            try:
-                sock = accept_socket(self._listener, self._address)
-            except OSError as error:
-                # Out of descriptors, a client that left already, a stranger: none of them is a reason to stop serving.
-                _logger.warning("%s: a connection was not accepted: %s", self._uri, error)
-                time.sleep(0.01)
-                continue
-            connection = _Connection(self, sock)
-            with self._lock:
-                full = len(self._connections) >= self.max_connections
-                if not full:
-                    self._connections.add(connection)
-            if full:
-                connection.refuse(f"{self.max_connections} connections already, the server accepts no more")
-                continue
-            try:
-                connection.thread.start()
-            except RuntimeError as error:  # no more threads
-                _logger.warning("%s: a connection was not accepted: %s", self._uri, error)
-                self._forget(connection)
-                connection.refuse("the server has no thread left")
+            self._take_in(self._listener)
+
+    def _take_in(self, listener: socket.socket) -> None:
+        """Accepts one client, or refuses it. Not in the loop, whose locals would hold it until the next one comes."""
+        assert self._reserve is not None
+        try:
+            sock, refusal = self._reserve.accept(listener, self._address)
+        except BlockingIOError:  # gone again
+            return
+        except OSError as error:
+            # Out of descriptors, a stranger: neither is a reason to stop serving.
+            _logger.warning("%s: a connection was not accepted: %s", self._uri, why(error))
+            time.sleep(0.01)
+            return
+        connection = _Connection(self, sock)
+        if refusal is not None:
+            _logger.warning("%s: a connection was not accepted: %s", self._uri, refusal)
+            connection.refuse(refusal)
+            self._reserve.restore()
+            return
+        with self._lock:
+            full = len(self._connections) >= self.max_connections
+            if not full:
+                self._connections.add(connection)
+        if full:
+            connection.refuse(f"{self.max_connections} connections already, the server accepts no more")
+            return
+        try:
+            start(connection.thread)
+        except ResourceError as error:
+            _logger.warning("%s: a connection was not accepted: %s", self._uri, str(error))
+            self._forget(connection)
+            connection.refuse(ResourceError(f"the server has {error}"))
 
     def _forget(self, connection: _Connection) -> None:
         with self._lock:
@@ -312,12 +344,14 @@ class _Connection:
         self._is_idle = False
         self._sender: Workers | None = None
         self._probes: deque[Probe] = deque()
-        self._broken: RemoteProtocolError | None = None  # by the client, while a handler waited for memory
+        self._broken: FastsplitError | None = None  # by the client, or for lack of memory, while a handler waited
         self._idle = threading.Condition()  # guards `_pending`, and what is read ahead
-        self._pending: set[int] = set()  # requests that have no answer yet, where a pool runs them
+        # Requests that have no answer yet, where a pool runs them; here, so that they are gone when the connection is.
+        self._pending: dict[int, Request] = {}
 
-    def refuse(self, reason: str) -> None:
+    def refuse(self, reason: FastsplitError | str) -> None:
         """Says why, and closes. For a connection whose thread was never started."""
+        del self.thread  # which holds this connection until it has run
         with contextlib.suppress(PeerLostError):
             self.wire.link.send([self.session.abort(reason)])
         self.wire.link.shutdown()
@@ -353,24 +387,22 @@ class _Connection:
     # ---- the connection's thread ----
 
     def _serve(self) -> None:
-        error: BaseException | None = None
+        error: FastsplitError | None = None
         try:
             going_on = self._greet()
             while going_on:
                 while self._waiting:
-                    request = self._next_waiting()
-                    if not self.ended:  # else nobody waits for it
-                        self._dispatch(request)
+                    self._dispatch_next()
                 if self._broken is not None:
-                    raise self._broken
+                    raise fresh(self._broken)
                 reads_itself = self._reader is None and self._reader_end is True  # else a reader has something to say
                 going_on = self._read_or_trim() if reads_itself else self._await_reader()
             self._drain()
-        except RemoteProtocolError as protocol_error:
-            error = protocol_error
-            self._abort(str(protocol_error))
+        except (RemoteProtocolError, ResourceError) as broken:
+            error = fresh(broken)
+            self._abort(error)
         except FastsplitError as lost:
-            error = lost
+            error = fresh(lost)
         except Exception:
             _logger.exception("%s: a bug in the server ended a connection", self.server.uri)
         finally:
@@ -378,16 +410,22 @@ class _Connection:
             if error is not None and not self.server._closing.is_set():
                 # Who leaves before the handshake only wanted to see whether anybody is here. The error's text, not the
                 # error: whoever keeps the record would keep its frames, and the shared memory that lies in them.
-                greeted = self.session.peer_limits is not None or isinstance(error, RemoteProtocolError)
+                greeted = self.session.peer_limits is not None or isinstance(
+                    error, (RemoteProtocolError, ResourceError)
+                )
                 level = logging.WARNING if greeted else logging.DEBUG
                 _logger.log(level, "%s: a connection ended: %s", self.server.uri, str(error))
             self.wire.link.shutdown()
+            self._broken = None
             with self._idle:
                 self._waiting.clear()
+                self._pending.clear()
                 self._idle.notify_all()  # the reader may wait for room
                 reader = self._reader
             if reader is not None:
                 reader.join()
+            self._waiting.clear()  # of what the reader still had
+            self._reader_end = True  # perhaps an error, which nobody asked for
             if self._sender is not None:
                 self._sender.shutdown()
             with self._sending:  # a worker may be in a system call on the descriptor
@@ -445,11 +483,11 @@ class _Connection:
         # What is in a ring already can be read for as long as the client goes on writing.
         events = link.receive(session, deadline) if not server._closing.is_set() else None
         if events is None:
-            error = session.end_of_stream()
-            if session.at_frame_boundary:
-                self.ended = not server._closing.is_set()  # else it is we who ended the reading
-                return None
-            raise error
+            if not session.at_frame_boundary:
+                raise session.end_of_stream()
+            session.end_of_stream()
+            self.ended = not server._closing.is_set()  # else it is we who ended the reading
+            return None
         if len(events) > 1:  # a cancellation that came with its request is in time
             self.cancelled.update(event.request_id for event in events if isinstance(event, Cancel))
         return events
@@ -474,7 +512,7 @@ class _Connection:
             return False
         elif isinstance(event, Failed):
             if event.tell:
-                raise event.error
+                raise fresh(event.error)
             raise PeerLostError(str(event.error))
         return True
 
@@ -496,8 +534,8 @@ class _Connection:
                     continue
                 try:
                     going_on = self._handle(event)
-                except RemoteProtocolError as error:
-                    self._broken = error
+                except (RemoteProtocolError, ResourceError) as error:
+                    self._broken = fresh(error)
                     raise
                 if not going_on:
                     raise PeerLostError("the client left while a handler waited for memory")
@@ -522,12 +560,18 @@ class _Connection:
                 raise RemoteProtocolError(
                     f"{len(self._pending) + 1} requests in flight, expected at most {self.server.limits.max_inflight}"
                 )
-            self._pending.add(request.request_id)
-        if not workers.submit(functools.partial(self._run_pending, request, deadline)):
+            self._pending[request.request_id] = request
+        if not workers.submit(functools.partial(self._run_pending, request.request_id, deadline)):
             self._done(request.request_id)
             self._answer_error(request.request_id, "failed", "the server is closing")
 
     # ---- reading ahead ----
+
+    def _dispatch_next(self) -> None:
+        """Runs a request that was read ahead. Not in the connection's loop, whose locals would hold it meanwhile."""
+        request = self._next_waiting()
+        if not self.ended:  # else nobody waits for it
+            self._dispatch(request)
 
     def _next_waiting(self) -> Request:
         with self._idle:
@@ -541,16 +585,14 @@ class _Connection:
     def _read_ahead(self) -> None:
         """Has another thread read from now on. The connection's own goes on to compute: a second one that does would
         bring a second set of OpenMP's threads."""
-        if self._sender is None:
-            try:
-                self._sender = Workers(1, f"fastsplit-send {self.server.uri}")
-            except RuntimeError:  # no more threads: it reads when it has computed
-                return
         self._reader_end = True
         self._reader = threading.Thread(target=self._read_on, name=f"fastsplit-read {self.server.uri}", daemon=True)
         try:
-            self._reader.start()
-        except RuntimeError:
+            if self._sender is None:
+                self._sender = Workers(1, f"fastsplit-send {self.server.uri}")
+            start(self._reader)
+        except ResourceError as error:  # it reads when it has computed
+            _logger.debug("%s: nothing is read ahead: %s", self.server.uri, str(error))
             self._reader = None
         self.wire.coder.overlaps = self._reader is not None
 
@@ -561,15 +603,9 @@ class _Connection:
         self.wire.serves_in(get_ident())
         try:
             while end is True and quick < _MAX_QUICK:
-                events = self._receive(None)
-                if events is None:
-                    end = False
-                    break
-                for event in events:
-                    if isinstance(event, Request):
-                        quick = quick + 1 if self._queue(event) else 0
-                    elif not self._handle(event):
-                        end = False
+                end, quick = self._read_more(quick)
+        except FastsplitError as error:
+            end = fresh(error)
         except BaseException as error:  # noqa: BLE001 (it is the connection's thread that says what became of it)
             end = error
         with self._idle:
@@ -578,6 +614,17 @@ class _Connection:
             self.wire.coder.overlaps = False
             self._idle.notify_all()
         del end  # an error keeps this frame, and with it the tensors
+
+    def _read_more(self, quick: int) -> tuple[bool, int]:
+        """Reads once. Whether the client goes on, and how many requests in a row found nothing to do."""
+        events = self._receive(None)
+        going_on = events is not None
+        for event in events or ():
+            if isinstance(event, Request):
+                quick = quick + 1 if self._queue(event) else 0
+            elif not self._handle(event):
+                going_on = False
+        return going_on, quick
 
     def _queue(self, request: Request) -> bool:
         """Gives a request to the connection's thread. Returns whether that had nothing else to do."""
@@ -631,7 +678,7 @@ class _Connection:
         with self._sending:
             self.wire.link.send([self.session.goodbye()])
 
-    def _abort(self, reason: str) -> None:
+    def _abort(self, reason: FastsplitError) -> None:
         self.ended = True
         deadline = time.monotonic() + _LINGER_S
         if not self._sending.acquire(timeout=_LINGER_S):  # a reply is stuck: the end must say enough
@@ -645,7 +692,10 @@ class _Connection:
 
     # ---- requests ----
 
-    def _run_pending(self, request: Request, deadline: float | None) -> None:
+    def _run_pending(self, request_id: int, deadline: float | None) -> None:
+        request = self._pending.get(request_id)
+        if request is None:  # the connection has ended, or it was answered
+            return
         try:
             if not self.ended:
                 self._run(request, deadline)
@@ -654,11 +704,11 @@ class _Connection:
                 _logger.warning("%s: a reply could not be sent: %s", self.server.uri, str(error))
             self.wire.link.shutdown()
         finally:
-            self._done(request.request_id)
+            self._done(request_id)
 
     def _done(self, request_id: int) -> None:
         with self._idle:
-            self._pending.discard(request_id)
+            self._pending.pop(request_id, None)
             self.cancelled.discard(request_id)
             self._idle.notify_all()
 
@@ -670,6 +720,9 @@ class _Connection:
             return
         if deadline is not None and time.monotonic() >= deadline:
             self._answer_error(request_id, "deadline", "its deadline passed before it ran")
+            return
+        if request.refusal is not None:
+            self._answer_error(request_id, "failed", describe(request.refusal))
             return
         handler = self.server.handlers.get(message.op)
         if handler is None:
@@ -799,3 +852,10 @@ class _Connection:
             self.wire.link.send_all(left, time.monotonic() + self.server.send_timeout_s)
         except DeadlineError:
             raise PeerLostError(f"the client did not take its reply within {self.server.send_timeout_s} s") from None
+
+
+def _pipe() -> tuple[int, int]:
+    try:
+        return os.pipe()
+    except OSError as error:
+        raise ResourceError(f"a pipe: {why(error)}") from None

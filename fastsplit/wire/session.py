@@ -29,24 +29,33 @@ where a function begins, after a call and at a jump backwards. So an assignment 
 `(x,) = map(f, (y,))`, which calls f while it is unpacked.
 
 Rules. Events come in the order of the bytes, however these were cut up. A Failed event is the last one: the stream is
-dead; `abort` makes the frame that tells the peer. Errors of our own (LimitError, SettingError) are raised before
-anything changes. Nothing is allocated before the
-header, the metadata and the session's state were checked against each other. Incoming state belongs to whoever reads,
-outgoing state to whoever sends; all they share are the tables of open requests, whose operations are atomic, and that
-the session is open.
+dead; `abort` makes the frame that tells the peer. A message that there is no memory for is read and dropped, and handed
+out with a `refusal` in the place of its tensors; the connection lives on. Errors of our own (LimitError, SettingError)
+are raised before anything changes. Nothing is allocated before the header, the metadata and the session's state were
+checked against each other. Incoming state belongs to whoever reads, outgoing state to whoever sends; all they share are
+the tables of open requests, whose operations are atomic, and that the session is open.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from enum import Enum
 from time import perf_counter_ns
 from typing import Any, NamedTuple, Protocol
 
-from ..errors import LimitError, LocalProtocolError, PeerLostError, RemoteProtocolError
+from ..errors import (
+    ArenaFull,
+    FastsplitError,
+    LimitError,
+    LocalProtocolError,
+    PeerLostError,
+    RemoteProtocolError,
+    ResourceError,
+    fresh,
+)
 from ..schema.decoder import Decoder
 from ..schema.descriptor import Attrs, AttrValue, Message, TensorDesc
 from ..schema.dtypes import BY_CODE, BY_NAME
@@ -92,6 +101,8 @@ _HELLO, _REQUEST, _REPLY, _ERROR, _CANCEL, _GOODBYE, _ABORT, _SEGMENT, _ATTACHED
 _SCRATCH_NBYTES = 1024**2
 _MAX_TEXT_NBYTES = 3500  # of an ERROR or ABORT: with the rest of the frame it fits the smallest metadata cap
 _SOFTWARE = "fastsplit"
+_BROKEN, _SHORTAGE = "broken", "shortage"
+"""Codes of an ABORT."""
 MAX_RETURNS = 32
 """Returns that ride on another frame; if more are waiting, they get one of their own."""
 _MAX_RETURNS_ALONE = 48  # in a frame of their own: it fits a ring's slot, so that it is sent whole or not at all
@@ -108,6 +119,8 @@ class Request(NamedTuple):
     time_ns: int
     flags: int
     """How the reply is wanted: frame.wanted_reply."""
+    refusal: ResourceError | None = None
+    """There is no memory for its tensors: there are no buffers, and this is what to answer."""
 
 
 class Reply(NamedTuple):
@@ -117,6 +130,8 @@ class Reply(NamedTuple):
     message: Message
     buffers: list[Any]
     time_ns: int
+    refusal: ResourceError | None = None
+    """There is no memory for its tensors: there are no buffers, and the call fails with this."""
 
 
 class Error(NamedTuple):
@@ -174,9 +189,10 @@ class Goodbye(NamedTuple):
 
 
 class Failed(NamedTuple):
-    """The stream is dead: the peer broke the protocol (`tell`: it does not know yet), or says that we did."""
+    """The stream is dead: the peer broke the protocol, or we have run out of something (`tell`: it does not know yet);
+    or the peer says so of us, or of itself."""
 
-    error: RemoteProtocolError
+    error: FastsplitError
     tell: bool
 
 
@@ -221,12 +237,20 @@ _new = tuple.__new__  # a NamedTuple without its own constructor: 0.1 us less
 class _Incoming:
     """A frame whose payload is still arriving."""
 
-    __slots__ = ("at", "buffers", "header", "index", "message", "targets")
+    __slots__ = ("at", "buffers", "header", "index", "message", "refusal", "targets")
 
-    def __init__(self, header: Header, message: Message, buffers: list[Any], targets: list[memoryview]) -> None:
+    def __init__(
+        self,
+        header: Header,
+        message: Message,
+        buffers: list[Any],
+        targets: list[memoryview],
+        refusal: ResourceError | None = None,
+    ) -> None:
         self.header = header
         self.message = message
         self.buffers = buffers
+        self.refusal = refusal
         self.targets = targets  # what is to be filled, in order
         self.index = self.at = 0  # the first target that is not full, and how many of its bytes are
 
@@ -296,7 +320,8 @@ class Session:
         self._part_nbytes = 0
         self._allocate = allocate
         self._state = _State.HANDSHAKE  # of what comes in
-        self._aborted = False  # by the peer
+        self.aborted = False
+        """Whether the peer has sent an ABORT."""
         self._may_request = False
         self._decoder = Decoder(self.limits)
         self._encoder = Encoder(Limits(), HEADER_NBYTES)
@@ -428,10 +453,11 @@ class Session:
         self._may_request = False
         return self._frame(Kind.GOODBYE, 0, "", (), {})
 
-    def abort(self, reason: str) -> bytearray:
-        """The peer broke the protocol, and how."""
+    def abort(self, error: FastsplitError | str) -> bytearray:
+        """The peer broke the protocol, and how; or what this side has run out of."""
         self._may_request = False
-        return self._frame(Kind.ABORT, 0, "", (), {"text": _sendable(reason)})
+        code = _SHORTAGE if isinstance(error, ResourceError) else _BROKEN
+        return self._frame(Kind.ABORT, 0, "", (), {"text": _sendable(str(error)), "code": code})
 
     def _frame(
         self,
@@ -496,12 +522,12 @@ class Session:
                 left = self.payload_left - nbytes
                 incoming.index, incoming.at, self.payload_left, self.arrived, self.unfinished = index, at, left, 0, True
                 if incoming.is_whole:
-                    buffers = self._decoded(incoming.message, incoming.buffers)
+                    buffers, refusal = self._decoded(incoming.message, incoming.buffers, incoming.refusal)
                     self._incoming, self.in_doubt = None, True
-                    self._append(events, self._complete(incoming.header, incoming.message, buffers))
+                    self._append(events, self._complete(incoming.header, incoming.message, buffers, refusal))
                     self.in_doubt = False
             self.unfinished = False
-        except RemoteProtocolError as error:
+        except (FastsplitError, MemoryError) as error:
             self._fail(error, events)
         finally:
             self.decode_ns += perf_counter_ns() - started_ns
@@ -532,7 +558,7 @@ class Session:
                 else:
                     header = parse_header(part, 0, self.limits, self._known_flags)
                     self._read_frame(header, part[HEADER_NBYTES : self._part_nbytes], events)
-        except RemoteProtocolError as error:
+        except (FastsplitError, MemoryError) as error:
             self._fail(error, events)
         finally:
             self.decode_ns += perf_counter_ns() - started_ns
@@ -551,11 +577,12 @@ class Session:
                 _check_expected(expected, message.tensors)
             if self._unwanted:
                 self._unwanted.discard(request_id)
-            events.append(_new(Reply, (request_id, message, self._take_references(message), header[5])))
+            events.append(_new(Reply, (request_id, message, self._take_references(message), header[5], None)))
             self.in_doubt = False
             return
         if header[0] == _REQUEST and not self.is_client and self._state is _OPEN and not message.payload_nbytes:
-            events.append(_new(Request, (header[1], message, self._take_references(message), header[5], header[6])))
+            buffers = self._take_references(message)
+            events.append(_new(Request, (header[1], message, buffers, header[5], header[6], None)))
             self.in_doubt = False
             return
         self._admit(header, message)
@@ -568,10 +595,25 @@ class Session:
         if event is not None:
             events.append(event)
 
-    def _fail(self, error: RemoteProtocolError, events: list[Event]) -> None:
+    def _fail(self, error: FastsplitError | MemoryError, events: list[Event]) -> None:
         self._state = _State.ENDED
         self._may_request = False
-        events.append(Failed(error, tell=not self._aborted))
+        error = fresh(error) if isinstance(error, FastsplitError) else ArenaFull(f"no memory to read a frame: {error}")
+        events.append(Failed(error, tell=not self.aborted))
+
+    def close(self) -> None:
+        """The connection has ended: forgets the frame that is half received, and its memory.
+
+        Nobody may be reading. Idempotent.
+        """
+        incoming, self._incoming = self._incoming, None
+        if incoming is not None:
+            # In place: the frames of an error that a read raised hold these very lists.
+            incoming.targets.clear()
+            incoming.buffers.clear()
+            incoming.index = incoming.at = 0
+        self._part = self._scratch = None
+        self._staging, self._filled, self._at = self._stagings[0], 0, 0
 
     def end_of_stream(self) -> PeerLostError:
         """The error that the end of the peer's stream means for what is in flight."""
@@ -638,7 +680,7 @@ class Session:
             else:
                 self._drop_references(message)
                 at += payload_nbytes
-            self._append(events, self._complete(header, message, self._decoded(message, buffers)))
+            self._append(events, self._complete(header, message, *self._decoded(message, buffers)))
             self._at, self.in_doubt = at, False
         if at == filled:
             self._staging, self._filled, self._at = self._stagings[0], 0, 0
@@ -674,8 +716,9 @@ class Session:
             if kind == _REQUEST and not self.is_client:
                 return True
         if kind == _ABORT:
-            self._aborted = True
-            raise RemoteProtocolError(f"the peer ended the connection: {message.attrs.get('text', 'no reason given')}")
+            self.aborted = True
+            text = f"the peer ended the connection: {message.attrs.get('text', 'no reason given')}"
+            raise PeerLostError(text) if message.attrs.get("code") == _SHORTAGE else RemoteProtocolError(text)
         if (self._state is _State.HANDSHAKE) != (kind == _HELLO) or self._state is _State.ENDED:
             raise RemoteProtocolError(f"a {Kind(kind).name} frame in state {self._state.value!r}")
         if kind in (_REPLY, _REQUEST) or (kind == _CANCEL and self.is_client):
@@ -691,11 +734,16 @@ class Session:
 
     def _open_payload(self, header: Header, message: Message, wanted: bool) -> _Incoming:
         """Finds a place for a payload that is still to come."""
-        if not wanted:
-            self._drop_references(message)
-            return _Incoming(header, message, [], self._scratch_targets(header[4]))
-        buffers = self._make_room(message)
-        return _Incoming(header, message, buffers, _inline(message, buffers))
+        refusal = None
+        if wanted:
+            try:
+                buffers = self._make_room(message)
+            except MemoryError as error:
+                refusal = _no_memory(error)
+            else:
+                return _Incoming(header, message, buffers, _inline(message, buffers))
+        self._drop_references(message)
+        return _Incoming(header, message, [], self._scratch_targets(header[4]), refusal)
 
     def _take_references(self, message: Message) -> list[Any]:
         """Leases on all tensors of a message without a payload, and its returns taken note of."""
@@ -721,26 +769,46 @@ class Session:
         self.shared.returned(message.returns)
 
     def _make_room(self, message: Message) -> list[Any]:
-        """Memory for each tensor: fresh for those in the payload, leases on what is in shared memory."""
+        """Memory for each tensor: fresh for those in the payload, leases on what is in shared memory.
+
+        Raises MemoryError, and then there was no lease.
+        """
         placements = message.placements
         if not placements:
             return [self._allocate(desc.nbytes) for desc in message.tensors]
-        shared = self.shared
-        buffers = []
-        for at, desc in zip(range(0, len(placements), 3), message.tensors):
-            segment = placements[at]
-            if not segment & _SEGMENT_BITS:  # as many bytes as are in the payload: fewer than the tensor's, if coded
-                buffers.append(self._allocate(placements[at + 2]))
-            elif shared is None:
-                raise RemoteProtocolError("placement: in shared memory, expected in the payload: none was agreed on")
-            else:
-                buffers.append(shared.resolve(segment, placements[at + 1], desc))
+        # As many bytes as are in the payload: fewer than the tensor's, if it is coded.
+        buffers = [
+            None if placements[at] & _SEGMENT_BITS else self._allocate(placements[at + 2])
+            for at in range(0, len(placements), 3)
+        ]
+        for index, lease in self._leases(message):
+            buffers[index] = lease
         return buffers
 
-    def _decoded(self, message: Message, buffers: list[Any]) -> list[Any]:
-        """The tensors themselves, also of those that came coded."""
+    def _leases(self, message: Message) -> Iterator[tuple[int, Any]]:
+        """The tensors of a message that are in shared memory: index, and a lease."""
+        placements = message.placements
+        for index, desc in enumerate(message.tensors):
+            segment = placements[3 * index]
+            if segment & _SEGMENT_BITS:
+                if self.shared is None:
+                    raise RemoteProtocolError(
+                        "placement: in shared memory, expected in the payload: none was agreed on"
+                    )
+                yield index, self.shared.resolve(segment, placements[3 * index + 1], desc)
+
+    def _decoded(
+        self, message: Message, buffers: list[Any], refusal: ResourceError | None = None
+    ) -> tuple[list[Any], ResourceError | None]:
+        """The tensors themselves, also of those that came coded; none, and why, where there is no memory for them."""
         if not buffers or not message.placements:
-            return buffers
+            return buffers, refusal
+        try:
+            return self._decode(message, buffers), refusal
+        except MemoryError as error:
+            return [], _no_memory(error)
+
+    def _decode(self, message: Message, buffers: list[Any]) -> list[Any]:
         codings = self._codings
         decoded = buffers.copy()
         for index, segment in enumerate(message.placements[::3]):
@@ -751,8 +819,9 @@ class Session:
 
     def _drop_references(self, message: Message) -> None:
         """Takes and drops what nobody waits for, so that it goes back."""
-        if message.placements and self.shared is not None:
-            self._make_room(Message(message.op, message.tensors, {}, 0, message.placements))
+        if message.placements:
+            for _ in self._leases(message):
+                pass
 
     def _check_answer(self, header: Header, message: Message) -> bool:
         kind, request_id = header[0], header[1]
@@ -774,17 +843,19 @@ class Session:
         whole, rest = divmod(nbytes, _SCRATCH_NBYTES)
         return [self._scratch] * whole + ([self._scratch[:rest]] if rest else [])
 
-    def _complete(self, header: Header, message: Message, buffers: list[Any]) -> Event | None:
+    def _complete(
+        self, header: Header, message: Message, buffers: list[Any], refusal: ResourceError | None = None
+    ) -> Event | None:
         kind, request_id = header[0], header[1]
         if message.returns:
             self._take_returns(message)
         if kind == _REQUEST:
-            return Request(request_id, message, buffers, header[5], header[6])
+            return Request(request_id, message, buffers, header[5], header[6], refusal)
         if kind == _REPLY or kind == _ERROR:  # noqa: SIM109 (faster so)
             self._open.pop(request_id, None)
             self._unwanted.discard(request_id)
             if kind == _REPLY:
-                return Reply(request_id, message, buffers, header[5])
+                return Reply(request_id, message, buffers, header[5], refusal)
             attrs = message.attrs
             return Error(request_id, str(attrs.get("code", "failed")), str(attrs.get("text", "no reason given")))
         if kind == _CANCEL:
@@ -855,6 +926,11 @@ class Session:
             self._decoder.codings = self._codings.accepted
             self._known_flags = REPLY_FLAGS
         return Hello(self.peer_limits, self.capabilities)
+
+
+def _no_memory(error: MemoryError) -> ResourceError:
+    """Why a message is refused that there is no memory for."""
+    return fresh(error) if isinstance(error, ArenaFull) else ArenaFull(f"no memory for a tensor: {error}")
 
 
 def _sendable(text: str) -> str:

@@ -107,7 +107,8 @@ def agree(client: Offer, server: Offer, *, is_client: bool) -> Sharing:
         return Sharing(factory, False, f"{what}, control over the socket: semaphores are {texts}")
     if client.kinds and server.kinds:
         asked = [f"{' or '.join(offer.kinds)} {offer.prefix}".rstrip() for offer in (client, server)]
-        return Sharing(None, False, f"off: the client wants {asked[0]}, the server {asked[1]}")
+        notes = "".join(f": {offer.note}" for offer in (client, server) if offer.note)
+        return Sharing(None, False, f"off: the client wants {asked[0]}, the server {asked[1]}{notes}")
     note = client.note or server.note or "a side has no shared memory"
     return Sharing(None, False, f"off: {note}")
 

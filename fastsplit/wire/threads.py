@@ -14,6 +14,9 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
 
+from ..errors import ResourceError
+from ..shortage import start
+
 __all__ = ["Workers", "call_safely", "is_interrupt", "only_one"]
 
 _logger = logging.getLogger("fastsplit.threads")
@@ -40,7 +43,7 @@ def call_safely(what: str, callback: Callable[..., object], *args: Any) -> None:
 
 
 class Workers:
-    """`count` threads that run what is submitted, in the order in which it comes."""
+    """`count` threads that run what is submitted, in the order in which it comes. Raises ResourceError without them."""
 
     def __init__(self, count: int, name: str) -> None:
         self._tasks: SimpleQueue[Task | None] = SimpleQueue()
@@ -52,8 +55,8 @@ class Workers:
         ]
         try:
             for thread in self.threads:
-                thread.start()
-        except RuntimeError:  # the system has no thread left
+                start(thread)
+        except ResourceError:
             self.shutdown(wait=False)
             raise
 

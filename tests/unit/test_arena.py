@@ -19,7 +19,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from fastsplit.errors import ArenaFull, LimitError, RemoteProtocolError
+from fastsplit.errors import ArenaFull, RemoteProtocolError, ResourceError
 from fastsplit.schema.descriptor import TensorDesc
 from fastsplit.schema.dtypes import BY_NAME
 from fastsplit.schema.limits import Limits
@@ -656,7 +656,9 @@ def test_too_many_segments() -> None:
 def test_a_segment_that_cannot_be_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
     client, server = pair()
     monkeypatch.setattr(Memfd, "attach", lambda *_: (_ for _ in ()).throw(OSError(12, "Cannot allocate memory")))
-    with pytest.raises(LimitError, match=f"a segment of {MIB} bytes of the peer's cannot be mapped: Cannot allocate"):
+    with pytest.raises(
+        ResourceError, match=f"a segment of {MIB} bytes of the peer's cannot be mapped: Cannot allocate"
+    ):
         client.arena.attach(2, MIB, "")
     close(client, server)
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import _thread
 import gc
+import os
 import random
 import threading
+import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
-from fastsplit.memory import ALIGNMENT, Pool
+from fastsplit import memory as module
+from fastsplit.memory import ALIGNMENT, Pool, Tenant
 
 LARGE = 1024 * 1024
 
@@ -165,3 +170,132 @@ def test_threads() -> None:
         thread.join()
     assert not failures
     assert pool.idle_nbytes <= 8 * LARGE
+
+
+# ---- what stays idle -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def watchers(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Idle blocks age a hundred times as fast. Gives the pools' threads that are at work."""
+    running: list[object] = []
+    start = _thread.start_new_thread
+
+    def run(watch: Callable[..., None], *args: object) -> None:
+        watch(*args)
+        running.pop()
+
+    def spy(watch: Callable[..., None], args: tuple[object, ...]) -> int:
+        running.append(watch)
+        return start(run, (watch, *args))
+
+    monkeypatch.setattr(module, "_IDLE_S", 0.15)
+    monkeypatch.setattr(module, "_LOOK_EVERY_S", 0.05)
+    monkeypatch.setattr(_thread, "start_new_thread", spy)
+    return running
+
+
+def _until(there: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 5
+    while not there():
+        assert time.monotonic() < deadline, "not in time"
+        time.sleep(0.005)
+
+
+def test_idle_memory_goes_back_without_a_call() -> None:
+    assert module._IDLE_S + module._LOOK_EVERY_S <= 30  # seconds
+
+
+def test_the_thread_that_gives_back_ends_with_the_last_block(watchers: list[object]) -> None:
+    pool = Pool()
+    for _ in range(3):  # it starts again
+        pool.allocate(LARGE)
+        pool.allocate(2 * LARGE)
+        assert pool.idle_nbytes == 3 * LARGE and len(watchers) == 1
+        _until(lambda: pool.idle_nbytes == 0 and not watchers)
+
+
+def test_what_is_in_use_stays_fast(watchers: list[object]) -> None:
+    """The block that is used again and again is the same one all the time; only the other goes."""
+    pool = Pool()
+    held = [pool.allocate(LARGE), pool.allocate(LARGE)]
+    held.pop()
+    address = held.pop().ctypes.data
+    end = time.monotonic() + 0.5
+    while time.monotonic() < end:
+        assert pool.allocate(LARGE).ctypes.data == address
+        time.sleep(0.01)
+    assert pool.idle_nbytes == LARGE
+
+
+def test_a_pool_that_is_gone_ends_its_thread(watchers: list[object]) -> None:
+    Pool().allocate(LARGE)
+    assert watchers
+    gc.collect()
+    _until(lambda: not watchers)
+
+
+def test_without_a_thread_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> int:
+        raise RuntimeError("can't start new thread")
+
+    pool = Pool()
+    with monkeypatch.context() as patch:
+        patch.setattr(_thread, "start_new_thread", fail)
+        pool.allocate(LARGE)
+        assert pool.idle_nbytes == 0
+    pool.allocate(LARGE)
+    assert pool.idle_nbytes == LARGE  # the next one is kept again
+
+
+def test_a_block_that_comes_back_as_the_thread_ends_is_watched() -> None:
+    """At the very moment between its last look and its end."""
+    pool = Pool()
+    pool._unwatched.pop()  # as if a thread were there
+    pool.allocate(LARGE)
+    assert pool._look()  # there is something: it stays
+
+    class Late(list):  # type: ignore[type-arg]
+        def append(self, token: object) -> None:
+            pool._unwatched = [token]
+            pool._idle[LARGE] = [(time.monotonic(), module._map(LARGE))]  # by another thread, which found no token
+
+    pool.trim()
+    pool._unwatched = Late()
+    assert pool._look() and not pool._unwatched
+
+
+def test_a_forked_child_starts_afresh(watchers: list[object]) -> None:
+    pool = Pool()
+    held = pool.allocate(2 * LARGE)
+    pool.allocate(LARGE)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            kept = pool.idle_nbytes
+            del held  # the child's copy of what the parent holds
+            back = pool.idle_nbytes
+            time.sleep(0.4)
+            os._exit(0 if (kept, back, pool.idle_nbytes) == (0, 2 * LARGE, 0) else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    held[:] = 1  # still the parent's
+    _until(lambda: pool.idle_nbytes == 0)
+
+
+def test_a_tenant_that_has_left_keeps_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert module.MAX_LEFT_NBYTES == 256 * LARGE
+    monkeypatch.setattr(module, "MAX_LEFT_NBYTES", 4 * LARGE)
+    pool = Pool()
+    gone, other = Tenant(pool), Tenant(pool)
+    held = [gone.allocate(LARGE) for _ in range(8)]
+    other_held = [other.allocate(LARGE) for _ in range(8)]
+    del held[:6]
+    assert pool.idle_nbytes == 6 * LARGE
+    gone.close()
+    assert pool.idle_nbytes == 4 * LARGE
+    held.clear()
+    assert pool.idle_nbytes == 4 * LARGE
+    other_held.clear()
+    assert pool.idle_nbytes == 12 * LARGE

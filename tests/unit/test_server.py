@@ -363,7 +363,7 @@ def test_no_thread_left(unix_uri: str, serve: Serve, connect: Connect, monkeypat
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", fail)
-    with pytest.raises(RemoteProtocolError, match="the server has no thread left"):
+    with pytest.raises(PeerLostError, match=r"the server has no thread left: .*RLIMIT_NPROC is"):
         fastsplit.connect(server.uri)
     monkeypatch.setattr(threading.Thread, "start", start)
     assert connect(server.uri).call("echo") == ()
