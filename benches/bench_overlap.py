@@ -73,6 +73,8 @@ Measurement = dict[str, Any]
 class _Constant:
     """Weights of no meaning, which cost nothing to make: a product's time does not depend on its numbers."""
 
+    has_lm_head = False
+
     def load(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         return torch.full(shape, 1.0 if "norm" in name else 0.01)
 

@@ -96,6 +96,8 @@ class _CountingBackend:
 
 
 class _Ones:
+    has_lm_head = False
+
     def load(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         return torch.ones(shape)
 

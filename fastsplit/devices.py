@@ -140,7 +140,7 @@ class _CpuWork:
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         if math.prod(shape) * dtype.itemsize < _SMALL_NBYTES:
-            return torch.empty(tuple(shape), dtype=dtype)
+            return torch.empty(tuple(shape), dtype=dtype, device=Cpu.torch_device)
         tensor: torch.Tensor = _ARRAYS.empty(shape, dtype, pool.allocate)
         return tensor
 
@@ -399,5 +399,5 @@ class TorchDriver:
         # The runtime keeps a refusal as this thread's last error, and torch's next kernel would raise it as its own;
         # torch does not bind the function that clears it, but clears it whenever it raises.
         with contextlib.suppress(RuntimeError):
-            torch.ones(1, device=self.device)
+            torch.ones(1, dtype=torch.float32, device=self.device)
         return f"{_cuda.cudart().cudaGetErrorString(error)} (cudaError {code})"

@@ -92,7 +92,8 @@ class Executor:
                 raise
         self._qkv_width = sum(self.config.out_features(name) for name in ("q", "k", "v"))
         # rounded as HF rounds it
-        self._embedding_multiplier = float(torch.tensor(self.config.embedding_multiplier, dtype=self._torch_dtype))
+        multiplier = torch.tensor(self.config.embedding_multiplier, dtype=self._torch_dtype, device="cpu")
+        self._embedding_multiplier = float(multiplier)
         self.sessions = Sessions(self.config, self.device, self._torch_dtype, max_sessions, max_cache_nbytes)
         self.handlers: dict[str, Handler] = {
             "describe": self._describe,

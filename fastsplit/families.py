@@ -89,6 +89,10 @@ _NO = (None, False)
 
 _NEVER: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
+    "per_layer_config": (None,),
+    "fusion_config": (None,),
+    "text_config": (None,),
+    "configuration_files": (None,),
     "use_bidirectional_attention": _NO,
     "is_causal": (None, True),
 }

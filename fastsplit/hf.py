@@ -32,6 +32,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .choice import choose, look, may_overlap
 from .errors import FastsplitError, ModelError, VerificationError
+from .llama import int64, int64_range
 from .models import open_model
 from .remote import Cache, RemoteModel, share_cores
 from .runner import Runner
@@ -134,13 +135,13 @@ class SplitCache(TransformersCache):
         if self._session is None:
             return
         indices = beam_idx.to("cpu", torch.int64)
-        if not torch.equal(indices, torch.arange(self._session.batch)):
+        if not torch.equal(indices, int64_range(0, self._session.batch)):
             with self._sessions.lock:
                 self._session.reorder(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each sequence `repeats` times, side by side."""
-        self.reorder_cache(torch.arange(max(self.batch_size, 0)).repeat_interleave(repeats))
+        self.reorder_cache(int64_range(0, max(self.batch_size, 0)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps the sequences `indices`, integers or [batch] bool."""
@@ -332,7 +333,8 @@ class SplitModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
         """GenerationMixin.generate. A cache that it made and does not return is closed on the executor."""
         try:
             mixin: Any = super()
-            return mixin.generate(*args, **kwargs)
+            with _cpu_by_default():
+                return mixin.generate(*args, **kwargs)
         finally:
             self._sessions.close_abandoned()
 
@@ -377,7 +379,7 @@ class SplitModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
             self._sessions.close_abandoned()
             logits = self._run(input_ids, attention_mask, position_ids, cache, logits_to_keep)
         # Outside of inference mode: processors and users may change it in place.
-        with torch.no_grad():
+        with torch.no_grad(), _cpu_by_default():
             logits = logits.clone()
             loss = None
             if labels is not None:
@@ -402,7 +404,9 @@ class SplitModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
         ids = input_ids.to("cpu", torch.int64)
         mask = _mask(attention_mask, batch, past + rows)
         if mask is None and cache is not None and cache._hides_padding:
-            mask = torch.ones(batch, past + rows, dtype=torch.bool)  # by default the runner goes on hiding it
+            mask = torch.ones(
+                batch, past + rows, dtype=torch.bool, device="cpu"
+            )  # by default the runner goes on hiding it
         positions = _positions(position_ids, batch, past, rows, mask is not None)
         if cache is None and attention_mask is None and positions is not None and bool((positions.diff() != 1).any()):
             raise ValueError(
@@ -485,6 +489,12 @@ class SplitModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
         )
 
 
+def _cpu_by_default() -> contextlib.AbstractContextManager[object]:
+    """For transformers' own code, which makes tensors on torch's default device: ours are on the CPU."""
+    # entered only where it matters: each of torch's functions is slower in such a context
+    return contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+
+
 def _configs(spec: str, values: dict[str, Any] | None) -> tuple[PreTrainedConfig, GenerationConfig | None]:
     """The configurations that from_pretrained would use; nothing is looked up outside of the directory, and no code of
     the model's own is run. `values`: the configuration of a `random:` model."""
@@ -538,7 +548,7 @@ def _positions(
     position_ids: torch.Tensor | None, batch: int, past: int, rows: int, masked: bool
 ) -> torch.Tensor | None:
     """[batch, rows] int64; None where the runner would count the same ones by itself."""
-    counted = torch.arange(past, past + rows)
+    counted = int64_range(past, past + rows)
     if position_ids is None:
         return counted.repeat(batch, 1) if masked else None
     if position_ids.shape not in ((batch, rows), (1, rows)):
@@ -593,4 +603,5 @@ def _distinct(*inputs: torch.Tensor | str | None) -> tuple[torch.Tensor, torch.T
     which = [seen.setdefault(row.numpy().tobytes(), len(seen)) for row in rows]
     if len(seen) == len(which):
         return None
-    return torch.tensor([which.index(sequence) for sequence in range(len(seen))]), torch.tensor(which)
+    first = [which.index(sequence) for sequence in range(len(seen))]
+    return int64(first), int64(which)

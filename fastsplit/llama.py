@@ -12,13 +12,34 @@ import math
 import torch
 import torch.nn.functional as F
 
-__all__ = ["gated_", "head_norm_", "inverse_rms", "rms_norm", "rotary_", "rotary_matrix", "softcap_", "softmax_"]
+__all__ = [
+    "gated_",
+    "head_norm_",
+    "int64",
+    "int64_range",
+    "inverse_rms",
+    "rms_norm",
+    "rotary_",
+    "rotary_matrix",
+    "softcap_",
+    "softmax_",
+]
 
 _PIECE_NBYTES = 3 * 2**20
 """Measured at [1024, 5632] fp32, two cores, silu(gate * r) * up * r: 20.8 ms in one piece, 4.3 ms in these."""
 
 Scale = torch.Tensor | float
 """One number for each row: [..., rows, 1] fp32, or a float where there is one row."""
+
+
+def int64(values: list[int]) -> torch.Tensor:
+    """[n] on the CPU, whatever torch's default device is; so are all tensors that this package makes."""
+    return torch.tensor(values, dtype=torch.int64, device="cpu")
+
+
+def int64_range(first: int, last: int) -> torch.Tensor:
+    """first, first + 1, ..., last - 1."""
+    return torch.arange(first, last, dtype=torch.int64, device="cpu")
 
 
 def inverse_rms(x: torch.Tensor, eps: float) -> Scale:
@@ -70,7 +91,7 @@ def rotary_matrix(cos: torch.Tensor, sin: torch.Tensor, head_dim: int) -> torch.
     """What one position's `rotary_` multiplies a head by, from the right: [head_dim, head_dim]. cos and sin
     [width / 2]; what is behind `width` stays."""
     half = len(cos)
-    matrix = torch.zeros(head_dim, head_dim, dtype=cos.dtype)
+    matrix = torch.zeros(head_dim, head_dim, dtype=cos.dtype, device=cos.device)
     diagonal = matrix.diagonal()
     diagonal[2 * half :] = 1
     diagonal[:half] = diagonal[half : 2 * half] = cos

@@ -16,10 +16,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from .checkpoint import EMBEDDING, LM_HEAD, Checkpoint, Part, read_json
 from .errors import ModelError
 from .families import ACTIVATIONS, FAMILIES, ROPE_FIELDS, fields_from_hf, hf_from_fields
 
@@ -279,7 +281,7 @@ class ModelConfig:
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every weight of the model by its name, no two of them fused. A tied lm_head is not among them."""
-        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, self.hidden_size)}
+        shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (self.vocab_size, self.hidden_size)}
         for layer in range(self.num_hidden_layers):
             for linear in LINEARS:
                 name = linear_name(layer, linear)
@@ -291,7 +293,7 @@ class ModelConfig:
         for name in norm_names(self):
             shapes[name] = (self.hidden_size,)
         if not self.tie_word_embeddings:
-            shapes["lm_head.weight"] = (self.vocab_size, self.hidden_size)
+            shapes[LM_HEAD] = (self.vocab_size, self.hidden_size)
         return shapes
 
     def tee_weight_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -313,12 +315,16 @@ class ModelConfig:
         return shapes
 
     @classmethod
-    def from_hf(cls, values: dict[str, Any], eos_token_ids: tuple[int, ...] = ()) -> ModelConfig:
-        """The configuration in a config.json of transformers 4 or 5. Raises ModelError for what is not supported."""
+    def from_hf(cls, values: dict[str, Any], generation: dict[str, Any] | None = None) -> ModelConfig:
+        """The configuration in a config.json of transformers 4 or 5. Raises ModelError for what is not supported.
+
+        `generation`: what is in generation_config.json. Where there is one, end-of-sequence tokens are its own, as in
+        transformers, even if it has none.
+        """
         try:
             known = fields_from_hf(values)
             ropes = {name: Rope(**known.pop(name)) for name in ("rope", "local_rope") if known.get(name) is not None}
-            ids = eos_token_ids or _token_ids(values.get("eos_token_id"))
+            ids = _token_ids((values if generation is None else generation).get("eos_token_id"))
             return cls(**{**known, **ropes, "eos_token_ids": ids})
         except KeyError as error:
             raise ModelError(f"config, {error.args[0]}: missing") from None
@@ -499,6 +505,10 @@ PRESETS: dict[str, ModelConfig] = {
 
 
 class _Weights(Protocol):
+    @property
+    def has_lm_head(self) -> bool:
+        """Whether there is an lm_head beside the embedding, even if the configuration says that they are tied."""
+
     def load(self, name: str, shape: tuple[int, ...]) -> torch.Tensor: ...
 
 
@@ -510,24 +520,29 @@ class Model:
     config: ModelConfig
     directory: Path | None
     _weights: _Weights
-    _shapes: dict[str, tuple[int, ...]] = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_shapes", self.config.weight_shapes())
+    @cached_property
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every weight that `items` gives: the configuration's, and an lm_head that is stored although tied."""
+        shapes = self.config.weight_shapes()
+        if self.config.tie_word_embeddings and self._weights.has_lm_head:
+            shapes[LM_HEAD] = shapes[EMBEDDING]
+        return shapes
 
     def load(self, name: str) -> torch.Tensor:
         """One weight by its name, on the CPU, in the dtype in which it is stored; the caller's own.
 
-        Raises ModelError if it is missing or its shape is not what the configuration says.
+        Raises ModelError if it is missing, its shape is not what the configuration says, or its dtype is no
+        floating-point one.
         """
-        shape = self._shapes.get(name)
+        shape = self.weight_shapes.get(name)
         if shape is None:
             raise ModelError(f"{self.name}: no weight {name!r} in this configuration")
         return self._weights.load(name, shape)
 
     def items(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All weights, one at a time."""
-        for name, shape in self._shapes.items():
+        for name, shape in self.weight_shapes.items():
             yield name, self._weights.load(name, shape)
 
     def tee_weights(self) -> dict[str, torch.Tensor]:
@@ -564,83 +579,47 @@ def open_model(spec: str) -> Model:
     directory = Path(spec)
     if not directory.is_dir():
         raise ModelError(f"model {spec!r}: no such directory (expected one with config.json, or random:PRESET)")
-    values = _read_json(directory / "config.json")
+    values = read_json(directory / "config.json")
     if values is None:
         raise ModelError(f"model {spec!r}: no config.json in it")
-    generation = _read_json(directory / "generation_config.json") or {}
-    config = ModelConfig.from_hf(values, _token_ids(generation.get("eos_token_id")))
-    return Model(spec, config, directory, _SafetensorsWeights(directory, _fused_parts(config)))
+    config = ModelConfig.from_hf(values, read_json(directory / "generation_config.json"))
+    return Model(spec, config, directory, _StoredWeights(directory, config, values.get("transformers_weights")))
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: {error}") from None
-    if not isinstance(values, dict):
-        raise ModelError(f"{path}: a {type(values).__name__}, expected a JSON object")
-    return values
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Where a weight lies that a checkpoint has fused with others: rows of another one, from `start` on, of `rows`."""
-
-    name: str
-    start: int
-    rows: int
-
-
-def _fused_parts(config: ModelConfig) -> dict[str, _Part]:
+def _fused_parts(config: ModelConfig) -> dict[str, Part]:
+    """Of the weights that a checkpoint of this family has fused with others, which rows of which one they are."""
     parts = {}
     for fused, linears in FAMILIES[config.model_type].fused.items():
         sizes = [config.out_features(linear) for linear in linears]
         for layer in range(config.num_hidden_layers):
             for index, linear in enumerate(linears):
                 name = f"model.layers.{layer}.{fused}.weight"
-                parts[f"{linear_name(layer, linear)}.weight"] = _Part(name, sum(sizes[:index]), sum(sizes))
+                part = Part(name, sum(sizes[:index]), sizes[index], sum(sizes))
+                parts[f"{linear_name(layer, linear)}.weight"] = part
     return parts
 
 
-class _SafetensorsWeights:
-    """Weights in one `model.safetensors` or in the shards that `model.safetensors.index.json` lists. Of a fused weight
-    only the rows that are asked for are read."""
+class _StoredWeights:
+    """Weights in a directory."""
 
-    def __init__(self, directory: Path, parts: dict[str, _Part]) -> None:
-        self._directory = directory
-        self._parts = parts
-        index = _read_json(directory / "model.safetensors.index.json")
-        self._shards: dict[str, str] | None = None if index is None else index.get("weight_map")
-        if index is None and not (directory / "model.safetensors").is_file():
-            raise ModelError(f"model {str(directory)!r}: neither model.safetensors nor its index in it")
-        if index is not None and not isinstance(self._shards, dict):
-            raise ModelError(f"{directory / 'model.safetensors.index.json'}: no weight_map in it")
+    def __init__(self, directory: Path, config: ModelConfig, file: Any) -> None:
+        self._parts = _fused_parts(config)
+        names = {self._parts[name].name if name in self._parts else name for name in config.weight_shapes()}
+        self._checkpoint = Checkpoint(directory, names, tied=config.tie_word_embeddings, file=file)
+
+    @property
+    def has_lm_head(self) -> bool:
+        return self._checkpoint.has_lm_head
 
     def load(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        from safetensors import SafetensorError, safe_open
-
-        part = self._parts.get(name, _Part(name, 0, shape[0]))
-        file = "model.safetensors" if self._shards is None else self._shards.get(part.name)
-        if not isinstance(file, str) or Path(file).name != file:
-            raise ModelError(f"{self._directory}: no weight {part.name!r} in the index")
-        path = self._directory / file
-        try:
-            with safe_open(path, "pt") as weights:
-                stored = weights.get_slice(part.name)
-                found, expected = tuple(stored.get_shape()), (part.rows, *shape[1:])
-                if found != expected:
-                    raise ModelError(f"{path}: weight {part.name!r} of shape {list(found)}, expected {list(expected)}")
-                tensor: torch.Tensor = stored[part.start : part.start + shape[0]]
-                return tensor
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path}: weight {part.name!r}: {error}") from None
+        return self._checkpoint.load(self._parts.get(name) or Part(name, 0, shape[0], shape[0]), shape)
 
 
 class _RandomWeights:
     """Seeded weights: matrices and biases N(0, 0.02) as HF initialises them, norms N(1, 0.1) so that they matter, or
     around what is 1 with the family's offset."""
+
+    has_lm_head = False
 
     def __init__(self, seed: int, norm: float) -> None:
         self._seed = seed
@@ -650,8 +629,8 @@ class _RandomWeights:
         import torch
 
         digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-        weight = torch.empty(shape)
+        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:7], "little"))
+        weight = torch.empty(shape, dtype=torch.float32, device="cpu")
         if "norm" in name:
             return weight.normal_(self._norm, 0.1, generator=generator)
         return weight.normal_(0.0, 0.02, generator=generator)

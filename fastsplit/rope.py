@@ -40,15 +40,16 @@ def inverse_frequencies(rope: Rope, head_dim: int, length: int) -> tuple[torch.T
     dim, theta = rope.rotary_dim(head_dim), rope.theta
     if rope.kind == "proportional":
         turning = int(rope.partial * head_dim // 2)
-        frequencies = torch.zeros(head_dim // 2)
-        frequencies[:turning] = 1.0 / (theta ** (torch.arange(0, 2 * turning, 2, dtype=torch.float32) / head_dim))
+        frequencies = torch.zeros(head_dim // 2, dtype=torch.float32, device="cpu")
+        frequencies[:turning] = 1.0 / (theta ** (_range(0, 2 * turning, 2) / head_dim))
         return frequencies / rope.factor, 1.0
-    exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
+    exponents = _range(0, dim, 2) / dim
     if rope.kind == "dynamic":
         return 1.0 / (_dynamic_base(rope, dim, length) ** exponents), 1.0
     if rope.kind == "longrope":
         factors = rope.long_factor if length > rope.original_max_position_embeddings else rope.short_factor
-        return 1.0 / (torch.tensor(factors, dtype=torch.float32) * theta**exponents), _longrope_attention(rope)
+        divisors = torch.tensor(factors, dtype=torch.float32, device="cpu")
+        return 1.0 / (divisors * theta**exponents), _longrope_attention(rope)
     wavelengths = theta**exponents
     frequencies = 1.0 / wavelengths
     if rope.kind == "linear":
@@ -65,15 +66,20 @@ def cos_sin(rope: Rope, head_dim: int, length: int) -> tuple[torch.Tensor, torch
     """cos and sin of positions 0 to `length` - 1 of a sequence that has `length` positions now, each
     [length, rotary_dim / 2] fp32, the attention factor multiplied in."""
     frequencies, attention_factor = inverse_frequencies(rope, head_dim, length)
-    angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
+    angles = torch.outer(_range(0, length, 1), frequencies)
     return angles.cos().mul_(attention_factor), angles.sin_().mul_(attention_factor)
+
+
+def _range(first: int, last: int, step: int) -> torch.Tensor:
+    return torch.arange(first, last, step, dtype=torch.float32, device="cpu")
 
 
 def _dynamic_base(rope: Rope, dim: int, length: int) -> torch.Tensor | float:
     context = rope.max_position_embeddings
     if length <= context:
         return rope.theta * math.pow(rope.factor - (rope.factor - 1), dim / (dim - 2))
-    growth = rope.factor * torch.tensor(length) / context - (rope.factor - 1)  # in fp32, as in transformers
+    length_fp32 = torch.tensor(length, dtype=torch.float32, device="cpu")  # as in transformers
+    growth = rope.factor * length_fp32 / context - (rope.factor - 1)
     base: torch.Tensor = rope.theta * growth ** (dim / (dim - 2))
     return base
 
@@ -109,7 +115,7 @@ def _yarn_ramp(rope: Rope, dim: int) -> torch.Tensor:
     low, high = max(low, 0), min(high, dim - 1)
     if low == high:
         high += 0.001
-    return ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    return ((_range(0, dim // 2, 1) - low) / (high - low)).clamp(0, 1)
 
 
 def _yarn_attention(rope: Rope) -> float:

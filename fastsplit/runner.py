@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from .choice import LEAST_STRETCH_ROWS, Choice
-from .llama import rotary_matrix
+from .llama import int64, int64_range, rotary_matrix
 from .models import Rope
 from .ops import MAX_LANES, Block, block_attrs, choose_block_rows, choose_plan, row_blocks
 from .plans import Attention, Layers, Program, Progress, Stretch
@@ -159,7 +159,7 @@ class Runner:
             started.append(progress)
             return self._layers.program(self.plan, stretch)
 
-        with _serial() if batch * rows <= _FEW_ROWS else contextlib.nullcontext():
+        with _serial() if batch * rows <= _FEW_ROWS else contextlib.nullcontext(), _without_autocast():
             results = self._run(len(counts), program)
         cache.length = total
         cache.mask = whole
@@ -206,7 +206,7 @@ class Runner:
         """
         recorder = self._recorder
         sampling = sampling or Sampling()
-        generators = [torch.Generator().manual_seed(sampling.seed + index) for index in range(len(prompts))]
+        generators = [torch.Generator("cpu").manual_seed(sampling.seed + index) for index in range(len(prompts))]
         ids, mask = _left_padded(prompts)
         running = list(range(len(prompts)))
         with self.new_cache(len(prompts), ids.shape[1] + max_new_tokens) as cache:
@@ -223,12 +223,12 @@ class Runner:
                 if not ignore_eos:
                     left = [row for row, token in enumerate(tokens) if token not in self.config.eos_token_ids]
                     if left and len(left) < len(running):
-                        cache.reorder(torch.tensor(left))
+                        cache.reorder(int64(left))
                     running, tokens = [running[row] for row in left], [tokens[row] for row in left]
                 if count == max_new_tokens or not running:
                     return
                 with recorder.phase("decode"):
-                    logits = check_finite(self.forward(torch.tensor(tokens).unsqueeze(1), cache)[:, 0])
+                    logits = check_finite(self.forward(int64(tokens).unsqueeze(1), cache)[:, 0])
                     tokens = [sample(row, sampling, generators[index]) for row, index in zip(logits, running)]
                     recorder.lap("sampling")
 
@@ -376,7 +376,7 @@ class Runner:
             cos, sin = (table[positions].unsqueeze(2) for table in (cos, sin))
         total = start + rows
         blocks = row_blocks(rows, total, choose_block_rows(rows, self._block_rows), window)
-        rows_at = [torch.arange(start + block.start, start + block.start + block.rows) for block in blocks]
+        rows_at = [int64_range(start + block.start, start + block.start + block.rows) for block in blocks]
         hidden = [self._hidden(block, window, mask, at[None], start) for block, at in zip(blocks, rows_at)]
         last = None
         if keep is not None:
@@ -404,11 +404,11 @@ class Runner:
                 oldest = start + block.start + 1 - window  # what the block's first row sees, if there are so many
                 if window and oldest + rows > 1:
                     hidden_count = min(rows - 1, last - first)
-                    columns = torch.arange(first, first + hidden_count)
-                    behind = columns[None] < (torch.arange(rows) + oldest)[:, None]
+                    columns = int64_range(first, first + hidden_count)
+                    behind = columns[None] < int64_range(oldest, oldest + rows)[:, None]
                     hidden.append((slice(0, hidden_count), behind))
             return hidden
-        columns = torch.arange(first, last)
+        columns = int64_range(first, last)
         at = rows_at.unsqueeze(-1)  # [B or 1, rows, 1]
         seen = columns <= at
         if window:
@@ -464,7 +464,7 @@ class Runner:
         if isinstance(keep, str):
             if keep not in ("last", "all"):
                 raise ValueError(f"keep: {keep!r}, expected 'last', 'all' or an int64 tensor")
-            return None if keep == "all" else torch.full((batch,), rows - 1)
+            return None if keep == "all" else torch.full((batch,), rows - 1, dtype=torch.int64, device="cpu")
         if keep.dtype != torch.int64 or keep.shape != (batch,) or not 0 <= int(keep.min()) <= int(keep.max()) < rows:
             raise ValueError(f"keep: {keep.dtype} {list(keep.shape)}, expected int64 [{batch}], each below {rows}")
         return keep
@@ -499,7 +499,7 @@ class Runner:
 @functools.lru_cache(16)
 def _corner(rows: int) -> torch.Tensor:
     """What a block's last columns hide from its rows: [rows, rows] bool, not to be changed."""
-    return torch.ones(rows, rows, dtype=torch.bool).triu_(1)
+    return torch.ones(rows, rows, dtype=torch.bool, device="cpu").triu_(1)
 
 
 @contextlib.contextmanager
@@ -516,13 +516,18 @@ def _serial() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def _without_autocast() -> contextlib.AbstractContextManager[object]:
+    """The caller's autocast would compute products in a dtype of its own."""
+    return torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else contextlib.nullcontext()
+
+
 def _left_padded(prompts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
     """ids [B, longest], and which of them are tokens; None if all are."""
     if not prompts or any(prompt.dim() != 1 or not len(prompt) for prompt in prompts):
         raise ValueError(f"prompts: {[list(prompt.shape) for prompt in prompts]}, expected one or more of [1 or more]")
     longest = max(map(len, prompts))
-    ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
-    mask = torch.zeros(len(prompts), longest, dtype=torch.bool)
+    ids = torch.zeros(len(prompts), longest, dtype=torch.int64, device="cpu")
+    mask = torch.zeros(len(prompts), longest, dtype=torch.bool, device="cpu")
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :] = prompt
         mask[row, longest - len(prompt) :] = True

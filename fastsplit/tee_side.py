@@ -265,11 +265,11 @@ def _prompt_ids(args: argparse.Namespace, config: ModelConfig, tokenizer: Any) -
             f"the model has {config.max_position_embeddings} positions"
         )
     if args.prefill is not None:
-        generator = torch.Generator().manual_seed(args.seed)
-        return torch.randint(0, config.vocab_size, (count,), generator=generator)
+        generator = torch.Generator("cpu").manual_seed(args.seed)
+        return torch.randint(0, config.vocab_size, (count,), generator=generator, dtype=torch.int64, device="cpu")
     if not 0 <= min(ids) <= max(ids) < config.vocab_size:
         raise cli.Usage(f"prompt ids {min(ids)} to {max(ids)}, expected 0 to {config.vocab_size - 1}")
-    return torch.tensor(ids, dtype=torch.int64)
+    return torch.tensor(ids, dtype=torch.int64, device="cpu")
 
 
 def _text_ids(args: argparse.Namespace, tokenizer: Any) -> list[int]:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .checkpoint import EMBEDDING, LM_HEAD
 from .models import LINEARS, Model, ModelConfig, linear_name, norm_names
 
 __all__ = ["GROUPS", "LayerWeights", "Linear", "Weights"]
@@ -64,17 +65,20 @@ class Weights:
         for layer in range(config.num_hidden_layers):
             places.update(self._places(config, layer))
         norms: dict[str, torch.Tensor] = {}
-        for name, weight in progress(model.items(), len(config.weight_shapes())):
+        lm_head: torch.Tensor | None = None
+        for name, weight in progress(model.items(), len(model.weight_shapes)):
             if name in places:
                 places[name].copy_(weight)
-            elif name == "model.embed_tokens.weight":
+            elif name == EMBEDDING:
                 self.embedding = weight.to(device, dtype)
-            elif name == "lm_head.weight":
-                self.lm_head = Linear(weight.to(device, dtype).t(), None)
+            elif name == LM_HEAD:
+                lm_head = weight.to(device, dtype)
             else:
                 norms[name] = weight
-        if config.tie_word_embeddings:
-            self.lm_head = Linear(self.embedding.t(), None)
+        # one that is stored although tied is most often the same
+        if lm_head is None or (config.tie_word_embeddings and torch.equal(lm_head, self.embedding)):
+            lm_head = self.embedding
+        self.lm_head = Linear(lm_head.t(), None)
         used = norm_names(config)
         self.final_norm = self._norm(config, norms[used[-1]])
         for layer, weights in enumerate(self.layers):

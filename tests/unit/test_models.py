@@ -292,5 +292,68 @@ def test_an_index_cannot_name_a_file_elsewhere(tmp_path: Path) -> None:
     _write(tmp_path, BASE, shards=2)
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"model.norm.weight": "../secret.safetensors"}}))
-    with pytest.raises(ModelError, match=r"model\.norm\.weight"):
+    with pytest.raises(ModelError, match=r"index\.json: it names '\.\./secret\.safetensors', expected a file in this"):
+        open_model(str(tmp_path))
+
+
+def _relabel(path: Path, name: str, **changes: Any) -> None:
+    """Changes what a safetensors file says about a weight, and nothing else in it."""
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header[name] |= changes
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+
+
+@pytest.mark.parametrize("dtype", ["I32", "U32", "F8_E4M3", "F4", "BOOL", "C64", "I64"])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.mlp.up_proj.weight", "lm_head.weight"])
+def test_weights_relabelled_as_another_dtype(tmp_path: Path, name: str, dtype: str) -> None:
+    """transformers casts whatever comes: of 0.5 read as I32 it makes 1056964608."""
+    weights = _write(tmp_path, BASE)
+    count, bits = weights[name].numel(), {"F8_E4M3": 8, "F4": 4, "BOOL": 8, "C64": 64, "I64": 64}.get(dtype, 32)
+    weights[name] = torch.zeros(count * bits // 8, dtype=torch.uint8)
+    safetensors_torch.save_file(weights, tmp_path / "model.safetensors")
+    _relabel(tmp_path / "model.safetensors", name, dtype=dtype, shape=ModelConfig.from_hf(BASE).weight_shapes()[name])
+    with pytest.raises(ModelError, match=f"weight '{name}' of dtype {dtype}, expected one of F64, F32, F16, BF16"):
+        open_model(str(tmp_path)).load(name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_weights_of_any_floating_point_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
+    weights = {name: weight.to(dtype) for name, weight in _write(tmp_path, BASE).items()}
+    safetensors_torch.save_file(weights, tmp_path / "model.safetensors")
+    model = open_model(str(tmp_path))
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.items())
+    check_tee_weights(model.config, model.tee_weights(), weights)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"short",
+        b"\xff" * 64,
+        (2**40).to_bytes(8, "little") + b"{}",
+        (2).to_bytes(8, "little") + b"[]",
+        (2).to_bytes(8, "little") + b"\xff\xfe",
+        (2).to_bytes(8, "little") + b"{}" + b"more",
+        (100000).to_bytes(8, "little") + b'{"a":' * 20000,
+        (66).to_bytes(8, "little") + b'{"model.norm.weight":{"dtype":"X","shape":[],"data_offsets":[0,0]}}'[:66],
+    ],
+    ids=["empty", "short", "noise", "long", "a list", "no text", "uncovered", "nested", "dtype"],
+)
+def test_a_file_that_is_no_safetensors(tmp_path: Path, data: bytes) -> None:
+    _write(tmp_path, BASE)
+    (tmp_path / "model.safetensors").write_bytes(data)
+    with pytest.raises(ModelError, match=r"model\.safetensors: header: "):
         open_model(str(tmp_path)).load("model.norm.weight")
+
+
+def test_end_tokens_are_generation_configs_where_there_is_one(tmp_path: Path) -> None:
+    """As in transformers: config.json's count only without generation_config.json."""
+    _write(tmp_path, {**BASE, "eos_token_id": 2})
+    assert open_model(str(tmp_path)).config.eos_token_ids == (2,)
+    for text, expected in (('{"eos_token_id": [3, 4]}', (3, 4)), ("{}", ()), ('{"eos_token_id": null}', ())):
+        (tmp_path / "generation_config.json").write_text(text)
+        assert open_model(str(tmp_path)).config.eos_token_ids == expected
