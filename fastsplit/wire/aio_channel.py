@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
-import logging
 import socket
 import time
 from collections import deque
@@ -27,6 +26,7 @@ from typing import Any
 from .. import tensors
 from ..errors import ArenaFull, ClosedError, DeadlineError, FastsplitError, PeerLostError, SettingError, TensorError
 from ..memory import Pool, pool
+from ..printable import get_logger
 from ..schema.coding import CAST_NAMES, CODEC_NAMES
 from ..schema.limits import Limits
 from ..tensors import Arrays, Outgoing, dtype_of
@@ -44,7 +44,7 @@ from .stats import Stats
 
 __all__ = ["MAX_QUEUED_NBYTES", "Channel", "connect"]
 
-_logger = logging.getLogger("fastsplit.channel")
+_logger = get_logger("fastsplit.channel")
 
 MAX_QUEUED_NBYTES = 64 * 1024**2
 _LINGER_S = 0.5  # how long an aborted peer's bytes are read and dropped, so that it can read why

@@ -30,6 +30,7 @@ from typing import Any
 from .. import tensors
 from ..errors import ArenaFull, ClosedError, DeadlineError, FastsplitError, PeerLostError, RemoteProtocolError
 from ..memory import Pool, pool
+from ..printable import get_logger
 from ..schema.limits import Limits
 from ..tensors import Arrays, Outgoing
 from .address import UnixAddress, accept_socket, listen_socket, parse_address, remove_socket_file
@@ -46,7 +47,7 @@ from .stats import Stats
 
 __all__ = ["Call", "Handler", "Server", "serve"]
 
-_logger = logging.getLogger("fastsplit.server")
+_logger = get_logger("fastsplit.server")
 
 _LINGER_S = 1.0  # how long an aborted peer's bytes are read and dropped, so that it can read why
 _MOST_ACCEPTED = 64  # in one turn of the loop

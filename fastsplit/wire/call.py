@@ -6,11 +6,11 @@ somebody keeps it.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from ..printable import get_logger
 from ..tensors import Arrays
 from .coder import Coder
 from .connection import Connection
@@ -20,7 +20,7 @@ from .session import Request
 
 __all__ = ["Call", "Caller", "Client", "Handler", "describe", "tensors_nbytes", "wanted_coding"]
 
-_logger = logging.getLogger("fastsplit.server")
+_logger = get_logger("fastsplit.server")
 
 
 class Caller(Protocol):

@@ -13,7 +13,6 @@ peer's; then every call in flight gets that error. All public methods are thread
 from __future__ import annotations
 
 import contextlib
-import logging
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -33,6 +32,7 @@ from ..errors import (
     TensorError,
 )
 from ..memory import Pool, pool
+from ..printable import get_logger
 from ..schema.coding import CAST_NAMES, CODEC_NAMES
 from ..schema.limits import Limits
 from ..tensors import Arrays, Outgoing, dtype_of
@@ -62,7 +62,7 @@ from .stats import Stats
 
 __all__ = ["Channel", "Future", "Result"]
 
-_logger = logging.getLogger("fastsplit.channel")
+_logger = get_logger("fastsplit.channel")
 
 MAX_TIMEOUT_S = 1e6  # eleven days; beyond, poll's milliseconds and the header's nanoseconds would run out
 _RELIEF_S = 0.005  # how soon a sender that found another thread reading looks again whether it must read itself

@@ -29,6 +29,7 @@ from typing import Any
 from .. import tensors
 from ..errors import ClosedError, DeadlineError, FastsplitError, PeerLostError, RemoteProtocolError
 from ..memory import Pool, pool
+from ..printable import get_logger
 from ..schema.limits import Limits
 from ..tensors import Arrays
 from .address import UnixAddress, accept_socket, listen_socket, parse_address, remove_socket_file
@@ -43,7 +44,7 @@ from .stats import Stats
 
 __all__ = ["Call", "Client", "Handler", "Server"]
 
-_logger = logging.getLogger("fastsplit.server")
+_logger = get_logger("fastsplit.server")
 
 _MAX_AHEAD_NBYTES = 256 * 1024**2  # tensors of requests that were read ahead; a single one may have more
 _MAX_QUICK = 16  # requests in a row that found nothing to do, after which a connection reads for itself again
