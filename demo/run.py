@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from fastsplit.printable import one_line
+
 from .smollm2 import ConversionError, model_dir
 
 __all__ = ["DemoError", "main", "start_gpu_side", "stop"]
@@ -50,10 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(args.prompt, args.max_new_tokens, args.plan)
     except (DemoError, ConversionError) as error:
-        print(f"demo: {error}", file=sys.stderr)
+        _say(str(error))
         return getattr(error, "exit_code", 1)
     except KeyboardInterrupt:
-        print("demo: interrupted", file=sys.stderr)
+        _say("interrupted")
         return 130
 
 
@@ -126,7 +128,7 @@ def _read_line(process: subprocess.Popen[bytes], deadline: float) -> str | None:
 
 
 def _say(text: str) -> None:
-    print(f"demo: {text}", file=sys.stderr, flush=True)
+    print(f"demo: {one_line(text)}", file=sys.stderr, flush=True)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from . import __version__
 from .errors import FastsplitError
+from .printable import MAX_LINE, for_terminal, one_line, trace
 
 __all__ = [
     "Usage",
@@ -25,10 +26,11 @@ __all__ = [
     "progress",
     "run_main",
     "set_threads",
+    "tell",
+    "write",
 ]
 
 
-_LINE_LENGTH = 1000
 _MOST_THREADS = 1024
 
 
@@ -121,28 +123,42 @@ def run_main(
     try:
         return work(args)
     except FastsplitError as error:
-        print(_line(f"{program}: {_kind(error)}{error}"), file=sys.stderr)
+        tell(program, f"{_kind(error)}{error}")
         return error.exit_code
     except (OSError, MemoryError) as error:
         text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         name = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
-        print(_line(f"{program}: {name}{text}"), file=sys.stderr)
+        tell(program, f"{name}{text}")
         return 1
     except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
+        tell(program, "interrupted")
         return 130
 
 
+def tell(program: str, text: str) -> None:
+    """Says something on stderr, in one line of printable characters."""
+    print(f"{program}: {one_line(text)}", file=sys.stderr, flush=True)
+
+
+def write(text: str) -> None:
+    """Writes a part of the result to stdout. On a terminal control characters are escaped, newlines and tabs excepted;
+    everywhere else the text is as it is, but for characters that the encoding lacks, which are escaped."""
+    stream = sys.stdout
+    if stream is None:  # closed from the start, as by `>&-`
+        return
+    encoding = stream.encoding or "utf-8"
+    shown = for_terminal(text) if stream.isatty() else text
+    print(shown.encode(encoding, "backslashreplace").decode(encoding), end="", flush=True)
+
+
 class _Formatter(logging.Formatter):
+    """For the records of other packages: fastsplit's own are printable already, and of MAX_LINE characters."""
+
     def formatMessage(self, record: logging.LogRecord) -> str:
-        return _line(super().formatMessage(record))
+        return one_line(super().formatMessage(record), 2 * MAX_LINE)
 
-
-def _line(text: str) -> str:
-    """`text`, some of which may be a peer's, as one line that is not long and that does nothing to a terminal."""
-    if len(text) > _LINE_LENGTH:
-        text = f"{text[:_LINE_LENGTH]}... ({len(text)} characters)"
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    def formatException(self, ei: Any) -> str:
+        return super().formatException(ei) if ei[1] is None else trace(ei[1])
 
 
 def _kind(error: FastsplitError) -> str:

@@ -21,7 +21,6 @@ the driver's own staging memory: slower, said once with the reason, and counted.
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -35,11 +34,12 @@ import torch
 from . import tensors
 from .errors import ModelError
 from .memory import pool
+from .printable import get_logger
 from .wire.segment import Hook
 
 __all__ = ["Cpu", "Cuda", "Device", "Driver", "TorchDriver", "Transfers", "Work", "open_device"]
 
-_logger = logging.getLogger("fastsplit.devices")
+_logger = get_logger("fastsplit.devices")
 
 _cuda: Any = torch.cuda  # parts of it have no types
 _PORTABLE = 1  # cudaHostRegisterPortable: page-locked for every context, whichever thread or device copies

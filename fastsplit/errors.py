@@ -20,7 +20,8 @@
     ├── ModelError                           a model that is not there, cannot be read, or is not supported
     └── VerificationError                    the peer's model is not the one that the trusted copy describes
 
-Rules: whose fault it was can be read off the class. A message names the field, what came, and what was expected.
+Rules: whose fault it was can be read off the class. A message names the field, what came, and what was expected. Parts
+of it may be a peer's words, so `str` of each is one line of printable characters; `args` has it as it came.
 Every class says with which code the scripts exit (`exit_code`), so that the mapping stands in one place.
 """
 
@@ -28,6 +29,8 @@ from __future__ import annotations
 
 import copy
 from typing import ClassVar, TypeVar
+
+from .printable import one_line
 
 __all__ = [
     "AddressError",
@@ -69,6 +72,9 @@ class FastsplitError(Exception):
     """The root of the tree: catch it to catch all that fastsplit raises on purpose."""
 
     exit_code: ClassVar[int] = 1
+
+    def __str__(self) -> str:
+        return one_line(super().__str__(), limit=None)
 
 
 class AddressError(FastsplitError, ValueError):
@@ -159,7 +165,8 @@ class RemoteProtocolError(ProtocolError):
 class RemoteOpError(FastsplitError):
     """The peer's handler failed. The connection lives on.
 
-    `op` is the operation's name, `message` what the peer said: `KeyError: 'x'`, for example. It is the peer's text.
+    `op` is the operation's name, `message` what the peer said: `KeyError: 'x'`, for example. That is the peer's text as
+    it came; to show it, print the error.
     """
 
     def __init__(self, op: str, message: str) -> None:
@@ -168,7 +175,7 @@ class RemoteOpError(FastsplitError):
         self.message = message
 
     def __str__(self) -> str:
-        return f"{self.op}: {self.message}"
+        return one_line(f"{self.op}: {self.message}", limit=None)
 
 
 class ModelError(FastsplitError):

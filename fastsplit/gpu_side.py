@@ -125,7 +125,7 @@ def _serve_until(stopped: int, args: argparse.Namespace) -> int:
         )
         server.handlers.update(executor.handlers)
         server.start()
-        print(f"READY uri={server.uri}", flush=True)
+        cli.write(f"READY uri={server.uri}\n")
         os.read(stopped, 1)
     except KeyboardInterrupt:
         if not server.started:
@@ -133,7 +133,7 @@ def _serve_until(stopped: int, args: argparse.Namespace) -> int:
     finally:
         server.close()
     if device.summary is not None:
-        print(f"{_PROGRAM}: {device.summary}", file=sys.stderr)
+        cli.tell(_PROGRAM, device.summary)
     return 0
 
 

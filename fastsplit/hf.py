@@ -17,10 +17,11 @@ destructor only notes that, since it may run in any thread and in the middle of 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,7 +32,7 @@ from transformers.cache_utils import Cache as TransformersCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .choice import choose, look, may_overlap
-from .errors import FastsplitError, ModelError, VerificationError
+from .errors import FastsplitError, ModelError, SettingError, VerificationError
 from .llama import int64, int64_range
 from .models import open_model
 from .remote import Cache, RemoteModel, share_cores
@@ -41,6 +42,44 @@ from .wire.channel import Channel
 __all__ = ["SplitCache", "SplitModelForCausalLM"]
 
 _LOSS_OPTIONS = ("num_items_in_batch", "ignore_index", "shift_labels")
+_GENERATES_OWN = {*inspect.signature(GenerationMixin.generate).parameters, "tokenizer", "assistant_tokenizer"}
+"""Keywords that are for `generate` alone. In some modes it hands them on to forward, where HF's models ignore them."""
+
+
+def _is_given(value: Any) -> bool:
+    return value is not None
+
+
+_NOTHING_OF_A_LAYER = (bool, "which keeps nothing of a layer")
+_ONE_SEQUENCE_A_ROW = (_is_given, "where each row of a batch is one sequence")
+_CODE_ELSEWHERE = "which runs no code of a repository, and transformers has this mode only there"
+_UNSUPPORTED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "inputs_embeds": (_is_given, "whose embeddings are on the executor"),
+    "output_attentions": _NOTHING_OF_A_LAYER,
+    "output_hidden_states": _NOTHING_OF_A_LAYER,
+    "is_causal": (lambda value: value is False, "which computes causal attention alone"),
+    **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"), _ONE_SEQUENCE_A_ROW),
+    "cache_implementation": (
+        # "hybrid" is in older checkpoints of Gemma; transformers takes a dynamic cache for it
+        lambda value: value not in (None, "dynamic", "dynamic_full", "hybrid"),
+        "whose keys and values are on the executor",
+    ),
+    "custom_generate": (
+        lambda value: isinstance(value, str),
+        "which runs no code of a repository: give a function instead of its name",
+    ),
+    "assistant_early_exit": (_is_given, "which runs all layers"),
+    "use_mtp": (bool, "which has no heads for several tokens"),
+    "speculation_type": (_is_given, "whose embeddings are on the executor"),
+    "penalty_alpha": (bool, _CODE_ELSEWHERE),
+    "dola_layers": (_is_given, _CODE_ELSEWHERE),
+    "num_beam_groups": (lambda value: value not in (None, 0, 1), _CODE_ELSEWHERE),
+    "diversity_penalty": (bool, _CODE_ELSEWHERE),
+    "constraints": (_is_given, _CODE_ELSEWHERE),
+    "force_words_ids": (_is_given, _CODE_ELSEWHERE),
+}
+"""What transformers documents for `generate` and `forward` and a split model refuses: from which values on, and why.
+Everything else gives HF's own tokens and logits; tests/e2e/test_generate_keywords.py goes through all there is."""
 _SPARE_POSITIONS = 256
 """What a cache has room for at first beyond its first input: a `max_length` may be far more than what comes."""
 
@@ -329,8 +368,25 @@ class SplitModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
         it takes no more memory than these need."""
         return SplitCache(self._sessions, expected)
 
+    def get_output_embeddings(self) -> Any:
+        """Raises NotImplementedError: the weights are not here. (For an assistant with another vocabulary transformers
+        prunes its lm_head.)"""
+        raise NotImplementedError("a split model has no output embeddings: they are on the executor")
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """GenerationMixin.generate. A cache that it made and does not return is closed on the executor."""
+        """GenerationMixin.generate. A cache that it made and does not return is closed on the executor.
+
+        Raises SettingError by name, before anything is computed, for what a split model does not support: from the
+        call, from a GenerationConfig, from generation_config.json.
+        """
+        given = inspect.signature(GenerationMixin.generate).bind(self, *args, **kwargs).arguments
+        given = {**given, **given.get("kwargs", {})}
+        for name in _UNSUPPORTED:
+            settings = (
+                getattr(given.get("generation_config"), name, None),
+                getattr(self.generation_config, name, None),
+            )
+            _refuse(name, given[name] if name in given else next(filter(_is_given, settings), None))
         try:
             mixin: Any = super()
             with _cpu_by_default():
@@ -348,7 +404,6 @@ class SplitModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits of the new tokens, after what is in the cache.
@@ -357,12 +412,13 @@ class SplitModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
         side; None: no padding. `position_ids`: [batch or 1, n]; None: cached, cached + 1, ... as in transformers, also
         with padding on the left. `past_key_values`: a SplitCache of this model, which grows by n; None: a new one, or
         none at all without `use_cache`. `logits_to_keep`: as for any causal LM of transformers. `labels`: [batch, n],
-        for a loss without gradients.
+        for a loss without gradients. `return_dict`: False for a tuple.
 
         Gives `logits` [batch, kept, vocab] float32, `loss` with labels, and `past_key_values`. What is given for
         padding means nothing. Raises ValueError or TypeError for an input that is not supported, and what the channel
         raises.
         """
+        return_dict = kwargs.pop("return_dict", None)  # no parameter: `generate` must not take it for an input
         _refuse_unsupported(inputs_embeds, self.config, kwargs)
         if input_ids is None or input_ids.ndim != 2 or not input_ids.numel():
             found = "none" if input_ids is None else list(input_ids.shape)
@@ -450,8 +506,8 @@ class SplitModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """GenerationMixin's, and for Phi-3 what its own class does: it starts anew where its rotary embedding changes
-        from short to long."""
+        """GenerationMixin's, without keywords that are for `generate` alone, and for Phi-3 what its own class does: it
+        starts anew where its rotary embedding changes from short to long."""
         if self.config.model_type == "phi3" and past_key_values is not None:
             short = getattr(self.config, "original_max_position_embeddings", None)
             if short is not None and past_key_values.get_seq_length() <= short < input_ids.shape[1]:
@@ -463,7 +519,7 @@ class SplitModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
             past_key_values=past_key_values,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
-            **kwargs,
+            **{name: value for name, value in kwargs.items() if name not in _GENERATES_OWN},
         )
         return inputs
 
@@ -476,11 +532,6 @@ class SplitModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
         max_cache_length: int,
     ) -> Any:
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            if not (generation_config.cache_implementation or "dynamic").startswith("dynamic"):
-                raise ValueError(
-                    f"cache_implementation: {generation_config.cache_implementation!r}, expected none: "
-                    "keys and values are on the executor"
-                )
             model_kwargs["past_key_values"] = self.new_cache(max_cache_length)
             return None
         mixin: Any = super()
@@ -518,17 +569,23 @@ def _configs(spec: str, values: dict[str, Any] | None) -> tuple[PreTrainedConfig
 
 
 def _refuse_unsupported(inputs_embeds: torch.Tensor | None, config: PreTrainedConfig, kwargs: dict[str, Any]) -> None:
-    if inputs_embeds is not None:
-        raise ValueError("inputs_embeds: not supported by a split model, whose embeddings are on the executor")
-    for name in ("output_attentions", "output_hidden_states"):
-        wanted = kwargs.get(name)
-        if getattr(config, name, False) if wanted is None else wanted:
-            raise ValueError(f"{name}: not supported by a split model, which keeps nothing of a layer")
-    # cache_position: what generate of the first 5.x passes; it is where the cache ends
-    known = ("output_attentions", "output_hidden_states", "cache_position", *_LOSS_OPTIONS)
-    unknown = [name for name, value in kwargs.items() if value is not None and name not in known]
+    defaults = {name: getattr(config, name, None) for name in ("output_attentions", "output_hidden_states")}
+    given = {name: value for name, value in kwargs.items() if value is not None}
+    for name, value in {**defaults, **given, "inputs_embeds": inputs_embeds}.items():
+        _refuse(name, value)
+    # cache_position: what generate of the first 5.x passes; it is where the cache ends. output_router_logits: for
+    # mixtures of experts. HF's models of the families that there are here ignore both.
+    known = {*_UNSUPPORTED, "cache_position", "output_router_logits", *_LOSS_OPTIONS}
+    unknown = [name for name in given if name not in known]
     if unknown:
         raise TypeError(f"{', '.join(unknown)}: not supported by a split model")
+
+
+def _refuse(name: str, value: Any) -> None:
+    is_refused, reason = _UNSUPPORTED.get(name, (None, ""))
+    if is_refused is not None and is_refused(value):
+        shown = f"{value!r:.60}, " if isinstance(value, (str, int, float)) and value is not True else ""
+        raise SettingError(f"{name}: {shown}not supported by a split model, {reason}")
 
 
 def _mask(attention_mask: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import socket
 import time
 from collections import deque
@@ -51,8 +50,6 @@ from .stats import Stats
 from .threads import Workers
 
 __all__ = ["MAX_QUEUED_NBYTES", "Channel", "connect"]
-
-_logger = logging.getLogger("fastsplit.channel")
 
 MAX_QUEUED_NBYTES = 64 * 1024**2
 _LINGER_S = 0.5  # how long an aborted peer's bytes are read and dropped, so that it can read why

@@ -38,6 +38,7 @@ from ..errors import (
     TensorError,
 )
 from ..memory import Pool, pool
+from ..printable import get_logger
 from ..schema.limits import Limits
 from ..shortage import why
 from ..tensors import Arrays, Outgoing
@@ -57,7 +58,7 @@ from .threads import Workers, is_interrupt, only_one
 
 __all__ = ["Call", "Handler", "Server", "serve"]
 
-_logger = logging.getLogger("fastsplit.server")
+_logger = get_logger("fastsplit.server")
 
 _LINGER_S = 1.0  # how long an aborted peer's bytes are read and dropped, so that it can read why
 _MOST_ACCEPTED = 64  # in one turn of the loop

@@ -22,7 +22,6 @@ peer's; then every call in flight gets that error. All public methods are thread
 from __future__ import annotations
 
 import contextlib
-import logging
 import threading
 import time
 from collections import deque
@@ -45,6 +44,7 @@ from ..errors import (
     fresh,
 )
 from ..memory import Pool, pool
+from ..printable import get_logger
 from ..schema.coding import CAST_NAMES, CODEC_NAMES
 from ..schema.limits import Limits
 from ..shortage import start
@@ -77,7 +77,7 @@ from .threads import Workers, call_safely
 
 __all__ = ["Channel", "Future", "Result"]
 
-_logger = logging.getLogger("fastsplit.channel")
+_logger = get_logger("fastsplit.channel")
 
 _RELIEF_S = 0.005  # how soon a sender that found another thread reading looks again whether it must read itself
 _LOOK_EVERY_S = 1.0  # how often who waits for the reader looks whether there is one: an interrupted one may say nothing

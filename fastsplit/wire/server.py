@@ -38,6 +38,7 @@ from ..errors import (
     fresh,
 )
 from ..memory import Pool, pool
+from ..printable import get_logger
 from ..schema.limits import Limits
 from ..shortage import start, why
 from ..tensors import Arrays
@@ -55,7 +56,7 @@ from .threads import Workers, only_one
 
 __all__ = ["Call", "Client", "Handler", "Server"]
 
-_logger = logging.getLogger("fastsplit.server")
+_logger = get_logger("fastsplit.server")
 
 _MAX_AHEAD_NBYTES = 256 * 1024**2  # tensors of requests that were read ahead; a single one may have more
 _MAX_QUICK = 16  # requests in a row that found nothing to do, after which a connection reads for itself again

@@ -8,18 +8,18 @@ Rules. What was submitted and has not run when the interpreter ends does not run
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
 
 from ..errors import ResourceError
+from ..printable import get_logger
 from ..shortage import start
 
 __all__ = ["Workers", "call_safely", "is_interrupt", "only_one"]
 
-_logger = logging.getLogger("fastsplit.threads")
+_logger = get_logger("fastsplit.threads")
 
 Task = Callable[[], object]
 

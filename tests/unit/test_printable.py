@@ -1,0 +1,196 @@
+"""What others say, on our terminals and in our logs: nothing but printable characters."""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from aio_front import Front
+from raw_peer import ABORT, connected, frame
+
+import fastsplit
+from fastsplit import cli, errors
+from fastsplit.errors import ConnectError, FastsplitError, RemoteOpError, RemoteProtocolError
+from fastsplit.printable import for_terminal, get_logger, one_line, trace
+
+EVIL = "\x1b[2J\x07\x9b31m\r\nWARNING fastsplit: all is well\x7f\u202e\u2028\u200b\udcff\0"
+EVIL_SHOWN = r"\x1b[2J\x07\x9b31m\r\nWARNING fastsplit: all is well\x7f\u202e\u2028\u200b\udcff\x00"
+
+
+def test_one_line_of_printable_characters() -> None:
+    assert one_line(EVIL) == EVIL_SHOWN
+    assert one_line("Grüße, 世界 \\n") == "Grüße, 世界 \\n"
+    assert one_line("A" * 5000) == "A" * 1000 + "... (5000 characters)"
+    assert one_line("\0" * 900) == (r"\x00" * 250) + "... (900 characters)"
+    assert one_line("\t" * 5000, limit=None) == r"\t" * 5000
+    assert one_line(one_line(EVIL)) == EVIL_SHOWN
+
+
+def test_on_a_terminal_text_stays_text() -> None:
+    text = "Grüße,\n\t世界\u3000\xa0 क्\u200dष 👩\u200d🔬 \ufffd"
+    assert for_terminal(text) == text
+    assert for_terminal("a\n" + EVIL) == "a\n" + EVIL_SHOWN.replace(r"\n", "\n")
+    controls = {chr(code) for code in (*range(32), *range(127, 160))} - {"\n", "\t"}
+    others = {"\xad", "\u061c", "\u200b", "\u200e", *map(chr, range(0x2028, 0x202F)), *map(chr, range(0x2060, 0x2065))}
+    others |= {*map(chr, range(0x2066, 0x2070)), "\ufeff", "\U000e0041", "\ud800"}
+    for char in controls | others:
+        assert for_terminal(f"x{char}y") == f"x{char.encode('unicode_escape').decode()}y"
+    assert for_terminal("\x1b") + for_terminal("[2J") == r"\x1b[2J", "in pieces, too"
+
+
+@pytest.mark.parametrize("kind", [getattr(errors, name) for name in errors.__all__ if name != "RemoteOpError"])
+def test_the_text_of_every_error_is_one_line(kind: type[FastsplitError]) -> None:
+    assert str(kind(f"the peer says {EVIL}")) == f"the peer says {EVIL_SHOWN}"
+    assert str(kind()) == ""
+
+
+def test_a_remote_error_shows_one_line_and_keeps_what_came() -> None:
+    error = RemoteOpError(f"op{EVIL}", f"ValueError: {EVIL}")
+    assert str(error) == f"op{EVIL_SHOWN}: ValueError: {EVIL_SHOWN}"
+    assert (error.op, error.message) == (f"op{EVIL}", f"ValueError: {EVIL}")
+    assert str(ConnectError(2, "no such\nfile")) == r"[Errno 2] no such\nfile"
+
+
+def test_a_traceback_has_the_texts_of_others_in_one_line_each() -> None:
+    def fail() -> None:
+        try:
+            raise KeyError(EVIL)
+        except KeyError as error:
+            raise ValueError(f"came: {EVIL}") from error
+
+    with pytest.raises(ValueError, match="came") as caught:
+        fail()
+    lines = trace(caught.value).split("\n")
+    assert all(line.isprintable() for line in lines)
+    assert f"ValueError: came: {EVIL_SHOWN}" in lines
+    assert any(line.startswith("KeyError: ") for line in lines)
+    assert any(line.startswith('  File "') and line.endswith("in fail") for line in lines)
+    assert any(line.strip() == 'raise ValueError(f"came: {EVIL}") from error' for line in lines)
+    assert not any(line.startswith("WARNING") for line in lines)
+
+
+class _Capture(logging.Handler):
+    """The lines that a plain handler prints."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines += self.format(record).split("\n")
+
+
+@pytest.fixture
+def logged() -> Any:
+    handler = _Capture()
+    root, loggers = logging.getLogger(), [logging.getLogger(f"fastsplit.{name}") for name in ("server", "channel")]
+    levels = [logger.level for logger in loggers]
+    root.addHandler(handler)
+    for logger in loggers:
+        logger.setLevel(logging.DEBUG)
+    yield handler.lines
+    root.removeHandler(handler)
+    for logger, level in zip(loggers, levels):
+        logger.setLevel(level)
+
+
+def test_a_logger_prints_a_message_as_one_line(logged: list[str]) -> None:
+    logger = get_logger("fastsplit.server")
+    logger.warning("%s: %d%%: %s", "uri", 5, EVIL)
+    logger.warning("100% sure")
+    assert logged == [f"uri: 5%: {EVIL_SHOWN}", "100% sure"]
+    assert get_logger("fastsplit.server") is logger and len(logger.filters) == 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", ["blocking", "aio"])
+def test_a_servers_log_has_the_peers_texts_in_one_line(
+    unix_uri: str, kind: str, workers: int, logged: list[str]
+) -> None:
+    def fail(call: fastsplit.Call) -> None:
+        raise ValueError(f"{call.attrs['text']}")
+
+    front = Front(kind)
+    try:
+        with front.Server(unix_uri, {f"op{EVIL[:-2]}": fail}, workers=workers) as server:
+            with connected(server.uri) as peer:
+                peer.greet()
+                peer.send(frame(ABORT, attrs={"text": EVIL[:-2]}))
+                assert peer.receive() is None
+            with front.connect(server.uri) as channel:
+                with pytest.raises(RemoteOpError) as caught:
+                    channel.call(f"op{EVIL[:-2]}", text=EVIL[:-2])
+        shown = EVIL_SHOWN[: EVIL_SHOWN.index(r"\udcff")]
+        assert str(caught.value) == f"op{shown}: ValueError: {shown}"
+        assert f"{server.uri}: a connection ended: the peer ended the connection: {shown}" in logged
+        assert f"ValueError: {shown}" in logged, "the handler's traceback"
+        assert any("the handler of 'op" in line for line in logged)
+        assert all(line.isprintable() for line in logged)
+        assert not any(line.startswith("WARNING fastsplit") for line in logged)
+    finally:
+        front.close()
+
+
+def test_a_channels_errors_have_the_peers_texts_in_one_line(unix_uri: str, serve: Callable[..., Any]) -> None:
+    def abort(call: fastsplit.Call) -> None:
+        raise fastsplit.errors.ModelError(EVIL[:-2])
+
+    server = serve(unix_uri, {"x": abort})
+    with fastsplit.connect(server.uri) as channel, pytest.raises(RemoteOpError) as caught:
+        channel.call("x")
+    assert str(caught.value).isprintable()
+    error = RemoteProtocolError(f"the peer ended the connection: {EVIL}")
+    assert str(error) == f"the peer ended the connection: {EVIL_SHOWN}"
+
+
+# ---- the scripts -----------------------------------------------------------------------------------------------------
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stream", "expected"),
+    [(io.StringIO, EVIL[:-2] + "é\n"), (_Terminal, EVIL_SHOWN[:-10].replace(r"\n", "\n") + "é\n")],
+    ids=["a pipe", "a terminal"],
+)
+def test_results_are_escaped_on_a_terminal_alone(
+    monkeypatch: pytest.MonkeyPatch, stream: type[io.StringIO], expected: str
+) -> None:
+    out = stream()
+    monkeypatch.setattr(sys, "stdout", out)
+    cli.write(EVIL[:-2])
+    cli.write("é\n")
+    assert out.getvalue() == expected
+    monkeypatch.setattr(sys, "stdout", None)
+    cli.write("nobody reads")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "expected"), [("ascii", b"\\xe9\\u4e16\\udcff"), ("latin-1", b"\xe9\\u4e16\\udcff")]
+)
+def test_what_an_encoding_lacks_is_escaped(monkeypatch: pytest.MonkeyPatch, encoding: str, expected: bytes) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding))
+    cli.write("é世\udcff")
+    assert raw.getvalue() == expected
+
+
+def test_what_a_script_says_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.tell("tee_side", EVIL)
+    record = logging.LogRecord("other", logging.ERROR, "", 0, "%s", (EVIL,), None)
+    try:
+        raise ValueError(EVIL)
+    except ValueError:
+        record.exc_info = sys.exc_info()
+    text = cli._Formatter("tee_side: %(message)s").format(record)
+    assert capsys.readouterr().err == f"tee_side: {EVIL_SHOWN}\n"
+    assert text.startswith(f"tee_side: {EVIL_SHOWN}\n")
+    assert text.endswith(f"\nValueError: {EVIL_SHOWN}")
+    assert all(line.isprintable() for line in text.split("\n"))
