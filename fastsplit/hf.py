@@ -38,6 +38,7 @@ from .models import open_model
 from .remote import Cache, RemoteModel, share_cores
 from .runner import Runner
 from .wire.channel import Channel
+from .wire.forked import renew, watch
 
 __all__ = ["SplitCache", "SplitModelForCausalLM"]
 
@@ -91,6 +92,12 @@ class _Sessions:
         self.runner = runner
         self.lock = threading.RLock()
         self._abandoned: deque[Cache] = deque()
+        watch(self)
+
+    def leave(self, why: str) -> None:
+        """For a forked child: see wire/forked.py."""
+        renew(self.lock)
+        self._abandoned.clear()
 
     def watch(self, holder: object, session: Cache) -> weakref.finalize[..., object]:
         """Sees to it that the session is closed some time after the holder is gone. Detach it to prevent that."""
@@ -103,7 +110,7 @@ class _Sessions:
             while self._abandoned:
                 # If the connection is lost so are its sessions; whoever needs it next is told.
                 with contextlib.suppress(FastsplitError):
-                    self._abandoned.popleft().close()
+                    self._abandoned.popleft().close(wait=False)
 
 
 class SplitCache(TransformersCache):
@@ -164,10 +171,12 @@ class SplitCache(TransformersCache):
         """Forgets the last `-tokens_to_remove` positions; a positive number is the length to keep, as it was before
         transformers 5.23."""
         length = self.get_seq_length()
-        kept = length + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, length)
-        if self._session is not None and kept < length:
+        self._truncate(length + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, length))
+
+    def _truncate(self, length: int, *, wait: bool = True) -> None:
+        if self._session is not None and length < self._session.length:
             with self._sessions.lock:
-                self._session.truncate(max(kept, 0))
+                self._session.truncate(max(length, 0), wait=wait)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Makes sequence i the former `beam_idx[i]`, [new batch] integers."""
@@ -220,7 +229,7 @@ class SplitCache(TransformersCache):
             if length:
                 # If that fails too, the connection is lost.
                 with contextlib.suppress(FastsplitError):
-                    self.crop(min(length - self.get_seq_length(), 0))
+                    self._truncate(length, wait=False)
             elif self._finalizer is not None:
                 self._session = None
                 self._finalizer()

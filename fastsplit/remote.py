@@ -120,11 +120,12 @@ class Cache:
             raise RemoteProtocolError(f"open, session: {number!r:.30}, expected an int")
         self.number = number
 
-    def truncate(self, length: int) -> None:
-        """Forgets what is behind `length` positions. Raises ValueError if there are fewer."""
+    def truncate(self, length: int, *, wait: bool = True) -> None:
+        """Forgets what is behind `length` positions. Raises ValueError if there are fewer. `wait`: for the executor's
+        answer; a later operation comes after it all the same."""
         if not 0 <= length <= self.length:
             raise ValueError(f"length: {length}, expected 0 to {self.length}")
-        self._backend.call("truncate", expect=(), session=self.number, length=length)
+        self._tell("truncate", wait, length=length)
         self.length = length
         if self.mask is not None:
             self.mask = self.mask[:, :length]
@@ -138,12 +139,16 @@ class Cache:
         if self.mask is not None:
             self.mask = self.mask[indices]
 
-    def close(self) -> None:
-        """Gives the executor's memory back. Idempotent; does nothing where the connection has ended."""
+    def close(self, *, wait: bool = True) -> None:
+        """Gives the executor's memory back. Idempotent; does nothing where the connection has ended. `wait`: for the
+        executor's answer. After an error do not: it may be stalled, and would cost a second deadline."""
         if not self.closed:
             self.closed = True
             with contextlib.suppress(ClosedError, PeerLostError):  # with the connection the session has gone, too
-                self._backend.call("close", expect=(), session=self.number)
+                self._tell("close", wait)
+
+    def _tell(self, op: str, wait: bool, **attrs: int) -> None:
+        (self._backend.call if wait else self._backend.submit)(op, expect=(), session=self.number, **attrs)
 
     def __enter__(self) -> Cache:
         return self
@@ -151,4 +156,4 @@ class Cache:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(wait=kind is None)

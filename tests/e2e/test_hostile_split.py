@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -14,14 +17,16 @@ import pytest
 import torch
 
 import fastsplit
-from fastsplit import tee_side
+from fastsplit import SplitModelForCausalLM, tee_side
 from fastsplit.errors import LimitError, ModelError, RemoteOpError
 from fastsplit.executor import Executor
 from fastsplit.models import ModelConfig, open_model
+from fastsplit.remote import RemoteModel
+from fastsplit.runner import Runner
 from fastsplit.sampling import Sampling, sample
 
 pytest.importorskip("transformers")
-import split  # noqa: F401 (one thread for torch)
+from split import make_model  # (one thread for torch)
 
 MODEL = open_model("random:tiny")
 
@@ -330,3 +335,42 @@ def test_a_tokenizer_that_is_none(capfd: pytest.CaptureFixture[str], tmp_path: P
     flags = ("--connect", "unix:///nowhere.sock", "--tokenizer", str(tmp_path), "--prompt", "a")
     assert tee_side.main(flags) == 1
     assert "tee_side: tokenizer " in last_line(capfd)
+
+
+# ---- an executor that stalls -----------------------------------------------------------------------------------------
+
+
+def _stalled(directory: Path, after: int) -> tuple[dict[str, Any], threading.Event]:
+    """An executor's handlers, of which "scores" waits from its `after`th call on, until it is let go."""
+    go_on = threading.Event()
+    handlers = dict(Executor(open_model(str(directory))).handlers)
+    scores, calls = handlers["scores"], itertools.count(1)
+
+    def stalls(call: Any) -> Any:
+        if next(calls) >= after:
+            go_on.wait(20)
+        return scores(call)
+
+    return {**handlers, "scores": stalls}, go_on
+
+
+@pytest.mark.parametrize("after", [1, 4])
+@pytest.mark.parametrize("query", ["", "?shm=off"])
+def test_a_stalled_executor_costs_one_deadline_and_the_error_names_the_call(
+    tmp_path: Path, unix_uri: str, query: str, after: int
+) -> None:
+    make_model(tmp_path, {})
+    handlers, go_on = _stalled(tmp_path, after)
+    with fastsplit.Server(unix_uri + query, handlers, arrays="torch") as server:
+        with fastsplit.connect(server.uri, call_timeout_s=1) as channel:
+            runner = Runner(RemoteModel.fetch(channel, None), channel, "fused")
+            started = time.monotonic()
+            with torch.inference_mode(), pytest.raises(fastsplit.DeadlineError, match=r"^scores: no reply within"):
+                list(runner.generate(torch.arange(5), 3))
+            assert time.monotonic() - started < 1.8
+        with SplitModelForCausalLM.connect(server.uri, tmp_path, plan="fused", call_timeout_s=1) as model:
+            started = time.monotonic()
+            with pytest.raises(fastsplit.DeadlineError, match=r"^scores: no reply within"):
+                model.generate(torch.arange(5)[None], max_new_tokens=3, do_sample=False, pad_token_id=0)
+            assert time.monotonic() - started < 1.8
+        go_on.set()
