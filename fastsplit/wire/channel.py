@@ -566,6 +566,9 @@ class Channel:
         except FastsplitError as error:
             self._read_last_words(future)
             raise self._end(error) from None
+        except BaseException:
+            self._end(ClosedError("the connection was closed: a send was interrupted"))
+            raise
         if not left:
             return False
 

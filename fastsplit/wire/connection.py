@@ -148,7 +148,7 @@ class Connection:
         )
         if is_client:
             _clients[self._offer.token] = self
-        self._twin: Connection | None = None  # server: the client side of this connection, if it is in this process
+        self._inside_there: set[int] | None = None  # server: the client side's `inside`, if that is in this process
         self._serving: set[int] = set()
         watch(self)
 
@@ -156,8 +156,8 @@ class Connection:
         """Server: threads, beside the one that reads the HELLO, without which no request of this connection is
         answered. If the other end is in this process they must not call through that."""
         self._serving.update(threads)
-        if self._twin is not None:
-            self._twin.inside.update(self._serving)
+        if self._inside_there is not None:
+            self._inside_there.update(self._serving)
 
     # ---- memory ----
 
@@ -318,7 +318,8 @@ class Connection:
         client, server = (self._offer, peer) if self.is_client else (peer, self._offer)
         sharing = self._sharing = agree(client, server, is_client=self.is_client)
         if not self.is_client:
-            self._twin = _clients.get(peer.token)
+            twin = _clients.get(peer.token)
+            self._inside_there = None if twin is None else twin.inside
             self.serves_in(threading.get_ident())
             greeting.discard(threading.get_ident())  # a request may have come with the HELLO, and its handler may call
         self.shm_reason = sharing.reason

@@ -42,7 +42,82 @@ def test_on_a_terminal_text_stays_text() -> None:
     assert for_terminal("\x1b") + for_terminal("[2J") == r"\x1b[2J", "in pieces, too"
 
 
-@pytest.mark.parametrize("kind", [getattr(errors, name) for name in errors.__all__ if name != "RemoteOpError"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        value
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and name != "RemoteOpError" and name in errors.__all__
+    ],
+)
+def test_the_text_of_every_error_is_one_line(kind: type[FastsplitError]) -> None:
+    assert str(kind(f"the peer says {EVIL}")) == f"the peer says {EVIL_SHOWN}"
+    assert str(kind()) == ""
+
+
+def test_a_remote_error_shows_one_line_and_keeps_what_came() -> None:
+    error = RemoteOpError(f"op{EVIL}", f"ValueError: {EVIL}")
+    assert str(error) == f"op{EVIL_SHOWN}: ValueError: {EVIL_SHOWN}"
+    assert (error.op, error.message) == (f"op{EVIL}", f"ValueError: {EVIL}")
+    assert str(ConnectError(2, "no such\nfile")) == r"[Errno 2] no such\nfile"
+
+
+def test_a_traceback_has_the_texts_of_others_in_one_line_each() -> None:
+    def fail() -> None:
+        try:
+            raise KeyError(EVIL)
+        except KeyError as error:
+            raise ValueError(f"came: {EVIL}") from error
+
+    with pytest.raises(ValueError, match="came") as caught:
+        fail()
+    lines = trace(caught.value).split("\n")
+    assert all(line.isprintable() for line in lines)
+    assert f"ValueError: came: {EVIL_SHOWN}" in lines
+    assert any(line.startswith("KeyError: ") for line in lines)
+    assert any(line.startswith('  File "') and line.endswith("in fail") for line in lines)
+    assert any(line.strip() == 'raise ValueError(f"came: {EVIL}") from error' for line in lines)
+    assert not any(line.startswith("WARNING") for line in lines)
+
+
+class _Capture(logging.Handler):
+    """The lines that a plain handler prints."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines += self.format(record).split("\n")
+
+
+@pytest.fixture
+def logged() -> Any:
+    handler = _Capture()
+    root, loggers = logging.getLogger(), [logging.getLogger(f"fastsplit.{name}") for name in ("server", "channel")]
+    levels = [logger.level for logger in loggers]
+    root.addHandler(handler)
+    for logger in loggers:
+        logger.setLevel(logging.DEBUG)
+    yield handler.lines
+    root.removeHandler(handler)
+    for logger, level in zip(loggers, levels):
+        logger.setLevel(level)
+
+
+def test_a_logger_prints_a_message_as_one_line(logged: list[str]) -> None:
+    logger = get_logger("fastsplit.server")
+    logger.warning("%s: %d%%: %s", "uri", 5, EVIL)
+    logger.warning("100% sure")
+    assert logged == [f"uri: 5%: {EVIL_SHOWN}", "100% sure"]
+    assert get_logger("fastsplit.server") is logger and len(logger.filters) == 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+ERRORS = [value for name, value in vars(errors).items() if name in errors.__all__ and isinstance(value, type)]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ERRORS if kind is not RemoteOpError])
 def test_the_text_of_every_error_is_one_line(kind: type[FastsplitError]) -> None:
     assert str(kind(f"the peer says {EVIL}")) == f"the peer says {EVIL_SHOWN}"
     assert str(kind()) == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -161,7 +162,8 @@ def test_offer(make: Any, uri: str, is_client: bool, kinds: str, prefix: str, no
     sockets = make()
     made = offer(parse_address(uri), sockets[0], is_client=is_client)
     assert (" ".join(made.kinds), made.prefix, made.note) == (kinds, prefix, note)
-    assert bool(made.token) == bool(made.semaphores) == bool(kinds)
+    assert bool(made.semaphores) == bool(kinds)
+    assert re.fullmatch("[0-9a-f]{16}", made.token)
     for sock in sockets:
         sock.close()
 
