@@ -69,15 +69,20 @@ def is_told(answer: Any) -> bool:
     return re.fullmatch(text, answer) is not None
 
 
+@pytest.fixture(params=("shm", "unix", "tcp4", "shm-named", "shm-socket"))
+def link(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture
 def server(uri: str) -> Iterator[fastsplit.Server]:
     with fastsplit.Server(uri, HANDLERS, arrays="numpy") as server:
         yield server
 
 
-@pytest.fixture(params=[False, True], ids=["", "overlap"])
-def channel(server: fastsplit.Server, request: pytest.FixtureRequest) -> Iterator[fastsplit.Channel]:
-    with fastsplit.connect(server.uri, arrays="numpy", call_timeout_s=10, overlap=request.param) as channel:
+@pytest.fixture
+def channel(server: fastsplit.Server, link: str) -> Iterator[fastsplit.Channel]:
+    with fastsplit.connect(server.uri, arrays="numpy", call_timeout_s=10, overlap=link == "tcp4") as channel:
         channel.call("echo", np.ones(1000))
         yield channel
 

@@ -29,9 +29,10 @@ def server(socket_uri: str, request: pytest.FixtureRequest) -> Iterator[fastspli
         yield server
 
 
-@pytest.fixture(params=[False, True], ids=["", "overlap"])
-def channel(server: fastsplit.Server, request: pytest.FixtureRequest) -> Iterator[fastsplit.Channel]:
-    with fastsplit.connect(server.uri, arrays="numpy", call_timeout_s=10, overlap=request.param) as channel:
+@pytest.fixture
+def channel(server: fastsplit.Server) -> Iterator[fastsplit.Channel]:
+    overlap = server.uri.startswith("tcp")
+    with fastsplit.connect(server.uri, arrays="numpy", call_timeout_s=10, overlap=overlap) as channel:
         yield channel
 
 
