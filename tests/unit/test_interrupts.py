@@ -154,23 +154,33 @@ def test_a_cancelled_task_of_an_interrupted_loop(server: fastsplit.Server, gate:
 # ---- anywhere --------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def _names(code: CodeType) -> dict[int, str]:
-    return {instruction.offset: instruction.opname for instruction in dis.get_instructions(code)}
-
-
 class Interrupt:
     """Raises KeyboardInterrupt at the `n`th place of fastsplit.wire where CPython could run a signal's handler: where a
-    function begins, after a call, and at a jump backwards. `where`: the functions that it was raised in, innermost
-    first."""
+    function begins, after a call, and at a jump backwards. `where`, `lines`: the functions that it was raised in,
+    innermost first."""
 
     def __init__(self, n: int) -> None:
         self.n = n
         self.where: list[str] = []
         self.lines: list[int] = []
-        self._last: dict[FrameType, str] = {}
+
+    def _come_by(self, frame: FrameType) -> None:
+        self.n -= 1
+        if self.n >= 0 or self.where:
+            return
+        inner: FrameType | None = frame
+        while inner is not None and inner.f_code.co_filename.startswith(WIRE):
+            self.where.append(inner.f_code.co_name)
+            self.lines.append(inner.f_lineno)
+            inner = inner.f_back
+        raise KeyboardInterrupt
+
+
+class TracedInterrupt(Interrupt):
+    """For Python 3.11, whose tracing shows each instruction."""
 
     def __enter__(self) -> Interrupt:
+        self._last: dict[FrameType, str] = {}
         sys.settrace(self._enter)
         return self
 
@@ -187,22 +197,49 @@ class Interrupt:
     def _step(self, frame: FrameType, event: str, arg: object) -> Callable[..., Any] | None:
         if event == "return":
             self._last.pop(frame, None)
-        if event != "opcode" or self.where:
-            return self._step
-        name = _names(frame.f_code).get(frame.f_lasti, "")
-        last = self._last.get(frame, "")
-        self._last[frame] = name
-        if last.startswith(("CALL", "RESUME", "JUMP_BACKWARD")):
-            self.n -= 1
-            if self.n < 0:
-                inner: FrameType | None = frame
-                while inner is not None and inner.f_code.co_filename.startswith(WIRE):
-                    self.where.append(inner.f_code.co_name)
-                    self.lines.append(inner.f_lineno)
-                    inner = inner.f_back
-                raise KeyboardInterrupt
+        if event == "opcode":
+            last, self._last[frame] = self._last.get(frame, ""), _names(frame.f_code).get(frame.f_lasti, "")
+            if last.startswith(("CALL", "RESUME", "JUMP_BACKWARD")):
+                self._come_by(frame)
         return self._step
 
+
+@functools.cache
+def _names(code: CodeType) -> dict[int, str]:
+    return {instruction.offset: instruction.opname for instruction in dis.get_instructions(code)}
+
+
+class MonitoredInterrupt(Interrupt):
+    """For Python 3.12 and newer."""
+
+    TOOL = 4
+
+    def __enter__(self) -> Interrupt:
+        monitoring, self._thread = sys.monitoring, threading.get_ident()
+        events = monitoring.events
+        monitoring.use_tool_id(self.TOOL, "interrupts")
+        for event in (events.PY_START, events.C_RETURN):
+            monitoring.register_callback(self.TOOL, event, self._at)
+        monitoring.register_callback(self.TOOL, events.JUMP, self._jump)
+        monitoring.set_events(self.TOOL, events.PY_START | events.CALL | events.JUMP)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.monitoring.set_events(self.TOOL, 0)
+        for event in ("PY_START", "C_RETURN", "JUMP"):
+            sys.monitoring.register_callback(self.TOOL, getattr(sys.monitoring.events, event), None)
+        sys.monitoring.free_tool_id(self.TOOL)
+
+    def _at(self, code: CodeType, *_: object) -> None:
+        if code.co_filename.startswith(WIRE) and threading.get_ident() == self._thread:
+            self._come_by(sys._getframe(1))
+
+    def _jump(self, code: CodeType, offset: int, destination: int) -> None:
+        if destination < offset:
+            self._at(code)
+
+
+interrupt_at = TracedInterrupt if sys.version_info < (3, 12) else MonitoredInterrupt
 
 SENDS = {"_send", "_send_rest", "_send_news"}
 TAKES_EFFECT = {"received", "received_slot", "_read_staged", "_read_frame", "_complete", "_take_references"}
@@ -227,7 +264,7 @@ def test_interrupted_wherever_a_call_may_be(unix_uri: str, link: str, request: p
         interrupts = 0
         for n in range(0, 10_000, step):
             try:
-                with Interrupt(n) as interrupt:
+                with interrupt_at(n) as interrupt:
                     channel.call("echo", x)
                 break
             except KeyboardInterrupt:
@@ -244,7 +281,7 @@ def test_interrupted_wherever_a_call_may_be(unix_uri: str, link: str, request: p
                 except DeadlineError as error:
                     pytest.fail(f"{interrupt.where}, {interrupt.lines}: {error}")
         assert channel._session.inflight == 0
-    assert interrupts * step > 100
+    assert interrupts * step > 50
     for where in ended:
         assert SENDS & set(where) or TAKES_EFFECT & set(where), where
     assert len(ended) < interrupts / 3
