@@ -105,12 +105,12 @@ class _Sessions:
         finalizer.atexit = False  # by then the connection is gone, and everything with it
         return finalizer
 
-    def close_abandoned(self) -> None:
+    def close_abandoned(self, *, wait: bool = True) -> None:
         with self.lock:
             while self._abandoned:
                 # If the connection is lost so are its sessions; whoever needs it next is told.
                 with contextlib.suppress(FastsplitError):
-                    self._abandoned.popleft().close(wait=False)
+                    self._abandoned.popleft().close(wait=wait)
 
 
 class SplitCache(TransformersCache):
@@ -399,9 +399,12 @@ class SplitModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
         try:
             mixin: Any = super()
             with _cpu_by_default():
-                return mixin.generate(*args, **kwargs)
-        finally:
-            self._sessions.close_abandoned()
+                result = mixin.generate(*args, **kwargs)
+        except BaseException:
+            self._sessions.close_abandoned(wait=False)
+            raise
+        self._sessions.close_abandoned()
+        return result
 
     def forward(
         self,
@@ -441,7 +444,7 @@ class SplitModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
                 f"past_key_values: {kind}, expected the SplitCache that this model gave or new_cache() gives"
             )
         with torch.inference_mode(), self._sessions.lock:
-            self._sessions.close_abandoned()
+            self._sessions.close_abandoned(wait=False)
             logits = self._run(input_ids, attention_mask, position_ids, cache, logits_to_keep)
         # Outside of inference mode: processors and users may change it in place.
         with torch.no_grad(), _cpu_by_default():

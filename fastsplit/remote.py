@@ -156,4 +156,4 @@ class Cache:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close(wait=kind is None)
+        self.close(wait=kind is None or kind is GeneratorExit)

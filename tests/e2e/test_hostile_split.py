@@ -354,23 +354,22 @@ def _stalled(directory: Path, after: int) -> tuple[dict[str, Any], threading.Eve
     return {**handlers, "scores": stalls}, go_on
 
 
-@pytest.mark.parametrize("after", [1, 4])
-@pytest.mark.parametrize("query", ["", "?shm=off"])
+@pytest.mark.parametrize(("query", "after"), [("", 4), ("?shm=off", 1)])
 def test_a_stalled_executor_costs_one_deadline_and_the_error_names_the_call(
     tmp_path: Path, unix_uri: str, query: str, after: int
 ) -> None:
     make_model(tmp_path, {})
     handlers, go_on = _stalled(tmp_path, after)
     with fastsplit.Server(unix_uri + query, handlers, arrays="torch") as server:
-        with fastsplit.connect(server.uri, call_timeout_s=1) as channel:
+        with fastsplit.connect(server.uri, call_timeout_s=0.5) as channel:
             runner = Runner(RemoteModel.fetch(channel, None), channel, "fused")
             started = time.monotonic()
             with torch.inference_mode(), pytest.raises(fastsplit.DeadlineError, match=r"^scores: no reply within"):
                 list(runner.generate(torch.arange(5), 3))
-            assert time.monotonic() - started < 1.8
-        with SplitModelForCausalLM.connect(server.uri, tmp_path, plan="fused", call_timeout_s=1) as model:
+            assert time.monotonic() - started < 0.9
+        with SplitModelForCausalLM.connect(server.uri, tmp_path, plan="fused", call_timeout_s=0.5) as model:
             started = time.monotonic()
             with pytest.raises(fastsplit.DeadlineError, match=r"^scores: no reply within"):
                 model.generate(torch.arange(5)[None], max_new_tokens=3, do_sample=False, pad_token_id=0)
-            assert time.monotonic() - started < 1.8
+            assert time.monotonic() - started < 0.9
         go_on.set()

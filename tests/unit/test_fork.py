@@ -207,7 +207,7 @@ def test_while_other_threads_call(uri: str) -> None:
             for thread in threads:
                 thread.start()
             try:
-                for _ in range(10):
+                for _ in range(4):
                     answers = in_child(lambda: [_error(lambda: channel.call("echo")), channel.close(), server.close()])
                     assert is_told(answers[0])
             finally:
