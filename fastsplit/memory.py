@@ -34,7 +34,7 @@ import numpy as np
 from .errors import ArenaFull
 from .shortage import why
 
-__all__ = ["ALIGNMENT", "MAX_LEFT_NBYTES", "Lease", "Memory", "Pool", "Tenant", "pool"]
+__all__ = ["ALIGNMENT", "MAX_LEFT_NBYTES", "Lease", "Memory", "Pool", "Slab", "Tenant", "pool"]
 
 ALIGNMENT = 64
 """Bytes: a cache line, and what the widest vector units want."""
@@ -261,10 +261,15 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
+class Slab(np.ndarray):
+    """Memory of this module's own, which is never resized: views of it need no check (tensors.py)."""
+
+    __slots__ = ()
+
+
 def _aligned(nbytes: int) -> Memory:
-    raw = np.empty(nbytes + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + nbytes]
+    raw = Slab(nbytes + ALIGNMENT, np.uint8)  # not empty().view(): numpy would look for the owner behind it
+    return np.ndarray(nbytes, np.uint8, raw, -raw.ctypes.data % ALIGNMENT)
 
 
 def _size_class(nbytes: int) -> int:

@@ -371,7 +371,10 @@ class Link:
                 self._arm(deadline)
             try:
                 if len(buffers) == 1 and not self._with_descriptors:
-                    (sink.arrived,) = map(self._sock.recv_into, buffers, (0,), (flags,))
+                    if flags:
+                        (sink.arrived,) = map(self._sock.recv_into, buffers, (0,), (flags,))
+                    else:
+                        (sink.arrived,) = map(self._sock.recv_into, buffers)
                 else:
                     if not self._message:
                         ancillary_nbytes = _ANCILLARY_NBYTES if self._with_descriptors else 0

@@ -663,6 +663,7 @@ class Session:
                 break
             self.in_doubt = True
             buffers = []
+            refusal = None
             if wanted and not message.placements:
                 for desc in message.tensors:
                     buffer = self._allocate(desc.nbytes)
@@ -677,10 +678,11 @@ class Session:
                     target[:] = staging[at : at + len(target)]
                     at += len(target)
                 self.staged_nbytes += payload_nbytes
+                buffers, refusal = self._decoded(message, buffers)
             else:
                 self._drop_references(message)
                 at += payload_nbytes
-            self._append(events, self._complete(header, message, *self._decoded(message, buffers)))
+            self._append(events, self._complete(header, message, buffers, refusal))
             self._at, self.in_doubt = at, False
         if at == filled:
             self._staging, self._filled, self._at = self._stagings[0], 0, 0
