@@ -8,10 +8,11 @@ line on stderr; anything else is a bug and shows its traceback. Only results go 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from . import __version__
@@ -24,6 +25,7 @@ __all__ = [
     "make_parser",
     "positive_int",
     "progress",
+    "retold",
     "run_main",
     "set_threads",
     "tell",
@@ -32,6 +34,7 @@ __all__ = [
 
 
 _MOST_THREADS = 1024
+_MOST_RETOLD_NBYTES = 2**16
 
 
 class Usage(FastsplitError):
@@ -149,6 +152,42 @@ def write(text: str) -> None:
     encoding = stream.encoding or "utf-8"
     shown = for_terminal(text) if stream.isatty() else text
     print(shown.encode(encoding, "backslashreplace").decode(encoding), end="", flush=True)
+
+
+@contextlib.contextmanager
+def retold(program: str) -> Iterator[None]:
+    """What is written to stdout and stderr in here is told afterwards, as lines of printable characters on stderr;
+    where this ends with an error, the error alone.
+
+    For the code of others that is at work on a model's files: it warns with their texts as they are, and native code,
+    which asks for no `sys.stdout`, prints wherever it likes, a panic of Rust's with its backtrace.
+    """
+    with contextlib.ExitStack() as stack:
+        said = stack.enter_context(open(os.memfd_create("said"), "r+b", buffering=0))
+        copies = {}
+        for number, stream in ((1, sys.__stdout__), (2, sys.__stderr__)):
+            if stream is not None:  # else it was closed from the start, and may be anything now
+                copies[number] = os.dup(number)
+                stack.callback(os.close, copies[number])
+        _flush()
+        try:
+            for number in copies:
+                os.dup2(said.fileno(), number)
+            yield
+            _flush()
+        finally:
+            for number, copy in copies.items():
+                os.dup2(copy, number)
+        said.seek(0)
+        text = said.read(_MOST_RETOLD_NBYTES).decode(errors="backslashreplace")
+    for line in filter(None, text.split("\n")):
+        tell(program, line)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
 
 
 class _Formatter(logging.Formatter):
