@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -22,6 +23,7 @@ from .printable import MAX_LINE, for_terminal, one_line, trace
 __all__ = [
     "Usage",
     "calm_openmp",
+    "ignore_stops",
     "make_parser",
     "positive_int",
     "progress",
@@ -136,6 +138,13 @@ def run_main(
     except KeyboardInterrupt:
         tell(program, "interrupted")
         return 130
+
+
+def ignore_stops() -> None:
+    """For what is done anyway, and is done soon: closing, and the interpreter's end. A second Ctrl-C would only leave
+    things behind, or a traceback out of torch's last steps."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def tell(program: str, text: str) -> None:

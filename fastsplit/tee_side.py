@@ -365,4 +365,6 @@ def _count(text: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    cli.ignore_stops()
+    sys.exit(code)
