@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from . import __version__
 from .errors import FastsplitError
@@ -45,9 +45,14 @@ class Usage(FastsplitError):
     exit_code = 2
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(one_line(message))  # it has flags in it as they came
+
+
 def make_parser(module: str, description: str) -> argparse.ArgumentParser:
     """A parser with the flags that both scripts have."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"python -m fastsplit.{module}",
         description=description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

@@ -200,6 +200,14 @@ def test_what_a_script_says_is_one_line(capsys: pytest.CaptureFixture[str]) -> N
     assert all(line.isprintable() for line in text.split("\n"))
 
 
+def test_flags_that_are_refused_are_shown_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = cli.make_parser("tee_side", "")
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args([f"--x{EVIL}"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.endswith(f": error: unrecognized arguments: --x{EVIL_SHOWN}\n")
+
+
 def test_what_others_print_meanwhile_is_told_in_printable_lines(capfd: pytest.CaptureFixture[str]) -> None:
     print("before")
     with cli.retold("tee_side"):
