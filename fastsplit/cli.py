@@ -8,11 +8,13 @@ line on stderr; anything else is a bug and shows its traceback. Only results go 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NoReturn
 
 from . import __version__
 from .errors import FastsplitError
@@ -21,9 +23,11 @@ from .printable import MAX_LINE, for_terminal, one_line, trace
 __all__ = [
     "Usage",
     "calm_openmp",
+    "ignore_stops",
     "make_parser",
     "positive_int",
     "progress",
+    "retold",
     "run_main",
     "set_threads",
     "tell",
@@ -32,6 +36,7 @@ __all__ = [
 
 
 _MOST_THREADS = 1024
+_MOST_RETOLD_NBYTES = 2**16
 
 
 class Usage(FastsplitError):
@@ -40,9 +45,14 @@ class Usage(FastsplitError):
     exit_code = 2
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(one_line(message))  # it has flags in it as they came
+
+
 def make_parser(module: str, description: str) -> argparse.ArgumentParser:
     """A parser with the flags that both scripts have."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"python -m fastsplit.{module}",
         description=description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -135,6 +145,13 @@ def run_main(
         return 130
 
 
+def ignore_stops() -> None:
+    """For what is done anyway, and is done soon: closing, and the interpreter's end. A second Ctrl-C would only leave
+    things behind, or a traceback out of torch's last steps."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def tell(program: str, text: str) -> None:
     """Says something on stderr, in one line of printable characters."""
     print(f"{program}: {one_line(text)}", file=sys.stderr, flush=True)
@@ -149,6 +166,42 @@ def write(text: str) -> None:
     encoding = stream.encoding or "utf-8"
     shown = for_terminal(text) if stream.isatty() else text
     print(shown.encode(encoding, "backslashreplace").decode(encoding), end="", flush=True)
+
+
+@contextlib.contextmanager
+def retold(program: str) -> Iterator[None]:
+    """What is written to stdout and stderr in here is told afterwards, as lines of printable characters on stderr;
+    where this ends with an error, the error alone.
+
+    For the code of others that is at work on a model's files: it warns with their texts as they are, and native code,
+    which asks for no `sys.stdout`, prints wherever it likes, a panic of Rust's with its backtrace.
+    """
+    with contextlib.ExitStack() as stack:
+        said = stack.enter_context(open(os.memfd_create("said"), "r+b", buffering=0))
+        copies = {}
+        for number, stream in ((1, sys.__stdout__), (2, sys.__stderr__)):
+            if stream is not None:  # else it was closed from the start, and may be anything now
+                copies[number] = os.dup(number)
+                stack.callback(os.close, copies[number])
+        _flush()
+        try:
+            for number in copies:
+                os.dup2(said.fileno(), number)
+            yield
+            _flush()
+        finally:
+            for number, copy in copies.items():
+                os.dup2(copy, number)
+        said.seek(0)
+        text = said.read(_MOST_RETOLD_NBYTES).decode(errors="backslashreplace")
+    for line in filter(None, text.split("\n")):
+        tell(program, line)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
 
 
 class _Formatter(logging.Formatter):

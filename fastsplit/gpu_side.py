@@ -131,6 +131,7 @@ def _serve_until(stopped: int, args: argparse.Namespace) -> int:
         if not server.started:
             raise
     finally:
+        cli.ignore_stops()  # _stop_signals puts back what was before
         server.close()
     if device.summary is not None:
         cli.tell(_PROGRAM, device.summary)
@@ -142,4 +143,6 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    cli.ignore_stops()
+    sys.exit(code)

@@ -435,6 +435,7 @@ class SplitModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
         if input_ids is None or input_ids.ndim != 2 or not input_ids.numel():
             found = "none" if input_ids is None else list(input_ids.shape)
             raise ValueError(f"input_ids: {found}, expected [batch, n], one token or more")
+        _refuse_fractions("input_ids", input_ids)
         cache = past_key_values
         if cache is None and (self.config.use_cache if use_cache is None else use_cache):
             cache = self.new_cache()
@@ -571,9 +572,8 @@ def _configs(spec: str, values: dict[str, Any] | None) -> tuple[PreTrainedConfig
     if not (directory / "generation_config.json").is_file():
         settings.update(config_file_name="config.json", _from_model_config=True)
     try:
-        config = AutoConfig.from_pretrained(
-            spec, local_files_only=True, trust_remote_code=False, attn_implementation="eager"
-        )
+        config = AutoConfig.from_pretrained(spec, local_files_only=True, trust_remote_code=False)
+        config._attn_implementation = "eager"  # whatever config.json says: there is no attention here to choose
         return config, GenerationConfig.from_pretrained(spec, **settings)
     except Exception as error:  # noqa: BLE001 (a file of an odd shape fails wherever transformers looks into it)
         text = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -600,6 +600,11 @@ def _refuse(name: str, value: Any) -> None:
         raise SettingError(f"{name}: {shown}not supported by a split model, {reason}")
 
 
+def _refuse_fractions(name: str, numbers: torch.Tensor) -> None:
+    if numbers.is_floating_point() or numbers.is_complex():
+        raise ValueError(f"{name}: {numbers.dtype}, expected integers")
+
+
 def _mask(attention_mask: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
     """[batch, length] bool, None if nothing is padding."""
     if attention_mask is None:
@@ -622,6 +627,7 @@ def _positions(
         return counted.repeat(batch, 1) if masked else None
     if position_ids.shape not in ((batch, rows), (1, rows)):
         raise ValueError(f"position_ids: {list(position_ids.shape)}, expected {[batch, rows]} or {[1, rows]}")
+    _refuse_fractions("position_ids", position_ids)
     positions = position_ids.to("cpu", torch.int64)
     if int(positions.min()) < 0:
         raise ValueError(f"position_ids: {int(positions.min())}, expected 0 or more")

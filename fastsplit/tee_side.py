@@ -258,9 +258,10 @@ class _Printer:
 @contextmanager
 def _tokenizer_failures(what: str) -> Iterator[None]:
     """Whatever a tokenizer, its files or its chat template raise is a ModelError that says at what: they are the
-    model's, and anything may be in them."""
+    model's, and anything may be in them. What they print is retold."""
     try:
-        yield
+        with cli.retold(_PROGRAM):
+            yield
     except (FastsplitError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # noqa: BLE001 (a panic of the tokenizers' Rust is no Exception)
@@ -364,4 +365,6 @@ def _count(text: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    cli.ignore_stops()
+    sys.exit(code)

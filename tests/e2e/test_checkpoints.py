@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import fastsplit
 from fastsplit.checkpoint import EMBEDDING, LM_HEAD
 from fastsplit.errors import ModelError, VerificationError
 from fastsplit.executor import Executor
@@ -310,6 +311,41 @@ def test_the_trusted_copy_is_read_by_the_same_rules(
     )
     with pytest.raises(VerificationError, match="norm weights: 5 of 5 differ"):
         RemoteModel.fetch(connect(server.uri, arrays="torch"), wrong)
+
+
+def test_a_norm_that_is_no_number_is_the_same_on_both_sides(
+    saved: Callable[[str], Path],
+    tmp_path: Path,
+    serve: Callable[..., Any],
+    connect: Callable[..., Any],
+    socket_dir: Path,
+) -> None:
+    """It is the checkpoint's, so the executor is not blamed for it."""
+
+    def layout(directory: Path, weights: Weights) -> None:
+        weights["model.norm.weight"][3] = float("nan")
+        save(directory, weights)
+
+    model = open_model(str(prepared(saved("llama"), tmp_path, layout)))
+    server = serve(f"unix://{socket_dir}/s", Executor(model).handlers, arrays="torch")
+    remote = RemoteModel.fetch(connect(server.uri, arrays="torch"), model)
+    assert int(remote.weights["norms"].isnan().sum()) == 1
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2", {"": "flex_attention"}])
+def test_how_a_configuration_wants_its_attention_computed_means_nothing(
+    saved: Callable[[str], Path], tmp_path: Path, socket_dir: Path, attention: Any
+) -> None:
+    directory = prepared(saved("llama"), tmp_path, whole)
+    handlers = Executor(open_model(str(directory))).handlers
+    with torch.inference_mode():
+        expected = load_hf(directory)(IDS).logits
+    set_config(directory, _attn_implementation=attention)
+    with (
+        fastsplit.Server(f"unix://{socket_dir}/s", handlers, arrays="torch") as server,
+        fastsplit.SplitModelForCausalLM.connect(server.uri, directory) as model,
+    ):
+        assert relative_error(model(IDS).logits, expected) < TOLERANCE
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------

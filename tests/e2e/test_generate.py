@@ -497,6 +497,16 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a mask of its own": ({"attention_mask": torch.ones(1, 1, 4, 4)}, ValueError, r"\[1, 1, 4, 4\], expected \[1, 4\]"),
     "a short mask": ({"attention_mask": torch.ones(1, 3)}, ValueError, r"attention_mask: \[1, 3\], expected \[1, 4\]"),
     "too many positions": ({"position_ids": torch.zeros(1, 5)}, ValueError, r"position_ids: \[1, 5\], expected"),
+    "ids that are no integers": (
+        {"input_ids": torch.full((1, 4), 5.5)},
+        ValueError,
+        "input_ids: torch.float32, expected",
+    ),
+    "half positions": (
+        {"position_ids": torch.tensor([[0.0, 0.5, 1.0, 1.5]])},
+        ValueError,
+        "position_ids: torch.float32, expected integers",
+    ),
     "negative positions": ({"position_ids": torch.tensor([[-1, 0, 1, 2]])}, ValueError, "position_ids: -1"),
     "sequences packed into one": (
         {"position_ids": torch.tensor([[0, 1, 0, 1]]), "use_cache": False},

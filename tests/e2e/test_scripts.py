@@ -259,6 +259,22 @@ def test_text_prompts_with_a_tokenizer(tmp_path: Path) -> None:
         assert side.stop(signal.SIGINT) == 0
 
 
+@pytest.mark.parametrize("pause_s", [0.01, 0.1])
+def test_a_second_interrupt_changes_nothing(socket_dir: Path, pause_s: float) -> None:
+    """It comes while the server closes, or while the interpreter ends."""
+    command = [sys.executable, "-m", "fastsplit.gpu_side", "--model", "random:tiny", "--listen"]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    with subprocess.Popen([*command, f"unix://{socket_dir}/s"], **pipes) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("READY")
+        process.send_signal(signal.SIGINT)
+        time.sleep(pause_s)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (0, "")
+    assert not (socket_dir / "s").exists()
+
+
 FAILURES = {
     "no flags": ((), 2, "--connect"),
     "no prompt": (("--connect", "unix:///x"), 2, "--prompt"),

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import subprocess
 import sys
 import tty
 from collections.abc import Callable, Iterator
@@ -287,6 +288,58 @@ def test_a_tokenizer_that_cannot_be_opened_is_one_line(served: tuple[str, Path],
         (tmp_path / file).unlink() if data is None else (tmp_path / file).write_bytes(data)
     line = one_line(run(served, "--tokenizer", str(tmp_path), "--prompt", "hi"))
     assert line.startswith(f"tee_side: tokenizer {str(tmp_path)!r}: ") and text in line
+
+
+MERGES = {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": ["a b"]}
+STRIP = [
+    {"type": "Replace", "pattern": {"Regex": "[^x]"}, "content": "x"},
+    {"type": "Strip", "content": "x", "start": 0, "stop": 9},
+]
+TEMPLATE = {"type": "TemplateProcessing", "pair": [], "special_tokens": {}}
+PANICS: dict[str, tuple[dict[str, Any], str]] = {
+    "opening": ({"model": MERGES}, "tokenizer '"),
+    "encoding": (
+        {"post_processor": {**TEMPLATE, "single": [{"SpecialToken": {"id": "[X]", "type_id": 0}}]}},
+        "tokenizer: the prompt: ",
+    ),
+    "decoding": ({"decoder": {"type": "Sequence", "decoders": STRIP}}, "tokenizer: decoding "),
+}
+
+
+@pytest.mark.parametrize("name", PANICS)
+def test_a_panic_of_native_code_is_one_line(
+    served: tuple[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str
+) -> None:
+    changes, text = PANICS[name]
+    byte_level().save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    line = one_line(run(served, "--tokenizer", str(tmp_path), "--prompt", "hi", "--ignore-eos"))
+    assert line.startswith(f"tee_side: {text}") and "PanicException" in line
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_native_code_prints_is_no_part_of_the_result(
+    served: tuple[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    byte_level().save_pretrained(tmp_path)
+    token = {"content": "<s>", "special": True, "an option\x1b[2J": 1}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": token}))
+    code, out, err = run(served, "--tokenizer", str(tmp_path), "--prompt", "hi", "--format", "json")
+    assert code == 0 and json.loads(out)["prompt_tokens"] == 2
+    assert "tee_side: Ignored unknown kwarg option an option\\x1b[2J\n" in err
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_transformers_says_of_a_models_files_is_printable(served: tuple[str, Path], tmp_path: Path) -> None:
+    byte_level().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "evil\x1b[2J\n\x9b"}))
+    flags = ("--tokenizer", str(tmp_path), "--prompt", "hi", "--max-new-tokens", "1", "--connect", served[0])
+    script = [sys.executable, "-m", "fastsplit.tee_side", *flags]
+    result = subprocess.run(script, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert all(line.isprintable() for line in result.stderr.split("\n"))
+    assert "tee_side: [transformers] You are using a model of type `evil\\x1b[2J\n" in result.stderr
 
 
 class _Panic(BaseException):

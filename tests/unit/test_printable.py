@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -197,3 +198,46 @@ def test_what_a_script_says_is_one_line(capsys: pytest.CaptureFixture[str]) -> N
     assert text.startswith(f"tee_side: {EVIL_SHOWN}\n")
     assert text.endswith(f"\nValueError: {EVIL_SHOWN}")
     assert all(line.isprintable() for line in text.split("\n"))
+
+
+def test_flags_that_are_refused_are_shown_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = cli.make_parser("tee_side", "")
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args([f"--x{EVIL}"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.endswith(f": error: unrecognized arguments: --x{EVIL_SHOWN}\n")
+
+
+def test_what_others_print_meanwhile_is_told_in_printable_lines(capfd: pytest.CaptureFixture[str]) -> None:
+    print("before")
+    with cli.retold("tee_side"):
+        os.write(1, b"native: \x1b[2J\n\xff\n\n")
+        os.write(2, EVIL[:8].encode())
+    print("after")
+    out, err = capfd.readouterr()
+    assert out == "before\nafter\n"
+    lines = [r"tee_side: native: \x1b[2J", r"tee_side: \xff", f"tee_side: {one_line(EVIL[:8])}"]
+    assert err.splitlines() == lines
+
+
+def test_of_what_others_print_before_an_error_nothing_is_told(capfd: pytest.CaptureFixture[str]) -> None:
+    @cli.retold("tee_side")
+    def panic() -> None:
+        os.write(2, b"thread panicked\n")
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        panic()
+    os.write(1, b"out")
+    os.write(2, b"err")
+    assert capfd.readouterr() == ("out", "err")
+
+
+def test_a_descriptor_that_was_closed_from_the_start_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What has its number by now is the connection, for example."""
+    monkeypatch.setattr(sys, "__stdout__", None)
+    with cli.retold("tee_side"):
+        os.write(1, b"to a peer")
+    assert capfd.readouterr() == ("to a peer", "")
