@@ -27,7 +27,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from threading import get_ident
-from time import perf_counter_ns
+from time import monotonic, perf_counter_ns
 from typing import Any
 
 from .. import tensors
@@ -288,6 +288,8 @@ class Channel:
         nbytes = parse_count("nbytes", nbytes, 0, MAX_FILLER_NBYTES)
         deadline = self._deadline(timeout_s)[1]
         assert deadline is not None
+        if self._closed:
+            raise ClosedError(f"the channel is closed: {self._error}")
         if self._session.capabilities & PROBES:
             self._measure(nbytes, timeout_s, deadline)
         return self.link
@@ -301,9 +303,10 @@ class Channel:
         """One probe with bytes each way, and its answer."""
         ident = self._check_entry("measure")
         held = False
+        sending = self._sending  # a forked child has another one
         try:
             self._inside.add(ident)
-            (held,) = map(self._sending.acquire, (True,), (max(deadline - time.monotonic(), 0.0),))
+            (held,) = map(sending.acquire, (True,), (max(deadline - time.monotonic(), 0.0),))
             if not held:
                 raise DeadlineError("the link was not measured: others were sending")
             if self._error is not None:  # in the handshake: why the server left
@@ -314,7 +317,7 @@ class Channel:
         finally:
             try:
                 if held:
-                    self._sending.release()
+                    sending.release()
             finally:
                 self._inside.discard(ident)
         try:
@@ -427,9 +430,10 @@ class Channel:
         ident = self._check_entry(op)
         future: Future | None = None
         held = handed_over = begun = False
+        sending = self._sending  # a forked child has another one
         try:
             self._inside.add(ident)
-            (held,) = map(self._sending.acquire, (True,), (-1 if timeout_s is None else timeout_s,))
+            (held,) = map(sending.acquire, (True,), (-1 if deadline is None else max(deadline - monotonic(), 0.0),))
             if not held:
                 raise DeadlineError(f"{op}: not sent within {timeout_s} s, since other calls were")
             if self._closed:
@@ -468,7 +472,7 @@ class Channel:
         finally:
             try:
                 if held and not handed_over:
-                    self._sending.release()
+                    sending.release()
             finally:
                 self._inside.discard(ident)
             if self._closed:
@@ -500,12 +504,13 @@ class Channel:
             self._closed = True
             if self._error is None:  # now, so that it comes before the server's answer to the goodbye
                 self._error = ClosedError("the channel was closed")
-        if first and self._sending.acquire(timeout=0.0 if inside else 0.1):  # if a send is stuck the end says enough
+        sending = self._sending
+        if first and sending.acquire(timeout=0.0 if inside else 0.1):  # if a send is stuck the end says enough
             try:
                 with contextlib.suppress(FastsplitError):
                     self._connection.link.send([self._session.goodbye()])
             finally:
-                self._release_sending()
+                self._release(sending)
         self._end(ClosedError("the channel was closed"))
         if self._sender is not None:
             self._sender.shutdown(wait=not inside)
@@ -517,6 +522,7 @@ class Channel:
         """For a forked child: see forked.py."""
         renew(self._lock, self._changed)
         self._connection.leave(why)
+        self._sending = self._connection.sending
         self._calling_back.clear()
         self._callbacks.clear()
         self._reading = 0
@@ -561,6 +567,7 @@ class Channel:
         """Has the sender's thread send what the kernel does not take at once; then that thread releases `_sending`:
         frames stay whole, and at most one waits. Returns whether it was handed over."""
         buffers: Sequence[Any] = [head, *out.buffers]
+        sending = self._sending
         try:
             left = self._connection.link.send(buffers, len(head) + out.nbytes)
         except FastsplitError as error:
@@ -586,7 +593,7 @@ class Channel:
                 self._read_last_words(future)
                 self._end(error)
             finally:
-                self._release_sending()
+                self._release(sending)
             self._call_back()
 
         if not sender.submit(send_rest):  # closed at this moment
@@ -684,13 +691,14 @@ class Channel:
     def _send_if_free(self, send: Callable[[], object]) -> None:
         """Calls `send` unless another thread sends at this moment, or the connection has ended."""
         held = False
+        sending = self._sending
         try:
-            (held,) = map(self._sending.acquire, (False,))
+            (held,) = map(sending.acquire, (False,))
             if held and not self._closed:
                 send()
         finally:
             if held:
-                self._release_sending()
+                self._release(sending)
 
     # ---- waiting and reading ----
 
@@ -930,12 +938,13 @@ class Channel:
         """The peer broke the protocol, or something is short here: tell it, if that is possible at once. Only the
         reader calls it."""
         self._fail(error)
-        if self._sending.acquire(blocking=False):
+        sending = self._sending
+        if sending.acquire(blocking=False):
             try:
                 with contextlib.suppress(FastsplitError):
                     self._connection.link.send([self._session.abort(error)])
             finally:
-                self._release_sending()
+                self._release(sending)
             self._connection.link.linger(time.monotonic() + _LINGER_S)
 
     def _fail(self, error: FastsplitError) -> FastsplitError:
@@ -959,8 +968,8 @@ class Channel:
         self._close_when_unused()
         return error
 
-    def _release_sending(self) -> None:
-        self._sending.release()
+    def _release(self, sending: threading.Lock) -> None:
+        sending.release()
         if self._closed:
             self._close_when_unused()
 
@@ -969,14 +978,15 @@ class Channel:
 
         Whoever sends or reads calls this again when it is done.
         """
-        while self._sending.acquire(blocking=False):
+        sending = self._sending
+        while sending.acquire(blocking=False):
             try:
                 with self._lock:
                     if not self._reading:
                         self._connection.close()
                         return
             finally:
-                self._sending.release()
+                sending.release()
             if self._reading:
                 return
             # A reader that left just now came here too, and found `_sending` taken by us: look again for both.

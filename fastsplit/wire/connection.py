@@ -407,7 +407,8 @@ class Connection:
         if self.left is None:
             self.left = why
             self.inside.clear()
-            renew(self.sending, self.coder.lock)
+            self.sending = threading.Lock()  # a new one: this very thread may hold the old one, and will release it
+            renew(self.coder.lock)
             self.link.leave()
             if self.arena is not None:
                 self.arena.leave()

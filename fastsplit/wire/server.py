@@ -384,6 +384,7 @@ class _Connection:
         self.ended = True
         self.client.leave()
         self.wire.leave(why)
+        self._sending = self.wire.sending
 
     # ---- the connection's thread ----
 

@@ -47,7 +47,9 @@ class Workers:
 
     def __init__(self, count: int, name: str) -> None:
         self._tasks: SimpleQueue[Task | None] = SimpleQueue()
-        self._lock = threading.Lock()  # so that nothing is submitted behind the end
+        self._lock = (
+            threading.RLock()
+        )  # so that nothing is submitted behind the end; a finalizer may end it, in any thread
         self._ended = False
         self.threads = [
             threading.Thread(target=_work, args=(self._tasks,), name=f"{name} {index}", daemon=True)

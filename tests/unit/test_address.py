@@ -192,7 +192,7 @@ def test_all_addresses_of_a_host_share_the_time(monkeypatch: pytest.MonkeyPatch)
         found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", stalled.getsockname())] * 3
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
         started_s = time.monotonic()
-        with pytest.raises(DeadlineError, match="no connection within 0.3 s"):
+        with pytest.raises(DeadlineError, match="no connection within"):
             connect_socket(TcpAddress("several.example", 1), 0.3)
         assert time.monotonic() - started_s < 0.8
         found[-1] = (*found[-1][:4], listener.getsockname())
@@ -203,11 +203,11 @@ def test_a_unix_socket_where_too_many_wait(unix_uri: str) -> None:
     """The kernel refuses at once who is too many: that is no reason to say that nobody listens."""
     address = parse_address(unix_uri)
     with _full_listener(socket.AF_UNIX, address.path) as listener:
-        with pytest.raises(DeadlineError, match="no connection within 0.1 s"):
+        with pytest.raises(DeadlineError, match="no connection within"):
             connect_socket(address, 0.1)
         with pytest.raises(OSError, match="cannot listen: Address already in use"):
             listen_socket(address)
-        timer = threading.Timer(0.05, lambda: listener.accept()[0].close())
+        timer = threading.Timer(0.05, lambda: listener.accept()[0].close())  # noqa: PLW0108 (it accepts when it is time)
         timer.start()
         connect_socket(address, 5).close()
         timer.join()

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from anywhere import Anywhere
 
 import fastsplit
 
@@ -253,6 +254,35 @@ def test_a_handler_that_forks(unix_uri: str) -> None:
                 assert channel.call("fork")[0][0]
                 assert channel.call("return")[0][0] == 1
                 assert channel.call("return")[0][0] == 1
+
+
+@pytest.mark.parametrize("link", ["shm", "unix"])
+def test_a_fork_in_the_middle_of_a_call(channel: fastsplit.Channel) -> None:
+    """As in a signal's handler. The child's call goes on to its end, with locks that its thread may hold."""
+    x = np.arange(1000)
+    children: list[int] = []
+    for n in range(0, 1000, 11):
+        pid = os.getpid()
+        error = ""
+        try:
+            with Anywhere(n, lambda: children.append(os.fork())) as anywhere:
+                (y,) = channel.call("echo", x)
+            assert (y == x).all()
+        except BaseException as raised:
+            error = f"{type(raised).__name__}: {raised}"
+        if os.getpid() != pid:
+            text = f"made in process {pid}"
+            os._exit(0 if not error or (error.startswith("ClosedError: ") and text in error) else 1)
+        assert not error
+        if not anywhere.where:
+            break
+        assert os.waitpid(children.pop(), 0)[1] == 0, anywhere.where
+    assert n > 50
+
+
+def test_measuring_in_a_child(channel: fastsplit.Channel) -> None:
+    """Also where there is nothing to measure."""
+    assert is_told(in_child(lambda: _error(channel.measure)).replace("the channel is closed: ", ""))
 
 
 def test_a_grandchild(channel: fastsplit.Channel) -> None:

@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dis
-import functools
 import os
 import signal
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from types import CodeType, FrameType
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+from anywhere import Anywhere
 
 import fastsplit
 from fastsplit.errors import ClosedError, DeadlineError
-
-WIRE = str(Path(fastsplit.__file__).parent / "wire")
 
 
 class Gate:
@@ -154,54 +148,8 @@ def test_a_cancelled_task_of_an_interrupted_loop(server: fastsplit.Server, gate:
 # ---- anywhere --------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def _names(code: CodeType) -> dict[int, str]:
-    return {instruction.offset: instruction.opname for instruction in dis.get_instructions(code)}
-
-
-class Interrupt:
-    """Raises KeyboardInterrupt at the `n`th place of fastsplit.wire where CPython could run a signal's handler: where a
-    function begins, after a call, and at a jump backwards. `where`: the functions that it was raised in, innermost
-    first."""
-
-    def __init__(self, n: int) -> None:
-        self.n = n
-        self.where: list[str] = []
-        self.lines: list[int] = []
-        self._last: dict[FrameType, str] = {}
-
-    def __enter__(self) -> Interrupt:
-        sys.settrace(self._enter)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        sys.settrace(None)
-        self._last.clear()
-
-    def _enter(self, frame: FrameType, event: str, arg: object) -> Callable[..., Any] | None:
-        if not frame.f_code.co_filename.startswith(WIRE) or self.where:
-            return None
-        frame.f_trace_lines, frame.f_trace_opcodes = False, True
-        return self._step
-
-    def _step(self, frame: FrameType, event: str, arg: object) -> Callable[..., Any] | None:
-        if event == "return":
-            self._last.pop(frame, None)
-        if event != "opcode" or self.where:
-            return self._step
-        name = _names(frame.f_code).get(frame.f_lasti, "")
-        last = self._last.get(frame, "")
-        self._last[frame] = name
-        if last.startswith(("CALL", "RESUME", "JUMP_BACKWARD")):
-            self.n -= 1
-            if self.n < 0:
-                inner: FrameType | None = frame
-                while inner is not None and inner.f_code.co_filename.startswith(WIRE):
-                    self.where.append(inner.f_code.co_name)
-                    self.lines.append(inner.f_lineno)
-                    inner = inner.f_back
-                raise KeyboardInterrupt
-        return self._step
+def _interrupt() -> None:
+    raise KeyboardInterrupt
 
 
 SENDS = {"_send", "_send_rest", "_send_news"}
@@ -227,7 +175,7 @@ def test_interrupted_wherever_a_call_may_be(unix_uri: str, link: str, request: p
         interrupts = 0
         for n in range(0, 10_000, step):
             try:
-                with Interrupt(n) as interrupt:
+                with Anywhere(n, _interrupt) as interrupt:
                     channel.call("echo", x)
                 break
             except KeyboardInterrupt:
