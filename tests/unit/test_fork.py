@@ -277,7 +277,20 @@ def test_a_fork_in_the_middle_of_a_call(channel: fastsplit.Channel) -> None:
         if not anywhere.where:
             break
         assert os.waitpid(children.pop(), 0)[1] == 0, anywhere.where
-    assert n > 50
+    assert n > 20
+
+
+def test_a_child_takes_nothing_out_of_the_ring(unix_uri: str) -> None:
+    """Its thread may have been about to: a signal's handler may fork while a call spins for its reply."""
+    with fastsplit.Server(unix_uri, HANDLERS, arrays="numpy") as server:
+        with fastsplit.connect(server.uri, arrays="numpy", call_timeout_s=5) as channel:
+            channel.call("echo")
+            link: Any = channel._connection.link
+            take, items = link._trywait, link._items_in[link._in_slot]
+            future = channel.submit("echo", np.arange(5))
+            time.sleep(0.1)  # the reply is there
+            assert in_child(lambda: take(items[0])) == 0  # out of its own copy
+            assert future.result()[0].sum() == 10
 
 
 def test_measuring_in_a_child(channel: fastsplit.Channel) -> None:
