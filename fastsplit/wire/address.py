@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..errors import AddressError, ConnectError, DeadlineError, ResourceError
+from ..errors import AddressError, ConnectError, DeadlineError, ResourceError, shown
 from ..shortage import shortage
 from .segment import check_prefix
 
@@ -83,6 +83,8 @@ Address = UnixAddress | TcpAddress | VsockAddress
 
 def parse_address(uri: str) -> Address:
     """The address of a URI. Raises AddressError, naming the part that is wrong."""
+    if not isinstance(uri, str):
+        raise AddressError(f"address {shown(uri)}, expected a string such as unix:///run/demo.sock")
     try:
         parts = urlsplit(uri)
     except ValueError as error:
@@ -300,8 +302,8 @@ class Reserve:
 
     def close(self) -> None:
         if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
+            fd, self._fd = self._fd, None
+            os.close(fd)
 
 
 def remove_socket_file(path: str, inode: int) -> None:

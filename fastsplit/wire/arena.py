@@ -431,6 +431,6 @@ class Arena:
 def _close(segment: OwnSegment) -> None:
     """Closes the descriptor of a segment that was not announced."""
     if segment.fd is not None:
+        fd, segment.fd = segment.fd, None
         with contextlib.suppress(OSError):
-            os.close(segment.fd)
-        segment.fd = None
+            os.close(fd)

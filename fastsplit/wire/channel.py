@@ -46,7 +46,7 @@ from ..errors import (
 from ..memory import Pool, pool
 from ..printable import get_logger
 from ..schema.coding import CAST_NAMES, CODEC_NAMES
-from ..schema.limits import Limits
+from ..schema.limits import Limits, parse_limits
 from ..shortage import start
 from ..tensors import Arrays, Outgoing, parse_expect
 from .address import connect_socket, parse_address
@@ -129,6 +129,7 @@ class Channel:
         timeout_s = parse_timeout("timeout_s", timeout_s)
         if call_timeout_s is not None:
             call_timeout_s = parse_timeout("call_timeout_s", call_timeout_s)
+        limits = parse_limits(limits)
         self.uri = uri
         self.call_timeout_s = call_timeout_s
         self._arrays = tensors.arrays(arrays)
@@ -429,7 +430,8 @@ class Channel:
         time_ns = 0 if timeout_s is None else max(int(timeout_s * 1e9), 1)
         ident = self._check_entry(op)
         future: Future | None = None
-        held = handed_over = begun = False
+        held = handed_over = False
+        next_id = 0  # of this request, as soon as there may be one
         sending = self._sending  # a forked child has another one
         try:
             self._inside.add(ident)
@@ -446,6 +448,7 @@ class Channel:
             if connection.is_probe_due:
                 self._send_news(op, timeout_s, deadline, [connection.probe(0)[1]])
             flags = reply_flags(cast, number) if connection.can_code else 0
+            next_id = self._session.next_id
             request_id, head = self._session.request(
                 op, out.descs, attrs, out.nbytes, time_ns, expected, out.placements, flags
             )
@@ -457,17 +460,14 @@ class Channel:
             stats.bytes_copied += out.copied_nbytes
             connection.lent_nbytes += out.shared_nbytes
             stats.serialization_s += (encoded_ns - started_ns) * 1e-9
-            begun = True
-            if arena is not None:
-                arena.lend(out.placements)
             if self._sender is not None:
                 handed_over = self._send_behind(self._sender, future, out, head, deadline)
             else:
                 self._send(future, out, head, deadline)
             stats.wait_s += (perf_counter_ns() - encoded_ns) * 1e-9
         except BaseException:
-            if future is not None and not begun:
-                self._forget(future)
+            if next_id and (future is None or not future._begun):
+                self._forget(next_id)
             raise
         finally:
             try:
@@ -481,10 +481,10 @@ class Channel:
                 self._call_back()
         return future
 
-    def _forget(self, future: Future) -> None:
+    def _forget(self, request_id: int) -> None:
         """A request of which not a byte was sent: the stream is as it was."""
-        self._futures.pop(future._id, None)
-        self._session.retract(future._id)
+        self._futures.pop(request_id, None)
+        self._session.retract(request_id)
 
     def _deadline(self, timeout_s: float | None) -> tuple[float | None, float | None]:
         """Seconds that a call may take, and when they are over."""
@@ -541,12 +541,15 @@ class Channel:
         buffers: Sequence[Any] = [head, *out.buffers]
         left = buffers
         try:
+            future._begun = True
+            if out.placements and self._connection.arena is not None:
+                self._connection.arena.lend(out.placements)
             left = self._connection.link.send(buffers, len(head) + out.nbytes)
             while left:
                 left = self._send_rest(left, deadline)
         except DeadlineError:
             if left is buffers:
-                self._forget(future)
+                self._forget(future._id)
                 if self._connection.arena is not None:
                     self._connection.arena.lend(out.placements, -1)
                 raise DeadlineError(f"{future.op}: not sent within {future._timeout_s} s") from None
@@ -569,10 +572,14 @@ class Channel:
         buffers: Sequence[Any] = [head, *out.buffers]
         sending = self._sending
         try:
+            future._begun = True
             left = self._connection.link.send(buffers, len(head) + out.nbytes)
         except FastsplitError as error:
             self._read_last_words(future)
             raise self._end(error) from None
+        except BaseException:
+            self._end(ClosedError("the connection was closed: a send was interrupted"))
+            raise
         if not left:
             return False
 
@@ -585,7 +592,7 @@ class Channel:
             except DeadlineError:
                 late = f"{future.op}: not sent within {future._timeout_s} s"
                 if rest is buffers:
-                    self._forget(future)
+                    self._forget(future._id)
                     self._settle(future, DeadlineError(late))
                 else:
                     self._end(DeadlineError(f"{late}; the connection is closed"))
@@ -770,6 +777,10 @@ class Channel:
                     self._changed.wait(_LOOK_EVERY_S if left_s is None else min(left_s, _LOOK_EVERY_S))
                     if self._reading and not future._done:
                         _check_clock(until)
+                except BaseException:
+                    if not self._lock._is_owned():  # type: ignore[attr-defined]  # interrupted as it let go of the lock
+                        self._lock.acquire()
+                    raise
                 finally:
                     self._followers -= 1
             if future is not None and future._done:
@@ -954,11 +965,10 @@ class Channel:
             if self._error is None:
                 self._error = fresh(error)
             self._closed = True
-            futures = list(self._futures.values())
-            self._futures.clear()
-            for future in futures:
+            for future in list(self._futures.values()):
                 if not future._done:
                     self._finish(future, fresh(self._error))
+            self._futures.clear()  # last: interrupted, the next one to end the channel goes on
         return fresh(self._error)
 
     def _end(self, error: FastsplitError) -> FastsplitError:
