@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
 from ..errors import LimitError, SettingError, shown
 
-__all__ = ["ARRAYS", "MAX_DIMS", "Excess", "Limits", "over"]
+__all__ = ["ARRAYS", "MAX_DIMS", "Excess", "Limits", "over", "parse_limits"]
 
 MAX_DIMS = 64 if int(np.__version__.partition(".")[0]) >= 2 else 32
 """No array of numpy's has more, whatever `Limits.max_dims` says."""
@@ -90,6 +91,15 @@ class Limits:
         """Bytes of one frame's metadata, or of a part of it."""
         if nbytes > self.max_metadata_nbytes:
             raise excess(field, f"{nbytes} bytes", f"at most {self.max_metadata_nbytes} bytes")
+
+
+def parse_limits(limits: Any) -> Limits:
+    """The argument `limits`, None for the usual ones. Raises SettingError."""
+    if limits is None:
+        return Limits()
+    if not isinstance(limits, Limits):
+        raise SettingError(f"limits: {shown(limits)}, expected None or fastsplit.Limits")
+    return limits
 
 
 ARRAYS = Limits(max_dims=2**63 - 1, max_message_nbytes=2**63 - 1)

@@ -15,11 +15,12 @@ import ipaddress
 import os
 import socket
 import stat
+import time
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..errors import AddressError, ConnectError, DeadlineError, ResourceError
+from ..errors import AddressError, ConnectError, DeadlineError, ResourceError, shown
 from ..shortage import shortage
 from .segment import check_prefix
 
@@ -41,6 +42,8 @@ _UNIX_SNDBUF_NBYTES = 2 * 1024**2
 """A unix socket's default buffer (208 KiB) makes the two sides take turns; 2 MiB lets them overlap. Measured here, for
 messages of 8 MiB: 4.5 -> 6 GB/s. (tcp tunes its own buffers, and setting them would turn that off.)"""
 
+
+_TRY_AGAIN_S = 0.005
 
 SHM_AUTO, SHM_OFF = "auto", "off"
 
@@ -80,6 +83,8 @@ Address = UnixAddress | TcpAddress | VsockAddress
 
 def parse_address(uri: str) -> Address:
     """The address of a URI. Raises AddressError, naming the part that is wrong."""
+    if not isinstance(uri, str):
+        raise AddressError(f"address {shown(uri)}, expected a string such as unix:///run/demo.sock")
     try:
         parts = urlsplit(uri)
     except ValueError as error:
@@ -148,17 +153,9 @@ def connect_socket(address: Address, timeout_s: float) -> socket.socket:
 
     Raises ConnectError if nobody is there, DeadlineError after `timeout_s` seconds, ResourceError without a descriptor.
     """
+    deadline = time.monotonic() + timeout_s
     try:
-        if isinstance(address, TcpAddress):
-            sock = socket.create_connection((address.host, address.port), timeout_s)
-        else:
-            sock = _new_socket(address)
-            try:
-                sock.settimeout(timeout_s)
-                sock.connect(_raw(address))
-            except BaseException:
-                sock.close()
-                raise
+        sock = _connect_to_any(address, _targets(address), deadline)
     except TimeoutError:
         raise DeadlineError(f"{address}: no connection within {timeout_s} s") from None
     except OSError as error:
@@ -171,6 +168,40 @@ def connect_socket(address: Address, timeout_s: float) -> socket.socket:
     sock.settimeout(None)
     _tune(sock, address)
     return sock
+
+
+def _targets(address: Address) -> list[tuple[int, Any]]:
+    """Where an address may be reached: socket families, and what `connect` takes."""
+    if isinstance(address, TcpAddress):
+        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+        return [(family, raw) for family, _, _, _, raw in found]
+    return [(_family(address), _raw(address))]
+
+
+def _connect_to_any(address: Address, targets: list[tuple[int, Any]], deadline: float) -> socket.socket:
+    """A socket that is connected to the first target that takes it. Each has its share of the time that is left."""
+    for count in range(len(targets), 1, -1):
+        now = time.monotonic()
+        with contextlib.suppress(OSError):
+            return _connect_to(address, *targets[-count], now + (deadline - now) / count)
+    return _connect_to(address, *targets[-1], deadline)
+
+
+def _connect_to(address: Address, family: int, raw: Any, deadline: float) -> socket.socket:
+    sock = _new_socket(address, family)
+    try:
+        while True:
+            sock.settimeout(max(deadline - time.monotonic(), 0.001))
+            try:
+                sock.connect(raw)
+                return sock
+            except BlockingIOError:  # of a unix socket: too many wait to be accepted, and nothing says when one is
+                if time.monotonic() >= deadline:
+                    raise TimeoutError from None
+            time.sleep(_TRY_AGAIN_S)
+    except BaseException:
+        sock.close()
+        raise
 
 
 def listen_socket(address: Address, backlog: int = 128, *, insecure: bool = False) -> tuple[socket.socket, Address]:
@@ -188,7 +219,7 @@ def listen_socket(address: Address, backlog: int = 128, *, insecure: bool = Fals
             f"{address}: refused to listen: links are not authenticated, so a vsock listener may only be local "
             f"(cid {_VMADDR_CID_LOCAL}), unless it is said to be insecure"
         )
-    sock = _new_socket(address)
+    sock = _new_socket(address, _family(address))
     try:
         if isinstance(address, TcpAddress):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -271,8 +302,8 @@ class Reserve:
 
     def close(self) -> None:
         if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
+            fd, self._fd = self._fd, None
+            os.close(fd)
 
 
 def remove_socket_file(path: str, inode: int) -> None:
@@ -289,15 +320,19 @@ def _check_shortage(what: str, error: OSError) -> None:
         raise ResourceError(f"{what}: {short}") from None
 
 
-def _new_socket(address: Address) -> socket.socket:
-    if not isinstance(address, (UnixAddress, TcpAddress)) and not hasattr(socket, "AF_VSOCK"):
+def _family(address: Address) -> int:
+    if isinstance(address, UnixAddress):
+        return socket.AF_UNIX
+    if isinstance(address, TcpAddress):
+        return socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    if not hasattr(socket, "AF_VSOCK"):
         raise AddressError(f"{address}: this system has no vsock")
+    return socket.AF_VSOCK
+
+
+def _new_socket(address: Address, family: int) -> socket.socket:
     try:
-        if isinstance(address, UnixAddress):
-            return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        if isinstance(address, TcpAddress):
-            return socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET, socket.SOCK_STREAM)
-        return socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+        return socket.socket(family, socket.SOCK_STREAM)
     except OSError as error:
         _check_shortage(f"{address}: no socket", error)
         if isinstance(address, (UnixAddress, TcpAddress)):
@@ -334,7 +369,7 @@ def _remove_stale(address: UnixAddress) -> None:
             return
     except OSError:
         return
-    probe = _new_socket(address)
+    probe = _new_socket(address, socket.AF_UNIX)
     try:
         probe.settimeout(1)
         probe.connect(address.path)
@@ -342,7 +377,7 @@ def _remove_stale(address: UnixAddress) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(address.path)
     except OSError as error:
-        if error.errno != errno.ENOENT:
+        if error.errno not in (errno.ENOENT, errno.EAGAIN):  # gone; or there are so many that it accepts none at once
             raise OSError(error.errno, f"{address}: cannot listen: {error.strerror}") from None
     finally:
         probe.close()

@@ -33,7 +33,7 @@ from ..errors import (
 )
 from ..memory import Pool, pool
 from ..schema.coding import CAST_NAMES, CODEC_NAMES
-from ..schema.limits import Limits
+from ..schema.limits import Limits, parse_limits
 from ..tensors import Arrays, Outgoing, nbytes_of, parse_expect
 from .address import Address, connect_socket, parse_address
 from .coder import THRESHOLD_NBYTES, parse_cast, parse_codec, parse_threshold
@@ -108,7 +108,7 @@ class Channel:
         self._cast, self._codec = parse_cast(wire_dtype), parse_codec(codec)
         self._address = parse_address(uri)
         self._timeout_s = timeout_s
-        self._limits = limits
+        self._limits = parse_limits(limits)
         self._pool = pool
         self._on_segment = on_segment
         self._codec_threshold_nbytes = parse_threshold(codec_threshold_nbytes)

@@ -39,7 +39,7 @@ from ..errors import (
 )
 from ..memory import Pool, pool
 from ..printable import get_logger
-from ..schema.limits import Limits
+from ..schema.limits import Limits, parse_limits
 from ..shortage import why
 from ..tensors import Arrays, Outgoing
 from .address import Reserve, UnixAddress, listen_socket, parse_address, remove_socket_file
@@ -50,6 +50,7 @@ from .call import Client, describe, tensors_nbytes, wanted_coding
 from .coder import THRESHOLD_NBYTES, Coder, parse_codec, parse_threshold
 from .connection import Connection
 from .forked import renew, watch
+from .link import parse_count, parse_timeout
 from .pump import AT_ONCE, Pump, settle_left, within
 from .segment import Hook
 from .session import Cancel, Event, Goodbye, Probe, Request, ReturnsWanted, RingOffered
@@ -123,16 +124,16 @@ class Server:
         codec_threshold_nbytes: int = THRESHOLD_NBYTES,
     ) -> None:
         self.handlers = dict(handlers)
-        self.limits = limits or Limits()
-        self.max_connections = max_connections
-        self.handshake_timeout_s = handshake_timeout_s
-        self.send_timeout_s = send_timeout_s
-        self.max_queued_nbytes = max_queued_nbytes
+        self.limits = parse_limits(limits)
+        self.max_connections = parse_count("max_connections", max_connections, 0)
+        self.handshake_timeout_s = parse_timeout("handshake_timeout_s", handshake_timeout_s)
+        self.send_timeout_s = parse_timeout("send_timeout_s", send_timeout_s)
+        self.max_queued_nbytes = parse_count("max_queued_nbytes", max_queued_nbytes, 1)
         self._address = parse_address(uri)
         self._uri = uri
         self._arrays = tensors.arrays(arrays)
         self._pool = pool
-        self._workers = workers
+        self._workers = parse_count("workers", workers, 0)
         self._on_segment = on_segment
         self._insecure = insecure
         self._codec = parse_codec(codec)

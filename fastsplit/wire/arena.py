@@ -387,9 +387,12 @@ class Arena:
     def close(self) -> None:
         """The connection has ended: drops the segments, which live on as long as views of them do."""
         self.closed = True
+        reentrant = self._lock._is_owned()  # type: ignore[attr-defined]  # then another method goes on with its blocks
         with self._lock:
             for segment in self._own.values():
                 _close(segment)
+                if reentrant:
+                    continue  # the collector will find them
                 for block in segment.blocks.values():
                     del block.segment  # the circle is broken: what nobody holds is unmapped now
                 segment.blocks = {}
@@ -428,6 +431,6 @@ class Arena:
 def _close(segment: OwnSegment) -> None:
     """Closes the descriptor of a segment that was not announced."""
     if segment.fd is not None:
+        fd, segment.fd = segment.fd, None
         with contextlib.suppress(OSError):
-            os.close(segment.fd)
-        segment.fd = None
+            os.close(fd)

@@ -110,7 +110,7 @@ class Client:
     def __init__(self) -> None:
         self._callbacks: list[Callable[[], object]] = []
         self._ended = False
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer may need it in the middle of it
 
     @property
     def ended(self) -> bool:

@@ -27,7 +27,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from threading import get_ident
-from time import perf_counter_ns
+from time import monotonic, perf_counter_ns
 from typing import Any
 
 from .. import tensors
@@ -46,7 +46,7 @@ from ..errors import (
 from ..memory import Pool, pool
 from ..printable import get_logger
 from ..schema.coding import CAST_NAMES, CODEC_NAMES
-from ..schema.limits import Limits
+from ..schema.limits import Limits, parse_limits
 from ..shortage import start
 from ..tensors import Arrays, Outgoing, parse_expect
 from .address import connect_socket, parse_address
@@ -129,6 +129,7 @@ class Channel:
         timeout_s = parse_timeout("timeout_s", timeout_s)
         if call_timeout_s is not None:
             call_timeout_s = parse_timeout("call_timeout_s", call_timeout_s)
+        limits = parse_limits(limits)
         self.uri = uri
         self.call_timeout_s = call_timeout_s
         self._arrays = tensors.arrays(arrays)
@@ -288,6 +289,8 @@ class Channel:
         nbytes = parse_count("nbytes", nbytes, 0, MAX_FILLER_NBYTES)
         deadline = self._deadline(timeout_s)[1]
         assert deadline is not None
+        if self._closed:
+            raise ClosedError(f"the channel is closed: {self._error}")
         if self._session.capabilities & PROBES:
             self._measure(nbytes, timeout_s, deadline)
         return self.link
@@ -301,9 +304,10 @@ class Channel:
         """One probe with bytes each way, and its answer."""
         ident = self._check_entry("measure")
         held = False
+        sending = self._sending  # a forked child has another one
         try:
             self._inside.add(ident)
-            (held,) = map(self._sending.acquire, (True,), (max(deadline - time.monotonic(), 0.0),))
+            (held,) = map(sending.acquire, (True,), (max(deadline - time.monotonic(), 0.0),))
             if not held:
                 raise DeadlineError("the link was not measured: others were sending")
             if self._error is not None:  # in the handshake: why the server left
@@ -314,7 +318,7 @@ class Channel:
         finally:
             try:
                 if held:
-                    self._sending.release()
+                    sending.release()
             finally:
                 self._inside.discard(ident)
         try:
@@ -422,14 +426,16 @@ class Channel:
             if self._closed:
                 raise ClosedError(f"the channel is closed: {self._error}") from None
             raise
-        expected = parse_expect(expect)
+        expected = None if expect is None else parse_expect(expect)
         time_ns = 0 if timeout_s is None else max(int(timeout_s * 1e9), 1)
         ident = self._check_entry(op)
         future: Future | None = None
-        held = handed_over = begun = False
+        held = handed_over = False
+        next_id = 0  # of this request, as soon as there may be one
+        sending = self._sending  # a forked child has another one
         try:
             self._inside.add(ident)
-            (held,) = map(self._sending.acquire, (True,), (-1 if timeout_s is None else timeout_s,))
+            (held,) = map(sending.acquire, (True,), (-1 if deadline is None else max(deadline - monotonic(), 0.0),))
             if not held:
                 raise DeadlineError(f"{op}: not sent within {timeout_s} s, since other calls were")
             if self._closed:
@@ -442,6 +448,7 @@ class Channel:
             if connection.is_probe_due:
                 self._send_news(op, timeout_s, deadline, [connection.probe(0)[1]])
             flags = reply_flags(cast, number) if connection.can_code else 0
+            next_id = self._session.next_id
             request_id, head = self._session.request(
                 op, out.descs, attrs, out.nbytes, time_ns, expected, out.placements, flags
             )
@@ -453,22 +460,19 @@ class Channel:
             stats.bytes_copied += out.copied_nbytes
             connection.lent_nbytes += out.shared_nbytes
             stats.serialization_s += (encoded_ns - started_ns) * 1e-9
-            begun = True
-            if arena is not None:
-                arena.lend(out.placements)
             if self._sender is not None:
                 handed_over = self._send_behind(self._sender, future, out, head, deadline)
             else:
                 self._send(future, out, head, deadline)
             stats.wait_s += (perf_counter_ns() - encoded_ns) * 1e-9
         except BaseException:
-            if future is not None and not begun:
-                self._forget(future)
+            if next_id and (future is None or not future._begun):
+                self._forget(next_id)
             raise
         finally:
             try:
                 if held and not handed_over:
-                    self._sending.release()
+                    sending.release()
             finally:
                 self._inside.discard(ident)
             if self._closed:
@@ -477,10 +481,10 @@ class Channel:
                 self._call_back()
         return future
 
-    def _forget(self, future: Future) -> None:
+    def _forget(self, request_id: int) -> None:
         """A request of which not a byte was sent: the stream is as it was."""
-        self._futures.pop(future._id, None)
-        self._session.retract(future._id)
+        self._futures.pop(request_id, None)
+        self._session.retract(request_id)
 
     def _deadline(self, timeout_s: float | None) -> tuple[float | None, float | None]:
         """Seconds that a call may take, and when they are over."""
@@ -500,12 +504,13 @@ class Channel:
             self._closed = True
             if self._error is None:  # now, so that it comes before the server's answer to the goodbye
                 self._error = ClosedError("the channel was closed")
-        if first and self._sending.acquire(timeout=0.0 if inside else 0.1):  # if a send is stuck the end says enough
+        sending = self._sending
+        if first and sending.acquire(timeout=0.0 if inside else 0.1):  # if a send is stuck the end says enough
             try:
                 with contextlib.suppress(FastsplitError):
                     self._connection.link.send([self._session.goodbye()])
             finally:
-                self._release_sending()
+                self._release(sending)
         self._end(ClosedError("the channel was closed"))
         if self._sender is not None:
             self._sender.shutdown(wait=not inside)
@@ -517,6 +522,7 @@ class Channel:
         """For a forked child: see forked.py."""
         renew(self._lock, self._changed)
         self._connection.leave(why)
+        self._sending = self._connection.sending
         self._calling_back.clear()
         self._callbacks.clear()
         self._reading = 0
@@ -535,12 +541,15 @@ class Channel:
         buffers: Sequence[Any] = [head, *out.buffers]
         left = buffers
         try:
+            future._begun = True
+            if out.placements and self._connection.arena is not None:
+                self._connection.arena.lend(out.placements)
             left = self._connection.link.send(buffers, len(head) + out.nbytes)
             while left:
                 left = self._send_rest(left, deadline)
         except DeadlineError:
             if left is buffers:
-                self._forget(future)
+                self._forget(future._id)
                 if self._connection.arena is not None:
                     self._connection.arena.lend(out.placements, -1)
                 raise DeadlineError(f"{future.op}: not sent within {future._timeout_s} s") from None
@@ -561,7 +570,9 @@ class Channel:
         """Has the sender's thread send what the kernel does not take at once; then that thread releases `_sending`:
         frames stay whole, and at most one waits. Returns whether it was handed over."""
         buffers: Sequence[Any] = [head, *out.buffers]
+        sending = self._sending
         try:
+            future._begun = True
             left = self._connection.link.send(buffers, len(head) + out.nbytes)
         except FastsplitError as error:
             self._read_last_words(future)
@@ -581,7 +592,7 @@ class Channel:
             except DeadlineError:
                 late = f"{future.op}: not sent within {future._timeout_s} s"
                 if rest is buffers:
-                    self._forget(future)
+                    self._forget(future._id)
                     self._settle(future, DeadlineError(late))
                 else:
                     self._end(DeadlineError(f"{late}; the connection is closed"))
@@ -589,7 +600,7 @@ class Channel:
                 self._read_last_words(future)
                 self._end(error)
             finally:
-                self._release_sending()
+                self._release(sending)
             self._call_back()
 
         if not sender.submit(send_rest):  # closed at this moment
@@ -687,13 +698,14 @@ class Channel:
     def _send_if_free(self, send: Callable[[], object]) -> None:
         """Calls `send` unless another thread sends at this moment, or the connection has ended."""
         held = False
+        sending = self._sending
         try:
-            (held,) = map(self._sending.acquire, (False,))
+            (held,) = map(sending.acquire, (False,))
             if held and not self._closed:
                 send()
         finally:
             if held:
-                self._release_sending()
+                self._release(sending)
 
     # ---- waiting and reading ----
 
@@ -765,6 +777,10 @@ class Channel:
                     self._changed.wait(_LOOK_EVERY_S if left_s is None else min(left_s, _LOOK_EVERY_S))
                     if self._reading and not future._done:
                         _check_clock(until)
+                except BaseException:
+                    if not self._lock._is_owned():  # type: ignore[attr-defined]  # interrupted as it let go of the lock
+                        self._lock.acquire()
+                    raise
                 finally:
                     self._followers -= 1
             if future is not None and future._done:
@@ -933,12 +949,13 @@ class Channel:
         """The peer broke the protocol, or something is short here: tell it, if that is possible at once. Only the
         reader calls it."""
         self._fail(error)
-        if self._sending.acquire(blocking=False):
+        sending = self._sending
+        if sending.acquire(blocking=False):
             try:
                 with contextlib.suppress(FastsplitError):
                     self._connection.link.send([self._session.abort(error)])
             finally:
-                self._release_sending()
+                self._release(sending)
             self._connection.link.linger(time.monotonic() + _LINGER_S)
 
     def _fail(self, error: FastsplitError) -> FastsplitError:
@@ -948,11 +965,10 @@ class Channel:
             if self._error is None:
                 self._error = fresh(error)
             self._closed = True
-            futures = list(self._futures.values())
-            self._futures.clear()
-            for future in futures:
+            for future in list(self._futures.values()):
                 if not future._done:
                     self._finish(future, fresh(self._error))
+            self._futures.clear()  # last: interrupted, the next one to end the channel goes on
         return fresh(self._error)
 
     def _end(self, error: FastsplitError) -> FastsplitError:
@@ -962,8 +978,8 @@ class Channel:
         self._close_when_unused()
         return error
 
-    def _release_sending(self) -> None:
-        self._sending.release()
+    def _release(self, sending: threading.Lock) -> None:
+        sending.release()
         if self._closed:
             self._close_when_unused()
 
@@ -972,14 +988,15 @@ class Channel:
 
         Whoever sends or reads calls this again when it is done.
         """
-        while self._sending.acquire(blocking=False):
+        sending = self._sending
+        while sending.acquire(blocking=False):
             try:
                 with self._lock:
                     if not self._reading:
                         self._connection.close()
                         return
             finally:
-                self._sending.release()
+                sending.release()
             if self._reading:
                 return
             # A reader that left just now came here too, and found `_sending` taken by us: look again for both.

@@ -91,7 +91,9 @@ class Coder:
         """Whether several messages are under way at once, so that one travels while another is compressed."""
         self.stats: dict[str, Coded] = {}
         self.too_large = 0
-        self.lock = threading.Lock()  # requests of one connection may be answered by several threads
+        self.lock = (
+            threading.RLock()
+        )  # requests of one connection may be answered by several threads, or by a finalizer
         self._allocate = pool.allocate
         self._codecs: tuple[int, ...] = ()  # both sides', best first
         self._known: dict[tuple[str, int], tuple[int, int]] = {}  # op, index -> what to do, and how often yet

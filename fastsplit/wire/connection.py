@@ -273,8 +273,8 @@ class Connection:
                     link.send_descriptor(segment.fd, deadline)
                 else:
                     link.send_with_descriptor(frame, segment.fd, deadline)
-                os.close(segment.fd)
-                segment.fd = None
+                fd, segment.fd = segment.fd, None  # first: interrupted, nobody may close it twice
+                os.close(fd)
                 if isinstance(link, RingLink):
                     yield frame
         while (frame_or_none := session.give_back()) is not None:
@@ -356,17 +356,18 @@ class Connection:
         except ArenaFull as error:
             self._without_ring(str(error))
             return None
-        RingLink.format(memory)
-        frame = self.session.segment(0, RING_NBYTES, name)
-        if fd is None:
-            link.send_all([frame], deadline)
-        else:
-            try:
+        try:
+            RingLink.format(memory)
+            frame = self.session.segment(0, RING_NBYTES, name)
+            if fd is None:
+                link.send_all([frame], deadline)
+            else:
                 link.send_with_descriptor(frame, fd, deadline)
-            except ResourceError as error:  # nothing was sent
-                self._without_ring(str(error))
-                return None
-            finally:
+        except ResourceError as error:  # nothing was sent
+            self._without_ring(str(error))
+            return None
+        finally:
+            if fd is not None:
                 os.close(fd)
 
         def answered(text: str) -> None:
@@ -408,7 +409,8 @@ class Connection:
         if self.left is None:
             self.left = why
             self.inside.clear()
-            renew(self.sending, self.coder.lock)
+            self.sending = threading.Lock()  # a new one: this very thread may hold the old one, and will release it
+            renew(self.coder.lock)
             self.link.leave()
             if self.arena is not None:
                 self.arena.leave()

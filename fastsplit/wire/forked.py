@@ -36,9 +36,10 @@ def watch(made: Inherited) -> None:
 
 
 def renew(*locks: Any) -> None:
-    """Makes locks and conditions free again, whoever holds them."""
+    """Makes locks and conditions free again, unless the thread that forked holds them: it will release them."""
     for lock in locks:
-        lock._at_fork_reinit()  # as the standard library does with its own
+        if not (hasattr(lock, "_is_owned") and lock._is_owned()):  # a plain lock does not know its holder
+            lock._at_fork_reinit()  # as the standard library does with its own
 
 
 def _leave_all() -> None:

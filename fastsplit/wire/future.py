@@ -59,6 +59,7 @@ class Future:
 
     __slots__ = (
         "__weakref__",
+        "_begun",
         "_callbacks",
         "_channel",
         "_deadline",
@@ -80,6 +81,7 @@ class Future:
         self._deadline = deadline
         self._timeout_s = timeout_s
         self._sent_ns = sent_ns
+        self._begun = False  # whether a byte of the request may have been sent
         self._done = False
         self._result: Result | None = None
         self._error: BaseException | None = None

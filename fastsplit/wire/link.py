@@ -196,7 +196,7 @@ class Link:
         self._writable.register(sock, select.POLLOUT)
         self._either = select.poll()
         self._either.register(sock, select.POLLIN | select.POLLOUT)
-        self._close_lock = threading.Lock()
+        self._close_lock = threading.RLock()  # a signal's handler may close in the middle of a close
         self._message: Any = ()  # what recvmsg gave, until note was taken of it
         self.arrived = 0  # of reads that are for no session
         self.bytes_sent = 0
@@ -451,8 +451,7 @@ class Link:
         """For a forked child: closes the descriptors, and leaves the stream to the parent."""
         renew(self._close_lock)
         self._sock.close()
-        while self.descriptors:
-            os.close(self.descriptors.popleft())
+        self._close_descriptors()
 
     def close(self) -> None:
         """Closes the socket. Call `shutdown` first if another thread may be in a read or a write."""
@@ -463,10 +462,13 @@ class Link:
                     if not self._sock.recv(_DISCARD_NBYTES, _DONTWAIT):
                         break
             self._sock.close()
-            while self.descriptors:
-                fd = self.descriptors.popleft()
-                if fd != _DROPPED:
-                    os.close(fd)
+            self._close_descriptors()
+
+    def _close_descriptors(self) -> None:
+        while self.descriptors:
+            fd = self.descriptors.popleft()
+            if fd != _DROPPED:
+                os.close(fd)
 
     def peer_left(self) -> bool:
         """Whether the peer has ended its writing direction, or is gone. Takes a system call; reads nothing."""

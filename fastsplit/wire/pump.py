@@ -319,8 +319,8 @@ class Pump:
     def _sent_descriptor(frame: Frame) -> None:
         segment = frame.segment
         assert segment is not None and segment.fd is not None
-        os.close(segment.fd)
-        segment.fd = frame.segment = None
+        fd, segment.fd, frame.segment = segment.fd, None, None
+        os.close(fd)
 
     def _look_for_progress(self) -> None:
         self._stalling = None

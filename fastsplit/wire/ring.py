@@ -68,6 +68,7 @@ _LOOK_EVERY_NS = 10_000_000  # while it spins for long, a side looks this often 
 _TICK_S = 0.05
 _MAX_TRIES = 1000  # to get the fence, which the other side holds for an instant
 _NAP_S = 0.001
+_MAP_FIXED = 0x10  # not in the mmap module
 _STRONGLY_ORDERED = platform.machine() in ("x86_64", "AMD64", "i686", "i386")
 
 
@@ -140,7 +141,7 @@ class RingLink:
                 f"{(_MAGIC, _VERSION, SLOTS, SLOT_NBYTES)}"
             )
         self._link = link
-        self._memory: Any = memory  # None once it is closed
+        self._memory: Any = memory  # _GONE once it is closed
         self._post, self._trywait = _semaphores.post, _semaphores.trywait
         mine, theirs = (0, 1) if is_client else (1, 0)
         self._items_out: list[Any] = _semaphores_at(memory, _ITEMS_AT[mine], SLOTS)
@@ -342,14 +343,16 @@ class RingLink:
         self._let_go()
 
     def leave(self) -> None:
-        """For a forked child: see Link.leave."""
+        """For a forked child: see Link.leave. Its thread may be about to take what is the parent's."""
         self._link.leave()
+        if self._memory is not _GONE:
+            _keep_to_itself(self._memory)
         self._let_go()
 
     def _let_go(self) -> None:
         self._credit = self._taken = 0  # so that whoever comes too late asks the semaphores
         self._post = self._trywait = _closed  # type: ignore[assignment]
-        self._memory = None
+        self._memory = _GONE
         self._items_out = self._space_out = self._space_in = [None] * SLOTS
         self._items_in = [(None,)] * SLOTS
         self._fence = None
@@ -444,7 +447,7 @@ class RingLink:
         these instead of 157-172 (through a unix socket alone 153-174).
         """
         memory = self._memory
-        if memory is not None and memory[self._peer_asleep_at] == _EAGER:
+        if memory is not _GONE and memory[self._peer_asleep_at] == _EAGER:
             with contextlib.suppress(PeerLostError):  # the send itself will say so
                 self._ring_bell()
 
@@ -475,8 +478,32 @@ class RingLink:
         return False
 
 
+class _Gone:
+    """A closed ring's memory, for whoever comes too late."""
+
+    def __getitem__(self, _: Any) -> int:
+        raise PeerLostError("the connection is closed")
+
+    def __setitem__(self, _: Any, __: int) -> None:
+        raise PeerLostError("the connection is closed")
+
+
+_GONE = _Gone()
+
+
 def _closed(_: Any) -> int:
     raise PeerLostError("the connection is closed")
+
+
+def _keep_to_itself(memory: mmap.mmap) -> None:
+    """Puts a private copy in the place of shared memory, as it is now."""
+    content = memory[:]
+    replace = ctypes.PyDLL(None).mmap
+    replace.restype, word = ctypes.c_void_p, ctypes.c_ssize_t
+    at = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(memory)))
+    flags = _MAP_FIXED | mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    if replace(at, word(len(memory)), mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, word(0)) == at.value:
+        memory[:] = content
 
 
 def _semaphores_at(memory: mmap.mmap, at: int, count: int) -> list[Any]:

@@ -39,7 +39,7 @@ from ..errors import (
 )
 from ..memory import Pool, pool
 from ..printable import get_logger
-from ..schema.limits import Limits
+from ..schema.limits import Limits, parse_limits
 from ..shortage import start, why
 from ..tensors import Arrays
 from .address import Reserve, UnixAddress, listen_socket, parse_address, remove_socket_file
@@ -48,7 +48,7 @@ from .call import Call, Client, Handler, describe, tensors_nbytes, wanted_coding
 from .coder import THRESHOLD_NBYTES, Coder, parse_codec, parse_threshold
 from .connection import Connection, greeting
 from .forked import renew, watch
-from .link import choose_spin_us, cores
+from .link import choose_spin_us, cores, parse_count, parse_timeout
 from .segment import Hook
 from .session import MAX_RETURNS, Cancel, Event, Failed, Goodbye, Probe, Request, ReturnsWanted, RingOffered
 from .stats import Stats
@@ -97,16 +97,16 @@ class Server:
         insecure: bool = False,
     ) -> None:
         self.handlers = dict(handlers)
-        self.limits = limits or Limits()
-        self.max_connections = max_connections
-        self.handshake_timeout_s = handshake_timeout_s
-        self.send_timeout_s = send_timeout_s
+        self.limits = parse_limits(limits)
+        self.max_connections = parse_count("max_connections", max_connections, 0)
+        self.handshake_timeout_s = parse_timeout("handshake_timeout_s", handshake_timeout_s)
+        self.send_timeout_s = parse_timeout("send_timeout_s", send_timeout_s)
         self._address = parse_address(uri)
         self._uri = uri
         self._insecure = insecure
         self._arrays = tensors.arrays(arrays)
         self._pool = pool
-        self._workers = workers
+        self._workers = parse_count("workers", workers, 0)
         self._codec = parse_codec(codec)
         self._codec_threshold_nbytes = parse_threshold(codec_threshold_nbytes)
         self._on_segment = on_segment
@@ -384,6 +384,7 @@ class _Connection:
         self.ended = True
         self.client.leave()
         self.wire.leave(why)
+        self._sending = self.wire.sending
 
     # ---- the connection's thread ----
 

@@ -327,7 +327,8 @@ class Session:
         self._encoder = Encoder(Limits(), HEADER_NBYTES)
         self._open: dict[int, Expected] = {}  # client: requests without an answer, and what the answer must look like
         self._unwanted: set[int] = set()  # client: those of them that nobody waits for any more
-        self._next_id = 1
+        self.next_id = 1
+        """Client: of the next request."""
         self._stagings = tuple(memoryview(bytearray(STAGING_NBYTES)) for _ in range(2))
         self._staging = self._stagings[0]
         self._filled = 0
@@ -373,9 +374,9 @@ class Session:
             raise LimitError(
                 f"{op!r}: {len(self._open)} requests in flight, the peer accepts {self.peer_limits.max_inflight}"
             )
-        request_id = self._next_id
+        request_id = self.next_id
         frame = self._frame(_REQUEST, request_id, op, tensors, attrs, nbytes, time_ns, placements, flags=flags)
-        self._next_id = request_id + 1
+        self.next_id = request_id + 1
         self._open[request_id] = expect
         return request_id, frame
 
@@ -388,10 +389,10 @@ class Session:
         return False
 
     def retract(self, request_id: int) -> None:
-        """Forgets a request of which no byte was sent."""
-        self._open.pop(request_id, None)
-        self._unwanted.discard(request_id)
-        self.take_back()
+        """Forgets the last request, if there is one of that id: no byte of it was sent."""
+        if self._open.pop(request_id, _NO_REQUEST) is not _NO_REQUEST:
+            self._unwanted.discard(request_id)
+            self.take_back()
 
     def cancel(self, request_id: int) -> bytearray:
         """Tells the server that nobody waits for an answer."""

@@ -8,12 +8,12 @@ Rules. What was submitted and has not run when the interpreter ends does not run
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
 
-from ..errors import ResourceError
 from ..printable import get_logger
 from ..shortage import start
 
@@ -45,20 +45,27 @@ def call_safely(what: str, callback: Callable[..., object], *args: Any) -> None:
 class Workers:
     """`count` threads that run what is submitted, in the order in which it comes. Raises ResourceError without them."""
 
+    _ended = True
+
     def __init__(self, count: int, name: str) -> None:
         self._tasks: SimpleQueue[Task | None] = SimpleQueue()
-        self._lock = threading.Lock()  # so that nothing is submitted behind the end
-        self._ended = False
+        self._pid = os.getpid()
+        self._lock = threading.RLock()  # so that nothing is submitted behind the end, which a finalizer may bring
         self.threads = [
             threading.Thread(target=_work, args=(self._tasks,), name=f"{name} {index}", daemon=True)
             for index in range(count)
         ]
+        self._ended = False
         try:
             for thread in self.threads:
                 start(thread)
-        except ResourceError:
+        except BaseException:
             self.shutdown(wait=False)
             raise
+
+    def __del__(self) -> None:
+        if not self._ended and self._pid == os.getpid():  # a forked child has none of the threads
+            self.shutdown(wait=False)
 
     def submit(self, task: Task) -> bool:
         """Has a thread call `task`. False after `shutdown`."""

@@ -469,6 +469,7 @@ def test_ops_that_are_none(socket_uri: str, front: Front, op: Any) -> None:
         {"wire_dtype": 3},
         {"codec_threshold_nbytes": "5"},
         {"codec_threshold_nbytes": 1.5},
+        {"limits": 3},
     ],
     ids=str,
 )
@@ -476,3 +477,31 @@ def test_arguments_of_a_connection(unix_uri: str, front: Front, options: dict[st
     (name,) = options
     with pytest.raises(fastsplit.SettingError, match=f"^{name}: .*, expected "):
         front.connect(unix_uri, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"workers": "2"},
+        {"workers": -1},
+        {"max_connections": None},
+        {"handshake_timeout_s": "5"},
+        {"send_timeout_s": float("nan")},
+        {"limits": {"max_dims": 3}},
+        {"codec": 3},
+    ],
+    ids=str,
+)
+def test_arguments_of_a_server(unix_uri: str, front: Front, options: dict[str, Any]) -> None:
+    """At once, not in a thread when the first client comes."""
+    (name,) = options
+    with pytest.raises(fastsplit.SettingError, match=f"^{name}: .*, expected "):
+        front.Server(unix_uri, {}, **options)
+
+
+@pytest.mark.parametrize("uri", [None, 3, b"unix:///run/demo.sock"])
+def test_addresses_that_are_no_text(front: Front, uri: Any) -> None:
+    with pytest.raises(fastsplit.AddressError, match="expected a string"):
+        front.connect(uri)
+    with pytest.raises(fastsplit.AddressError, match="expected a string"):
+        front.Server(uri, {})

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import stat
 import struct
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from fastsplit.errors import AddressError, ConnectError
+from fastsplit.errors import AddressError, ConnectError, DeadlineError
 from fastsplit.wire.address import (
     TcpAddress,
     UnixAddress,
@@ -157,15 +160,57 @@ def test_nobody_there(uri: str) -> None:
 def test_a_socket_that_was_connected_to_itself_is_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     """Connecting to a free port of the range that the kernel picks its own from can do that, once in many times."""
 
-    def to_itself(address: tuple[str, int], timeout: float) -> socket.socket:
+    def to_itself(*_: object) -> socket.socket:
         sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         sock.bind(("127.0.0.1", 0))
         sock.connect(sock.getsockname())
         return sock
 
-    monkeypatch.setattr(socket, "create_connection", to_itself)
+    monkeypatch.setattr("fastsplit.wire.address._connect_to_any", to_itself)
     with pytest.raises(ConnectError, match="cannot connect: Connection refused"):
         connect_socket(TcpAddress("127.0.0.1", 40_000), 5)
+
+
+@contextlib.contextmanager
+def _full_listener(family: int, address: object) -> Iterator[socket.socket]:
+    """One that accepts nobody, and has no room for others to wait."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket(family))
+        listener.bind(address)
+        listener.listen(0)
+        for _ in range(3):
+            client = stack.enter_context(socket.socket(family))
+            client.setblocking(False)
+            client.connect_ex(listener.getsockname())
+        yield listener
+
+
+def test_all_addresses_of_a_host_share_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    with _full_listener(socket.AF_INET, ("127.0.0.1", 0)) as stalled, socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(1)
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", stalled.getsockname())] * 3
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+        started_s = time.monotonic()
+        with pytest.raises(DeadlineError, match="no connection within"):
+            connect_socket(TcpAddress("several.example", 1), 0.3)
+        assert time.monotonic() - started_s < 0.8
+        found[-1] = (*found[-1][:4], listener.getsockname())
+        connect_socket(TcpAddress("several.example", 1), 0.3).close()  # one that stalls leaves time for the others
+
+
+def test_a_unix_socket_where_too_many_wait(unix_uri: str) -> None:
+    """The kernel refuses at once who is too many: that is no reason to say that nobody listens."""
+    address = parse_address(unix_uri)
+    with _full_listener(socket.AF_UNIX, address.path) as listener:
+        with pytest.raises(DeadlineError, match="no connection within"):
+            connect_socket(address, 0.1)
+        with pytest.raises(OSError, match="cannot listen: Address already in use"):
+            listen_socket(address)
+        timer = threading.Timer(0.05, lambda: listener.accept()[0].close())  # noqa: PLW0108 (it accepts when it is time)
+        timer.start()
+        connect_socket(address, 5).close()
+        timer.join()
 
 
 def test_sockets_are_tuned(socket_uri: str) -> None:

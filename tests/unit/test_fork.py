@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from anywhere import Anywhere, traces_instructions
 
 import fastsplit
 
@@ -258,6 +259,49 @@ def test_a_handler_that_forks(unix_uri: str) -> None:
                 assert channel.call("fork")[0][0]
                 assert channel.call("return")[0][0] == 1
                 assert channel.call("return")[0][0] == 1
+
+
+@pytest.mark.parametrize("link", ["shm", "unix"])
+@traces_instructions
+def test_a_fork_in_the_middle_of_a_call(channel: fastsplit.Channel) -> None:
+    """As in a signal's handler. The child's call goes on to its end, with locks that its thread may hold."""
+    x = np.arange(1000)
+    children: list[int] = []
+    for n in range(0, 1000, 11):
+        pid = os.getpid()
+        error = ""
+        try:
+            with Anywhere(n, lambda: children.append(os.fork())) as place:
+                (y,) = channel.call("echo", x)
+            assert (y == x).all()
+        except BaseException as raised:
+            error = f"{type(raised).__name__}: {raised}"
+        if os.getpid() != pid:
+            text = f"made in process {pid}"
+            os._exit(0 if not error or (error.startswith("ClosedError: ") and text in error) else 1)
+        assert not error
+        if not place.where:
+            break
+        assert os.waitpid(children.pop(), 0)[1] == 0, place.where
+    assert n > 20
+
+
+def test_a_child_takes_nothing_out_of_the_ring(unix_uri: str) -> None:
+    """Its thread may have been about to: a signal's handler may fork while a call spins for its reply."""
+    with fastsplit.Server(unix_uri, HANDLERS, arrays="numpy") as server:
+        with fastsplit.connect(server.uri, arrays="numpy", call_timeout_s=5) as channel:
+            channel.call("echo")
+            link: Any = channel._connection.link
+            take, items = link._trywait, link._items_in[link._in_slot]
+            future = channel.submit("echo", np.arange(5))
+            time.sleep(0.1)  # the reply is there
+            assert in_child(lambda: take(items[0])) == 0  # out of its own copy
+            assert future.result()[0].sum() == 10
+
+
+def test_measuring_in_a_child(channel: fastsplit.Channel) -> None:
+    """Also where there is nothing to measure."""
+    assert is_told(in_child(lambda: _error(channel.measure)).replace("the channel is closed: ", ""))
 
 
 def test_a_grandchild(channel: fastsplit.Channel) -> None:

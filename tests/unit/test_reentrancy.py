@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from anywhere import Anywhere, traces_instructions
 
 import fastsplit
 from fastsplit.errors import ReentrantCallError
@@ -256,3 +258,50 @@ def test_a_finalizer_may_cancel_and_close(server: fastsplit.Server) -> None:
         timer.join()
         signal.signal(signal.SIGUSR1, before)
     assert future.cancelled()
+
+
+@pytest.mark.parametrize("what", ["call", "close"])
+@pytest.mark.parametrize("options", [{}, {"wire_dtype": "bfloat16"}, {"codec": "zlib", "codec_threshold_nbytes": 1}])
+@traces_instructions
+def test_wherever_a_call_may_be(unix_uri: str, what: str, options: dict[str, Any]) -> None:
+    """Nothing waits for a lock of its own thread; what fails says so in an error of ours."""
+    x = np.arange(20_000, dtype=np.float32) % 100
+    wrong: list[Any] = []
+
+    def work(server: fastsplit.Server, query: str) -> None:
+        n = 0
+        with contextlib.ExitStack() as stack:
+            while True:
+                channel = stack.enter_context(
+                    fastsplit.connect(server.uri + query, arrays="numpy", call_timeout_s=3, spin_us=0, **options)
+                )
+                channel.call("echo", x)
+
+                def act(channel: fastsplit.Channel = channel) -> None:
+                    try:
+                        channel.close() if what == "close" else channel.call("echo", x)
+                    except ReentrantCallError:
+                        pass
+                    except BaseException as error:
+                        wrong.append(error)
+
+                while not channel.closed:
+                    try:
+                        with Anywhere(n, act) as place:
+                            (y,) = channel.call("echo", x)
+                        assert (y == x).all()
+                    except fastsplit.ClosedError:
+                        assert what == "close"
+                    except BaseException as error:
+                        wrong.append((place.where, error))
+                    if not place.where:
+                        return
+                    n += 5
+
+    with fastsplit.Server(unix_uri, HANDLERS, arrays="numpy") as server:
+        for query in ("?shm=off",) if options else ("", "?shm=off"):
+            thread = threading.Thread(target=work, args=(server, query), daemon=True)
+            thread.start()
+            thread.join(30)
+            assert not thread.is_alive()
+    assert not wrong
