@@ -11,7 +11,7 @@ import functools
 import math
 import numbers
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flatbuffers
@@ -202,6 +202,8 @@ def _split_attrs(attrs: Attrs) -> tuple[tuple[Any, ...], list[int], list[float]]
     signature: list[Any] = []
     ints: list[int] = []
     floats: list[float] = []
+    if type(attrs) is not dict and not isinstance(attrs, Mapping):  # a handler may set its reply's to anything
+        raise SettingError(f"attributes: {shown(attrs)}, expected a dict")
     for name, value in attrs.items():
         kind = type(value)
         if kind not in _PLAIN:

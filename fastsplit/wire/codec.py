@@ -147,8 +147,8 @@ def decompress(codec: int, data: memoryview, out: memoryview, itemsize: int) -> 
     try:
         _DECOMPRESS[codec](data, out, itemsize)
     except _errors(codec) as error:
-        block_nbytes = _BLOSC2_HEADER.unpack_from(data)[5] if codec == CODECS["blosc2"] else 0
-        if _is_shortage(error, block_nbytes):
+        block_nbytes = _BLOSC2_HEADER.unpack_from(data)[5] if codec == CODECS["blosc2"] else 0  # the peer's word
+        if _is_shortage(error, min(max(block_nbytes, 0), out.nbytes)):
             raise _full(codec, "unpack", out.nbytes) from None
         raise _wrong(codec, f"corrupt data ({str(error) or type(error).__name__})", f"{out.nbytes} bytes") from None
 

@@ -92,13 +92,21 @@ def test_what_is_wrong_with_a_reply(socket_uri: str, name: str) -> None:
         def __array_interface__(self) -> Any:
             raise SystemExit(4)
 
+    def attrs(call: fastsplit.Call) -> None:
+        call.reply_attrs = [1]  # type: ignore[assignment]
+
     front = Front(name)
-    handlers = {"object": lambda call: object(), "exits": lambda call: Exits(), "one": lambda call: np.ones(1)}
+    handlers = {
+        "object": lambda call: object(),
+        "exits": lambda call: Exits(),
+        "attrs": attrs,
+        "one": lambda call: np.ones(1),
+    }
     try:
         with front.Server(socket_uri, handlers) as server:
             with fastsplit.connect(server.uri, arrays="numpy", call_timeout_s=10) as channel:
-                for op in ("object", "exits"):
-                    with pytest.raises(RemoteOpError):
+                for op, text in (("object", "expected a"), ("exits", "4"), ("attrs", r"attributes: \[1\], expected a")):
+                    with pytest.raises(RemoteOpError, match=text):
                         channel.call(op)
                     assert channel.call("one")[0] == 1
     finally:

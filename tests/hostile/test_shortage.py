@@ -11,6 +11,7 @@ import os
 import re
 import resource
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -483,6 +484,18 @@ def test_corrupt_data_is_still_the_peers_fault(name: str) -> None:
     broken[len(broken) // 2 :] = bytes(len(broken) - len(broken) // 2)
     with pytest.raises(RemoteProtocolError, match=f"compressed tensor, {name}"):
         codec.decompress(CODECS[name], memoryview(broken), out, 1)
+
+
+@pytest.mark.skipif("blosc2" not in codec.installed(), reason="no blosc2")
+@pytest.mark.parametrize("block_nbytes", [-1, -(2**31), 2**31 - 1])
+def test_blocks_of_a_size_that_the_peer_made_up(block_nbytes: int) -> None:
+    """A chunk of zeros has no blocks. To see whether memory is short, no more is tried out than the tensor needs."""
+    packed = codec.compress(CODECS["blosc2"], memoryview(bytes(4 * MIB)), 1, Pool().allocate)
+    assert packed is not None and packed.nbytes == 32
+    broken = bytearray(packed)
+    struct.pack_into("<i", broken, 8, block_nbytes)
+    with contextlib.suppress(RemoteProtocolError):
+        codec.decompress(CODECS["blosc2"], memoryview(broken), memoryview(bytearray(4 * MIB)), 1)
 
 
 def test_words_of_libraries_that_have_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -710,3 +710,14 @@ def test_a_call_does_not_wait_for_ever_behind_anothers_send(server: fastsplit.Se
         ):
             channel.call("echo", timeout_s=0.05)
         assert channel.call("echo") == ()
+
+
+def test_a_call_that_waits_twice_has_one_deadline(server: fastsplit.Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For memory first, then behind another call."""
+    with fastsplit.connect(server.uri, arrays="numpy") as channel:
+        prepare = channel._connection.prepare
+        monkeypatch.setattr(channel._connection, "prepare", lambda *args: time.sleep(0.3) or prepare(*args))
+        started_s = time.monotonic()
+        with channel._sending, pytest.raises(DeadlineError, match=r"not sent within 0\.4 s"):
+            channel.call("echo", timeout_s=0.4)
+        assert time.monotonic() - started_s < 0.65
