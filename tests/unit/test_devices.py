@@ -581,6 +581,7 @@ def test_an_executor_loads_in_a_thread_that_ends() -> None:
     assert not loading.is_alive()
 
 
+@pytest.mark.usefixtures("sigint")
 def test_an_interrupt_does_not_wait_for_the_weights() -> None:
     """They may take minutes: whoever is stopped by a signal meanwhile ends soon."""
     loaded, go = threading.Event(), threading.Event()
