@@ -126,6 +126,7 @@ def _greedy_without_eos(runner: Runner, ids: torch.Tensor, count: int) -> list[i
 
 
 @pytest.mark.slow
+@pytest.mark.matrix(one_in=3)
 @pytest.mark.parametrize("plan", ["fused", "folded", "linear"])
 def test_bfloat16_is_as_near_as_hf_own(directory: Path, reference: Any, narrow: Any, unix_uri: str, plan: str) -> None:
     """All three in bfloat16: executor, wire and TEE."""
