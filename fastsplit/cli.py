@@ -159,7 +159,7 @@ def tell(program: str, text: str) -> None:
 
 def write(text: str) -> None:
     """Writes a part of the result to stdout. On a terminal control characters are escaped, newlines and tabs excepted;
-    everywhere else the text is as it is, but for characters that the encoding lacks, which are escaped."""
+    elsewhere only characters that the encoding lacks are."""
     stream = sys.stdout
     if stream is None:  # closed from the start, as by `>&-`
         return

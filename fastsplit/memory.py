@@ -199,7 +199,7 @@ class Pool:
         if self._unwatched and self._idle:
             self._watch()
 
-    # ---- what nobody uses ----
+    # ---- idle blocks ----
 
     def _watch(self) -> None:
         """Has a thread look after the idle blocks, unless one does. Without a thread, nothing is kept."""

@@ -14,7 +14,7 @@ import threading
 
 from .errors import ResourceError
 
-__all__ = ["import_shortage", "no_descriptor", "no_memory", "no_thread", "shortage", "start", "why"]
+__all__ = ["import_shortage", "no_descriptor", "no_memory", "shortage", "start", "why"]
 
 
 def no_descriptor() -> str:
@@ -60,19 +60,15 @@ def why(error: OSError) -> str:
     return shortage(error) or error.strerror or str(error)
 
 
-def no_thread(error: RuntimeError) -> ResourceError:
-    """The error for a thread that could not be started."""
-    limit = resource.getrlimit(resource.RLIMIT_NPROC)[0]
-    named = "RLIMIT_NPROC is " + ("unlimited" if limit == resource.RLIM_INFINITY else f"{limit} (ulimit -u)")
-    return ResourceError(f"no thread left: {error}: {named}, threads-max is {_setting('kernel/threads-max')}")
-
-
 def start(thread: threading.Thread) -> None:
     """Starts a thread. Raises ResourceError if the system has none left."""
     try:
         thread.start()
     except RuntimeError as error:
-        raise no_thread(error) from None
+        limit = resource.getrlimit(resource.RLIMIT_NPROC)[0]
+        named = "RLIMIT_NPROC is " + ("unlimited" if limit == resource.RLIM_INFINITY else f"{limit} (ulimit -u)")
+        most = _setting("kernel/threads-max")
+        raise ResourceError(f"no thread left: {error}: {named}, threads-max is {most}") from None
 
 
 def _memory_limits() -> str:

@@ -151,7 +151,8 @@ def _tune(sock: socket.socket, address: Address) -> None:
 def connect_socket(address: Address, timeout_s: float) -> socket.socket:
     """A connected, blocking socket.
 
-    Raises ConnectError if nobody is there, DeadlineError after `timeout_s` seconds, ResourceError without a descriptor.
+    Raises ConnectError without a listener there, DeadlineError after `timeout_s` seconds, ResourceError without a
+    descriptor.
     """
     deadline = time.monotonic() + timeout_s
     try:

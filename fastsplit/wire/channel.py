@@ -200,8 +200,7 @@ class Channel:
             self._read_once(deadline)
             if self._error is not None:
                 raise fresh(self._error)
-            if time.monotonic() >= deadline:
-                raise DeadlineError("no handshake")
+            _check_clock(deadline)
 
     def __repr__(self) -> str:
         return f"<Channel to {self.uri}, {'closed' if self.closed else 'open'}>"
@@ -435,7 +434,9 @@ class Channel:
         sending = self._sending  # a forked child has another one
         try:
             self._inside.add(ident)
-            (held,) = map(sending.acquire, (True,), (-1 if deadline is None else max(deadline - monotonic(), 0.0),))
+            (held,) = map(sending.acquire, (False,))
+            if not held:
+                (held,) = map(sending.acquire, (True,), (-1 if deadline is None else max(deadline - monotonic(), 0.0),))
             if not held:
                 raise DeadlineError(f"{op}: not sent within {timeout_s} s, since other calls were")
             if self._closed:
@@ -811,7 +812,7 @@ class Channel:
             if reads:
                 with contextlib.suppress(DeadlineError):
                     self._read_once(deadline)
-        finally:
+        finally:  # as in `_wait_for`, and not a method for both: an interrupt at its call would leave this undone
             left = self._reading == ident
             if left:
                 self._reading = 0
