@@ -11,7 +11,7 @@
     ├── PeerLostError (ConnectionError)      the peer went away; what was in flight has no answer
     ├── ClosedError                          used after close(), or after an error that ended the connection
     ├── DeadlineError (TimeoutError)         a deadline passed: a call's, or that of connecting
-    ├── CancelledError                       the call was cancelled before its reply came
+    ├── CancelledError                       cancelled before its reply came; a concurrent.futures.CancelledError, too
     ├── ReentrantCallError (RuntimeError)    a call in the middle of another one of the same thread, on the same channel
     ├── ProtocolError
     │   ├── LocalProtocolError               we broke the protocol, or were about to: a bug on this side
@@ -27,6 +27,7 @@ Every class says with which code the scripts exit (`exit_code`), so that the map
 
 from __future__ import annotations
 
+import concurrent.futures
 import copy
 from typing import ClassVar, TypeVar
 
@@ -138,7 +139,7 @@ class DeadlineError(FastsplitError, TimeoutError):
     exit_code = 3
 
 
-class CancelledError(FastsplitError):
+class CancelledError(FastsplitError, concurrent.futures.CancelledError):
     """The call was cancelled on this side before its reply came."""
 
 

@@ -80,8 +80,8 @@ class _Channel:
     def empty(self, shape: Any, dtype: Any = "float32", *, timeout_s: float | None = None) -> Any:
         return self._loop.run(self._channel.allocate(shape, dtype, timeout_s=timeout_s))
 
-    def close(self) -> None:
-        self._loop.run(self._channel.close())
+    def close(self, drain_s: float = 0.0) -> None:
+        self._loop.run(self._channel.close(drain_s))
 
 
 async def _open(what: Any) -> Any:

@@ -41,7 +41,7 @@ from .connection import Connection
 from .estimate import HANDSHAKE_FILLER_NBYTES, LinkEstimate
 from .forked import watch
 from .frame import reply_flags
-from .future import Result, remote_error
+from .future import Result, remote_error, warn_of_discarded, why_closed
 from .link import parse_count, parse_timeout
 from .pump import AT_ONCE, Frame, Pump, settle_left, within
 from .segment import Hook
@@ -119,6 +119,7 @@ class Channel:
         self._reserved = self._reserved_nbytes = 0  # calls whose turn it is, and that have not taken it yet
         self._error: FastsplitError | None = ClosedError("not open yet: await it, or use it in `async with`")
         self._opened = False
+        self._refusing = False  # about to be closed
         self._steps: deque[asyncio.Future[bool]] = deque()  # of the handshake
         self._answered: Any = None
         self._probes: dict[int, asyncio.Future[bool]] = {}
@@ -200,8 +201,13 @@ class Channel:
             if not future.done():
                 future.set_result(True)
 
-    async def close(self) -> None:
-        """Ends the connection: the server is told, and calls in flight fail with ClosedError. Idempotent."""
+    async def close(self, drain_s: float = 0.0) -> None:
+        """Ends the connection: the server is told, and calls in flight fail with ClosedError. Idempotent.
+
+        `drain_s`: seconds to wait for the replies of what is in flight; meanwhile new calls are refused. What is in
+        flight after that is discarded; a warning says how many calls of which operations.
+        """
+        drain_s = parse_timeout("drain_s", drain_s)
         if not self._opened:
             self._opened = True
             self._error = ClosedError("the channel was closed")
@@ -209,8 +215,15 @@ class Channel:
         if not hasattr(self, "_pump"):
             return
         if self._error is None:
+            self._refusing = True
+            futures = [call.future for call in self._calls.values()]
+            if drain_s and futures:
+                await asyncio.wait(futures, timeout=drain_s)
+        if self._error is None:
+            discarded = [call.op for call in self._calls.values()]
             self._pump.goodbye()
             self._end(ClosedError("the channel was closed"))
+            warn_of_discarded(self.uri, discarded)
         await asyncio.shield(self._pump.closed)  # after an abort, not at once
 
     def leave(self, why: str) -> None:
@@ -406,8 +419,8 @@ class Channel:
         return call
 
     def _check_open(self) -> None:
-        if self._error is not None:
-            raise ClosedError(f"the channel is closed: {self._error}")
+        if self._error is not None or self._refusing:
+            raise ClosedError(why_closed(self._error))
 
     def _deadline(self, timeout_s: float | None) -> tuple[float | None, float | None]:
         """Seconds that a call may take, and when they are over."""

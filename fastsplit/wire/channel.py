@@ -1,9 +1,10 @@
 """The client: calls, futures, and the one thread that reads for all.
 
-How waiting works. There is no background thread: a hand-over between threads would cost more than a round trip. Whoever
-waits for a reply reads the socket, for itself and for everybody else; the others sleep until their reply is in or the
-reader leaves and one of them takes over. Whoever sends and finds the socket full reads too, so that two sides that both
-send large messages never wait for each other.
+How waiting works. A hand-over between threads costs more than a round trip, so a caller that waits for a reply reads
+the socket, for itself and for all others; the others sleep until their reply is in or the reader leaves and one of them
+takes over. A sender that finds the socket full reads too, so that two sides that both send large messages never wait
+for each other. While requests are in flight and no caller reads, a thread of the channel does (watcher.py). At the
+peer's limit of requests in flight a caller waits for its turn, in order, as it waits for a reply: by reading.
 
 Callbacks run in a thread that has just read or sent, when it has stopped doing so: a callback may do all that other
 code may, calls included. One thread runs one callback at a time. A finalizer, which the collector may run anywhere, and
@@ -22,6 +23,7 @@ peer's; then every call in flight gets that error. All public methods are thread
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import time
 from collections import deque
@@ -47,7 +49,6 @@ from ..memory import Pool, pool
 from ..printable import get_logger
 from ..schema.coding import CAST_NAMES, CODEC_NAMES
 from ..schema.limits import Limits, parse_limits
-from ..shortage import start
 from ..tensors import Arrays, Outgoing, parse_expect
 from .address import connect_socket, parse_address
 from .coder import THRESHOLD_NBYTES, parse_cast, parse_codec, parse_threshold
@@ -55,7 +56,7 @@ from .connection import Connection, greeting
 from .estimate import HANDSHAKE_FILLER_NBYTES, LinkEstimate
 from .forked import renew, watch
 from .frame import reply_flags
-from .future import Future, Result, remote_error
+from .future import Future, Result, remote_error, warn_of_discarded, why_closed
 from .link import choose_spin_us, parse_count, parse_timeout, remaining_s
 from .segment import Hook
 from .session import (
@@ -74,6 +75,7 @@ from .session import (
 )
 from .stats import Stats
 from .threads import Workers, call_safely
+from .watcher import Watcher
 
 __all__ = ["Channel", "Future", "Result"]
 
@@ -84,6 +86,17 @@ _LOOK_EVERY_S = 1.0  # how often who waits for the reader looks whether there is
 _LAST_WORDS_S = 0.5  # how long a failed sender waits for another thread to read why
 _UNSET: Any = object()
 _LINGER_S = 0.5  # how long an aborted peer's bytes are read and dropped, so that it can read why
+_LOOK_FOR_TURN_S = 0.02  # how often who waits for its turn looks whether another thread has made room while it read
+_JOIN_S = 1.0  # how long `close` waits for a callback that runs in the channel's own thread
+
+
+class _Turn:
+    """A request that waits until the peer takes one more. Waited for like a Future."""
+
+    __slots__ = ("_done",)
+
+    def __init__(self) -> None:
+        self._done = False
 
 
 class Channel:
@@ -102,7 +115,8 @@ class Channel:
     loopback only where a round trip takes 2 ms (a relay). Where memory is shared nothing travels, and nothing is coded.
 
     `overlap`: two threads of the channel's own read and send, so that bytes travel while the caller computes. Then
-    `submit` returns before its bytes are out: its tensors must not change before the result is in.
+    `submit` returns before its bytes are out: its tensors must not change before the result is in. Without it, the
+    first `submit` starts a thread that reads when no caller does.
 
     On a unix socket memory is shared unless the URI says `?shm=off`; see `shm`, `shm_reason` and docs/protocol.md.
 
@@ -135,7 +149,8 @@ class Channel:
         self._arrays = tensors.arrays(arrays)
         self._cast, self._codec = parse_cast(wire_dtype), parse_codec(codec)
         self._sender: Workers | None = None
-        self._reader: threading.Thread | None = None
+        self._watcher: Watcher | None = None
+        self._watching = False  # the watcher waits for bytes, and leaves the reading to any caller
         self._events: list[Event] = []  # that came in, and were not handled yet
         self._callbacks: deque[tuple[Callable[[Future], object], Future]] = deque()  # of futures that are done
         self._calling_back: set[int] = set()  # threads that are in one of these
@@ -146,6 +161,9 @@ class Channel:
         self._changed = threading.Condition(self._lock)  # `_lock` guards the next four, and the futures' outcomes
         self._reading = 0  # the thread that does, 0 if none does
         self._followers = 0
+        self._turns: deque[_Turn] = deque()  # requests that wait until the peer takes more
+        self._most_inflight = 0  # as the peer says
+        self._refusing = False  # closed, or about to be
         self._error: FastsplitError | None = None
         self._closed = False
         self._greeted = False
@@ -180,11 +198,11 @@ class Channel:
                 connection.coder.check(self._cast, self._codec)
             if self._session.capabilities & PROBES:
                 self._measure(HANDSHAKE_FILLER_NBYTES, timeout_s, deadline)
+            assert self._session.peer_limits is not None
+            self._most_inflight = self._session.peer_limits.max_inflight
             if overlap and not self.shm:
                 connection.coder.overlaps = True
-                reader = threading.Thread(target=self._read_on, name=f"fastsplit-read {uri}", daemon=True)
-                start(reader)
-                self._reader = reader
+                self._hire(keeps=True)
                 self._sender = Workers(1, f"fastsplit-send {uri}")
             watch(self)
         except DeadlineError:
@@ -289,7 +307,7 @@ class Channel:
         deadline = self._deadline(timeout_s)[1]
         assert deadline is not None
         if self._closed:
-            raise ClosedError(f"the channel is closed: {self._error}")
+            raise ClosedError(why_closed(self._error))
         if self._session.capabilities & PROBES:
             self._measure(nbytes, timeout_s, deadline)
         return self.link
@@ -377,7 +395,10 @@ class Channel:
         such a handler raises while the call waits (KeyboardInterrupt) cancels the call, and the channel lives on; while
         the request is being sent it ends the connection.
         """
-        future = self._start(op, tensors, timeout_s, expect, wire_dtype, codec, attrs)
+        timeout_s, deadline = self._deadline(timeout_s)
+        future = self._start(op, tensors, timeout_s, deadline, expect, wire_dtype, codec, attrs)
+        if future is None:
+            future = self._start_in_turn(op, tensors, timeout_s, deadline, expect, wire_dtype, codec, attrs)
         try:
             return future.result()
         finally:
@@ -396,25 +417,43 @@ class Channel:
         codec: str = _UNSET,
         **attrs: Any,
     ) -> Future:
-        """Sends a request as `call` does, and returns a Future of its reply. Any number may be in flight.
+        """Sends a request as `call` does, and returns a Future of its reply, which comes whether or not anybody waits.
 
-        When it returns, the tensors are sent and may change; but those that lie in shared memory are the server's, too,
-        until it is done with them, and with `overlap` they are the channel's until the result is in.
+        Any number may be in flight; at the peer's limit (1024 by default) it waits until that takes one more. When it
+        returns, the tensors are sent and may change; but those that lie in shared memory are the server's, too, until
+        it is done with them, and with `overlap` they are the channel's until the result is in.
+
+        Raises what `call` does before a reply, and ResourceError if the channel's thread cannot be started.
         """
-        return self._start(op, tensors, timeout_s, expect, wire_dtype, codec, attrs)
+        timeout_s, deadline = self._deadline(timeout_s)
+        watcher = self._watcher
+        if watcher is None or not watcher.alive:
+            self._hire()  # before anything is sent: there may be no thread left
+        future = self._start(op, tensors, timeout_s, deadline, expect, wire_dtype, codec, attrs)
+        if future is None:
+            future = self._start_in_turn(op, tensors, timeout_s, deadline, expect, wire_dtype, codec, attrs)
+        self._attend(deadline)
+        return future
 
     def _start(
         self,
         op: str,
         tensors: tuple[Any, ...],
         timeout_s: float | None,
+        deadline: float | None,
         expect: Sequence[tuple[Any, Sequence[int]]] | None,
         wire_dtype: str | None,
         codec: str,
         attrs: dict[str, Any],
-    ) -> Future:
+        turn: _Turn | None = None,
+    ) -> Future | None:
+        """Sends a request. None, and nothing has happened, if it has to wait for its turn."""
         started_ns = perf_counter_ns()
-        timeout_s, deadline = self._deadline(timeout_s)
+        session = self._session
+        if (self._turns and turn is None) or session.inflight >= self._most_inflight:
+            if self._refusing:
+                raise ClosedError(why_closed(self._error))
+            return None
         if wire_dtype is _UNSET and codec is _UNSET:
             cast, number = self._cast, self._codec
         else:
@@ -423,7 +462,7 @@ class Channel:
             out = self._connection.prepare(op, tensors, deadline, cast, number)
         except ArenaFull:
             if self._closed:
-                raise ClosedError(f"the channel is closed: {self._error}") from None
+                raise ClosedError(why_closed(self._error)) from None
             raise
         expected = None if expect is None else parse_expect(expect)
         time_ns = 0 if timeout_s is None else max(int(timeout_s * 1e9), 1)
@@ -439,8 +478,10 @@ class Channel:
                 (held,) = map(sending.acquire, (True,), (-1 if deadline is None else max(deadline - monotonic(), 0.0),))
             if not held:
                 raise DeadlineError(f"{op}: not sent within {timeout_s} s, since other calls were")
-            if self._closed:
-                raise ClosedError(f"the channel is closed: {self._error}")
+            if self._refusing:
+                raise ClosedError(why_closed(self._error))
+            if session.inflight >= self._most_inflight:  # another thread was faster
+                return None
             connection = self._connection
             connection.link.wake_early()  # after what had to be copied, which may take longer than the server spins
             arena = connection.arena
@@ -449,8 +490,8 @@ class Channel:
             if connection.is_probe_due:
                 self._send_news(op, timeout_s, deadline, [connection.probe(0)[1]])
             flags = reply_flags(cast, number) if connection.can_code else 0
-            next_id = self._session.next_id
-            request_id, head = self._session.request(
+            next_id = session.next_id
+            request_id, head = session.request(
                 op, out.descs, attrs, out.nbytes, time_ns, expected, out.placements, flags
             )
             encoded_ns = perf_counter_ns()
@@ -482,10 +523,92 @@ class Channel:
                 self._call_back()
         return future
 
+    def _start_in_turn(
+        self,
+        op: str,
+        tensors: tuple[Any, ...],
+        timeout_s: float | None,
+        deadline: float | None,
+        expect: Sequence[tuple[Any, Sequence[int]]] | None,
+        wire_dtype: str | None,
+        codec: str,
+        attrs: dict[str, Any],
+    ) -> Future:
+        """As `_start`, for a request that has to wait for its turn."""
+        started_ns = perf_counter_ns()
+        turn = _Turn()
+        future: Future | None = None
+        try:
+            with self._lock:
+                self._turns.append(turn)
+            while future is None:
+                self._let_in()
+                ident = self._check_entry(op)
+                while True:
+                    soon = monotonic() + _LOOK_FOR_TURN_S
+                    try:
+                        self._wait_until_done(turn, soon if deadline is None else min(soon, deadline), ident)
+                        break
+                    except DeadlineError:
+                        if deadline is not None and monotonic() >= deadline:
+                            raise DeadlineError(
+                                f"{op}: not sent within {timeout_s} s: the peer takes {self._most_inflight} requests "
+                                "at a time, and as many were in flight"
+                            ) from None
+                turn._done = False
+                self._stats.wait_s += (perf_counter_ns() - started_ns) * 1e-9
+                future = self._start(op, tensors, timeout_s, deadline, expect, wire_dtype, codec, attrs, turn)
+                started_ns = perf_counter_ns()
+        finally:
+            with self._lock, contextlib.suppress(ValueError):
+                self._turns.remove(turn)
+            self._let_in()
+        return future
+
+    def _let_in(self) -> None:
+        """Gives their turn to as many requests as the peer takes, in order; after the end to all, to be told so."""
+        with self._lock:
+            count = len(self._turns) if self._closed else max(self._most_inflight - self._session.inflight, 0)
+            for turn in itertools.islice(self._turns, count):
+                turn._done = True
+            if self._followers:
+                self._changed.notify_all()
+
     def _forget(self, request_id: int) -> None:
         """A request of which not a byte was sent: the stream is as it was."""
         self._futures.pop(request_id, None)
         self._session.retract(request_id)
+        if self._turns:
+            self._let_in()
+
+    # ---- the channel's own reader ----
+
+    def _hire(self, *, keeps: bool = False) -> None:
+        """Starts the watcher, unless there is one or the channel has ended. Raises ResourceError."""
+        with self._lock:
+            if self._closed or (self._watcher is not None and self._watcher.alive):
+                return
+            if self._watcher is not None:  # interrupted before it ran
+                self._watcher.close(0.0)
+            watcher = self._watcher = Watcher(self, keeps=keeps)
+            try:
+                watcher.start()
+            except ResourceError:
+                watcher.close(0.0)
+                self._watcher = None
+                raise
+
+    def _attend(self, deadline: float | None = None) -> None:
+        """Requests are in flight that the calling thread does not wait for; one has this deadline."""
+        watcher = self._watcher
+        if watcher is None:  # it has ended at this moment, or what is in flight is a call that was given up
+            try:
+                self._hire()
+            except ResourceError as error:
+                _logger.warning("%s: nobody reads until a caller waits: %s", self.uri, str(error))
+            watcher = self._watcher
+        if watcher is not None:
+            watcher.attend(deadline)
 
     def _deadline(self, timeout_s: float | None) -> tuple[float | None, float | None]:
         """Seconds that a call may take, and when they are over."""
@@ -495,16 +618,26 @@ class Channel:
             timeout_s = parse_timeout("timeout_s", timeout_s)
         return timeout_s, None if timeout_s is None else time.monotonic() + timeout_s
 
-    def close(self) -> None:
-        """Ends the connection: the server is told, and calls in flight fail with ClosedError. Idempotent."""
-        own = () if self._sender is None else (self._reader, *self._sender.threads)
-        # in the middle of a call, or in a callback of a thread of ours
-        inside = get_ident() in self._inside or threading.current_thread() in own
+    def close(self, drain_s: float = 0.0) -> None:
+        """Ends the connection: the server is told, and calls in flight fail with ClosedError. Idempotent.
+
+        `drain_s`: seconds to wait for the replies of what is in flight; meanwhile new calls are refused. What is in
+        flight after that is discarded; a warning says how many calls of which operations.
+        """
+        drain_s = parse_timeout("drain_s", drain_s)
+        inside = get_ident() in self._inside  # in the middle of a call
+        if drain_s and not self._closed and not inside:
+            self._drain(drain_s)
+        watcher = self._watcher
+        own = () if self._sender is None else self._sender.threads
+        # in a callback of a thread of ours
+        inside = inside or threading.current_thread() in (*own, None if watcher is None else watcher.thread)
         with self._lock:
             first = not self._closed
-            self._closed = True
+            self._closed = self._refusing = True
             if self._error is None:  # now, so that it comes before the server's answer to the goodbye
                 self._error = ClosedError("the channel was closed")
+            discarded = [future.op for future in list(self._futures.values())] if first else ()
         sending = self._sending
         if first and sending.acquire(timeout=0.0 if inside else 0.1):  # if a send is stuck the end says enough
             try:
@@ -515,9 +648,17 @@ class Channel:
         self._end(ClosedError("the channel was closed"))
         if self._sender is not None:
             self._sender.shutdown(wait=not inside)
-        if self._reader is not None and not inside:
-            self._reader.join()
+        if watcher is not None and not inside:
+            watcher.close(_JOIN_S)
         self._call_back()
+        warn_of_discarded(self.uri, discarded)
+
+    def _drain(self, drain_s: float) -> None:
+        until = time.monotonic() + drain_s
+        self._refusing = True
+        for future in list(self._futures.values()):
+            with contextlib.suppress(FastsplitError):  # it is the future's
+                self._wait_for(future, max(until - time.monotonic(), 0.0))
 
     def leave(self, why: str) -> None:
         """For a forked child: see forked.py."""
@@ -527,8 +668,11 @@ class Channel:
         self._calling_back.clear()
         self._callbacks.clear()
         self._reading = 0
-        self._sender = self._reader = None
-        self._closed = True
+        if self._watcher is not None:
+            self._watcher.leave()
+        self._sender = self._watcher = None
+        self._watching = False
+        self._closed = self._refusing = True
         if self._error is None:
             self._error = ClosedError(why)
         for future in self._futures.values():
@@ -608,24 +752,6 @@ class Channel:
             raise self._end(ClosedError("the channel was closed"))
         return True
 
-    def _read_on(self) -> None:
-        """The reader's thread, where there is one: whoever waits for a reply finds it reading."""
-        ident = get_ident()
-        while not self._closed:
-            try:
-                self._inside.add(ident)
-                reads = self._take_reading()
-                # whoever waits must not wake up for each part of a payload
-                while reads and not self._callbacks and not self._closed:
-                    with contextlib.suppress(DeadlineError):
-                        self._read_once(None)
-            finally:
-                self._leave_reading()
-                self._inside.discard(ident)
-            self._call_back()
-            if not reads:
-                time.sleep(_RELIEF_S)
-
     def _send_news(
         self, op: str, timeout_s: float | None, deadline: float | None, frames: Iterable[Sequence[Any]]
     ) -> None:
@@ -693,6 +819,7 @@ class Channel:
                 self._send_if_free(lambda: self._connection.send_small(self._session.cancel(future._id)))
             except FastsplitError as lost:
                 self._end(lost)
+            self._attend()  # for the answer
         self._call_back()
         return True
 
@@ -719,35 +846,40 @@ class Channel:
         own = limit is None or (deadline is not None and deadline <= limit)
         until = deadline if own else limit
         try:
-            while not future._done:
-                try:
-                    self._inside.add(ident)
-                    if self._take_reading(future, until):
-                        self._read_once(until)
-                        while not self._callbacks and not future._done:
-                            _check_clock(until)  # a peer may dribble for ever
-                            self._read_once(until)
-                finally:
-                    left = self._reading == ident
-                    if left:
-                        self._reading = 0
-                    self._inside.discard(ident)
-                    if left:
-                        self._left_reading()
-                if self._callbacks:
-                    self._call_back()
-                    if not future._done:
-                        _check_clock(until)
+            self._wait_until_done(future, until, ident)
         except DeadlineError:
             if not own:
                 raise DeadlineError(f"{future.op}: no reply within {timeout} s") from None
-            late = DeadlineError(f"{future.op}: no reply within its deadline of {future._timeout_s} s")
-            self._give_up(future, late)
+            self._give_up(future, future._late())
         finally:
             decoded_ns = self._session.decode_ns - decoded_ns
             waited_ns = perf_counter_ns() - started_ns - decoded_ns
             self._stats.wait_s += waited_ns * 1e-9
             self._stats.serialization_s += decoded_ns * 1e-9
+            if self._watcher is not None and self._session.inflight and not self._reading and not self._followers:
+                self._watcher.attend()
+
+    def _wait_until_done(self, waiter: Future | _Turn, until: float | None, ident: int) -> None:
+        """Reads, or waits for the thread that does. Raises DeadlineError at `until`."""
+        while not waiter._done:
+            try:
+                self._inside.add(ident)
+                if self._take_reading(waiter, until):
+                    self._read_once(until)
+                    while not self._callbacks and not waiter._done:
+                        _check_clock(until)  # a peer may dribble for ever
+                        self._read_once(until)
+            finally:
+                left = self._reading == ident
+                if left:
+                    self._reading = 0
+                self._inside.discard(ident)
+                if left:
+                    self._left_reading()
+            if self._callbacks:
+                self._call_back()
+                if not waiter._done:
+                    _check_clock(until)
 
     def _check_entry(self, op: str) -> int:
         """This thread's number, which is put among `_inside` while it reads or sends.
@@ -762,21 +894,21 @@ class Channel:
             )
         return ident
 
-    def _take_reading(self, future: Future | None = None, until: float | None = None) -> bool:
-        """Makes this thread the reader. With a future: waits for that, and returns False when the future is done first.
+    def _take_reading(self, waiter: Future | _Turn | None = None, until: float | None = None) -> bool:
+        """Makes this thread the reader. With a waiter: waits for that, and returns False when the waiter is done first.
 
         Without one, returns False at once if another thread reads. Raises DeadlineError at `until`. The caller leaves
         reading in a `finally`, even if this was interrupted.
         """
         with self._lock:
             while self._reading:
-                if future is None or future._done:
+                if waiter is None or waiter._done:
                     return False
                 self._followers += 1
                 try:
                     left_s = remaining_s(until)
                     self._changed.wait(_LOOK_EVERY_S if left_s is None else min(left_s, _LOOK_EVERY_S))
-                    if self._reading and not future._done:
+                    if self._reading and not waiter._done:
                         _check_clock(until)
                 except BaseException:
                     if not self._lock._is_owned():  # type: ignore[attr-defined]  # interrupted as it let go of the lock
@@ -784,9 +916,14 @@ class Channel:
                     raise
                 finally:
                     self._followers -= 1
-            if future is not None and future._done:
+            if waiter is not None and waiter._done:
                 return False
             self._reading = get_ident()
+            if self._watching:
+                self._watching = False
+                self._connection.link.awake()
+                assert self._watcher is not None
+                self._watcher.step_aside()
             return True
 
     def _leave_reading(self) -> None:
@@ -839,6 +976,8 @@ class Channel:
             while events:
                 self._handle(events[0])
                 del events[0]
+            if self._turns:
+                self._let_in()
         except DeadlineError:
             raise
         except RemoteProtocolError as error:  # the link's, which no session was told
@@ -869,7 +1008,7 @@ class Channel:
             self._session.decode_ns += perf_counter_ns() - started_ns
             with self._lock:
                 if not future._done:  # else it was given up at this moment
-                    future._result = result
+                    future._outcome = result
                     self._done(future)
             self._futures.pop(event.request_id, None)
         elif isinstance(event, Error):
@@ -911,6 +1050,8 @@ class Channel:
         if future._callbacks is not None:
             self._callbacks.extend((callback, future) for callback in future._callbacks)
             future._callbacks = None
+        if future._waited_for is not None:
+            self._callbacks.append((Future._tell_waiters, future))
         if self._followers:
             self._changed.notify_all()
 
@@ -965,7 +1106,9 @@ class Channel:
         with self._lock:
             if self._error is None:
                 self._error = fresh(error)
-            self._closed = True
+            self._closed = self._refusing = True
+            if self._turns:
+                self._let_in()
             for future in list(self._futures.values()):
                 if not future._done:
                     self._finish(future, fresh(self._error))
@@ -993,14 +1136,18 @@ class Channel:
         while sending.acquire(blocking=False):
             try:
                 with self._lock:
-                    if not self._reading:
+                    if not self._is_in_use:
                         self._connection.close()
                         return
             finally:
                 sending.release()
-            if self._reading:
+            if self._is_in_use:
                 return
             # A reader that left just now came here too, and found `_sending` taken by us: look again for both.
+
+    @property
+    def _is_in_use(self) -> bool:
+        return bool(self._reading) or (self._watcher is not None and self._watcher.polling)
 
 
 def _check_clock(until: float | None) -> None:

@@ -1,14 +1,22 @@
 """What a call gives: a Result now, or a Future of one, or an error. The channel sets the outcome and does all waiting.
 
+A Future is a concurrent.futures.Future, so that `concurrent.futures.wait`, `as_completed` and `asyncio.wrap_future`
+take it. These look at what is private there: a lock for each future (`_condition`), its state, and a list of who waits.
+A future gets these when it is first asked for one (`_Waiters`), since making them takes a microsecond.
+
 Rules. A future's outcome is set once, under the channel's lock. A result's tensors are the caller's own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import concurrent.futures
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CancelledError, DeadlineError, FastsplitError, RemoteOpError, fresh
+from ..printable import get_logger
 from ..tensors import Arrays
 from .session import Error, Reply
 from .threads import call_safely
@@ -16,7 +24,9 @@ from .threads import call_safely
 if TYPE_CHECKING:
     from .channel import Channel
 
-__all__ = ["Future", "Result", "remote_error"]
+__all__ = ["Future", "Result", "remote_error", "warn_of_discarded", "why_closed"]
+
+_logger = get_logger("fastsplit.channel")
 
 
 class Result(tuple):  # type: ignore[type-arg]
@@ -54,11 +64,36 @@ def remote_error(op: str, event: Error) -> FastsplitError:
     return RemoteOpError(op, event.text)
 
 
-class Future:
-    """A call in flight. Made by `Channel.submit`."""
+def why_closed(error: FastsplitError | None) -> str:
+    """Why nothing can be called. `error`: what has ended the connection, None if it is about to be closed."""
+    return "the channel is being closed" if error is None else f"the channel is closed: {error}"
+
+
+def warn_of_discarded(uri: str, ops: Iterable[str]) -> None:
+    """Logs which calls were in flight when their channel was closed."""
+    counts = Counter(ops)
+    if counts:
+        named = ", ".join(f"{count} of {op!r}" for op, count in counts.most_common())
+        _logger.warning("%s: closed with calls in flight, whose results are lost: %s", uri, named)
+
+
+_PENDING, _CANCELLED, _FINISHED = "PENDING", "CANCELLED_AND_NOTIFIED", "FINISHED"  # concurrent.futures' states
+_creating = threading.RLock()
+
+
+class _Waiters:
+    """Who waits for a future by means of concurrent.futures. While `lock` is held, `settled` does not change."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.settled = False
+        self.waiting: list[Any] = []
+
+
+class Future(concurrent.futures.Future[Result]):
+    """A call in flight: a concurrent.futures.Future, made by `Channel.submit`. Thread-safe."""
 
     __slots__ = (
-        "__weakref__",
         "_begun",
         "_callbacks",
         "_channel",
@@ -66,9 +101,10 @@ class Future:
         "_done",
         "_error",
         "_id",
-        "_result",
+        "_outcome",
         "_sent_ns",
         "_timeout_s",
+        "_waited_for",
         "op",
     )
 
@@ -83,17 +119,22 @@ class Future:
         self._sent_ns = sent_ns
         self._begun = False  # whether a byte of the request may have been sent
         self._done = False
-        self._result: Result | None = None
+        self._outcome: Result | None = None
         self._error: BaseException | None = None
-        self._callbacks: list[Callable[[Future], object]] | None = None
+        self._callbacks: list[Callable[[Any], object]] | None = None
+        self._waited_for: _Waiters | None = None
 
     def __repr__(self) -> str:
         state = "pending" if not self._done else "failed" if self._error is not None else "done"
         return f"<Future of {self.op!r}, {state}>"
 
     def done(self) -> bool:
-        """Whether the reply (or an error) is in. Does not read: only somebody's `result` or `call` does."""
+        """Whether the reply (or an error) is in. Replies are read whether or not anybody waits."""
         return self._done
+
+    def running(self) -> bool:
+        """Whether the call is in flight."""
+        return not self._done
 
     def cancelled(self) -> bool:
         """Whether `cancel` came before the reply."""
@@ -112,24 +153,83 @@ class Future:
                 raise fresh(self._error)  # else the future keeps the frames of those who asked, and their tensors
             finally:
                 del self
-        assert self._result is not None
-        return self._result
+        assert self._outcome is not None
+        return self._outcome
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """Waits like `result`, and returns the call's error, None if it has none."""
+        """Waits like `result`, and returns the call's error, None if it has none. Raises CancelledError if the call was
+        cancelled."""
         if not self._done:
             self._channel._wait_for(self, timeout)
+        if self.cancelled():
+            assert self._error is not None
+            raise fresh(self._error)
         return self._error
 
     def cancel(self) -> bool:
         """Gives the call up: False if its reply was in already. The server is told; a handler at work may go on."""
-        return self._channel._give_up(self, CancelledError(f"{self.op}: cancelled"))
+        return self._channel._give_up(self, CancelledError(f"{self.op}: cancelled")) or self.cancelled()
 
-    def add_done_callback(self, callback: Callable[[Future], object]) -> None:
+    def add_done_callback(self, callback: Callable[[Any], object]) -> None:
         """Calls `callback(future)` when the call is done: at once if it is, otherwise in the thread that has read the
-        reply, when that is neither reading nor sending: it may call and submit. What it raises is logged."""
+        reply, when that is neither reading nor sending: it may call and submit.
+
+        That thread is one that waits for a reply, or the channel's own; nothing else is read in the latter until the
+        callback returns. What it raises is logged.
+        """
         with self._channel._lock:
             if not self._done:
                 self._callbacks = [*(self._callbacks or ()), callback]
                 return
         call_safely(f"a callback of {self!r}", callback, self)
+
+    def _late(self) -> DeadlineError:
+        return DeadlineError(f"{self.op}: no reply within its deadline of {self._timeout_s} s")
+
+    # ---- for concurrent.futures ----
+
+    def set_running_or_notify_cancel(self) -> bool:
+        raise concurrent.futures.InvalidStateError("the channel sets a call's state")
+
+    def set_result(self, result: Any) -> None:
+        raise concurrent.futures.InvalidStateError("the channel sets a call's outcome")
+
+    def set_exception(self, exception: BaseException | None) -> None:
+        raise concurrent.futures.InvalidStateError("the channel sets a call's outcome")
+
+    def _waiters_of(self) -> _Waiters:
+        with _creating:
+            if self._waited_for is None:
+                waiters = _Waiters()
+                with waiters.lock:  # so that `_tell_waiters` comes after this or finds that there is nothing to tell
+                    self._waited_for = waiters
+                    waiters.settled = self._done
+            return self._waited_for
+
+    def _tell_waiters(self) -> None:
+        """The outcome is set, and somebody waits by means of concurrent.futures. Runs as a callback does."""
+        waiters = self._waiters_of()
+        with waiters.lock:
+            if waiters.settled:
+                return
+            waiters.settled = True
+            for waiter in waiters.waiting:
+                if self.cancelled():
+                    waiter.add_cancelled(self)
+                elif self._error is not None:
+                    waiter.add_exception(self)
+                else:
+                    waiter.add_result(self)
+
+    @property
+    def _condition(self) -> Any:  # type: ignore[override]
+        return self._waiters_of().lock
+
+    @property
+    def _waiters(self) -> list[Any]:  # type: ignore[override]
+        return self._waiters_of().waiting
+
+    @property
+    def _state(self) -> str:  # type: ignore[override]
+        done = self._done if self._waited_for is None else self._waited_for.settled
+        return _PENDING if not done else _CANCELLED if self.cancelled() else _FINISHED

@@ -323,6 +323,13 @@ class Link:
     def wake_early(self) -> None:
         """A socket's sleeper is only woken by bytes of a frame."""
 
+    def prepare_to_sleep(self, *, for_items: bool, for_space: bool) -> float | None:
+        """As RingLink.prepare_to_sleep: a socket is readable when there is something to read."""
+        return None
+
+    def awake(self) -> None:
+        """As RingLink.awake."""
+
     def take_descriptor(self) -> int | None:
         """The next descriptor that came, the caller's to close; None if there is none.
 

@@ -114,7 +114,7 @@ def test_nobody_need_wait_for_a_result_to_come(serve: Serve, connect: Connect, g
 def test_where_memory_is_shared_there_are_no_threads(unix_uri: str, serve: Serve, connect: Connect, gate: Gate) -> None:
     channel = connect(serve(unix_uri, gate.table(), arrays="numpy").uri, arrays="numpy", overlap=True)
     assert channel.shm
-    assert channel._reader is channel._sender is None
+    assert channel._watcher is channel._sender is None
     channel.call("step", np.ones(3))
 
 

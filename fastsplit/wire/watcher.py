@@ -1,0 +1,279 @@
+"""The reader of last resort: a thread of a channel's own that reads while requests are in flight and no caller does.
+
+A caller that waits for a reply reads for all (channel.py): no hand-over between threads, the shortest round trip.
+Futures that nobody waits for need this thread. The first `submit` starts it, or the first call that is given up, whose
+answer is still to come; it ends when nothing was in flight for a second. A program whose calls all return has none.
+
+Handing over. While it waits for bytes the watcher is not the reader: it only polls (`Channel._watching`). A caller that
+wants to read takes the reading and writes to the watcher's eventfd. The watcher then naps. A nap of _NAP_S needs no
+wake-up, so a program that submits and waits in turn pays for one hand-over in that time, not for one a call. In a
+longer sleep it is `asleep`, and whoever leaves requests in flight without a reader wakes it.
+
+With `overlap` the watcher keeps the reading while it polls: callers wait for it, so that bytes are read while they
+compute.
+
+Deadlines. It ends futures whose deadline passes while nobody waits for them.
+
+Rules. `Channel._watching`, `polling` and `Channel._watcher` change under the channel's lock. The socket is not closed
+while `polling`. No sleep is longer than _IDLE_S, so a wake-up that an interrupt prevents costs no more. While it waits,
+the thread keeps its channel alive only if a future of it is in flight.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import os
+import select
+import sys
+import threading
+import weakref
+from threading import get_ident
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from ..errors import DeadlineError, ResourceError
+from ..shortage import start, why
+
+if TYPE_CHECKING:
+    from .channel import Channel
+
+__all__ = ["Watcher"]
+
+_NAP_S = 0.002
+_LONG_NAP_S = 0.05  # while a caller reads
+_IDLE_S = 1.0  # without a request in flight, after which the thread ends
+_MAX_POLL_S = 1.0
+_ONE = (1).to_bytes(8, sys.byteorder)
+
+
+class _Bell:
+    """An eventfd that wakes the watcher, in a file object that owns it. Raises ResourceError."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # a finalizer may ring in the middle of it
+        try:  # in one step, so that an interrupt leaves no descriptor without an owner
+            (self._file,) = map(io.FileIO, map(os.eventfd, (0,), (os.EFD_NONBLOCK | os.EFD_CLOEXEC,)), ("r+",))
+        except OSError as error:
+            raise ResourceError(f"a thread that reads: {why(error)}") from None
+        self.fd = self._file.fileno()
+
+    def ring(self) -> None:
+        with self._lock:
+            if not self._file.closed:
+                self._file.write(_ONE)
+
+    def heard(self) -> None:
+        self._file.read(len(_ONE))
+
+    def close(self) -> None:
+        with self._lock:
+            self._file.close()
+
+
+class Watcher:
+    """Made by its channel, under the channel's lock, to be started then. `keeps`: keeps the reading, see above.
+
+    Raises ResourceError without a descriptor.
+    """
+
+    def __init__(self, channel: Channel, *, keeps: bool) -> None:
+        self.stirred = True
+        """Whether anything happened since the watcher last rested: a request, a hand-over."""
+        self.asleep = False
+        """Whether it must be woken to look for something to do."""
+        self.polling = False
+        """Whether it may be in a system call on the socket."""
+        bell = self._bell = _Bell()
+        self._channel = weakref.ref(channel, lambda _: bell.ring())
+        self._lock = channel._lock
+        self._keeps = keeps
+        self._due = math.inf  # no future's deadline passes before
+        self._longest_s = _MAX_POLL_S
+        self._rung = select.poll()
+        self._rung.register(bell.fd, select.POLLIN)
+        self._readable = select.poll()
+        self._readable.register(bell.fd, select.POLLIN)
+        self._readable.register(channel._connection.link.fileno(), select.POLLIN)
+        self.thread = threading.Thread(target=self._run, name=f"fastsplit-watch {channel.uri}", daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread. Raises ResourceError."""
+        start(self.thread)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs. It does not if its start was interrupted."""
+        return self.thread.is_alive()
+
+    # ---- for others' threads ----
+
+    def attend(self, deadline: float | None = None) -> None:
+        """There are requests in flight, one of which has this deadline, and the caller does not wait for them."""
+        self.stirred = True
+        if self.asleep:
+            self._wake()
+        if deadline is not None and deadline < self._due:
+            with self._lock:
+                self._due = min(deadline, self._due)
+            self._wake()
+
+    def step_aside(self) -> None:
+        """A caller reads now."""
+        self.stirred = True
+        self._wake()
+
+    def _wake(self) -> None:
+        self.asleep = False
+        self._bell.ring()
+
+    def close(self, timeout_s: float) -> None:
+        """The channel has ended: waits for the thread, which may be in a callback, for as long at most."""
+        self._wake()
+        if self.alive:
+            self.thread.join(timeout_s)
+        else:
+            self._bell.close()
+
+    def leave(self) -> None:
+        """For a forked child: see forked.py. The thread is the parent's."""
+        self.polling = False
+        self._bell.close()
+
+    # ---- the thread ----
+
+    def _run(self) -> None:
+        try:
+            while self._go_on():
+                pass
+        finally:
+            self._bell.close()
+            channel = self._channel()
+            if channel is not None:
+                with self._lock:
+                    if channel._watcher is self:
+                        channel._watcher = None
+                channel._leave_reading()
+                channel._inside.discard(get_ident())
+                if channel._closed:
+                    channel._close_when_unused()
+                channel._call_back()
+
+    def _go_on(self) -> bool:
+        """Does what there is to do, then waits for more. False if the thread is to end."""
+        channel = self._channel()
+        if channel is None or channel._closed:
+            return False
+        if monotonic() >= self._due:
+            self._end_late_futures(channel)
+        idle = False
+        if self._reads(channel):
+            if not self.polling:
+                return True
+            poll, timeout_s = self._readable, min(self._longest_s, max(self._due - monotonic(), 0.0))
+        else:
+            poll = self._rung
+            timeout_s, idle = self._rest(channel)
+        if not channel._futures:
+            channel = None  # see above: nobody need keep it
+        ready = poll.poll(math.ceil(timeout_s * 1e3))
+        self.asleep = False
+        if any(fd == self._bell.fd for fd, _ in ready):
+            self._bell.heard()
+        channel = self._channel()
+        if channel is None:
+            return False
+        if self.polling:
+            self._end_watching(channel)
+        return not (idle and not ready and self._retires(channel))
+
+    def _end_late_futures(self, channel: Channel) -> None:
+        now = monotonic()
+        with self._lock:
+            futures = [
+                (math.inf if each._deadline is None else each._deadline, each) for each in channel._futures.values()
+            ]
+            self._due = min((deadline for deadline, _ in futures if deadline > now), default=math.inf)
+        for deadline, future in futures:
+            if deadline <= now:
+                channel._give_up(future, future._late())
+
+    def _reads(self, channel: Channel) -> bool:
+        """Reads what is there, and begins to watch for more. False if there is nothing to read for, or a caller reads
+        or wants to."""
+        if not (self._keeps or channel._session.inflight):
+            return False
+        ident = get_ident()
+        try:
+            channel._inside.add(ident)
+            if channel._reading != ident and not channel._take_reading():
+                return False
+            if self._read_what_is_there(channel):
+                self._begin_to_watch(channel)
+        finally:
+            if not self.polling:
+                channel._leave_reading()
+            if channel._reading != ident:
+                channel._inside.discard(ident)
+        if self.polling:
+            return True
+        channel._call_back()
+        return self._keeps or not channel._followers
+
+    def _read_what_is_there(self, channel: Channel) -> bool:
+        """Returns whether to wait for more: no caller wants to read, and nothing else is to be done."""
+        decoded_ns = channel._session.decode_ns
+        with contextlib.suppress(DeadlineError):  # nothing more is there
+            while True:
+                channel._read_once(None, blocking=False)
+                if not self._may_go_on(channel):
+                    break
+        if not channel._followers:  # else those count it
+            channel._stats.serialization_s += (channel._session.decode_ns - decoded_ns) * 1e-9
+        return self._may_go_on(channel) and (self._keeps or channel._session.inflight > 0)
+
+    def _may_go_on(self, channel: Channel) -> bool:
+        return not (channel._callbacks or channel._closed or (channel._followers and not self._keeps))
+
+    def _begin_to_watch(self, channel: Channel) -> None:
+        """Unless there is something to read, or a caller wants to."""
+        link = channel._connection.link
+        soon_s = link.prepare_to_sleep(for_items=True, for_space=False)
+        with self._lock:
+            if soon_s == 0.0 or not self._may_go_on(channel):
+                link.awake()
+                return
+            self._longest_s = _MAX_POLL_S if soon_s is None else soon_s
+            self.polling = True
+            if not self._keeps:
+                channel._watching = True
+                channel._reading = 0
+
+    def _end_watching(self, channel: Channel) -> None:
+        with self._lock:
+            self.polling = False
+            if channel._watching or self._keeps:  # else a caller has taken the reading
+                channel._watching = False
+                channel._connection.link.awake()
+
+    def _rest(self, channel: Channel) -> tuple[float, bool]:
+        """How many seconds to sleep, and whether the thread has nothing to do."""
+        stirred, self.stirred = self.stirred, False
+        if stirred:
+            return _NAP_S, False
+        self.asleep = True
+        if self.stirred:  # between the two
+            return 0.0, False
+        idle = not self._keeps and not channel._session.inflight
+        return (_IDLE_S if idle else _LONG_NAP_S), idle
+
+    def _retires(self, channel: Channel) -> bool:
+        """Ends the thread's work, unless there is some. A request that comes in this very moment finds that there is no
+        watcher, or is found here."""
+        with self._lock:
+            channel._watcher = None
+            works = self.stirred or channel._session.inflight > 0
+            if works:
+                channel._watcher = self
+        return not works

@@ -1,0 +1,488 @@
+"""What is submitted runs, whoever waits: the channel's own reader, turns at the peer's limit, futures as the standard
+library knows them."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures as cf
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from aio_front import Front
+from raw_peer import RawPeer, serving
+
+import fastsplit
+from fastsplit.errors import (
+    CancelledError,
+    ClosedError,
+    DeadlineError,
+    PeerLostError,
+    RemoteOpError,
+    ResourceError,
+)
+from fastsplit.wire import watcher
+
+Serve = Callable[..., fastsplit.Server]
+Connect = Callable[..., fastsplit.Channel]
+
+
+def _until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.0005)
+
+
+def _watchers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("fastsplit-watch ")]
+
+
+class Gate:
+    """A handler that waits until it is let through."""
+
+    def __init__(self) -> None:
+        self.opened = threading.Event()
+        self.ran: list[Any] = []
+
+    def __call__(self, call: fastsplit.Call) -> Any:
+        assert self.opened.wait(20)
+        self.ran.append(call.attrs.get("n"))
+        return call.tensors
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    gate = Gate()
+    yield gate
+    gate.opened.set()
+
+
+def _handlers(gate: Gate | None = None) -> dict[str, Any]:
+    def fail(call: fastsplit.Call) -> Any:
+        raise KeyError("x")
+
+    handlers: dict[str, Any] = {"echo": lambda call: call.tensors, "fail": fail}
+    return handlers if gate is None else handlers | {"gate": gate}
+
+
+@pytest.fixture(params=[False, True], ids=["", "overlap"])
+def channel(socket_uri: str, serve: Serve, connect: Connect, gate: Gate, request: pytest.FixtureRequest) -> Any:
+    caps = fastsplit.Limits(max_inflight=50)
+    server = serve(socket_uri, _handlers(gate), arrays="numpy", limits=caps)
+    yield connect(server.uri, arrays="numpy", overlap=request.param, call_timeout_s=20)
+    gate.opened.set()
+
+
+# ---- the reader ------------------------------------------------------------------------------------------------------
+
+
+def test_many_submits_that_nobody_waits_for(channel: fastsplit.Channel) -> None:
+    """More than the peer takes at once: each waits for its turn."""
+    came: list[fastsplit.Future] = []
+    for n in range(1000):
+        channel.submit("echo", np.full(3, n)).add_done_callback(came.append)
+    _until(lambda: len(came) == 1000)
+    assert [int(future.result()[0][0]) for future in came] == list(range(1000))
+
+
+def test_polling(channel: fastsplit.Channel, gate: Gate) -> None:
+    future = channel.submit("gate")
+    assert not future.done() and future.running()
+    gate.opened.set()
+    _until(future.done)
+    assert future.result(0) == () and not future.running()
+
+
+def test_a_callback_that_submits_again(channel: fastsplit.Channel) -> None:
+    left, ended = [1000], threading.Event()
+
+    def again(future: fastsplit.Future) -> None:
+        assert future.result() == ()
+        left[0] -= 1
+        if not left[0]:
+            ended.set()
+        else:
+            channel.submit("echo").add_done_callback(again)
+
+    channel.submit("echo").add_done_callback(again)
+    assert ended.wait(20)
+
+
+def test_a_callback_that_waits_for_another_call(channel: fastsplit.Channel) -> None:
+    """It runs in the channel's own thread, which reads for it then."""
+    results: list[Any] = []
+
+    def then(future: fastsplit.Future) -> None:
+        results.append(channel.call("echo", np.arange(3))[0].sum())
+        results.append(channel.submit("echo", np.arange(4)).result()[0].sum())
+
+    channel.submit("echo").add_done_callback(then)
+    _until(lambda: len(results) == 2)
+    assert results == [3, 6]
+
+
+def test_callers_and_callbacks_at_once(channel: fastsplit.Channel) -> None:
+    came: list[fastsplit.Future] = []
+    failures: list[BaseException] = []
+
+    def work(number: int) -> None:
+        try:
+            for n in range(100):
+                channel.submit("echo", np.full(2, n)).add_done_callback(came.append)
+                assert channel.call("echo", np.full(2, number))[0][0] == number
+                assert channel.submit("echo", np.full(2, -n)).result(10)[0][0] == -n
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not failures
+    _until(lambda: len(came) == 400)
+
+
+def test_calls_alone_start_no_thread(socket_uri: str, serve: Serve, connect: Connect) -> None:
+    channel = connect(serve(socket_uri, _handlers(), arrays="numpy").uri, arrays="numpy")
+    for _ in range(100):
+        channel.call("echo", np.arange(5))
+        with pytest.raises(RemoteOpError):
+            channel.call("fail")
+    assert not _watchers()
+    channel.submit("echo").result()
+    assert len(_watchers()) == 1
+
+
+def test_the_thread_ends_when_idle(
+    socket_uri: str, serve: Serve, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watcher, "_IDLE_S", 0.02)
+    channel = connect(serve(socket_uri, _handlers(), arrays="numpy").uri, arrays="numpy")
+    for _ in range(5):
+        channel.submit("echo").result()
+        assert _watchers()
+        _until(lambda: not _watchers())
+        assert channel.call("echo") == ()
+        assert not _watchers()
+        came: list[Any] = []
+        for _ in range(20):  # while it comes and goes
+            channel.submit("echo").add_done_callback(came.append)
+            time.sleep(0.001 * len(came))
+        _until(lambda: len(came) == 20)  # noqa: B023
+
+
+def test_the_answer_of_a_call_that_was_given_up_is_read(
+    socket_uri: str, serve: Serve, connect: Connect, gate: Gate
+) -> None:
+    """Else it would fill the socket or the ring, and the server would wait for room."""
+    channel = connect(serve(socket_uri, _handlers(gate), arrays="numpy").uri, arrays="numpy")
+    with pytest.raises(DeadlineError):
+        channel.call("gate", np.zeros(2**22, np.uint8), timeout_s=0.05)
+    gate.opened.set()
+    _until(lambda: not channel._session.inflight)
+
+
+def test_a_deadline_that_nobody_waits_for(channel: fastsplit.Channel, gate: Gate) -> None:
+    ended: list[tuple[str, type]] = []
+
+    def then(name: str) -> Callable[[fastsplit.Future], None]:
+        return lambda future: ended.append((name, type(future.exception())))
+
+    channel.submit("gate", timeout_s=None).add_done_callback(then("longer"))
+    channel.submit("echo", timeout_s=0.15).add_done_callback(then("second"))
+    channel.submit("echo", timeout_s=0.05).add_done_callback(then("first"))
+    _until(lambda: len(ended) == 2)
+    assert ended == [("first", DeadlineError), ("second", DeadlineError)]
+    gate.opened.set()
+    _until(lambda: len(ended) == 3)
+    assert ended[2] == ("longer", type(None))
+
+
+def test_the_peer_s_end_is_noticed(unix_uri: str, connect: Connect) -> None:
+    leaves = threading.Event()
+
+    def script(peer: RawPeer) -> None:
+        peer.greet()
+        assert peer.receive() is not None
+        assert leaves.wait(10)
+
+    with serving(unix_uri, script) as uri:
+        channel = connect(uri + "?shm=off", arrays="numpy")
+        errors: list[Any] = []
+        channel.submit("echo").add_done_callback(lambda future: errors.append(future.exception()))
+        leaves.set()
+        _until(lambda: errors)
+    assert isinstance(errors[0], PeerLostError) and channel.closed
+
+
+def test_a_large_reply_is_handed_over(channel: fastsplit.Channel) -> None:
+    """Between reading two parts of it, too."""
+    x = np.arange(2**22)
+    for _ in range(5):
+        unwaited = channel.submit("echo", x)
+        time.sleep(0.001)
+        assert channel.call("echo", np.arange(3))[0].sum() == 3
+        _until(unwaited.done)
+        assert np.array_equal(unwaited.result()[0], x)
+
+
+def test_without_a_thread_nothing_is_sent(
+    socket_uri: str, serve: Serve, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    channel = connect(serve(socket_uri, _handlers(), arrays="numpy").uri, arrays="numpy")
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        with pytest.raises(ResourceError, match="no thread left"):
+            channel.submit("echo")
+        assert channel.call("echo", np.arange(3))[0].sum() == 3
+
+    def no_eventfd(*_: Any) -> int:
+        raise OSError(24, os.strerror(24))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "eventfd", no_eventfd)
+        with pytest.raises(ResourceError, match=r"a thread that reads: .*RLIMIT_NOFILE"):
+            channel.submit("echo")
+    assert channel.stats.calls == 1
+    assert channel.submit("echo", np.arange(3)).result(10)[0].sum() == 3
+
+
+# ---- turns -----------------------------------------------------------------------------------------------------------
+
+
+def test_turns_come_in_order(socket_uri: str, serve: Serve, connect: Connect, gate: Gate) -> None:
+    server = serve(socket_uri, _handlers(gate), arrays="numpy", limits=fastsplit.Limits(max_inflight=1))
+    channel = connect(server.uri, arrays="numpy", call_timeout_s=20)
+    first = channel.submit("gate", n=0)
+    results: list[Any] = []
+    threads = []
+    for n in range(1, 8):
+        work = channel.submit if n % 2 else channel.call
+        thread = threading.Thread(target=lambda work=work, n=n: results.append(work("gate", n=n)))
+        thread.start()
+        threads.append(thread)
+        _until(lambda n=n: len(channel._turns) == n)  # type: ignore[misc]
+    with pytest.raises(DeadlineError, match=r"echo: not sent within 0\.05 s: the peer takes 1 requests"):
+        channel.call("echo", timeout_s=0.05)
+    assert channel.stats.calls == 1
+    gate.opened.set()
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+    assert first.result(10) == () and len(results) == 7
+    _until(lambda: gate.ran == list(range(8)))
+    assert not channel._turns
+
+
+def test_many_threads_wait_for_their_turns(socket_uri: str, serve: Serve, connect: Connect) -> None:
+    """Where one makes room for the next, which may be reading at this moment."""
+    server = serve(socket_uri, _handlers(), arrays="numpy", limits=fastsplit.Limits(max_inflight=2))
+    channel = connect(server.uri, arrays="numpy", call_timeout_s=20)
+    results: list[int] = []
+
+    def work(number: int) -> None:
+        for n in range(20):
+            use = channel.call if n % 2 else channel.submit
+            use("echo", np.full(1, n))
+            results.append(n)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    assert len(results) == 120
+    _until(lambda: not channel._session.inflight)
+
+
+@pytest.mark.parametrize("end", ["close", "lost"])
+def test_who_waits_for_a_turn_hears_of_the_end(socket_uri: str, serve: Serve, gate: Gate, end: str) -> None:
+    server = serve(socket_uri, _handlers(gate), arrays="numpy", limits=fastsplit.Limits(max_inflight=1))
+    with fastsplit.connect(server.uri, arrays="numpy", call_timeout_s=20) as channel:
+        first = channel.submit("gate")
+        errors: list[BaseException] = []
+
+        def work() -> None:
+            with pytest.raises((ClosedError, PeerLostError)) as raised:
+                channel.submit("echo")
+            errors.append(raised.value)
+
+        threads = [threading.Thread(target=work) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        _until(lambda: len(channel._turns) == 3)
+        if end == "close":
+            channel.close()
+        else:
+            (connection,) = server._connections
+            connection.wire.link.shutdown()
+        for thread in threads:
+            thread.join(10)
+            assert not thread.is_alive()
+        assert len(errors) == 3 and first.exception(5) is not None
+        gate.opened.set()
+
+
+# ---- the standard library's tools ------------------------------------------------------------------------------------
+
+
+def test_wait_for_futures_of_two_channels(socket_uri: str, serve: Serve, connect: Connect, gate: Gate) -> None:
+    server = serve(socket_uri, _handlers(gate), arrays="numpy")
+    channels = [connect(server.uri, arrays="numpy", overlap=overlap) for overlap in (False, True)]
+    futures = [channels[n % 2].submit("echo", np.arange(n)) for n in range(100)]
+    done, not_done = cf.wait(futures, timeout=20)
+    assert done == set(futures) and not not_done
+    assert cf.wait(futures).done == done  # at once
+    slow = channels[0].submit("gate")
+    done, not_done = cf.wait([slow, *futures], timeout=0.02)
+    assert not_done == {slow}
+    assert cf.wait([slow, channels[1].submit("echo")], return_when=cf.FIRST_COMPLETED, timeout=20).not_done == {slow}
+    failing = channels[1].submit("fail")
+    assert failing in cf.wait([slow, failing], return_when=cf.FIRST_EXCEPTION, timeout=20).done
+    cancelled = channels[1].submit("gate")
+    assert cancelled.cancel() and cancelled in cf.wait([cancelled], timeout=20).done
+    with pytest.raises(CancelledError) as raised:
+        cancelled.exception()
+    assert isinstance(raised.value, cf.CancelledError)
+    gate.opened.set()
+    assert slow in cf.wait([slow], timeout=20).done
+
+
+def test_as_completed(channel: fastsplit.Channel, gate: Gate) -> None:
+    with cf.ThreadPoolExecutor(1) as executor:
+        futures = [channel.submit("echo", np.full(1, n)) for n in range(30)]
+        others: list[Any] = [executor.submit(lambda n=n: (np.full(1, n),)) for n in range(30, 40)]
+        seen = sorted(int(future.result()[0][0]) for future in cf.as_completed([*futures, *others], timeout=20))
+    assert seen == list(range(40))
+    with pytest.raises(TimeoutError):
+        list(cf.as_completed([channel.submit("gate")], timeout=0.02))
+
+
+def test_asyncio_wraps_them(channel: fastsplit.Channel, gate: Gate) -> None:
+    async def main() -> None:
+        sent = [channel.submit("echo", np.full(1, n)) for n in range(30)]
+        results = await asyncio.wait_for(asyncio.gather(*map(asyncio.wrap_future, sent)), 20)
+        assert [int(result[0][0]) for result in results] == list(range(30))
+        with pytest.raises(RemoteOpError):
+            await asyncio.wrap_future(channel.submit("fail"))
+        slow = channel.submit("gate")
+        task = asyncio.wrap_future(slow)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        while not slow.cancelled():
+            await asyncio.sleep(0.001)
+
+    asyncio.run(main())
+
+
+def test_many_threads_wait_for_the_same_futures(channel: fastsplit.Channel) -> None:
+    """Each future's lock is its own, and is taken in the order of the futures: no two threads wait for each other."""
+    for _ in range(10):
+        futures = [channel.submit("echo", np.arange(n)) for n in range(20)]
+        done: list[int] = []
+        threads = [
+            threading.Thread(target=lambda n=n: done.append(len(cf.wait(futures[n : n + 12], 20).not_done)))  # noqa: B023
+            for n in range(8)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert done == [0] * 8
+
+
+def test_the_outcome_is_the_channel_s(channel: fastsplit.Channel) -> None:
+    future = channel.submit("echo")
+    for attempt in (
+        lambda: future.set_result(None),
+        lambda: future.set_exception(KeyError()),
+        future.set_running_or_notify_cancel,
+    ):
+        with pytest.raises(cf.InvalidStateError):
+            attempt()
+    assert future.result() == () and isinstance(future, cf.Future)
+
+
+# ---- closing ---------------------------------------------------------------------------------------------------------
+
+
+def test_close_says_what_it_discards(channel: fastsplit.Channel, gate: Gate, caplog: pytest.LogCaptureFixture) -> None:
+    futures = [channel.submit(op) for op in ("gate", "echo", "gate")]
+    channel.close()
+    assert [type(future.exception()) for future in futures] == [ClosedError] * 3
+    assert "closed with calls in flight, whose results are lost: 2 of 'gate', 1 of 'echo'" in caplog.text
+    caplog.clear()
+    channel.close()
+    assert not caplog.text
+
+
+def test_close_drains(channel: fastsplit.Channel, gate: Gate, caplog: pytest.LogCaptureFixture) -> None:
+    futures = [channel.submit("gate", n=n) for n in range(20)]
+    refused: list[Any] = []
+
+    def then(future: fastsplit.Future) -> None:
+        with pytest.raises(ClosedError, match="the channel is being closed"):
+            channel.call("echo")
+        refused.append(future)
+
+    futures[0].add_done_callback(then)
+    threading.Thread(target=lambda: (_until(lambda: channel._refusing), gate.opened.set())).start()
+    channel.close(drain_s=20)
+    assert [future.exception() for future in futures] == [None] * 20 and refused == futures[:1]
+    assert gate.ran == list(range(20)) and "closed with calls in flight" not in caplog.text
+    with pytest.raises(ClosedError, match="the channel is closed: the channel was closed"):
+        channel.call("echo")
+
+
+def test_close_drains_no_longer_than_it_is_told(
+    channel: fastsplit.Channel, gate: Gate, caplog: pytest.LogCaptureFixture
+) -> None:
+    fast = channel.submit("echo")
+    fast.result(10)
+    future = channel.submit("gate")
+    started = time.monotonic()
+    channel.close(drain_s=0.1)
+    assert 0.1 <= time.monotonic() - started < 5
+    assert isinstance(future.exception(), ClosedError) and fast.exception() is None
+    assert "whose results are lost: 1 of 'gate'" in caplog.text
+
+
+def test_both_fronts_drain(unix_uri: str, front: Front, gate: Gate, caplog: pytest.LogCaptureFixture) -> None:
+    with fastsplit.Server(unix_uri, _handlers(gate), arrays="numpy", workers=2) as server:
+        for drain_s in (0.0, 20.0):
+            caplog.clear()
+            gate.opened.clear()
+            channel = front.connect(server.uri, arrays="numpy")
+            results: list[Any] = []
+
+            def work(channel: Any = channel, results: list[Any] = results) -> None:
+                try:
+                    results.append(channel.call("gate", np.arange(3)))
+                except ClosedError as error:
+                    results.append(error)
+
+            threads = [threading.Thread(target=work) for _ in range(2)]
+            for thread in threads:
+                thread.start()
+            _until(lambda channel=channel: channel.stats.calls == 2)  # type: ignore[misc]
+            threading.Timer(0.05, gate.opened.set).start()
+            channel.close(drain_s) if drain_s else channel.close()
+            for thread in threads:
+                thread.join(10)
+            assert [type(result) is ClosedError for result in results] == [not drain_s] * 2
+            assert ("whose results are lost: 2 of 'gate'" in caplog.text) is not drain_s
+            with contextlib.suppress(ClosedError):
+                channel.close()
