@@ -25,7 +25,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from threading import get_ident
 from time import monotonic, perf_counter_ns
 from typing import Any
@@ -45,6 +45,7 @@ from ..errors import (
 )
 from ..memory import Pool, pool
 from ..printable import get_logger
+from ..schema.attrs import call_attrs
 from ..schema.coding import CAST_NAMES, CODEC_NAMES
 from ..schema.limits import Limits, parse_limits
 from ..shortage import start
@@ -359,7 +360,8 @@ class Channel:
         expect: Sequence[tuple[Any, Sequence[int]]] | None = None,
         wire_dtype: str | None = _UNSET,
         codec: str = _UNSET,
-        **attrs: Any,
+        attrs: Mapping[str, Any] | None = None,
+        **keywords: Any,
     ) -> Result:
         """Runs `op` on the server and returns the tensors of its reply: writable, the caller's own.
 
@@ -377,7 +379,8 @@ class Channel:
         such a handler raises while the call waits (KeyboardInterrupt) cancels the call, and the channel lives on; while
         the request is being sent it ends the connection.
         """
-        future = self._start(op, tensors, timeout_s, expect, wire_dtype, codec, attrs)
+        named = keywords if attrs is None else call_attrs(attrs, keywords)
+        future = self._start(op, tensors, timeout_s, expect, wire_dtype, codec, named)
         try:
             return future.result()
         finally:
@@ -394,14 +397,16 @@ class Channel:
         expect: Sequence[tuple[Any, Sequence[int]]] | None = None,
         wire_dtype: str | None = _UNSET,
         codec: str = _UNSET,
-        **attrs: Any,
+        attrs: Mapping[str, Any] | None = None,
+        **keywords: Any,
     ) -> Future:
         """Sends a request as `call` does, and returns a Future of its reply. Any number may be in flight.
 
         When it returns, the tensors are sent and may change; but those that lie in shared memory are the server's, too,
         until it is done with them, and with `overlap` they are the channel's until the result is in.
         """
-        return self._start(op, tensors, timeout_s, expect, wire_dtype, codec, attrs)
+        named = keywords if attrs is None else call_attrs(attrs, keywords)
+        return self._start(op, tensors, timeout_s, expect, wire_dtype, codec, named)
 
     def _start(
         self,
