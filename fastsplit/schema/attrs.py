@@ -85,28 +85,20 @@ def split(attrs: Mapping[str, Any], typed: bool) -> tuple[tuple[Any, ...], list[
     signature: list[Any] = []
     ints: list[int] = []
     floats: list[float] = []
-    plain = _TYPED if typed else _PLAIN
     for name, value in attrs.items():
         kind = type(value)
-        if kind not in plain:
+        if not (kind is int or kind is float or kind is str or kind is bytes or (typed and kind is bool)):
             value = _plain(name, value, typed)
             kind = type(value)
-        if kind is int:
+        if kind is int or kind is bool:
             ints.append(value)
-            signature.append(int)
+            signature.append(kind)
         elif kind is float:
             floats.append(value)
             signature.append(float)
-        elif kind is bool:
-            ints.append(value)
-            signature.append(bool)
         else:
             signature.append(value)
     return tuple(signature), ints, floats
-
-
-_PLAIN = frozenset((int, float, str, bytes))
-_TYPED = _PLAIN | {bool}
 
 
 def _plain(name: object, value: Any, typed: bool) -> Any:
@@ -149,7 +141,7 @@ def _expected(value: Any, typed: bool) -> str:
 def _plain_list(value: Sequence[Any], typed: bool) -> tuple[Any, ...] | None:
     items = tuple(value)
     kinds = set(map(type, items))
-    if not kinds <= _PLAIN:
+    if not kinds <= {int, float, str}:
         items = tuple(_scalar(item, typed) for item in items)
         kinds = set(map(type, items))
     if kinds <= {int} or kinds == {str}:

@@ -367,9 +367,9 @@ class Channel:
 
         `tensors`: torch tensors or numpy arrays; they are sent out of their own memory and must not change until the
         call returns. Those that lie in shared memory go by reference: what the handler changes in them has changed
-        here. `keywords`: attributes. They are ints, bools, floats, strings, bytes, lists of ints, of bools, of floats or
-        of strings; numpy's scalars and other numbers count as these, and a list of ints and floats as one of floats, if
-        its ints are floats exactly. To a peer whose version does not know bools they go as ints, and lists of floats
+        here. `keywords`: attributes; these are ints, bools, floats, strings, bytes, lists of ints, of bools, of floats
+        or of strings. numpy's scalars and other numbers count as these, and a list of ints and floats as one of floats,
+        if its ints are floats exactly. To a peer whose version does not know bools they go as ints, and lists of floats
         do not go. `attrs`: more attributes, which may have the names of arguments. `timeout_s`: seconds for the whole
         call, the channel's `call_timeout_s` if None. `expect`: (dtype, shape) of each tensor that the reply must hold;
         a peer that sends anything else has broken the protocol, and nothing is allocated for it. `wire_dtype`, `codec`:
