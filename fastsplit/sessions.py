@@ -248,7 +248,7 @@ class Sessions:
 
     def find(self, client: Client, number: object) -> Session:
         """The client's session. Raises ValueError."""
-        session = self._by_client.get(client, {}).get(number) if isinstance(number, int) else None
+        session = self._by_client.get(client, {}).get(number) if type(number) is int else None
         if session is None:
             raise ValueError(f"session: {number!r:.30}, which is not open on this connection")
         return session

@@ -51,13 +51,15 @@ def frame(
     payload: bytes = b"",
     placements: Sequence[int] = (),
     returns: Sequence[int] = (),
+    typed: bool = False,
     **header: Any,
 ) -> bytes:
     """One frame. `header`: fields that shall lie (magic, version, flags, metadata_nbytes, payload_nbytes, ...).
 
-    `placements`: segment, offset and nbytes of each tensor. `returns`: segment and offset of each.
+    `placements`: segment, offset and nbytes of each tensor. `returns`: segment and offset of each. `typed`: with
+    attributes of all types.
     """
-    metadata, varying_nbytes = Encoder(WIDE).encode(op, tensors, attrs or {}, placements, returns)
+    metadata, varying_nbytes = Encoder(WIDE, typed=typed).encode(op, tensors, attrs or {}, placements, returns)
     return raw_frame(kind, request_id, bytes(metadata), payload, **{"varying_nbytes": varying_nbytes, **header})
 
 
@@ -77,9 +79,10 @@ def raw_frame(kind: int, /, request_id: int = 0, metadata: bytes = b"", payload:
     return HEADER.pack(*{**fields, **header}.values()) + metadata + payload
 
 
-def hello(limits: Limits | None = None, **changes: Any) -> bytes:
+def hello(limits: Limits | None = None, *, typed: bool = False, **changes: Any) -> bytes:
     attrs = {"software": "test", "version": 1, "capabilities": 0, **asdict(limits or Limits()), **changes}
-    return frame(HELLO, op="hello", attrs={name: value for name, value in attrs.items() if value is not None})
+    attrs = {name: value for name, value in attrs.items() if value is not None}
+    return frame(HELLO, op="hello", attrs=attrs, typed=typed)
 
 
 def shm_hello(ring: bool = True, **changes: Any) -> bytes:

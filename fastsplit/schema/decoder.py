@@ -34,6 +34,8 @@ __all__ = ["Decoder"]
 
 
 _new = tuple.__new__  # a NamedTuple without its own constructor: 0.1 us less
+_AMONG_INTS = (gen.AttrType.Int, gen.AttrType.Bool)
+"""Types of attributes whose values are among the message's ints."""
 
 
 class _Known(NamedTuple):
@@ -45,6 +47,7 @@ class _Known(NamedTuple):
     )  # the numbers, if all of them are placements, inline, and there are no attrs: then it is the same
     nbytes: int  # of the whole metadata
     slots: tuple[tuple[str, int | None, Any], ...]  # attr name, index into the unpacked numbers or None, fixed value
+    bools: tuple[tuple[str, int], ...]  # attr name, index into the unpacked numbers: of those in `slots` that are bools
     tail: Tail
     gaps: list[tuple[int, int]]
     inline: tuple[int, ...]
@@ -62,6 +65,8 @@ class Decoder:
     def __init__(self, limits: Limits) -> None:
         self.codings: frozenset[int] = frozenset()
         """What tensors in the payload may be coded with (coding.py), beside not at all."""
+        self.typed = False
+        """Whether attributes may be of the types Bool, Floats and Bools."""
         self._limits = limits
         self._known: dict[bytes, _Known] = {}
 
@@ -74,7 +79,7 @@ class Decoder:
         known = self._known.get(metadata[:cut]) if cut > 0 else None
         if known is None or len(metadata) != known.nbytes:
             return self._decode_new(metadata, cut)
-        message, plain, _, slots, tail, gaps, inline, inline_nbytes = known
+        message, plain, _, slots, bools, tail, gaps, inline, inline_nbytes = known
         if plain is not None and metadata.endswith(plain):
             return message
         if tail.numbers is None and not slots:
@@ -94,13 +99,15 @@ class Decoder:
                 attrs[name] = values[number]
             else:
                 attrs[name] = value if not isinstance(value, list) else value.copy()
+        for name, number in bools:
+            attrs[name] = _bool(f"attr {name!r}", values[number])
         returns = values[tail.returns]
         if returns:
             _check_returns(returns)
         return _new(Message, (message[0], message[1], attrs, payload_nbytes, placements, returns))
 
     def _decode_new(self, metadata: bytes, cut: int) -> Message:
-        reader = _MessageReader(metadata, self._limits, self.codings)
+        reader = _MessageReader(metadata, self._limits, self.codings, self.typed)
         message = reader.read()
         tail = Tail(reader.ints.count, reader.floats.count, len(message.tensors), len(message.returns) // 2)
         cacheable = len(metadata) <= MAX_CACHED_NBYTES and reader.is_canonical(tail)
@@ -112,12 +119,17 @@ class Decoder:
 
     @staticmethod
     def _remember(metadata: bytes, cut: int, message: Message, reader: _MessageReader, tail: Tail) -> _Known:
-        starts = {gen.AttrType.Int: tail.ints.start, gen.AttrType.Float: tail.floats.start}
+        starts = dict.fromkeys(_AMONG_INTS, tail.ints.start) | {gen.AttrType.Float: tail.floats.start}
         slots = tuple(
             (name, starts[kind] + index, None)
             if index is not None
             else (name, None, value.copy() if isinstance(value, list) else value)
             for name, kind, index, value in reader.slots
+        )
+        bools = tuple(
+            (name, starts[kind] + index)
+            for name, kind, index, _ in reader.slots
+            if kind == gen.AttrType.Bool and index is not None
         )
         sizes = [desc.nbytes for desc in message.tensors]
         is_plain = not (slots or message.placements or message.returns or reader.ints.count or reader.floats.count)
@@ -126,6 +138,7 @@ class Decoder:
             metadata[cut:] if is_plain else None,
             len(metadata),
             slots,
+            bools,
             tail,
             tail.gaps,
             inline_placements(sizes),
@@ -173,6 +186,12 @@ def _check_coded(
         raise Reader.error(f"{field} nbytes", str(nbytes), f"{expected} with codec {coding}")
 
 
+def _bool(field: str, number: int) -> bool:
+    if number not in (0, 1):
+        raise Reader.error(field, str(number), "0 or 1, a bool")
+    return number == 1
+
+
 def _check_returns(flat: Sequence[int]) -> None:
     for segment in flat[::2]:
         if not 1 <= segment < 2**32:
@@ -182,8 +201,9 @@ def _check_returns(flat: Sequence[int]) -> None:
 class _MessageReader:
     """One full decode. After `read`, `slots`, `ints` and `floats` say how the attributes were laid out."""
 
-    def __init__(self, metadata: bytes, limits: Limits, codings: frozenset[int]) -> None:
+    def __init__(self, metadata: bytes, limits: Limits, codings: frozenset[int], typed: bool) -> None:
         self._codings = codings
+        self._last_type = gen.AttrType.Bools if typed else gen.AttrType.Strings
         self._reader = Reader(metadata)
         self._nbytes = len(metadata)
         self._limits = limits
@@ -283,26 +303,26 @@ class _MessageReader:
 
     def _read_value(self, table: Table, kind: int, index: int, field: str) -> tuple[int | None, Any]:
         reader = self._reader
-        if kind in (gen.AttrType.Int, gen.AttrType.Float):
-            vector, layout = (self.ints, "<q") if kind == gen.AttrType.Int else (self.floats, "<d")
+        if not gen.AttrType.Int <= kind <= self._last_type:
+            raise reader.error(f"{field} type", str(kind), f"1 to {self._last_type}")
+        if kind == gen.AttrType.Float or kind in _AMONG_INTS:
+            vector, layout = (self.floats, "<d") if kind == gen.AttrType.Float else (self.ints, "<q")
             if index >= vector.count:
                 raise reader.error(f"{field} index", str(index), f"less than {vector.count}")
             extent = reader.extent
             (value,) = struct.unpack(layout, reader.read(vector.at + 8 * index, 8))
             reader.extent = extent  # these bytes are the varying part itself
-            return index, value
+            return index, _bool(field, value) if kind == gen.AttrType.Bool else value
         if kind == gen.AttrType.String:
             return None, table.text(3, field)
-        if kind == gen.AttrType.Bytes:
+        if kind in (gen.AttrType.Bytes, gen.AttrType.Bools):
             data = table.vector(4, 1, 1, field)
-            return None, reader.read(data.at, data.count)
-        if kind == gen.AttrType.Ints:
-            ints = table.vector(5, 8, 8, field)
-            return None, list(struct.unpack(f"<{ints.count}q", reader.read(ints.at, 8 * ints.count)))
-        if kind == gen.AttrType.Strings:
-            texts = table.vector(6, 4, 4, field)
-            reader.charge(4 * texts.count)
-            return None, [
-                reader.text(reader.indirect(texts.at + 4 * index, field), field) for index in range(texts.count)
-            ]
-        raise reader.error(f"{field} type", str(kind), "1 to 6")
+            raw = reader.read(data.at, data.count)
+            return None, raw if kind == gen.AttrType.Bytes else [_bool(field, number) for number in raw]
+        if kind in (gen.AttrType.Ints, gen.AttrType.Floats):
+            slot, code = (5, "q") if kind == gen.AttrType.Ints else (7, "d")
+            numbers = table.vector(slot, 8, 8, field)
+            return None, list(struct.unpack(f"<{numbers.count}{code}", reader.read(numbers.at, 8 * numbers.count)))
+        texts = table.vector(6, 4, 4, field)
+        reader.charge(4 * texts.count)
+        return None, [reader.text(reader.indirect(texts.at + 4 * index, field), field) for index in range(texts.count)]

@@ -6,26 +6,22 @@ Errors are ours, and are raised before anything is sent.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-import numbers
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flatbuffers
-import numpy as np
 
-from ..errors import LimitError, LocalProtocolError, SettingError, shown
+from ..errors import LimitError, SettingError, shown
 from . import message_generated as gen
+from .attrs import Packed, as_dict, check_names, check_texts, is_unicode, least_nbytes, number_error, split
 from .descriptor import CACHED_SHAPES, FILE_IDENTIFIER, MAX_CACHED_NBYTES, Attrs, Tail, inline_placements
 from .dtypes import BY_CODE
 from .limits import Limits, over
 
 __all__ = ["Encoder"]
-
-_INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
 
 
 class _Template(NamedTuple):
@@ -41,12 +37,14 @@ class _Template(NamedTuple):
 class Encoder:
     """Writes metadata. One for each connection and direction; not thread-safe (the sender's lock covers it).
 
-    `headroom` zero bytes are left at the front of each result, for the frame header.
+    `headroom` zero bytes are left at the front of each result, for the frame header. `typed`: whether the peer knows
+    attributes of the types Bool, Floats and Bools; else a bool goes as an int, and lists of floats are refused.
     """
 
-    def __init__(self, limits: Limits, headroom: int = 0) -> None:
+    def __init__(self, limits: Limits, headroom: int = 0, *, typed: bool = False) -> None:
         self.limits = limits
         self._headroom = headroom
+        self._typed = typed
         self._templates: dict[tuple[Any, ...], _Template] = {}
 
     def encode(
@@ -65,23 +63,23 @@ class Encoder:
         Raises LimitError over the peer's caps, SettingError for an op or an attribute that cannot travel.
         """
         key: tuple[Any, ...]
+        signature: Sequence[Any]
         ints: Sequence[int]
         floats: Sequence[float]
         if attrs:
-            signature, ints, floats = _split_attrs(attrs)
+            if type(attrs) is not dict:  # a handler may set its reply's to anything
+                attrs = as_dict("attributes", attrs)
+            signature, ints, floats = split(attrs, self._typed)
             key = (op, tuple(tensors), len(returns), tuple(attrs), signature)
         else:
-            ints = floats = ()
+            signature = ints = floats = ()
             key = (op, tuple(tensors), len(returns))
         try:
             template = self._templates.get(key)
         except TypeError:  # of all that is in the key, only `op` may be no such thing
             raise _op_error(op) from None
         if template is None:
-            try:
-                template = self._build(op, tensors, attrs, ints, floats, len(returns) // 2)
-            except UnicodeEncodeError as error:
-                raise SettingError(f"{op!r}: the text {shown(error.object)}, expected valid Unicode") from None
+            template = self._build(op, tensors, tuple(attrs), signature, len(returns) // 2)
             if len(template.metadata) <= MAX_CACHED_NBYTES:
                 if len(self._templates) >= CACHED_SHAPES:
                     del self._templates[next(iter(self._templates))]
@@ -102,28 +100,28 @@ class Encoder:
                     *returns,
                 )
             except struct.error:
-                raise _number_error(attrs) from None
+                raise number_error(attrs, signature, ints) from None
         return out, template.varying_nbytes
 
     def _build(
         self,
         op: str,
         tensors: Sequence[tuple[int, tuple[int, ...]]],
-        attrs: Attrs,
-        ints: Sequence[int],
-        floats: Sequence[float],
+        names: Sequence[str],
+        signature: Sequence[Any],
         returns: int,
     ) -> _Template:
-        self._check(op, tensors, attrs)
+        self._check(op, tensors, names, signature)
+        ints, floats = (sum(kind in kinds for kind in signature) for kinds in ((int, bool), (float,)))
         builder = flatbuffers.Builder(512)
         inline = inline_placements([math.prod(shape) * BY_CODE[code].itemsize for code, shape in tensors])
         # A Builder writes from the end backwards: what is created first lies last.
         returns_vector = _build_returns(builder, returns)
         placements = _build_placements(builder, inline)
-        floats_vector = _build_vector(builder, gen.MessageStartFloatsVector, builder.PrependFloat64, floats)
-        ints_vector = _build_vector(builder, gen.MessageStartIntsVector, builder.PrependInt64, [0 for _ in ints])
+        floats_vector = _build_vector(builder, gen.MessageStartFloatsVector, builder.PrependFloat64, [0.0] * floats)
+        ints_vector = _build_vector(builder, gen.MessageStartIntsVector, builder.PrependInt64, [0] * ints)
         tensor_tables = [_build_tensor(builder, code, shape) for code, shape in tensors]
-        attr_tables = _build_attrs(builder, attrs)
+        attr_tables = _build_attrs(builder, names, signature)
         tensors_vector = _build_vector(
             builder, gen.MessageStartTensorsVector, builder.PrependUOffsetTRelative, tensor_tables
         )
@@ -144,27 +142,30 @@ class Encoder:
         builder.Finish(gen.MessageEnd(builder), file_identifier=FILE_IDENTIFIER)
         body = bytes(builder.Output())
         self.limits.check_metadata("metadata", len(body), functools.partial(_over, op))
-        tail = Tail(len(ints), len(floats), len(tensors), returns)
+        tail = Tail(ints, floats, len(tensors), returns)
         metadata = bytes(self._headroom) + body
         gaps = tuple(
             (count << 32,) if count and before else ()
             for count, before in (
-                (len(floats), len(ints)),
-                (len(tensors), len(ints) + len(floats)),
-                (returns, len(ints) + len(floats) + len(tensors)),
+                (floats, ints),
+                (len(tensors), ints + floats),
+                (returns, ints + floats + len(tensors)),
             )
         )
         is_final = not (ints or floats or returns)
         return _Template(metadata, tail.nbytes, tail.numbers, len(metadata) - tail.nbytes, is_final, inline, gaps)
 
-    def _check(self, op: str, tensors: Sequence[tuple[int, tuple[int, ...]]], attrs: Attrs) -> None:
+    def _check(
+        self, op: str, tensors: Sequence[tuple[int, tuple[int, ...]]], names: Sequence[str], signature: Sequence[Any]
+    ) -> None:
         if not isinstance(op, str):
             raise _op_error(op)
-        for name in attrs:
-            _check_name(op, name)
+        if not is_unicode(op):
+            raise SettingError(f"op: {shown(op)}, expected valid Unicode")
+        check_names(op, names)
         limits, excess = self.limits, functools.partial(_over, op)
         limits.check_tensors(len(tensors), excess)
-        limits.check_attrs(len(attrs), excess)
+        limits.check_attrs(len(names), excess)
         nbytes = 0
         for index, (code, shape) in enumerate(tensors):
             itemsize = BY_CODE[code].itemsize
@@ -173,101 +174,20 @@ class Encoder:
             nbytes += math.prod(shape) * itemsize
         limits.check_nbytes(nbytes, excess)
         # what is sure to be too long is not built first: a Builder has limits of its own
-        limits.check_metadata("texts and lists", len(op) + sum(map(_least_nbytes, attrs.values())), excess)
+        sizes = list(map(least_nbytes, names, signature))
+        for name, size in zip(names, sizes):
+            limits.check_metadata(f"attribute {shown(name)}", size, excess)
+        limits.check_metadata("texts and lists", len(op) + sum(sizes), excess)
+        for name, value in zip(names, signature):
+            check_texts(name, value)
 
 
 def _over(op: str, field: str, came: str, accepted: str) -> LimitError:
     return over(f"{op!r}, {field}" if op else field, came, accepted)  # a reply names none
 
 
-def _check_name(op: str, name: object) -> None:
-    if not isinstance(name, str) or not name:
-        raise SettingError(f"{op!r}: an attribute named {shown(name)}, expected a string that is not empty")
-
-
 def _op_error(op: object) -> SettingError:
     return SettingError(f"op: {shown(op)}, expected a string")
-
-
-def _least_nbytes(value: Any) -> int:
-    if isinstance(value, memoryview):
-        return value.nbytes
-    if isinstance(value, (str, bytes, bytearray)):
-        return len(value)
-    return 4 * len(value) if isinstance(value, (list, tuple)) else 0
-
-
-def _split_attrs(attrs: Attrs) -> tuple[tuple[Any, ...], list[int], list[float]]:
-    """What of the attributes belongs to the message's shape, and the numbers that do not."""
-    signature: list[Any] = []
-    ints: list[int] = []
-    floats: list[float] = []
-    if type(attrs) is not dict and not isinstance(attrs, Mapping):  # a handler may set its reply's to anything
-        raise SettingError(f"attributes: {shown(attrs)}, expected a dict")
-    for name, value in attrs.items():
-        kind = type(value)
-        if kind not in _PLAIN:
-            value = _plain(name, value)
-            kind = type(value)
-        if kind is int:
-            ints.append(value)  # type: ignore[arg-type]
-            signature.append(int)
-        elif kind is float:
-            floats.append(value)  # type: ignore[arg-type]
-            signature.append(float)
-        else:
-            signature.append(value)
-    return tuple(signature), ints, floats
-
-
-_PLAIN = frozenset((int, float, str, bytes))
-
-
-def _plain(name: str, value: Any) -> int | float | str | bytes | tuple[Any, ...]:
-    """An attribute's value in Python's own types. Raises SettingError if it cannot travel."""
-    if isinstance(value, (list, tuple)):
-        items = tuple(value)
-        if not all(type(item) is int for item in items):
-            items = tuple(map(_scalar, items))
-        if all(type(item) is int for item in items) or all(type(item) is str for item in items):
-            return items
-    elif isinstance(value, (bytearray, memoryview)):
-        with contextlib.suppress(ValueError):  # a view that was released
-            return bytes(value)
-    else:
-        scalar = _scalar(value)
-        if scalar is not None:
-            return scalar
-    raise SettingError(
-        f"attribute {name!r}: {shown(value)}, expected an int, float, str, bytes, or a list of ints or of strings"
-    )
-
-
-def _scalar(value: Any) -> int | float | str | bytes | None:
-    """A bool, a number of numpy's, an enum's member, ... in Python's own types. None for what is no such thing, and
-    where the number would not be the same: of another unit, or beyond a float."""
-    if isinstance(value, str):
-        return str.__str__(value)  # an enum's own says something else
-    if isinstance(value, bytes):
-        return bytes(value)
-    if isinstance(value, np.timedelta64):  # an integer, to numpy; its unit is not in the number
-        return None
-    if isinstance(value, (numbers.Integral, np.bool_)):
-        return int(value)
-    if isinstance(value, numbers.Real):
-        try:
-            number = float(value)
-        except OverflowError:
-            return None
-        return number if math.isfinite(number) or value in (number, -number) or number != number else None
-    return None
-
-
-def _number_error(attrs: Attrs) -> SettingError | LocalProtocolError:
-    for name, value in attrs.items():
-        if isinstance(value, numbers.Integral) and not _INT64_MIN <= int(value) <= _INT64_MAX:
-            return SettingError(f"attribute {name!r}: {shown(value)}, expected an int of 64 bits")
-    return LocalProtocolError("a number of the metadata does not fit its field")
 
 
 def _build_vector(builder: Any, start: Any, prepend: Any, values: Sequence[Any]) -> int | None:
@@ -306,21 +226,27 @@ def _build_tensor(builder: Any, code: int, shape: tuple[int, ...]) -> int:
     return int(gen.TensorEnd(builder))
 
 
-def _build_attrs(builder: Any, attrs: Attrs) -> list[int]:
+def _build_attrs(builder: Any, names: Sequence[str], signature: Sequence[Any]) -> list[int]:
     tables = []
     ints = floats = 0
-    signature, _, _ = _split_attrs(attrs)
-    for name, value in zip(attrs, signature):
-        name_offset = builder.CreateString(name)
+    for name, value in zip(names, signature):
+        name_offset = builder.CreateString(str.__str__(name))
         index, add, offset = 0, None, None
-        if value is int:
-            kind, index, ints = gen.AttrType.Int, ints, ints + 1
+        if value is int or value is bool:
+            kind = gen.AttrType.Int if value is int else gen.AttrType.Bool
+            index, ints = ints, ints + 1
         elif value is float:
             kind, index, floats = gen.AttrType.Float, floats, floats + 1
         elif isinstance(value, str):
             kind, add, offset = gen.AttrType.String, gen.AttrAddText, builder.CreateString(value)
         elif isinstance(value, bytes):
             kind, add, offset = gen.AttrType.Bytes, gen.AttrAddData, builder.CreateByteVector(value)
+        elif isinstance(value, Packed) and value.kind == gen.AttrType.Bools:
+            kind, add, offset = gen.AttrType.Bools, gen.AttrAddData, builder.CreateByteVector(value.data)
+        elif isinstance(value, Packed):
+            kind, add = gen.AttrType.Floats, gen.AttrAddFloatList
+            numbers = [number for (number,) in struct.iter_unpack("<d", value.data)]
+            offset = _build_vector(builder, gen.AttrStartFloatListVector, builder.PrependFloat64, numbers)
         elif value and isinstance(value[0], str):
             kind, add = gen.AttrType.Strings, gen.AttrAddTextList
             texts = [builder.CreateString(text) for text in value]
@@ -330,7 +256,7 @@ def _build_attrs(builder: Any, attrs: Attrs) -> list[int]:
             try:
                 offset = _build_vector(builder, gen.AttrStartIntListVector, builder.PrependInt64, value)
             except (TypeError, ValueError, struct.error):  # flatbuffers', of an int beyond 64 bits or 4300 digits
-                raise SettingError(f"attribute {name!r}: {shown(value)}, expected ints of 64 bits") from None
+                raise SettingError(f"attribute {shown(name)}: {shown(value)}, expected ints of 64 bits") from None
         gen.AttrStart(builder)
         gen.AttrAddName(builder, name_offset)
         gen.AttrAddType(builder, kind)

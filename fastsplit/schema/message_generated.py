@@ -35,6 +35,9 @@ class AttrType(object):
     Bytes = 4
     Ints = 5
     Strings = 6
+    Bool = 7
+    Floats = 8
+    Bools = 9
 
 
 class Placement(object):
@@ -288,8 +291,35 @@ class Attr(object):
         o = flatbuffers.number_types.UOffsetTFlags.py_type(self._tab.Offset(16))
         return o == 0
 
+    # Attr
+    def FloatList(self, j):
+        o = flatbuffers.number_types.UOffsetTFlags.py_type(self._tab.Offset(18))
+        if o != 0:
+            a = self._tab.Vector(o)
+            return self._tab.Get(flatbuffers.number_types.Float64Flags, a + flatbuffers.number_types.UOffsetTFlags.py_type(j * 8))
+        return 0
+
+    # Attr
+    def FloatListAsNumpy(self):
+        o = flatbuffers.number_types.UOffsetTFlags.py_type(self._tab.Offset(18))
+        if o != 0:
+            return self._tab.GetVectorAsNumpy(flatbuffers.number_types.Float64Flags, o)
+        return 0
+
+    # Attr
+    def FloatListLength(self):
+        o = flatbuffers.number_types.UOffsetTFlags.py_type(self._tab.Offset(18))
+        if o != 0:
+            return self._tab.VectorLen(o)
+        return 0
+
+    # Attr
+    def FloatListIsNone(self):
+        o = flatbuffers.number_types.UOffsetTFlags.py_type(self._tab.Offset(18))
+        return o == 0
+
 def AttrStart(builder):
-    builder.StartObject(7)
+    builder.StartObject(8)
 
 def AttrAddName(builder, name):
     builder.PrependUOffsetTRelativeSlot(0, flatbuffers.number_types.UOffsetTFlags.py_type(name), 0)
@@ -320,6 +350,12 @@ def AttrAddTextList(builder, textList):
 
 def AttrStartTextListVector(builder, numElems):
     return builder.StartVector(4, numElems, 4)
+
+def AttrAddFloatList(builder, floatList):
+    builder.PrependUOffsetTRelativeSlot(7, flatbuffers.number_types.UOffsetTFlags.py_type(floatList), 0)
+
+def AttrStartFloatListVector(builder, numElems):
+    return builder.StartVector(8, numElems, 8)
 
 def AttrEnd(builder):
     return builder.EndObject()

@@ -16,7 +16,7 @@ import contextlib
 import socket
 import time
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from time import perf_counter_ns
 from typing import Any
 
@@ -32,6 +32,7 @@ from ..errors import (
     fresh,
 )
 from ..memory import Pool, pool
+from ..schema.attrs import call_attrs
 from ..schema.coding import CAST_NAMES, CODEC_NAMES
 from ..schema.limits import Limits, parse_limits
 from ..tensors import Arrays, Outgoing, nbytes_of, parse_expect
@@ -318,7 +319,8 @@ class Channel:
         expect: Sequence[tuple[Any, Sequence[int]]] | None = None,
         wire_dtype: str | None = _UNSET,
         codec: str = _UNSET,
-        **attrs: Any,
+        attrs: Mapping[str, Any] | None = None,
+        **keywords: Any,
     ) -> Result:
         """Runs `op` on the server and returns the tensors of its reply: writable, the caller's own.
 
@@ -326,7 +328,8 @@ class Channel:
         more than the server takes wait for their turn. The tensors must not change until the call returns; and if its
         task is cancelled, or its deadline passes, those of a request that is half sent are read until all of it is.
         """
-        call = await self._start(op, tensors, timeout_s, expect, wire_dtype, codec, attrs)
+        named = keywords if attrs is None else call_attrs(attrs, keywords)
+        call = await self._start(op, tensors, timeout_s, expect, wire_dtype, codec, named)
         try:
             return await call.future
         except BaseException:

@@ -47,7 +47,8 @@ class Call:
     """One request, as its handler sees it.
 
     `op`: the operation's name. `tensors`: torch tensors or numpy arrays, writable, the handler's own for as long as it
-    keeps them. `attrs`: the request's attributes, the handler's own. `reply_attrs`: attributes for the reply.
+    keeps them. `attrs`: the request's attributes, the handler's own. `reply_attrs`: attributes for the reply,
+    of the types that Channel.call takes.
     """
 
     __slots__ = ("_connection", "_deadline", "_request_id", "attrs", "op", "reply_attrs", "tensors")

@@ -27,7 +27,7 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from threading import get_ident
 from time import monotonic, perf_counter_ns
 from typing import Any
@@ -47,6 +47,7 @@ from ..errors import (
 )
 from ..memory import Pool, pool
 from ..printable import get_logger
+from ..schema.attrs import call_attrs
 from ..schema.coding import CAST_NAMES, CODEC_NAMES
 from ..schema.limits import Limits, parse_limits
 from ..tensors import Arrays, Outgoing, parse_expect
@@ -377,17 +378,20 @@ class Channel:
         expect: Sequence[tuple[Any, Sequence[int]]] | None = None,
         wire_dtype: str | None = _UNSET,
         codec: str = _UNSET,
-        **attrs: Any,
+        attrs: Mapping[str, Any] | None = None,
+        **keywords: Any,
     ) -> Result:
         """Runs `op` on the server and returns the tensors of its reply: writable, the caller's own.
 
         `tensors`: torch tensors or numpy arrays; they are sent out of their own memory and must not change until the
         call returns. Those that lie in shared memory go by reference: what the handler changes in them has changed
-        here. `attrs`: ints (bools arrive as ints), floats, strings, bytes, lists of ints or of strings; numpy's scalars
-        count as these. `timeout_s`: seconds for the whole call, the channel's `call_timeout_s` if None. `expect`:
-        (dtype, shape) of each tensor that the reply must hold; a peer that sends anything else has broken the protocol,
-        and nothing is allocated for it. `wire_dtype`, `codec`: for this request and its reply, the channel's if not
-        given.
+        here. `keywords`: attributes; these are ints, bools, floats, strings, bytes, lists of ints, of bools, of floats
+        or of strings. numpy's scalars and other numbers count as these, and a list of ints and floats as one of floats,
+        if its ints are floats exactly. To a peer whose version does not know bools they go as ints, and lists of floats
+        do not go. `attrs`: more attributes, which may have the names of arguments. `timeout_s`: seconds for the whole
+        call, the channel's `call_timeout_s` if None. `expect`: (dtype, shape) of each tensor that the reply must hold;
+        a peer that sends anything else has broken the protocol, and nothing is allocated for it. `wire_dtype`, `codec`:
+        for this request and its reply, the channel's if not given.
 
         Raises RemoteOpError if the handler failed, DeadlineError, TensorError for a tensor that cannot be sent,
         SettingError for another argument or attribute that cannot be, LimitError over a cap of the server's, ArenaFull,
@@ -395,10 +399,11 @@ class Channel:
         such a handler raises while the call waits (KeyboardInterrupt) cancels the call, and the channel lives on; while
         the request is being sent it ends the connection.
         """
+        named = keywords if attrs is None else call_attrs(attrs, keywords)
         timeout_s, deadline = self._deadline(timeout_s)
-        future = self._start(op, tensors, timeout_s, deadline, expect, wire_dtype, codec, attrs)
+        future = self._start(op, tensors, timeout_s, deadline, expect, wire_dtype, codec, named)
         if future is None:
-            future = self._start_in_turn(op, tensors, timeout_s, deadline, expect, wire_dtype, codec, attrs)
+            future = self._start_in_turn(op, tensors, timeout_s, deadline, expect, wire_dtype, codec, named)
         try:
             return future.result()
         finally:
@@ -415,7 +420,8 @@ class Channel:
         expect: Sequence[tuple[Any, Sequence[int]]] | None = None,
         wire_dtype: str | None = _UNSET,
         codec: str = _UNSET,
-        **attrs: Any,
+        attrs: Mapping[str, Any] | None = None,
+        **keywords: Any,
     ) -> Future:
         """Sends a request as `call` does, and returns a Future of its reply, which comes whether or not anybody waits.
 
@@ -425,13 +431,14 @@ class Channel:
 
         Raises what `call` does before a reply, and ResourceError if the channel's thread cannot be started.
         """
+        named = keywords if attrs is None else call_attrs(attrs, keywords)
         timeout_s, deadline = self._deadline(timeout_s)
         watcher = self._watcher
         if watcher is None or not watcher.alive:
             self._hire()  # before anything is sent: there may be no thread left
-        future = self._start(op, tensors, timeout_s, deadline, expect, wire_dtype, codec, attrs)
+        future = self._start(op, tensors, timeout_s, deadline, expect, wire_dtype, codec, named)
         if future is None:
-            future = self._start_in_turn(op, tensors, timeout_s, deadline, expect, wire_dtype, codec, attrs)
+            future = self._start_in_turn(op, tensors, timeout_s, deadline, expect, wire_dtype, codec, named)
         self._attend(deadline)
         return future
 

@@ -42,7 +42,7 @@ from .forked import renew, watch
 from .link import Link
 from .ring import RING_NBYTES, RingLink
 from .segment import Hook, Memfd
-from .session import CODES, MAX_FILLER_NBYTES, PROBES, SHARES, Probe, RingOffered, Session
+from .session import CODES, MAX_FILLER_NBYTES, PROBES, SHARES, TYPES, Probe, RingOffered, Session
 from .sharing import Offer, Sharing, agree, offer
 from .stats import Stats
 
@@ -141,7 +141,7 @@ class Connection:
             limits=limits,
             capabilities=(SHARES if self._offer.kinds else 0)
             | (PROBES if self.meter is not None else 0)
-            | (CODES | can_code),
+            | (CODES | can_code | TYPES),
             codings=self.coder,
             offer=self._offer.attrs(),
             greeted=_weakly(self._greeted),

@@ -71,6 +71,7 @@ __all__ = [
     "PROBES",
     "SHARES",
     "STAGING_NBYTES",
+    "TYPES",
     "Attached",
     "Cancel",
     "Error",
@@ -88,9 +89,10 @@ __all__ = [
 ]
 
 STAGING_NBYTES = 4096
-SHARES, CODES, PROBES = 1, 2, 4
+SHARES, CODES, PROBES, TYPES = 1, 2, 4, 8
 """Capabilities, bits of what a side can do beyond the base protocol: shared memory, coded tensors (and flags that say
-how a reply is wanted), measuring the link. A bit counts when both sides set it."""
+how a reply is wanted), measuring the link, attributes that are bools or lists of floats or of bools. A bit counts when
+both sides set it."""
 MAX_FILLER_NBYTES = 4 * 1024**2
 """Of a PROBE: bytes that say nothing, and are not kept."""
 
@@ -918,7 +920,8 @@ class Session:
         except ValueError as error:
             raise RemoteProtocolError(f"hello, {error}") from None
         self.capabilities &= capabilities
-        self._encoder = Encoder(self.peer_limits, HEADER_NBYTES)
+        self._decoder.typed = bool(self.capabilities & TYPES)
+        self._encoder = Encoder(self.peer_limits, HEADER_NBYTES, typed=self._decoder.typed)
         self._state = _State.OPEN
         self._may_request = True
         if self._share is not None:
@@ -943,7 +946,7 @@ def _sendable(text: str) -> str:
 
 def _attr(kind: int, message: Message, name: str, wanted: type[Any]) -> Any:
     value = message.attrs.get(name)
-    if not isinstance(value, wanted):
+    if type(value) is not wanted:  # a bool is no int here
         raise RemoteProtocolError(f"{Kind(kind).name}, {name}: {value!r}, expected {wanted.__name__}")
     return value
 

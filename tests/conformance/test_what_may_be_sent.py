@@ -6,17 +6,27 @@ too small is other memory of the sender.
 
 from __future__ import annotations
 
+import array
+import collections
+import enum
+import math
+import numbers
+import types
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 from aio_front import Front
+from raw_peer import GOODBYE, REPLY, REQUEST, RawPeer, frame, serving
 
 import fastsplit
 from fastsplit import TensorError
 from fastsplit.errors import ArenaFull
+from fastsplit.wire import connection
 
 torch = pytest.importorskip("torch")
 with warnings.catch_warnings():
@@ -361,65 +371,315 @@ def _reflect(call: fastsplit.Call) -> None:
 
 
 def _wrong(call: fastsplit.Call) -> None:
-    call.reply_attrs["v"] = WRONG_ATTRS[call.attrs["index"]]
+    call.reply_attrs[WRONG_NAMES[call.attrs["name"]] if "name" in call.attrs else "v"] = (
+        WRONG_ATTRS[call.attrs["index"]][0] if "index" in call.attrs else 1
+    )
 
 
-NUMPY_ATTRS = {
-    "bool": (np.bool_(True), 1),
-    "any": ((np.arange(3) > 1).any(), 1),
+def _raises(*_: object) -> Any:
+    raise RuntimeError("no value")
+
+
+class _Colour(enum.IntEnum):
+    RED = 3
+
+
+class _Unit(str, enum.Enum):  # noqa: UP042 (whose str() is another text)
+    METRE = "m"
+
+
+class _Counts(NamedTuple):
+    first: int
+    second: int
+
+
+class _Sly(int):
+    """Its own methods are not asked."""
+
+    __int__ = __index__ = __bool__ = _raises
+
+
+class _SlyFloat(float):
+    __float__ = _raises
+
+
+class _SlyText(str):
+    __str__ = __len__ = encode = _raises
+
+
+class _SlyBytes(bytes):
+    __bytes__ = __len__ = _raises
+
+
+class _SlyList(list):  # type: ignore[type-arg]
+    __iter__ = _raises
+
+
+class _Index:
+    __index__ = __float__ = __int__ = _raises
+
+
+class _NoInt(_Index):
+    """What claims to be a number is asked for its value."""
+
+
+class _NoFloat(_Index):
+    pass
+
+
+numbers.Integral.register(_NoInt)
+numbers.Real.register(_NoFloat)
+
+
+class _NoClass:
+    __class__ = property(_raises)  # type: ignore[assignment]
+
+
+class _NoRepr:
+    __repr__ = _raises
+
+
+class _NoMapping(collections.UserDict):  # type: ignore[type-arg]
+    __iter__ = keys = _raises
+
+
+class _Name(str):
+    """A name that is equal to none but itself."""
+
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+def _released() -> memoryview:
+    view = memoryview(b"ab")
+    view.release()
+    return view
+
+
+def _recursive() -> list[Any]:
+    items: list[Any] = [1]
+    items.append(items)
+    return items
+
+
+SENT_ATTRS: dict[str, tuple[Any, Any]] = {
+    "bool": (True, True),
+    "numpy's bool": (np.bool_(False), False),
+    "any": ((np.arange(3) > 1).any(), True),
     "int": (np.int64(-3), -3),
     "uint": (np.uint64(2**63 - 1), 2**63 - 1),
+    "enum": (_Colour.RED, 3),
+    "sly int": (_Sly(7), 7),
     "float": (np.float32(0.5), 0.5),
     "half": (np.float16(0.25), 0.25),
     "longdouble": (np.longdouble(2.5), 2.5),
+    "fraction": (Fraction(1, 4), 0.25),
+    "huge": (1.7e308, 1.7e308),
+    "inf": (-math.inf, -math.inf),
+    "nan": (math.nan, math.nan),
+    "zero": (-0.0, -0.0),
+    "sly float": (_SlyFloat(0.5), 0.5),
     "str": (np.str_("a"), "a"),
+    "str enum": (_Unit.METRE, "m"),
+    "sly str": (_SlyText("text"), "text"),
     "bytes": (np.bytes_(b"a"), b"a"),
+    "sly bytes": (_SlyBytes(b"ab"), b"ab"),
+    "bytearray": (bytearray(b"ab"), b"ab"),
+    "memoryview": (memoryview(b"abcd")[::2], b"ac"),
     "list": (list(np.arange(3)), [0, 1, 2]),
-    "bools": ([True, np.bool_(False)], [1, 0]),
+    "sly list": ([_Sly(1), _Colour.RED], [1, 3]),
+    "bools": ([True, np.bool_(False)], [True, False]),
+    "floats": ((0.5, -0.0, math.inf, np.float32(0.25)), [0.5, -0.0, math.inf, 0.25]),
+    "ints and floats": ([1, 0.5, 2**60, np.int8(-1)], [1.0, 0.5, 2.0**60, -1.0]),
     "strs": (list(np.array(["a", "b"])), ["a", "b"]),
+    "no strs": ([], []),
+    "nothing": ((), []),
     "size": (torch.Size([2, 3]), [2, 3]),
+    "counts": (_Counts(1, 2), [1, 2]),
 }
-WRONG_ATTRS = [
-    None,
-    1j,
-    2**63,
-    -(10**5000),
-    np.uint64(2**63),
-    [2**63],
-    [10**5000],
-    [1, "a"],
-    [1.0],
-    [None],
-    {"a": 1},
-    {1, 2},
-    np.arange(3),
-    np.ma.masked,
-    np.timedelta64(3, "s"),
-    np.datetime64("2026-01-01"),
-    np.longdouble("1e4000"),
-    torch.tensor(3),
-    "\udc80",
-    object(),
-    range(3),
+IS_READ, IS_KNOWN, IS_UNICODE = "a value that can be read: ", "an int, bool, float, str, bytes", "valid Unicode"
+IS_64, IS_NO_TENSOR = "(an int|ints) of 64 bits", "no tensor: those are a call's positional arguments"
+WRONG_ATTRS: list[tuple[Any, str]] = [
+    (None, IS_KNOWN),
+    (1j, IS_KNOWN),
+    (Ellipsis, IS_KNOWN),
+    (int, IS_KNOWN),
+    (2**63, IS_64),
+    (_Sly(2**63), IS_64),
+    (-(10**5000), IS_64),
+    (np.uint64(2**63), IS_64),
+    ([2**63], IS_64),
+    ([10**5000], IS_64),
+    ([1, "a"], IS_KNOWN),
+    ([True, 1], IS_KNOWN),
+    ([True, 0.5], IS_KNOWN),
+    ([0.5, "a"], IS_KNOWN),
+    ([0.5, 2**53 + 1], IS_KNOWN + r".* \(of ints and floats if the ints are floats exactly\)"),
+    ([0.5, 10**400], IS_KNOWN + r".* \(of ints and floats if the ints are floats exactly\)"),
+    ([None], IS_KNOWN),
+    ([b"a"], IS_KNOWN),
+    ([[1]], IS_KNOWN),
+    (_recursive(), IS_KNOWN),
+    ({"a": 1}, IS_KNOWN),
+    ({1, 2}, IS_KNOWN),
+    (frozenset("ab"), IS_KNOWN),
+    (iter([1]), IS_KNOWN),
+    (range(3), IS_KNOWN),
+    (array.array("d", [0.5]), IS_KNOWN),
+    (Decimal("0.5"), IS_KNOWN),
+    (Fraction(10**400), IS_KNOWN),
+    (np.timedelta64(3, "s"), IS_KNOWN),
+    (np.datetime64("2026-01-01"), IS_KNOWN),
+    (np.longdouble("1e4000"), IS_KNOWN),
+    (np.complex64(1), IS_KNOWN),
+    (object(), IS_KNOWN),
+    (_Index(), IS_KNOWN),
+    (_NoRepr(), IS_KNOWN),
+    (np.arange(3), IS_NO_TENSOR),
+    (np.array(3), IS_NO_TENSOR),
+    (np.ma.masked, IS_NO_TENSOR),
+    (torch.tensor(3), IS_NO_TENSOR),
+    (torch.ones(2, requires_grad=True), IS_NO_TENSOR),
+    ([torch.tensor(0.5), 1], IS_NO_TENSOR),
+    ("\udc80", IS_UNICODE),
+    (_SlyText("\udc80"), IS_UNICODE),
+    (["a", "\udc80"], IS_UNICODE),
+    (_released(), IS_READ + "ValueError"),
+    (_NoInt(), IS_READ + "RuntimeError"),
+    (_NoFloat(), IS_READ + "RuntimeError"),
+    ([_NoFloat()], IS_READ + "RuntimeError"),
+    (_SlyList([1]), IS_READ + "RuntimeError"),
+    (_NoClass(), IS_READ + "RuntimeError"),
 ]
+WRONG_NAMES: list[Any] = ["", "\udc80", 5, None, b"a", ("a",), 0.5]
+TOO_LONG: list[Any] = ["x" * 70_000, bytes(70_000), bytearray(70_000), [7] * 10_000, [0.5] * 10_000, [True] * 70_000]
+TOO_LONG += [["x"] * 15_000, ["x" * 70_000]]
 
 
 def test_attributes_of_numpys(socket_uri: str, front: Front) -> None:
+    """And of Python's: each arrives as what is documented, there and back."""
+    expected = {name: value for name, (_, value) in SENT_ATTRS.items()}
     with front.Server(socket_uri, {"reflect": _reflect}) as server, front.connect(server.uri) as channel:
-        attrs = channel.call("reflect", **{name: value for name, (value, _) in NUMPY_ATTRS.items()}).attrs
-        assert attrs == {name: value for name, (_, value) in NUMPY_ATTRS.items()}
-        assert all(type(attrs[name]) is type(value) for name, (_, value) in NUMPY_ATTRS.items())
+        for _ in range(2):  # the second one goes the cached way
+            attrs = channel.call("reflect", attrs={name: value for name, (value, _) in SENT_ATTRS.items()}).attrs
+            assert repr(attrs) == repr(expected)
 
 
 def test_attributes_that_cannot_travel(socket_uri: str, front: Front) -> None:
+    """It is the caller's error, or the handler's, and names the attribute; nothing is sent, and the channel lives."""
     with front.Server(socket_uri, {"reflect": _reflect, "wrong": _wrong}) as server:
         with front.connect(server.uri) as channel:
-            for index, value in enumerate(WRONG_ATTRS):
-                with pytest.raises(fastsplit.SettingError, match=r"(attribute 'v'|the text).*, expected "):
+            for index, (value, expected) in enumerate(WRONG_ATTRS):
+                with pytest.raises(fastsplit.SettingError, match=f"^attribute 'v': .*, expected {expected}"):
                     channel.call("reflect", v=value)
-                with pytest.raises(fastsplit.RemoteOpError, match=r"SettingError: .*, expected "):
+                with pytest.raises(
+                    fastsplit.RemoteOpError, match=f"^wrong: SettingError: attribute 'v': .*, expected {expected}"
+                ):
                     channel.call("wrong", index=index)
+            for index, name in enumerate(WRONG_NAMES):
+                refusal = "an attribute named .*, expected (a string that is not empty|valid Unicode)"
+                with pytest.raises(fastsplit.SettingError, match=f"^'reflect': {refusal}"):
+                    channel.call("reflect", attrs={name: 1})
+                with pytest.raises(fastsplit.RemoteOpError, match=f"^wrong: SettingError: '': {refusal}"):
+                    channel.call("wrong", name=index)
+            with pytest.raises(fastsplit.SettingError, match="two attributes named 'a', expected each once"):
+                channel.call("reflect", attrs={_Name("a"): 1, _Name("a"): 2})
             assert channel.call("reflect", v=1).attrs == {"v": 1}
+            assert channel.stats.calls == len(WRONG_ATTRS) + len(WRONG_NAMES) + 1
+
+
+def test_attributes_that_are_too_long(socket_uri: str, front: Front) -> None:
+    def lengthy(call: fastsplit.Call) -> None:
+        call.reply_attrs["v"] = TOO_LONG[call.attrs["index"]]
+
+    with front.Server(socket_uri, {"reflect": _reflect, "lengthy": lengthy}) as server:
+        with front.connect(server.uri) as channel:
+            for index, value in enumerate(TOO_LONG):
+                text = r"attribute 'v': \d+ bytes, the peer accepts at most 65536 bytes"
+                with pytest.raises(fastsplit.LimitError, match=f"^'reflect', {text}"):
+                    channel.call("reflect", v=value)
+                with pytest.raises(fastsplit.RemoteOpError, match=f"^lengthy: LimitError: {text}"):
+                    channel.call("lengthy", index=index)
+            with pytest.raises(fastsplit.LimitError, match=r"^'reflect', attribute 'n{199}...: 70000 bytes"):
+                channel.call("reflect", attrs={"n" * 70_000: 1})
+            assert channel.call("reflect", v=1).attrs == {"v": 1}
+            assert channel.stats.calls == len(TOO_LONG) + 1
+
+
+def test_attributes_for_a_peer_of_an_older_version(
+    socket_uri: str, front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bools arrive as ints, as they did; lists of floats are refused, which they were."""
+    monkeypatch.setattr(connection, "TYPES", 0)
+    handlers = {"reflect": _reflect, "floats": lambda call: call.reply_attrs.update(v=[0.5])}
+    with front.Server(socket_uri, handlers) as server, front.connect(server.uri) as channel:
+        sent = {"a": True, "b": np.bool_(False), "c": [True, False], "d": [True, 2], "e": 0.5, "f": [], "g": 1}
+        came = {"a": 1, "b": 0, "c": [1, 0], "d": [1, 2], "e": 0.5, "f": [], "g": 1}
+        assert repr(channel.call("reflect", **sent).attrs) == repr(came)
+        refusal = r"attribute 'v': .*, expected .* the peer is of a version that knows no lists of floats"
+        for value in ([0.5], [1, 0.5], [True, 0.5], (np.float32(1),)):
+            with pytest.raises(fastsplit.SettingError, match=f"^{refusal}"):
+                channel.call("reflect", v=value)
+        with pytest.raises(fastsplit.RemoteOpError, match=f"^floats: SettingError: {refusal}"):
+            channel.call("floats")
+        assert channel.call("reflect", v=1).attrs == {"v": 1}
+
+
+def test_bools_to_a_server_of_an_older_version(unix_uri: str, front: Front) -> None:
+    """One that says what it did, and whose reader knows no more."""
+    came: list[Any] = []
+
+    def script(peer: RawPeer) -> None:
+        peer.greet()
+        request = peer.expect(REQUEST)
+        came.append(request.message.attrs)
+        peer.send(frame(REPLY, request.request_id, attrs={"n": 1}))
+        peer.expect(GOODBYE)
+
+    with serving(unix_uri, script) as uri, front.connect(uri) as channel:
+        assert repr(channel.call("f", yes=True, bools=[False]).attrs) == repr({"n": 1})
+    assert repr(came) == repr([{"yes": 1, "bools": [0]}])
+
+
+ARGUMENTS = ("timeout_s", "expect", "wire_dtype", "codec", "attrs", "op", "self", "tensors", "keywords")
+
+
+def test_attributes_as_a_mapping(socket_uri: str, front: Front) -> None:
+    """They may have the names of the call's own arguments, and come before what is given as keywords."""
+    with front.Server(socket_uri, {"reflect": _reflect}) as server, front.connect(server.uri) as channel:
+        for send in (channel.call, lambda op, **options: channel.submit(op, **options).result(10)):
+            attrs = {name: number for number, name in enumerate(ARGUMENTS)}
+            assert list(send("reflect", attrs=attrs, timeout_s=10, by=0.5).attrs.items()) == [
+                *attrs.items(),
+                ("by", 0.5),
+            ]
+            assert attrs == {name: number for number, name in enumerate(ARGUMENTS)}
+            for mapping in ({}, {"a": True}, types.MappingProxyType({"a": 1}), collections.UserDict(a=[0.5])):
+                assert send("reflect", attrs=mapping).attrs == mapping
+            assert send("reflect", attrs=None, a=1).attrs == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("attrs", "expected"),
+    [
+        (3, "attrs: 3, expected a dict or another mapping of names to values"),
+        (0, "attrs: 0, expected a dict or another mapping of names to values"),
+        ("ab", "attrs: 'ab', expected a dict or another mapping of names to values"),
+        ([("a", 1)], r"attrs: \[\('a', 1\)\], expected a dict or another mapping of names to values"),
+        (_NoMapping(a=1), "attrs: .*, expected a dict or another mapping of names to values: RuntimeError"),
+        ({"by": 1}, "attribute 'by': in attrs and as a keyword, expected once"),
+        ({5: 1}, "'reflect': an attribute named 5, expected a string"),
+    ],
+    ids=str,
+)
+def test_attributes_that_are_no_mapping(socket_uri: str, front: Front, attrs: Any, expected: str) -> None:
+    with front.Server(socket_uri, {"reflect": _reflect}) as server, front.connect(server.uri) as channel:
+        for send in (channel.call, lambda op, **options: channel.submit(op, **options).result(10)):
+            with pytest.raises(fastsplit.SettingError, match=f"^{expected}"):
+                send("reflect", attrs=attrs, by=2)
+        assert channel.call("reflect", v=1).attrs == {"v": 1} and channel.stats.calls == 1
 
 
 @pytest.mark.parametrize(
@@ -444,11 +704,13 @@ def test_attributes_that_cannot_travel(socket_uri: str, front: Front) -> None:
     ids=str,
 )
 def test_arguments_of_a_call(socket_uri: str, front: Front, name: str, value: Any, expected: str) -> None:
-    """An attribute of such a name is not one: it says so, and what is expected."""
+    """An attribute of such a name is not one, unless it is in `attrs`: it says so, and what is expected."""
     with front.Server(socket_uri, {"reflect": _reflect}) as server, front.connect(server.uri) as channel:
         with pytest.raises(fastsplit.SettingError) as caught:
             channel.call("reflect", **{name: value})
         assert str(caught.value).startswith(expected)
+        if not isinstance(value, (list, type(None))) or value == ["zlib"]:
+            assert repr(channel.call("reflect", attrs={name: value}).attrs) == repr({name: value})
         assert channel.call("reflect", v=1).attrs == {"v": 1}
 
 

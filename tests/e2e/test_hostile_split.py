@@ -99,7 +99,8 @@ def test_a_configuration_that_makes_no_sense(executor: Executor, capfd: pytest.C
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("threads", "\x1b[2J"), ("threads", -1), ("threads", 1.5), ("dtype", "\x1b[2J"), ("dtype", 5)]
+    ("name", "value"),
+    [("threads", "\x1b[2J"), ("threads", -1), ("threads", 1.5), ("threads", True), ("dtype", "\x1b[2J"), ("dtype", 5)],
 )
 def test_a_description_that_makes_no_sense(
     executor: Executor, capfd: pytest.CaptureFixture[str], name: str, value: Any

@@ -189,6 +189,8 @@ CASES: dict[str, tuple[str, Case]] = {
     # the columns
     "blocks: half a one": ("blocks: ", blocked([0, 3])),
     "blocks: strings": ("blocks: ", blocked(["0", "3", "0", "3"])),
+    "blocks: floats": ("blocks: ", blocked([0.0, 3.0, 0.0, 3.0])),
+    "blocks: bools": ("blocks: ", blocked([False, True, False, True], 1)),
     "blocks: a number": ("blocks: ", blocked(5)),
     "blocks: a word": ("blocks: ", blocked("abcd")),
     "blocks: rows twice": ("blocks: ", blocked([0, 2, 0, 3, 1, 2, 0, 3])),
@@ -208,6 +210,7 @@ CASES: dict[str, tuple[str, Case]] = {
     "last: alone": ("blocks: ", simple("scores", torch.ones(2, 3, 8, 8), last=3)),
     "last: a word": ("blocks: ", simple("scores", torch.ones(2, 3, 8, 8), first=0, last="3")),
     "first: a fraction": ("blocks: ", simple("scores", torch.ones(2, 3, 8, 8), first=0.5, last=3)),
+    "first: a bool": ("blocks: ", simple("scores", torch.ones(2, 3, 8, 8), first=False, last=3)),
     "first: behind last": ("blocks: ", simple("scores", torch.ones(2, 3, 8, 8), first=3, last=2)),
     "first: negative": ("blocks: ", simple("scores", torch.ones(2, 3, 8, 8), first=-1, last=2)),
     "linear, blocks: beyond": (
@@ -306,6 +309,7 @@ CASES: dict[str, tuple[str, Case]] = {
         after_qkv("scores", lambda p: (p.qk(),), first=0, last=3, scale=1.0),
     ),
     "scale: a word": ("scale: 'x'", after_qkv("scores", lambda p: (p.qk(),), first=0, last=3, scale="x")),
+    "scale: a bool": ("scale: True ", after_qkv("scores", lambda p: (p.qk(),), first=0, last=3, scale=True)),
     "scale: an int": ("scale: 1 ", after_qkv("scores", lambda p: (p.qk(),), first=0, last=3, scale=1)),
     "scales: of no values": (
         "start: 0, expected where this lane's values were put",
@@ -377,7 +381,7 @@ def test_what_does_not_fit_is_refused_by_name(make_peer: Callable[..., Peer], na
     peer.channel.call("values_o", peer.packed(), **peer.at())
 
 
-NUMBERS: list[Any] = [None, -1, 2**40, 2**62, "0", "", 0.0, [0], ["0"], [], b"0", math.nan]
+NUMBERS: list[Any] = [None, -1, 2**40, 2**62, "0", "", 0.0, [0], ["0"], [], b"0", math.nan, True, False, [0.5], [True]]
 
 
 @pytest.mark.parametrize("op", ["embedding", "qkv", "scores", "values_gate_up", "down_scores"])
@@ -633,7 +637,7 @@ def lied_to(
         yield make
 
 
-@pytest.mark.parametrize("number", ["1", "", 1.0, [1], b"1", None])
+@pytest.mark.parametrize("number", ["1", "", 1.0, [1], b"1", None, True, [True]])
 def test_a_session_that_has_no_number(lied_to: Callable[..., Runner], number: Any) -> None:
     def lie(call: fastsplit.Call, reply: list[torch.Tensor]) -> None:
         del call.reply_attrs["session"]

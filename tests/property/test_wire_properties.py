@@ -20,7 +20,7 @@ from fastsplit.schema.dtypes import BY_CODE
 from fastsplit.schema.encoder import Encoder
 from fastsplit.schema.limits import Limits
 from fastsplit.wire.frame import HEADER_NBYTES, Kind, pack_header, parse_header
-from fastsplit.wire.session import Failed, Reply, Request, Session
+from fastsplit.wire.session import TYPES, Failed, Reply, Request, Session
 
 LIMITS = Limits(max_message_nbytes=2**16, max_tensors=8, max_dims=5, max_attrs=16, max_metadata_nbytes=8192)
 modest = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -36,6 +36,9 @@ values = st.one_of(
     st.binary(max_size=20),
     st.lists(int64s, max_size=5),
     st.lists(st.text(st.characters(codec="utf-8"), max_size=5), max_size=4),
+    st.booleans(),
+    st.lists(st.booleans(), max_size=5),
+    st.lists(st.floats(allow_nan=False), max_size=5),
 )
 attributes = st.dictionaries(names, values, max_size=5)
 ops = st.text(st.characters(codec="utf-8"), max_size=20)
@@ -53,8 +56,18 @@ class Bounded:
         return np.zeros(nbytes, np.uint8)
 
 
+def _session(*, is_client: bool, allocate: Bounded | None = None) -> Session:
+    return Session(is_client=is_client, allocate=allocate or Bounded(), limits=LIMITS, capabilities=TYPES)
+
+
+def _decoder(limits: Limits = LIMITS) -> Decoder:
+    decoder = Decoder(limits)
+    decoder.typed = True
+    return decoder
+
+
 def _pair() -> tuple[Session, Session]:
-    client, server = (Session(is_client=is_client, allocate=Bounded(), limits=LIMITS) for is_client in (True, False))
+    client, server = (_session(is_client=is_client) for is_client in (True, False))
     _feed(server, bytes(client.hello()))
     _feed(client, bytes(server.hello()))
     return client, server
@@ -93,12 +106,12 @@ def test_requests_and_replies_survive_any_chunking(messages: list[Any], cuts: li
         payload = np.random.default_rng(1).bytes(_nbytes(descs))
         request_id, head = client.request(op, descs, attrs, len(payload))
         stream += bytes(head) + payload
-        expected.append((request_id, op, descs, attrs, payload))
+        expected.append((request_id, op, descs, repr(attrs), payload))  # True is no 1, and -0.0 no 0.0
     requests = _feed(server, stream, cuts)
     assert [_plain(event) for event in requests] == expected
     back = b""
-    for event, (_, _, descs, attrs, payload) in zip(requests[::-1], expected[::-1], strict=True):
-        back += bytes(server.reply(event.request_id, descs, len(payload), 1, attrs)) + payload
+    for event, (_, _, descs, _, payload) in zip(requests[::-1], expected[::-1], strict=True):
+        back += bytes(server.reply(event.request_id, descs, len(payload), 1, event.message.attrs)) + payload
     assert [_plain(event) for event in _feed(client, back, cuts)] == [(n, "", *rest) for n, _, *rest in expected[::-1]]
     assert client.inflight == 0
 
@@ -106,20 +119,20 @@ def test_requests_and_replies_survive_any_chunking(messages: list[Any], cuts: li
 def _plain(event: Request | Reply) -> tuple[Any, ...]:
     descs = [(desc.dtype.code, desc.shape) for desc in event.message.tensors]
     payload = b"".join(bytes(buffer) for buffer in event.buffers)
-    return event.request_id, event.message.op, descs, dict(event.message.attrs), payload
+    return event.request_id, event.message.op, descs, repr(event.message.attrs), payload
 
 
 @modest
 @given(st.lists(st.tuples(ops, tensors, attributes), min_size=1, max_size=6))
 def test_caches_never_change_what_a_message_means(messages: list[Any]) -> None:
-    encoder, decoder = Encoder(LIMITS), Decoder(LIMITS)
+    encoder, decoder = Encoder(LIMITS, typed=True), _decoder()
     for op, descs, attrs in messages * 2:
         data, hint = encoder.encode(op, descs, attrs)
-        fresh, fresh_hint = Encoder(LIMITS).encode(op, descs, attrs)
+        fresh, fresh_hint = Encoder(LIMITS, typed=True).encode(op, descs, attrs)
         assert (data, hint) == (fresh, fresh_hint)
         message = decoder.decode(bytes(data), hint)
-        assert message == Decoder(LIMITS).decode(bytes(data), 0)
-        assert (message.op, message.attrs, message.payload_nbytes) == (op, attrs, _nbytes(descs))
+        assert message == _decoder().decode(bytes(data), 0)
+        assert (message.op, repr(message.attrs), message.payload_nbytes) == (op, repr(attrs), _nbytes(descs))
 
 
 WIDEST = Limits(
@@ -141,6 +154,8 @@ wide_attributes = st.one_of(
     st.integers(15, 19).map(lambda n: {f"a{index}": index for index in range(n)}),
     st.integers(3900, 5000).map(lambda n: {"text": "x" * n}),
     st.integers(480, 620).map(lambda n: {"ints": [7] * n}),
+    st.integers(480, 620).map(lambda n: {"floats": [0.5] * n}),
+    st.integers(3900, 5000).map(lambda n: {"bools": [True] * n}),
 )
 
 
@@ -149,20 +164,22 @@ wide_attributes = st.one_of(
 def test_what_a_sender_lets_pass_a_receiver_accepts(limits: Limits, op: str, descs: Any, attrs: Any) -> None:
     """And what a receiver would refuse a sender refuses, with a LimitError."""
     try:
-        data, varying_nbytes = Encoder(WIDEST, HEADER_NBYTES).encode(op, descs, attrs)
+        data, varying_nbytes = Encoder(WIDEST, HEADER_NBYTES, typed=True).encode(op, descs, attrs)
     except LimitError:
         return  # more than any array can be
     pack_header(data, Kind.REQUEST, 1, varying_nbytes, _nbytes(descs), 0, 0)
     try:
         header = parse_header(data, 0, limits)
-        message = Decoder(limits).decode(bytes(data[HEADER_NBYTES:]), header[3])
+        message = _decoder(limits).decode(bytes(data[HEADER_NBYTES:]), header[3])
     except RemoteProtocolError:
         message = None
     if message is None:
         with pytest.raises(LimitError):
-            Encoder(limits).encode(op, descs, attrs)
+            Encoder(limits, typed=True).encode(op, descs, attrs)
         return
-    assert Encoder(limits, HEADER_NBYTES).encode(op, descs, attrs)[0][HEADER_NBYTES:] == data[HEADER_NBYTES:]
+    assert (
+        Encoder(limits, HEADER_NBYTES, typed=True).encode(op, descs, attrs)[0][HEADER_NBYTES:] == data[HEADER_NBYTES:]
+    )
     for desc in message.tensors:  # and numpy can hold it
         np.lib.stride_tricks.as_strided(np.zeros((), desc.dtype.buffer_dtype), desc.shape, (0,) * len(desc.shape))
 
@@ -171,9 +188,9 @@ def test_what_a_sender_lets_pass_a_receiver_accepts(limits: Limits, op: str, des
 @given(st.booleans(), st.booleans(), st.binary(max_size=300), st.lists(st.integers(1, 200), min_size=1))
 def test_arbitrary_bytes(is_client: bool, greeted: bool, data: bytes, cuts: list[int]) -> None:
     allocate = Bounded()
-    session = Session(is_client=is_client, allocate=allocate, limits=LIMITS)
+    session = _session(is_client=is_client, allocate=allocate)
     if greeted:
-        _feed(session, hello())
+        _feed(session, hello(capabilities=TYPES))
     for prefix in (b"", b"FSPL\x01\x02\x00\x00"):
         if any(isinstance(event, Failed) for event in _feed(session, prefix + data, cuts)):
             break
@@ -185,7 +202,7 @@ def test_arbitrary_bytes(is_client: bool, greeted: bool, data: bytes, cuts: list
 def test_arbitrary_metadata(data: bytes, hint: int) -> None:
     for metadata in (data, data[:4] + b"FSM1" + data[4:], b"\x10\0\0\0FSM1\x0c\0\x10\0\0\0\x04\0\x08\0\x0c\0" + data):
         try:
-            message = Decoder(LIMITS).decode(metadata, hint)
+            message = _decoder().decode(metadata, hint)
         except RemoteProtocolError:
             continue
         assert message.payload_nbytes <= LIMITS.max_message_nbytes
@@ -209,8 +226,8 @@ def test_valid_frames_with_damage(op: str, descs: Any, attrs: Any, damage: list[
     """Either it still means something, within the caps, or it is a RemoteProtocolError; never anything else."""
     client, _ = _pair()
     allocate = Bounded()
-    server = Session(is_client=False, allocate=allocate, limits=LIMITS)
-    _feed(server, hello())
+    server = _session(is_client=False, allocate=allocate)
+    _feed(server, hello(capabilities=TYPES))
     payload = bytes(_nbytes(descs))
     frame = bytes(client.request(op, descs, attrs, len(payload))[1]) + payload
     data = bytearray(frame)

@@ -41,13 +41,26 @@ MESSAGES: list[tuple[str, list[tuple[int, tuple[int, ...]]], dict[str, Any]]] = 
         [(FLOAT32, (2, 2)), (UINT8, (5,))],
         {"i": 1, "s": "t", "f": 2.0, "l": [1, 2], "n": ["x"], "b": b"y", "j": 2},
     ),
+    ("bools", [], {"yes": True, "n": 1, "no": False, "m": 0}),
+    (
+        "typed lists",
+        [(UINT8, (3,))],
+        {"f": [0.5, -0.0, math.inf, 5e-324], "b": [True, False], "i": [1, 0], "one": [1.0]},
+    ),
+    ("all types", [(UINT8, (3,))], {"t": True, "x": 0.5, "l": [0.5], "b": [False], "n": 7, "f": False, "s": "t"}),
 ]
 each = pytest.mark.parametrize(("op", "tensors", "attrs"), MESSAGES, ids=[row[0] or "nothing" for row in MESSAGES])
 
 
-def encode(op: str, tensors: Any = (), attrs: Any = None) -> tuple[bytes, int]:
-    out, varying_nbytes = Encoder(LIMITS).encode(op, tensors, attrs or {})
+def encode(op: str, tensors: Any = (), attrs: Any = None, *, typed: bool = True) -> tuple[bytes, int]:
+    out, varying_nbytes = Encoder(LIMITS, typed=typed).encode(op, tensors, attrs or {})
     return bytes(out), varying_nbytes
+
+
+def typed_decoder() -> Decoder:
+    decoder = Decoder(LIMITS)
+    decoder.typed = True
+    return decoder
 
 
 def check(message: Message, op: str, tensors: Any, attrs: Any) -> None:
@@ -55,7 +68,7 @@ def check(message: Message, op: str, tensors: Any, attrs: Any) -> None:
     assert [(desc.dtype.code, desc.shape) for desc in message.tensors] == list(tensors)
     assert message.attrs == attrs
     assert list(message.attrs) == list(attrs)
-    assert [type(value) for value in message.attrs.values()] == [type(value) for value in attrs.values()]
+    assert repr(message.attrs) == repr(attrs)  # True is no 1, and -0.0 no 0.0
     sizes = [math.prod(shape) * BY_CODE[code].itemsize for code, shape in tensors]
     assert [desc.nbytes for desc in message.tensors] == sizes and message.payload_nbytes == sum(sizes)
 
@@ -65,7 +78,7 @@ def check(message: Message, op: str, tensors: Any, attrs: Any) -> None:
 
 @each
 def test_round_trip(op: str, tensors: Any, attrs: Any) -> None:
-    encoder, decoder = Encoder(LIMITS), Decoder(LIMITS)
+    encoder, decoder = Encoder(LIMITS, typed=True), typed_decoder()
     for _ in range(3):  # built and decoded in full, then from the caches
         out, varying_nbytes = encoder.encode(op, tensors, attrs)
         check(decoder.decode(bytes(out), varying_nbytes), op, tensors, attrs)
@@ -74,16 +87,16 @@ def test_round_trip(op: str, tensors: Any, attrs: Any) -> None:
 @each
 def test_hints_only_cost_time(op: str, tensors: Any, attrs: Any) -> None:
     data, varying_nbytes = encode(op, tensors, attrs)
-    decoder = Decoder(LIMITS)
+    decoder = typed_decoder()
     hints = [*range(min(len(data), 300) + 1), len(data), varying_nbytes]
     for hint in hints + random.Random(1).sample(hints, len(hints)):
         check(decoder.decode(data, hint), op, tensors, attrs)
 
 
 def test_numbers_are_patched_into_the_template() -> None:
-    encoder, decoder = Encoder(LIMITS), Decoder(LIMITS)
+    encoder, decoder = Encoder(LIMITS, typed=True), typed_decoder()
     for n in (0, 1, -1, 2**62, -(2**63)):
-        attrs = {"n": n, "x": n / 3, "s": "same", "l": [7], "m": n // 2, "y": -n * 1.5}
+        attrs = {"n": n, "b": n > 0, "x": n / 3, "s": "same", "l": [7], "fl": [0.1], "m": n // 2, "y": -n * 1.5}
         out, varying_nbytes = encoder.encode("f", [(FLOAT32, (2,))], attrs)
         check(decoder.decode(bytes(out), varying_nbytes), "f", [(FLOAT32, (2,))], attrs)
     assert len(encoder._templates) == len(decoder._known) == 1
@@ -96,20 +109,70 @@ def test_headroom_is_zero_and_in_front() -> None:
 
 
 def test_what_is_decoded_belongs_to_the_receiver() -> None:
-    encoder, decoder = Encoder(LIMITS), Decoder(LIMITS)
-    for attrs in ({"l": [1, 2], "s": ["a"]}, {"l": [1, 2], "s": ["a"], "n": 5}):
+    encoder, decoder = Encoder(LIMITS, typed=True), typed_decoder()
+    lists = {"l": [1, 2], "s": ["a"], "f": [0.5], "b": [True]}
+    for attrs in (lists, {**lists, "n": 5}):
         for _ in range(3):
             out, hint = encoder.encode("f", [], attrs)
             message = decoder.decode(bytes(out), hint)
             assert message.attrs == attrs
             message.attrs["l"].append(9)
+            message.attrs["f"].append(9.0)
+            message.attrs["b"].append(False)
             message.attrs["s"].clear()
             message.attrs["more"] = 1
 
 
-def test_numpy_scalars_and_bool_are_numbers() -> None:
-    data, hint = encode("f", [], {"a": np.int16(-3), "b": True, "c": np.float32(0.5), "d": np.uint64(2**63 - 1)})
-    assert Decoder(LIMITS).decode(data, hint).attrs == {"a": -3, "b": 1, "c": 0.5, "d": 2**63 - 1}
+def test_numpy_scalars_are_numbers() -> None:
+    data, hint = encode(
+        "f", [], {"a": np.int16(-3), "b": np.bool_(True), "c": np.float32(0.5), "d": np.uint64(2**63 - 1)}
+    )
+    assert repr(typed_decoder().decode(data, hint).attrs) == repr({"a": -3, "b": True, "c": 0.5, "d": 2**63 - 1})
+
+
+EQUAL_BY_VALUE: list[Any] = [
+    1, 1.0, True, 0, 0.0, -0.0, False, [1, 0], [1.0, 0.0], [1.0, -0.0], [True, False], [0], [False], [0.0], "1", b"1",
+]  # fmt: skip
+
+
+def test_values_that_are_equal_have_templates_of_their_own() -> None:
+    """True == 1 == 1.0 and -0.0 == 0.0, also as keys of a dict: each arrives as what it is, whatever went before it."""
+    encoder, decoder = Encoder(LIMITS, typed=True), typed_decoder()
+    for value in EQUAL_BY_VALUE * 2 + EQUAL_BY_VALUE[::-1]:
+        out, hint = encoder.encode("f", [], {"v": value})
+        assert repr(decoder.decode(bytes(out), hint).attrs["v"]) == repr(value)
+    assert len(encoder._templates) == len(EQUAL_BY_VALUE) - 4  # numbers by themselves are not part of a shape
+
+
+@pytest.mark.parametrize(
+    "value", [True, False, np.bool_(True), [True, False], [True, 2], [np.bool_(False), 3]], ids=repr
+)
+def test_bools_to_an_older_peer_are_the_bytes_of_ints(value: Any) -> None:
+    same = [int(item) for item in value] if isinstance(value, list) else int(value)
+    assert encode("f", [], {"v": value}, typed=False) == encode("f", [], {"v": same}, typed=False)
+    data, hint = encode("f", [], {"v": value}, typed=False)
+    for decoder in (Decoder(LIMITS), typed_decoder()):
+        assert repr(decoder.decode(data, hint).attrs["v"]) == repr(same)
+
+
+@each
+def test_both_kinds_of_peers_get_the_same_bytes_of_the_same_types(op: str, tensors: Any, attrs: Any) -> None:
+    if not any(isinstance(value, bool) or (isinstance(value, list) and value and type(value[0]) in (bool, float))
+               for value in attrs.values()):  # fmt: skip
+        assert encode(op, tensors, attrs, typed=False) == encode(op, tensors, attrs, typed=True)
+
+
+FLOATS_ARE_NEW = ", expected .* the peer is of a version that knows no lists of floats"
+MIXED = r", expected .* \(of ints and floats if the ints are floats exactly\)"
+
+
+class Name(str):
+    """A name that is equal to none but itself."""
+
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
 
 
 @pytest.mark.parametrize(
@@ -120,16 +183,50 @@ def test_numpy_scalars_and_bool_are_numbers() -> None:
         ({"a": [2**63]}, "attribute 'a': .9223372036854775808,., expected ints of 64 bits"),
         ({"a": None}, "attribute 'a': None, expected an int, float, str, bytes, or a list"),
         ({"a": [1, "x"]}, r"attribute 'a': \[1, 'x'\], expected"),
-        ({"a": [1.5]}, r"attribute 'a': \[1.5\], expected"),
+        ({"a": [1.5]}, r"attribute 'a': \[1.5\]" + FLOATS_ARE_NEW),
+        ({"a": (1, np.float32(0.5))}, "attribute 'a': .*" + FLOATS_ARE_NEW),
+        ({"a": [True, 0.5]}, r"attribute 'a': \[True, 0.5\]" + FLOATS_ARE_NEW),
         ({"a": {}}, r"attribute 'a': \{\}, expected"),
-        ({"a": "\udc80"}, r"'f': the text '\\udc80', expected valid Unicode"),
-        ({"\udc80": 1}, r"'f': the text '\\udc80', expected valid Unicode"),
+        ({"a": "\udc80"}, r"attribute 'a': '\\udc80', expected valid Unicode"),
+        ({"a": ["b", "\udc80"]}, r"attribute 'a': '\\udc80', expected valid Unicode"),
+        ({"\udc80": 1}, r"'f': an attribute named '\\udc80', expected valid Unicode"),
         ({"": 1}, "'f': an attribute named '', expected a string that is not empty"),
         ({5: 1}, "'f': an attribute named 5, expected a string"),
+        ({Name("a"): 1, Name("a"): 2}, "'f': two attributes named 'a', expected each once"),
     ],
 )
 def test_attributes_that_cannot_travel(attrs: Any, text: str) -> None:
-    encoder = Encoder(LIMITS)
+    _check_refused(Encoder(LIMITS), attrs, text)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, ", expected an int, bool, float, str, bytes, or a list of ints, of bools, of floats or of strings"),
+        ([True, 1], MIXED),
+        ([True, 0.5], MIXED),
+        ([0.5, "a"], MIXED),
+        ([0.5, None], MIXED),
+        ([0.5, 2**53 + 1], MIXED),
+        ([10**400, 0.5], MIXED),
+        ([[0.5]], MIXED),
+        ([2**63], ", expected ints of 64 bits"),
+        (np.ones(3), ", expected no tensor"),
+        ([np.ones(())], ", expected no tensor"),
+    ],
+    ids=repr,
+)
+def test_typed_attributes_that_cannot_travel(value: Any, text: str) -> None:
+    _check_refused(Encoder(LIMITS, typed=True), {"a": value}, f"^attribute 'a': .*{text}")
+
+
+def test_lists_of_ints_and_floats_are_floats_where_nothing_is_lost() -> None:
+    for value in ([1, 0.5], [0.5, 2**53], (np.int8(-1), np.float16(0.5)), [2**62, 0.0], [1.0, math.inf]):
+        data, hint = encode("f", [], {"a": value})
+        assert repr(typed_decoder().decode(data, hint).attrs["a"]) == repr([float(item) for item in value])
+
+
+def _check_refused(encoder: Encoder, attrs: Any, text: str) -> None:
     for _ in range(2):
         with pytest.raises(SettingError, match=text):
             encoder.encode("f", [], attrs)
@@ -144,6 +241,10 @@ def test_caps_out() -> None:
         ("f", [], {str(n): 1 for n in range(17)}, "'f', attrs: 17, the peer accepts at most 16"),
         ("f", [(UINT8, (50,)), (UINT8, (50,))], {}, "'f', bytes of all tensors: 100, the peer accepts at most 99"),
         ("o" * 5000, [], {}, "bytes, the peer accepts at most 4096"),
+        ("f", [], {"a": "x" * 5000}, "'f', attribute 'a': 5001 bytes, the peer accepts at most 4096"),
+        ("f", [], {"a": [7] * 600}, "'f', attribute 'a': 4801 bytes, the peer accepts at most 4096"),
+        ("f", [], {"n" * 5000: 1}, "'f', attribute 'n{199}...: 5000 bytes, the peer accepts at most 4096"),
+        ("f", [], {"a": "x" * 3000, "b": "x" * 3000}, "'f', texts and lists: 6003 bytes, the peer accepts"),
     ]:
         with pytest.raises(LimitError, match=text):
             encoder.encode(op, tensors, attrs)
@@ -181,8 +282,11 @@ def test_any_flatbuffers_reader_can_read_it(op: str, tensors: Any, attrs: Any) -
             gen.AttrType.Bytes: lambda attr: bytes(attr.Data(i) for i in range(attr.DataLength())),
             gen.AttrType.Ints: lambda attr: [attr.IntList(i) for i in range(attr.IntListLength())],
             gen.AttrType.Strings: lambda attr: [attr.TextList(i).decode() for i in range(attr.TextListLength())],
+            gen.AttrType.Bool: lambda attr: bool(message.Ints(attr.Index())),
+            gen.AttrType.Floats: lambda attr: [attr.FloatList(i) for i in range(attr.FloatListLength())],
+            gen.AttrType.Bools: lambda attr: [bool(attr.Data(i)) for i in range(attr.DataLength())],
         }[attr.Type()](attr)
-        assert (attr.Name().decode(), came, type(came)) == (name, value, type(value))
+        assert (attr.Name().decode(), repr(came)) == (name, repr(value))
 
 
 def build(order: tuple[str, ...], *, ints: Any = (5, -6), floats: Any = (0.25,), shared: bool = False) -> bytes:
@@ -270,10 +374,10 @@ def test_cached_decode_is_full_decode_under_mutation() -> None:
             for change in (1, 0xFF):
                 mutated = bytearray(data)
                 mutated[at] ^= change
-                warm = Decoder(LIMITS)
+                warm = typed_decoder()
                 warm.decode(data, hint)
                 outcomes = []
-                for decoder in (warm, Decoder(LIMITS)):
+                for decoder in (warm, typed_decoder()):
                     try:
                         outcomes.append(repr(decoder.decode(bytes(mutated), hint)))
                     except RemoteProtocolError as error:
@@ -374,6 +478,95 @@ U64 = struct.Struct("<Q")
 def test_each_lie_has_its_error(data: bytes, text: str) -> None:
     with pytest.raises(RemoteProtocolError, match=text):
         Decoder(LIMITS).decode(data, 0)
+
+
+def _refusals(data: bytes, hint: int, decoders: list[Decoder]) -> set[str]:
+    refusals = set()
+    for decoder in decoders:
+        with pytest.raises(RemoteProtocolError) as caught:
+            decoder.decode(data, hint)
+        refusals.add(str(caught.value))
+    return refusals
+
+
+@pytest.mark.parametrize("number", [2, -1, 256, 2**32, -(2**63)])
+def test_a_bool_is_0_or_1(number: int) -> None:
+    """Read in full, and from the cache, which has seen this very shape before."""
+    data, hint = encode("f", [], {"n": 5, "yes": True, "x": 0.5})
+    warm = typed_decoder()
+    assert warm.decode(data, hint).attrs["yes"] is True
+    lie = data[:-24] + struct.pack("<q", number) + data[-16:]
+    assert _refusals(lie, hint, [warm, typed_decoder()]) == {f"metadata, attr 'yes': {number}, expected 0 or 1, a bool"}
+    assert warm.decode(data[:-24] + bytes(8) + data[-16:], hint).attrs == {"n": 5, "yes": False, "x": 0.5}
+
+
+def test_a_list_of_bools_is_of_0_and_1() -> None:
+    data, hint = encode("f", [], {"v": [True, False, True]})
+    assert data.count(b"\x01\0\x01") == 1
+    for byte in (2, 255):
+        lie = data.replace(b"\x01\0\x01", bytes((1, byte, 1)))
+        assert _refusals(lie, hint, [typed_decoder()]) == {f"metadata, attr 'v': {byte}, expected 0 or 1, a bool"}
+
+
+@pytest.mark.parametrize("value", [True, [0.5], [True]], ids=repr)
+def test_types_that_were_not_agreed_on(value: Any) -> None:
+    data, hint = encode("f", [], {"v": value})
+    assert _refusals(data, hint, [Decoder(LIMITS)] * 2) < {
+        f"metadata, attr 'v' type: {n}, expected 1 to 6" for n in (7, 8, 9)
+    }
+
+
+def test_types_that_there_are_not() -> None:
+    for value, own in ((True, 7), ([0.5], 8), ([True], 9)):
+        data, hint = encode("f", [], {"v": value})
+        for kind in (0, 10, 255):
+            errors = set()
+            for at in (at for at in range(len(data)) if data[at] == own):
+                try:
+                    typed_decoder().decode(data[:at] + bytes([kind]) + data[at + 1 :], hint)
+                except RemoteProtocolError as error:
+                    errors.add(str(error))
+            assert f"metadata, attr 'v' type: {kind}, expected 1 to 9" in errors
+
+
+@pytest.mark.parametrize("count", [1000, 2**29 + 1, 2**32 - 1])
+def test_a_list_of_floats_lies_within_the_buffer(count: int) -> None:
+    data, hint = encode("f", [], {"v": [1.5, 2.5]})
+    at = data.index(struct.pack("<Idd", 2, 1.5, 2.5))
+    for shorter in (0, 1):
+        short = data[:at] + struct.pack("<I", shorter) + data[at + 4 :]
+        assert typed_decoder().decode(short, hint).attrs == {"v": [1.5][:shorter]}
+    lie = data[:at] + struct.pack("<I", count) + data[at + 4 :]
+    assert _refusals(lie, hint, [typed_decoder()]) == {
+        f"metadata, attr 'v': {count} elements at {at + 4}, expected no more than fit {len(data)} bytes"
+    }
+
+
+def test_lists_of_floats_that_share_their_bytes_cannot_multiply() -> None:
+    """60 attributes that are all the same 30 KB of numbers."""
+    builder = flatbuffers.Builder(0)
+    gen.AttrStartFloatListVector(builder, 3_750)
+    for _ in range(3_750):
+        builder.PrependFloat64(0.5)
+    numbers = builder.EndVector()
+    tables = []
+    for index in range(60):
+        name = builder.CreateString(f"n{index}")
+        gen.AttrStart(builder)
+        gen.AttrAddName(builder, name)
+        gen.AttrAddType(builder, gen.AttrType.Floats)
+        gen.AttrAddFloatList(builder, numbers)
+        tables.append(gen.AttrEnd(builder))
+    gen.MessageStartAttrsVector(builder, len(tables))
+    for table in tables:
+        builder.PrependUOffsetTRelative(table)
+    attrs = builder.EndVector()
+    gen.MessageStart(builder)
+    gen.MessageAddAttrs(builder, attrs)
+    builder.Finish(gen.MessageEnd(builder), file_identifier=b"FSM1")
+    assert _refusals(bytes(builder.Output()), 0, [typed_decoder()]) == {
+        "metadata, overlaps: parts that share their bytes too often, expected 4 times on average"
+    }
 
 
 def test_unknown_dtype() -> None:

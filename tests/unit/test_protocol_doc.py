@@ -13,8 +13,10 @@ import pytest
 from raw_peer import GOODBYE, RawPeer, hello, serving
 
 import fastsplit
+from fastsplit.schema import message_generated as gen
 from fastsplit.schema.coding import CASTS, CODECS, cast_bit, codec_bit
 from fastsplit.schema.dtypes import BY_CODE
+from fastsplit.schema.encoder import Encoder
 from fastsplit.schema.limits import Limits
 from fastsplit.wire import frame, ring, session
 from fastsplit.wire.session import Session
@@ -76,6 +78,29 @@ def test_dtypes() -> None:
     ]
 
 
+def test_attribute_types() -> None:
+    """Each row says the field that holds the value, in a message with one attribute of that type."""
+    values: dict[str, Any] = {
+        "Int": 3, "Float": 0.5, "String": "text", "Bytes": b"data", "Ints": [3], "Strings": ["text"],
+        "Bool": True, "Floats": [0.5], "Bools": [True],
+    }  # fmt: skip
+    rows = _table("type | name")
+    assert {name: int(number) for number, name, _ in rows} == {
+        name: number for name, number in vars(gen.AttrType).items() if not name.startswith("_") and number
+    }
+    for number, name, value in rows:
+        out, _ = Encoder(Limits(), typed=True).encode("", [], {"v": values[name]})
+        message = gen.Message.GetRootAs(out)
+        attr = message.Attrs(0)
+        has = {
+            "ints": message.IntsLength(), "floats": message.FloatsLength(), "text": len(attr.Text() or b""),
+            "data": attr.DataLength(), "int_list": attr.IntListLength(), "text_list": attr.TextListLength(),
+            "float_list": attr.FloatListLength(),
+        }  # fmt: skip
+        assert attr.Type() == int(number)
+        assert {field for field, count in has.items() if count} == set(re.findall(r"\w+", value)) & has.keys()
+
+
 def test_limits() -> None:
     rows = {name: (int(least), int(default)) for name, least, default in _table("cap")}
     assert {name: default for name, (_, default) in rows.items()} == asdict(Limits())
@@ -93,6 +118,7 @@ def test_codings() -> None:
         "shared memory": session.SHARES,
         "codings": session.CODES,
         "probes": session.PROBES,
+        "attribute types": session.TYPES,
         **{name: cast_bit(number) for name, number in CASTS.items()},
         **{name: codec_bit(number) for name, number in CODECS.items()},
     }

@@ -33,11 +33,14 @@ from raw_peer import (
 
 from fastsplit.errors import LimitError, LocalProtocolError, PeerLostError, RemoteProtocolError, SettingError
 from fastsplit.memory import Pool
+from fastsplit.schema.decoder import Decoder
 from fastsplit.schema.descriptor import TensorDesc
 from fastsplit.schema.limits import Limits
+from fastsplit.wire.frame import Kind
 from fastsplit.wire.session import (
     MAX_RETURNS,
     STAGING_NBYTES,
+    TYPES,
     Attached,
     Cancel,
     Error,
@@ -286,7 +289,7 @@ def test_caps_of_the_peer_are_honoured_before_anything_changes() -> None:
         ([(UINT8, (1, 1, 1))], {}, "'f', tensor 0 dimensions: 3, the peer accepts at most 2"),
         ([(FLOAT32, (26,))], {}, "'f', tensor 0 shape: [26], 104 bytes, the peer accepts at most 100 bytes"),
         ([], {str(n): n for n in range(17)}, "'f', attrs: 17, the peer accepts at most 16"),
-        ([], {"b": bytes(70_000)}, "'f', texts and lists: 70001 bytes, the peer accepts at most 65536 bytes"),
+        ([], {"b": bytes(70_000)}, "'f', attribute 'b': 70001 bytes, the peer accepts at most 65536 bytes"),
     ]:
         with pytest.raises(LimitError) as caught:
             client.request("f", tensors, attrs, 0)
@@ -384,6 +387,54 @@ def test_capabilities_count_when_both_have_them() -> None:
     assert session.capabilities == 0b010
 
 
+TYPED_ATTRS = {"yes": True, "no": np.bool_(False), "f": [0.5, 1], "b": [True], "n": 3}
+
+
+@pytest.mark.parametrize(("own", "peers"), [(TYPES, TYPES), (TYPES, 0), (0, TYPES), (TYPES | 1, 1 | 2 | 4)])
+def test_types_of_attributes_by_what_both_sides_know(own: int, peers: int) -> None:
+    """An older peer gets, and sends, what it did: bools as ints; and lists of floats stay at home."""
+    client = Session(is_client=True, allocate=Pool().allocate, capabilities=own)
+    server = Session(is_client=False, allocate=Pool().allocate, capabilities=peers)
+    hellos = [bytes(session.hello()) for session in (client, server)]
+    for sent in hellos:  # an older peer can read it
+        assert Decoder(Limits()).decode(sent[40:], 0).attrs["capabilities"] in (own, peers)
+    feed(server, hellos[0])
+    feed(client, hellos[1])
+    if own & peers & TYPES:
+        came = {"yes": True, "no": False, "f": [0.5, 1.0], "b": [True], "n": 3}
+        sent = [client.request("f", (), TYPED_ATTRS, 0)[1], server.reply(1, (), 0, 1, TYPED_ATTRS)]
+    else:
+        came = {"yes": 1, "no": 0, "b": [1], "n": 3}
+        for send in (lambda attrs: client.request("f", (), attrs, 0), lambda attrs: server.reply(1, (), 0, 1, attrs)):
+            with pytest.raises(
+                SettingError, match=r"attribute 'f': \[0.5, 1\], .* a version that knows no lists of floats"
+            ):
+                send(TYPED_ATTRS)
+        known = {name: value for name, value in TYPED_ATTRS.items() if name != "f"}
+        sent = [client.request("f", (), known, 0)[1], server.reply(1, (), 0, 1, known)]
+        assert bytes(sent[0])[40:] == frame(REQUEST, 1, "f", (), came)[40:]
+    assert [repr(event[4]) for event in feed(server, bytes(sent[0]))] == [repr(came)]
+    assert [repr(event[4]) for event in feed(client, bytes(sent[1]))] == [repr(came)]
+
+
+@pytest.mark.parametrize(("value", "kind"), [(True, 7), ([0.5], 8), ([False], 9)])
+def test_types_of_attributes_that_were_not_agreed_on(value: Any, kind: int) -> None:
+    text = f"metadata, attr 'v' type: {kind}, expected 1 to 6"
+    request = frame(REQUEST, 1, "f", attrs={"v": value}, typed=True)
+    assert feed(make(SERVER), request) == [("failed", text, True)]
+    in_hello = hello(typed=True, v=value)
+    for session in (make(SERVER, greeted=False), Session(is_client=False, allocate=_never, capabilities=TYPES)):
+        assert feed(session, in_hello) == [("failed", text, True)]
+
+
+def test_a_bool_is_no_int_of_the_protocols() -> None:
+    for kind, name in ((SEGMENT, "id"), (RETIRE, "id"), (RETURN, "wanted")):
+        session, _ = sharing(CLIENT, capabilities=1 | TYPES)
+        attrs = {"id": 2, "nbytes": 64, "name": "", "wanted": 0, name: True}
+        text = f"{Kind(kind).name}, {name}: True, expected int"
+        assert feed(session, frame(kind, attrs=attrs, typed=True)) == [("failed", text, True)]
+
+
 def test_all_kinds_are_in_the_table() -> None:
     kinds = {data[5] for row in TABLE for data in [row.data] if data[:4] == b"FSPL"}
     assert kinds == {HELLO, REQUEST, REPLY, ERROR, CANCEL, GOODBYE, ABORT}
@@ -422,7 +473,7 @@ class Memory:
         self.calls.append(("returned", *returns))
 
 
-def sharing(is_client: bool, *, requests: int = 0) -> tuple[Session, Memory]:
+def sharing(is_client: bool, *, requests: int = 0, capabilities: int = 0) -> tuple[Session, Memory]:
     """An open session with shared memory."""
     memory = Memory()
     greeted: list[Any] = []
@@ -431,8 +482,12 @@ def sharing(is_client: bool, *, requests: int = 0) -> tuple[Session, Memory]:
         greeted.append((attrs["shm"], limits))
         return memory
 
-    session = Session(is_client=is_client, allocate=Pool().allocate, limits=LIMITS, greeted=agree)
-    assert feed(session, hello(shm="tape")) == [("hello", Limits())] and greeted == [("tape", Limits())]
+    session = Session(
+        is_client=is_client, allocate=Pool().allocate, limits=LIMITS, greeted=agree, capabilities=capabilities
+    )
+    assert feed(session, hello(shm="tape", capabilities=capabilities)) == [("hello", Limits())] and greeted == [
+        ("tape", Limits())
+    ]
     for _ in range(requests):
         session.request("f", (), {}, 0)
     return session, memory

@@ -149,7 +149,7 @@ def test_a_number_is_never_given_twice_not_even_to_another_client() -> None:
     assert len(set(seen)) == 20
 
 
-@pytest.mark.parametrize("number", [0, -1, 10**18, None, "1", 1.0, b"1", [1]])
+@pytest.mark.parametrize("number", [0, -1, 10**18, None, "1", 1.0, b"1", [1], True])
 def test_what_is_no_number_of_a_session(number: Any) -> None:
     sessions, client = make_sessions(), Client()
     sessions.open(client, 1, 0, torch.float32)
