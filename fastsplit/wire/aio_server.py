@@ -195,8 +195,8 @@ class Server:
     async def start(self) -> Server:
         """Listens, and accepts clients from now on. Returns the server.
 
-        Raises OSError if the address is in use, AddressError if it must not be listened on, ClosedError after `close`,
-        ResourceError without a descriptor or a thread.
+        Raises ListenError if the address is in use, AddressError if it must not be listened on, ClosedError after
+        `close`, ResourceError without a descriptor or a thread.
         """
         if self.started or self._closing.is_set():
             state = "closed" if self._closing.is_set() else "started already"

@@ -154,8 +154,8 @@ class Server:
     def bind(self) -> Server:
         """Takes the address, so that it is known to be free; clients queue until `start`. Returns the server.
 
-        Raises OSError if the address is in use, AddressError if it must not be listened on, ClosedError after `close`
-        and in a forked child, ResourceError without a descriptor.
+        Raises ListenError if the address is in use, AddressError if it must not be listened on, ClosedError after
+        `close` and in a forked child, ResourceError without a descriptor.
         """
         with self._lock:
             if self._closing.is_set():
