@@ -50,7 +50,7 @@ from .call import Client, describe, tensors_nbytes, wanted_coding
 from .coder import THRESHOLD_NBYTES, Coder, parse_codec, parse_threshold
 from .connection import Connection
 from .forked import renew, watch
-from .link import parse_count, parse_timeout
+from .link import parse_count, parse_flag, parse_memory, parse_timeout
 from .pump import AT_ONCE, Pump, settle_left, within
 from .segment import Hook
 from .session import Cancel, Event, Goodbye, Probe, Request, ReturnsWanted, RingOffered
@@ -132,10 +132,9 @@ class Server:
         self._address = parse_address(uri)
         self._uri = uri
         self._arrays = tensors.arrays(arrays)
-        self._pool = pool
+        self._pool, self._on_segment = parse_memory(pool, on_segment)
         self._workers = parse_count("workers", workers, 0)
-        self._on_segment = on_segment
-        self._insecure = insecure
+        self._insecure = parse_flag("insecure", insecure)
         self._codec = parse_codec(codec)
         self._codec_threshold_nbytes = parse_threshold(codec_threshold_nbytes)
         self._past = Stats()  # of connections that have ended
@@ -241,6 +240,7 @@ class Server:
         Idempotent. Then tasks that are left are cancelled. A plain handler that takes longer goes on in its thread, but
         its answer has nowhere to go.
         """
+        timeout_s = parse_timeout("timeout_s", timeout_s)
         first = not self._closing.is_set()
         self._closing.set()
         if self._loop is None or self._closed is None:

@@ -48,7 +48,7 @@ from .call import Call, Client, Handler, describe, tensors_nbytes, wanted_coding
 from .coder import THRESHOLD_NBYTES, Coder, parse_codec, parse_threshold
 from .connection import Connection, greeting
 from .forked import renew, watch
-from .link import choose_spin_us, cores, parse_count, parse_timeout
+from .link import choose_spin_us, cores, parse_count, parse_flag, parse_memory, parse_timeout
 from .segment import Hook
 from .session import MAX_RETURNS, Cancel, Event, Failed, Goodbye, Probe, Request, ReturnsWanted, RingOffered
 from .stats import Stats
@@ -103,13 +103,12 @@ class Server:
         self.send_timeout_s = parse_timeout("send_timeout_s", send_timeout_s)
         self._address = parse_address(uri)
         self._uri = uri
-        self._insecure = insecure
+        self._insecure = parse_flag("insecure", insecure)
         self._arrays = tensors.arrays(arrays)
-        self._pool = pool
+        self._pool, self._on_segment = parse_memory(pool, on_segment)
         self._workers = parse_count("workers", workers, 0)
         self._codec = parse_codec(codec)
         self._codec_threshold_nbytes = parse_threshold(codec_threshold_nbytes)
-        self._on_segment = on_segment
         self._past = Stats()  # of connections that have ended
         # While the pool's threads work, a reader that spins would only take the interpreter from them.
         self._spin_us = 0.0 if workers else choose_spin_us(spin_us)
@@ -203,6 +202,7 @@ class Server:
 
         Idempotent. A handler that takes longer goes on in its thread, but its answer has nowhere to go.
         """
+        timeout_s = parse_timeout("timeout_s", timeout_s)
         with self._lock:
             first = not self._closing.is_set()
             self._closing.set()
