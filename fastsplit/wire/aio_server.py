@@ -46,7 +46,16 @@ from .address import Reserve, UnixAddress, listen_socket, parse_address, remove_
 from .aio_channel import MAX_QUEUED_NBYTES, allocate
 from .arena import IDLE_S
 from .call import Call as BlockingCall
-from .call import Client, describe, tensors_nbytes, wanted_coding
+from .call import (
+    Client,
+    describe,
+    is_coroutine,
+    log_failure,
+    parse_handlers,
+    tensors_nbytes,
+    too_many,
+    wanted_coding,
+)
 from .coder import THRESHOLD_NBYTES, Coder, parse_codec, parse_threshold
 from .connection import Connection
 from .forked import renew, watch
@@ -123,7 +132,7 @@ class Server:
         codec: str = "auto",
         codec_threshold_nbytes: int = THRESHOLD_NBYTES,
     ) -> None:
-        self.handlers = dict(handlers)
+        self.handlers = parse_handlers(handlers, coroutines=True)
         self.limits = parse_limits(limits)
         self.max_connections = parse_count("max_connections", max_connections, 0)
         self.handshake_timeout_s = parse_timeout("handshake_timeout_s", handshake_timeout_s)
@@ -318,7 +327,7 @@ class Server:
                 self._reserve.restore()
                 continue
             if len(self._connections) >= self.max_connections:
-                connection.refuse(f"{self.max_connections} connections already, the server accepts no more")
+                connection.refuse(too_many(self.max_connections))
                 continue
             self._connections.add(connection)
             connection.start()
@@ -544,7 +553,7 @@ class _Connection:
         deadline = time.monotonic() + request.time_ns * 1e-9 if request.time_ns else None
         self._pending[request_id] = None
         handler = server.handlers.get(request.message.op)
-        if handler is not None and _is_coroutine(handler):
+        if handler is not None and is_coroutine(handler):
             call = self._begin(request, deadline)
             if call is not None:
                 self._adopt(call, self._run(call, handler))
@@ -772,8 +781,7 @@ class _Connection:
         self._refuse(call._request_id, "failed", self._describe(call.op, error))
 
     def _describe(self, op: str, error: BaseException) -> str:
-        if not isinstance(error, FastsplitError):
-            _logger.debug("%s: the handler of %r failed", self.server.uri, op, exc_info=error)
+        log_failure(self, self.server.uri, op, error, is_cancelled=isinstance(error, asyncio.CancelledError))
         return describe(error)
 
     def _refuse(self, request_id: int, code: str, text: str) -> None:
@@ -788,10 +796,6 @@ class _Connection:
 
     def _coding(self, flags: int) -> tuple[int, int | None]:
         return wanted_coding(self.wire.coder, flags, self.server._codec)
-
-
-def _is_coroutine(handler: Handler) -> bool:
-    return inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(type(handler).__call__)
 
 
 def _sequence(result: Any) -> Sequence[Any]:

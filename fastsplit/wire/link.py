@@ -490,6 +490,18 @@ class Link:
             if fd != _DROPPED:
                 os.close(fd)
 
+    def peer_name(self) -> str:
+        """Who the peer is, for people to read: `127.0.0.1:4567`, or `process 123` on a unix socket."""
+        try:
+            if self._sock.family == socket.AF_UNIX:
+                pid = int.from_bytes(self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 4), "little")
+                return f"process {pid}"
+            host, port = self._sock.getpeername()[:2]
+        except OSError:  # gone already
+            return "a client that has left"
+        host = str(host).removeprefix("::ffff:")
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
     def peer_left(self) -> bool:
         """Whether the peer has ended its writing direction, or is gone. Takes a system call; reads nothing."""
         poll = select.poll()

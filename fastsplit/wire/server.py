@@ -44,7 +44,17 @@ from ..shortage import start, why
 from ..tensors import Arrays
 from .address import Reserve, UnixAddress, listen_socket, parse_address, remove_socket_file
 from .arena import IDLE_S
-from .call import Call, Client, Handler, describe, tensors_nbytes, wanted_coding
+from .call import (
+    Call,
+    Client,
+    Handler,
+    describe,
+    log_failure,
+    parse_handlers,
+    tensors_nbytes,
+    too_many,
+    wanted_coding,
+)
 from .coder import THRESHOLD_NBYTES, Coder, parse_codec, parse_threshold
 from .connection import Connection, greeting
 from .forked import renew, watch
@@ -96,7 +106,7 @@ class Server:
         codec_threshold_nbytes: int = THRESHOLD_NBYTES,
         insecure: bool = False,
     ) -> None:
-        self.handlers = dict(handlers)
+        self.handlers = parse_handlers(handlers, coroutines=False)
         self.limits = parse_limits(limits)
         self.max_connections = parse_count("max_connections", max_connections, 0)
         self.handshake_timeout_s = parse_timeout("handshake_timeout_s", handshake_timeout_s)
@@ -298,7 +308,7 @@ class Server:
             if not full:
                 self._connections.add(connection)
         if full:
-            connection.refuse(f"{self.max_connections} connections already, the server accepts no more")
+            connection.refuse(too_many(self.max_connections))
             return
         try:
             start(connection.thread)
@@ -782,8 +792,7 @@ class _Connection:
         del failure  # it keeps this frame, and with it the tensors
 
     def _answer_failure(self, request_id: int, op: str, error: BaseException) -> None:
-        if not isinstance(error, FastsplitError):
-            _logger.debug("%s: the handler of %r failed", self.server.uri, op, exc_info=error)
+        log_failure(self, self.server.uri, op, error)
         self._answer_error(request_id, "failed", describe(error))
 
     def _answer_error(self, request_id: int, code: str, text: str) -> None:
