@@ -64,6 +64,7 @@ from .pump import AT_ONCE, Pump, settle_left, within
 from .segment import Hook
 from .session import Cancel, Event, Goodbye, Probe, Request, ReturnsWanted, RingOffered
 from .stats import Stats
+from .stops import LoopStops
 from .threads import Workers, is_interrupt, only_one
 
 __all__ = ["Call", "Handler", "Server", "serve"]
@@ -234,14 +235,21 @@ class Server:
         return self
 
     async def serve_forever(self) -> None:
-        """Serves until `close` is called, or the task that awaits this is cancelled; closes then, too."""
-        if not self.started or self._left is not None:
-            await self.start()
-        assert self._closed is not None
-        try:
-            await asyncio.shield(self._closed)
-        finally:
-            await self.close()
+        """Serves until `close` is called, or the task that awaits this is cancelled, which closes the server; on the
+        main thread's loop until Ctrl-C or SIGTERM, too, which close it. Returns when it is closed.
+
+        Signals' handlers that the program has set are left alone. Raises what `start` does.
+        """
+        with LoopStops(asyncio.get_running_loop()) as stops:
+            try:
+                if not self.started or self._left is not None:
+                    await self.start()
+                assert self._closed is not None
+                await asyncio.wait((self._closed, stops.stopped), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                stops.restore()  # a second signal ends the program at once
+                if self.started:  # else it may be started again
+                    await self.close()
 
     async def close(self, timeout_s: float = 5.0) -> None:
         """Stops listening, lets running handlers answer for at most `timeout_s` seconds, and ends all connections.

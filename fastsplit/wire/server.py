@@ -62,6 +62,7 @@ from .link import choose_spin_us, cores, parse_count, parse_flag, parse_memory, 
 from .segment import Hook
 from .session import MAX_RETURNS, Cancel, Event, Failed, Goodbye, Probe, Request, ReturnsWanted, RingOffered
 from .stats import Stats
+from .stops import Stops
 from .threads import Workers, only_one
 
 __all__ = ["Call", "Client", "Handler", "Server"]
@@ -71,6 +72,7 @@ _logger = get_logger("fastsplit.server")
 _MAX_AHEAD_NBYTES = 256 * 1024**2  # tensors of requests that were read ahead; a single one may have more
 _MAX_QUICK = 16  # requests in a row that found nothing to do, after which a connection reads for itself again
 _MAX_PROBES = 16  # without an answer, since a reply is being sent; then a connection reads no further
+_LOOK_S = 0.5  # how often the main thread looks for a signal that another one was given
 _RELIEF_S = 0.005  # how long it reads before it looks again
 _LINGER_S = 1.0  # how long an aborted peer's bytes are read and dropped, so that it can read why
 
@@ -199,13 +201,28 @@ class Server:
         return self
 
     def serve_forever(self) -> None:
-        """Serves until `close` is called from another thread, or an exception (KeyboardInterrupt) comes in this one."""
-        if not self.started or self._left is not None:
-            self.start()
-        try:
-            self._closed.wait()
-        finally:
-            self.close()
+        """Serves until `close` is called from another thread; in the main thread until Ctrl-C or SIGTERM, too, which
+        close the server. Returns when it is closed.
+
+        A handler of SIGTERM that the program has set is left alone. Raises what `start` does; another exception that
+        comes in this thread closes the server first.
+        """
+        with Stops() as stops:
+            try:
+                if not self.started or self._left is not None:
+                    with self._lock:  # a close waits until it has begun
+                        self.bind()  # which may have to wait for a name
+                        with stops.held():
+                            self.start()
+                while not self._closed.wait(_LOOK_S if stops.in_main_thread else None):
+                    pass
+            except KeyboardInterrupt:
+                if not stops.in_main_thread:
+                    raise
+            finally:
+                stops.restore()  # a second signal ends the program at once
+                if self._listener is not None:  # else it may be started again
+                    self.close()
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Stops listening, lets running handlers answer for at most `timeout_s` seconds, and ends all connections.
