@@ -58,10 +58,10 @@ class Caller(Protocol):
         """Until when a reply is worth waiting for, where the client waits until `deadline`."""
 
     def is_cancelled(self, request_id: int) -> bool:
-        """Whether the client has given this request up, as far as is known."""
+        """Whether the client has given this request up. Where nobody else reads, what has come by now is read first."""
 
     def has_left(self) -> bool:
-        """Whether the client has left, which nobody may have noticed yet. Takes a system call."""
+        """Whether the client has left, or can have no more answers. Takes a system call."""
 
 
 class Call:
@@ -113,7 +113,12 @@ class Call:
     @property
     def cancelled(self) -> bool:
         """Whether the caller has given up, its deadline has passed, or its connection has ended. A handler that works
-        for long may ask now and then: it takes some microseconds."""
+        for long may ask now and then, in its own thread: it takes some microseconds.
+
+        What the client has sent is read for that, where no other thread does, and requests wait for their turn. (Once
+        `max_inflight` of them wait, or 256 MiB of their tensors, nothing more is read.) A plain function on the loop of
+        fastsplit.aio sees no cancellation, since nothing is read there before it returns: deadline and end alone.
+        """
         connection = self._connection
         return (
             connection.is_cancelled(self._request_id)
