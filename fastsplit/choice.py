@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from .errors import SettingError
 from .models import ModelConfig
 from .ops import MAX_LANES, PLANS, Traffic, choose_plan, traffic
 from .wire.address import UnixAddress, parse_address
@@ -182,12 +183,12 @@ def choose(
     cores the executor computes with, 0 on a device of its own. `plan`, `lanes`, `block_rows`, `cast`, `wire_dtype`:
     what the user asks for; "auto" or None: nothing.
 
-    Raises ValueError for a plan, a cast, or a number of lanes that there is not.
+    Raises SettingError for a plan, a cast, or a number of lanes that there is not.
     """
     if cast not in CASTS:
-        raise ValueError(f"cast {cast!r}, expected one of {', '.join(CASTS)}")
+        raise SettingError(f"cast {cast!r}, expected one of {', '.join(CASTS)}")
     if lanes is not None and not 1 <= lanes <= MAX_LANES:
-        raise ValueError(f"lanes: {lanes}, expected 1 to {MAX_LANES}")
+        raise SettingError(f"lanes: {lanes}, expected 1 to {MAX_LANES}")
     rows = min(rows or _TYPICAL_ROWS, config.max_position_embeddings)
     travels = wire_dtype or dtype
     dtypes = (dtype, travels)

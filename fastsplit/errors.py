@@ -7,7 +7,8 @@
     ├── LimitError (ValueError)              we were asked to send more than a cap allows; nothing was sent
     ├── ResourceError                        no descriptor, memory or thread is left here: never the peer's fault
     │   └── ArenaFull (MemoryError)          no room for a tensor: a limit, the system's memory, or a deadline
-    ├── ConnectError (ConnectionError)       nobody there
+    ├── ListenError (OSError)                an address that is in use, not permitted, or has no directory
+    ├── ConnectError (ConnectionError)       nobody there, or the server accepts no more connections
     ├── PeerLostError (ConnectionError)      the peer went away; what was in flight has no answer
     ├── ClosedError                          used after close(), or after an error that ended the connection
     ├── DeadlineError (TimeoutError)         a deadline passed: a call's, or that of connecting
@@ -22,6 +23,8 @@
 
 Rules: whose fault it was can be read off the class. A message names the field, what came, and what was expected. Parts
 of it may be a peer's words, so `str` of each is one line of printable characters; `args` has it as it came.
+An argument that cannot be used is one of these, too. The exception is a call that does not fit a signature (a keyword
+that does not exist, an argument too many): that stays Python's own TypeError.
 Every class says with which code the scripts exit (`exit_code`), so that the mapping stands in one place.
 """
 
@@ -42,6 +45,7 @@ __all__ = [
     "DeadlineError",
     "FastsplitError",
     "LimitError",
+    "ListenError",
     "LocalProtocolError",
     "ModelError",
     "PeerLostError",
@@ -115,8 +119,17 @@ class ArenaFull(ResourceError, MemoryError):
         self.may_wait = may_wait
 
 
+class ListenError(FastsplitError, OSError):
+    """An address cannot be listened on now: it is in use, not permitted, or its directory is missing. `errno` says
+    which. (One that must not be listened on is an AddressError.)"""
+
+    def __str__(self) -> str:
+        return super().__str__() if self.strerror is None else one_line(self.strerror, limit=None)
+
+
 class ConnectError(FastsplitError, ConnectionError):
-    """No connection could be made: nobody listens there. (Nobody in time is a DeadlineError.)"""
+    """No connection could be made: nobody listens there, or the server accepts no more. (Nobody in time is a
+    DeadlineError.)"""
 
     exit_code = 3
 

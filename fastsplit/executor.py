@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .devices import Cpu, Device, Work
-from .errors import LimitError, ModelError, TensorError
+from .errors import LimitError, ModelError, SettingError, TensorError
 from .llama import rotary_
 from .models import DTYPES, LINEARS, Model
 from .ops import Block, packed_elements, parse_blocks
@@ -156,7 +156,7 @@ class Executor:
         capacity = _int(call, "capacity", 0, 2**31)
         dtype = call.attrs.get("dtype")
         if dtype not in DTYPES:
-            raise ValueError(f"dtype: {dtype!r:.30}, expected one of {', '.join(DTYPES)}")
+            raise SettingError(f"dtype: {dtype!r:.30}, expected one of {', '.join(DTYPES)}")
         number = self.sessions.open(call.client, batch, capacity, getattr(torch, dtype))
         call.reply_attrs["session"] = number
 
@@ -185,9 +185,9 @@ class Executor:
             attrs = call.attrs
             layer, start = attrs.get("layer"), attrs.get("start")
             if type(layer) is not int or not 0 <= layer < layers:
-                raise ValueError(f"layer: {layer!r:.30}, expected 0 to {layers - 1}")
+                raise SettingError(f"layer: {layer!r:.30}, expected 0 to {layers - 1}")
             if type(start) is not int or not 0 <= start < 2**31:
-                raise ValueError(f"start: {start!r:.30}, expected an int of 0 or more")
+                raise SettingError(f"start: {start!r:.30}, expected an int of 0 or more")
             session = self.sessions.find(call.client, attrs.get("session"))
             # inference mode is a thread's own: each operation on a tensor is the faster for it
             with torch.inference_mode(), session.lock, self.device.work(session) as work:
@@ -211,12 +211,12 @@ class Executor:
         (x,) = _take(call, 1)
         layer, names = _int(call, "layer", 0, self.config.num_hidden_layers - 1), call.attrs.get("names")
         if not isinstance(names, list) or not names or any(name not in LINEARS for name in names):
-            raise ValueError(f"names: {names!r:.100}, expected a list of {', '.join(LINEARS)}")
+            raise SettingError(f"names: {names!r:.100}, expected a list of {', '.join(LINEARS)}")
         if len(set(names)) < len(names):
-            raise ValueError(f"names: {names!r}, expected each once")
+            raise SettingError(f"names: {names!r}, expected each once")
         width = self.config.in_features(names[0])
         if any(self.config.in_features(name) != width for name in names):
-            raise ValueError(f"names: {names!r}, expected linear operations of the same input")
+            raise SettingError(f"names: {names!r}, expected linear operations of the same input")
         wire = self._check("x", x, (None, None, width))
         batch, rows, _ = x.shape
         linears = self._weights.layers[layer].linears
@@ -267,14 +267,14 @@ class Executor:
             else:
                 queries = keys[:, :0]
         else:
-            raise ValueError(f"{len(tensors)} tensors, expected qk, or q and k, or k")
+            raise SettingError(f"{len(tensors)} tensors, expected qk, or q and k, or k")
         rows = keys.shape[1]
         if rows < 1:
-            raise ValueError("k: no rows, expected 1 or more")
+            raise SettingError("k: no rows, expected 1 or more")
         blocks = parse_blocks(call.attrs, queries.shape[1], start + rows)
         if keep is not None:
             if lane.x is None or lane.x.shape[1] != rows:
-                raise ValueError(f"keep: {rows} rows, expected those of the residual stream in this lane")
+                raise SettingError(f"keep: {rows} rows, expected those of the residual stream in this lane")
             keep = _indices("keep", keep, rows, session.batch)
         self._check_reply(packed_elements(session.batch, heads, blocks), session.dtype)
         scale = self._scale(call, scales, session.batch, rows)
@@ -293,7 +293,7 @@ class Executor:
 
     def _values(self, call: Call, work: Work, session: Session, at: _At) -> torch.Tensor | None:
         if not 1 <= len(call.tensors) <= 2:
-            raise ValueError(f"{len(call.tensors)} tensors, expected packed and v, or v")
+            raise SettingError(f"{len(call.tensors)} tensors, expected packed and v, or v")
         config = self.config
         lane = at.lane
         v = call.tensors[-1]
@@ -331,7 +331,7 @@ class Executor:
 
     def _embedding_scores(self, call: Call, work: Work, session: Session, at: _At) -> tuple[torch.Tensor, ...]:
         if not 3 <= len(call.tensors) <= 4:
-            raise ValueError(f"{len(call.tensors)} tensors, expected ids, cos, sin, and maybe keep")
+            raise SettingError(f"{len(call.tensors)} tensors, expected ids, cos, sin, and maybe keep")
         ids, cos, sin = call.tensors[:3]
         lane = at.lane
         reply, lane.x = self._embed(call, work, session, ids)
@@ -344,18 +344,18 @@ class Executor:
         tensors = list(call.tensors)
         scales = tensors.pop() if tensors and tensors[-1].dim() == 2 else None
         if len(tensors) > 1:
-            raise ValueError(f"{len(call.tensors)} tensors, expected packed, and maybe scales")
+            raise SettingError(f"{len(call.tensors)} tensors, expected packed, and maybe scales")
         config = self.config
         layer, start = at.layer, at.start
         lane = at.lane
         scale = self._scale(call, scales, session.batch, lane.rows)
         if not tensors and scale is None:
-            raise ValueError("no tensors, expected packed, or scales, or both")
+            raise SettingError("no tensors, expected packed, or scales, or both")
         blocks = self._blocks(lane) if tensors else []
         packed = self._check_packed(work, tensors[0], session, blocks) if tensors else None
         if scale is not None:  # of the rows that came last, which `scores` had to take as they were
             if start + lane.rows > session.keys_filled[layer]:
-                raise ValueError(f"start: {start}, expected where this lane's rows were put")
+                raise SettingError(f"start: {start}, expected where this lane's rows were put")
             if isinstance(scale, torch.Tensor):
                 scale = work.take(scale)
             self._multiply(work, session, session.keys(layer), start, lane.rows, scale)
@@ -393,7 +393,7 @@ class Executor:
 
     def _down_scores(self, call: Call, work: Work, session: Session, at: _At) -> tuple[torch.Tensor, ...]:
         if not 1 <= len(call.tensors) <= 2:
-            raise ValueError(f"{len(call.tensors)} tensors, expected h, and maybe keep")
+            raise SettingError(f"{len(call.tensors)} tensors, expected h, and maybe keep")
         lane = at.lane
         (reply,) = self._down(call, work, session, at.layer - 1, lane, call.tensors[0])
         return (reply, *self._scores_folded(call, work, session, at, lane, call.tensors[1:], may_end=True))
@@ -418,7 +418,7 @@ class Executor:
         ids = ids.clone()  # the caller may change shared memory between the check and the look-up, and what is looked
         # up by an id out of range is memory of ours
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < config.vocab_size:
-            raise ValueError(f"ids: {int(ids.min())} to {int(ids.max())}, expected 0 to {config.vocab_size - 1}")
+            raise SettingError(f"ids: {int(ids.min())} to {int(ids.max())}, expected 0 to {config.vocab_size - 1}")
         self._check_reply(ids.numel() * config.hidden_size, session.dtype)
         flat = work.take(ids.view(-1))
         table, multiplier = self._weights.embedding, self._embedding_multiplier
@@ -489,7 +489,7 @@ class Executor:
         layer, start = at.layer, at.start
         cos, sin = lane.cos, lane.sin
         if lane.x is None or cos is None or sin is None or cos.shape[1] != lane.x.shape[1]:
-            raise ValueError("lane: no rotary tables of this pass there, expected `embedding_scores` before")
+            raise SettingError("lane: no rotary tables of this pass there, expected `embedding_scores` before")
         batch, rows, _ = lane.x.shape
         keep = None if not rest else _indices("keep", rest[0], rows, batch)
         count = rows if keep is None else 1
@@ -497,7 +497,7 @@ class Executor:
         blocks = [] if ends else parse_blocks(call.attrs, count, start + rows)
         linear = self._weights.layers[layer].linears[("q", "k", "v")]
         if linear.bias is not None or config.qk_norm:
-            raise ValueError("this model's q and k cannot stay here: expected `down_qkv` and `scores`")
+            raise SettingError("this model's q and k cannot stay here: expected `down_qkv` and `scores`")
         normed = self._normed(work, lane, self._weights.layers[layer].attention_norm)
         qkv = work.empty((batch * rows, linear.weight.shape[1]), self._torch_dtype)
         parts = qkv.view(batch, rows, -1, config.head_dim)
@@ -580,7 +580,7 @@ class Executor:
         batch, group = session.batch, heads // kv_heads
         per_row = batch * heads
         if blocks[-1].last > session.values_filled[layer]:
-            raise ValueError(f"layer: {session.values_filled[layer]} values there, expected {blocks[-1].last}")
+            raise SettingError(f"layer: {session.values_filled[layer]} values there, expected {blocks[-1].last}")
 
         def compute_row(out: torch.Tensor) -> None:
             _, _, first, last = blocks[0]
@@ -621,7 +621,7 @@ class Executor:
         before = lane.x
         if before is None or before.shape[:2] != x.shape[:2]:
             have = None if before is None else list(before.shape[:2])
-            raise ValueError(f"{list(x.shape[:2])} rows, expected {have}, of the residual stream in this lane")
+            raise SettingError(f"{list(x.shape[:2])} rows, expected {have}, of the residual stream in this lane")
         multiplier = self.config.residual_multiplier
         width = self.config.hidden_size
         same = session.dtype == self._torch_dtype
@@ -644,7 +644,7 @@ class Executor:
     ) -> list[torch.Tensor]:
         """Reply memory: for the residual stream, which goes on after a layer's MLP, and of the shapes `more`."""
         if layer < 0:
-            raise ValueError("layer: 0, expected 1 or more: what comes after a layer's MLP")
+            raise SettingError("layer: 0, expected 1 or more: what comes after a layer's MLP")
         config = self.config
         self._check_own("h", h, (session.batch, None, config.intermediate_size), session)
         shape = (session.batch, h.shape[1], config.hidden_size)
@@ -658,9 +658,9 @@ class Executor:
         """The residual stream times a norm's weight [rows, hidden]; dividing by its length is left to the caller."""
         x = lane.x
         if x is None:
-            raise ValueError("lane: no residual stream there, expected an embedding before")
+            raise SettingError("lane: no residual stream there, expected an embedding before")
         if norm is None:
-            raise ValueError("this model's norms cannot be folded: expected `qkv` and `linear`")
+            raise SettingError("this model's norms cannot be folded: expected `qkv` and `linear`")
         normed = work.empty((x.shape[0] * x.shape[1], x.shape[2]), self._torch_dtype)
         work.run(lambda: torch.mul(_rows(x), norm, out=normed))
         return normed
@@ -672,7 +672,7 @@ class Executor:
         if scale is None:
             return
         if start + rows > session.values_filled[layer]:
-            raise ValueError(f"start: {start}, expected where this lane's values were put")
+            raise SettingError(f"start: {start}, expected where this lane's values were put")
         bias = self._weights.layers[layer].linears["v"].bias
         if bias is not None:
             bias = bias.view(-1, 1, self.config.head_dim)
@@ -789,7 +789,7 @@ class Executor:
         """The blocks of the scores that are with the caller, who sends them back once."""
         blocks, lane.blocks = lane.blocks, None
         if blocks is None:
-            raise ValueError("lane: no scores of this lane are with the caller, expected some before")
+            raise SettingError("lane: no scores of this lane are with the caller, expected some before")
         return blocks
 
     def _scale(self, call: Call, scales: torch.Tensor | None, batch: int, rows: int) -> torch.Tensor | float | None:
@@ -799,7 +799,7 @@ class Executor:
             if scale is None:
                 return None
             if not isinstance(scale, float) or batch * rows != 1:
-                raise ValueError(f"scale: {scale!r:.30} for {batch * rows} rows, expected a float and one row")
+                raise SettingError(f"scale: {scale!r:.30} for {batch * rows} rows, expected a float and one row")
             return scale
         if scales.dtype != torch.float32 or scales.shape != (batch, rows):
             raise TensorError(_expected("scales", scales, "float32", (batch, rows)))
@@ -828,24 +828,24 @@ def _bare(linear: Linear, biased: bool) -> Linear:
 
 def _take(call: Call, count: int) -> tuple[torch.Tensor, ...]:
     if len(call.tensors) != count:
-        raise ValueError(f"{len(call.tensors)} tensors, expected {count}")
+        raise SettingError(f"{len(call.tensors)} tensors, expected {count}")
     return call.tensors
 
 
 def _int(call: Call, name: str, low: int, high: int) -> int:
     value = call.attrs.get(name)
     if type(value) is not int or not low <= value <= high:
-        raise ValueError(f"{name}: {value!r:.30}, expected an int from {low} to {high}")
+        raise SettingError(f"{name}: {value!r:.30}, expected an int from {low} to {high}")
     return value
 
 
 def _indices(name: str, indices: torch.Tensor, limit: int, count: int | None = None) -> torch.Tensor:
-    """A private copy of indices below `limit`. Raises TensorError, ValueError."""
+    """A private copy of indices below `limit`. Raises TensorError, SettingError."""
     if indices.dtype != torch.int64 or indices.dim() != 1 or (count is not None and len(indices) != count):
         raise TensorError(_expected(name, indices, "int64", (count,)))
     indices = indices.clone()
     if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < limit:
-        raise ValueError(f"{name}: {int(indices.min())} to {int(indices.max())}, expected 0 to {limit - 1}")
+        raise SettingError(f"{name}: {int(indices.min())} to {int(indices.max())}, expected 0 to {limit - 1}")
     return indices
 
 

@@ -47,6 +47,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from .errors import SettingError
 from .models import ModelConfig
 
 __all__ = [
@@ -129,7 +130,7 @@ def block_attrs(blocks: Sequence[Block]) -> dict[str, Any]:
 def parse_blocks(attrs: Mapping[str, Any], rows: int, positions: int) -> list[Block]:
     """The blocks that a request's attributes name, none if there is no such attribute.
 
-    Raises ValueError unless they are all of `rows` rows, in order, and have columns below `positions`.
+    Raises SettingError unless they are all of `rows` rows, in order, and have columns below `positions`.
     """
     values = attrs.get("blocks")
     if values is None and "last" in attrs:
@@ -137,18 +138,18 @@ def parse_blocks(attrs: Mapping[str, Any], rows: int, positions: int) -> list[Bl
     elif values is None:
         values = []
     if not isinstance(values, list) or len(values) % 4 or len(values) > 4 * MAX_BLOCKS:
-        raise ValueError(f"blocks: {values!r:.100}, expected 4 ints for each of at most {MAX_BLOCKS} blocks")
+        raise SettingError(f"blocks: {values!r:.100}, expected 4 ints for each of at most {MAX_BLOCKS} blocks")
     blocks = [Block(*values[index : index + 4]) for index in range(0, len(values), 4)]
     end = 0
     for block in blocks:
         start, count, first, last = block
         if any(type(number) is not int for number in block):
-            raise ValueError(f"blocks: {list(block)!r:.100}, expected ints")
+            raise SettingError(f"blocks: {list(block)!r:.100}, expected ints")
         if start != end or count < 1 or not 0 <= first < last <= positions:
-            raise ValueError(f"blocks: {list(block)}, expected [{end}, 1 or more, columns within 0 to {positions}]")
+            raise SettingError(f"blocks: {list(block)}, expected [{end}, 1 or more, columns within 0 to {positions}]")
         end += count
     if end != rows:
-        raise ValueError(f"blocks: {end} rows, expected {rows}")
+        raise SettingError(f"blocks: {end} rows, expected {rows}")
     return blocks
 
 
@@ -164,10 +165,10 @@ def packed_elements(batch: int, heads: int, blocks: Sequence[Block]) -> int:
 def choose_plan(wanted: str, config: ModelConfig, dtypes: Sequence[str]) -> tuple[str, str]:
     """The plan to run where `wanted` (a plan, or "auto") is asked for, and why it is another one ("" if it is not).
 
-    `dtypes`: those of executor and wire. Raises ValueError for a name that is no plan.
+    `dtypes`: those of executor and wire. Raises SettingError for a name that is no plan.
     """
     if wanted not in (*PLANS, "auto"):
-        raise ValueError(f"plan {wanted!r}, expected one of auto, {', '.join(PLANS)}")
+        raise SettingError(f"plan {wanted!r}, expected one of auto, {', '.join(PLANS)}")
     if wanted not in ("auto", "folded", "linear"):
         return wanted, ""
     if config.post_norms:

@@ -4,7 +4,8 @@ A peer's words, an exception's text, a model's tokens: each may hold escape sequ
 the direction of what follows.
 
 Rules. A text of that kind is shown by `one_line` in errors, reports and logs, by `for_terminal` where it is the result
-itself. Every logger of fastsplit comes from `get_logger`, so no log call has to think of it.
+itself. Every logger of fastsplit comes from `get_logger`, so no log call has to think of it; nor of tracebacks, which
+are text by the time a handler gets them: whoever keeps a record keeps no frames, and no tensors that lie in them.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def trace(error: BaseException) -> str:
 
 def get_logger(name: str) -> logging.Logger:
     """The logger of that name, all of whose records are printable: the message is one line, so is the text of each
-    exception."""
+    exception. A record's `exc_text` has the traceback, its `exc_info` is None."""
     logger = logging.getLogger(name)
     logger.addFilter(_make_printable)
     return logger
@@ -66,7 +67,7 @@ def get_logger(name: str) -> logging.Logger:
 def _make_printable(record: logging.LogRecord) -> bool:
     record.msg, record.args = one_line(record.getMessage()), None
     if record.exc_info and record.exc_info[1] is not None:
-        record.exc_text = trace(record.exc_info[1])  # handlers take it instead of their own
+        record.exc_text, record.exc_info = trace(record.exc_info[1]), None  # handlers take it instead of their own
     return True
 
 

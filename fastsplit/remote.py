@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from .errors import ClosedError, ModelError, PeerLostError, RemoteProtocolError, VerificationError
+from .errors import ClosedError, ModelError, PeerLostError, RemoteProtocolError, SettingError, VerificationError
 from .models import DTYPES, Model, ModelConfig
 from .ops import Shapes
 from .wire.channel import Channel
@@ -123,10 +123,10 @@ class Cache:
         self.number = number
 
     def truncate(self, length: int, *, wait: bool = True) -> None:
-        """Forgets what is behind `length` positions. Raises ValueError if there are fewer. `wait`: for the executor's
+        """Forgets what is behind `length` positions. Raises SettingError if there are fewer. `wait`: for the executor's
         answer; a later operation comes after it all the same."""
         if not 0 <= length <= self.length:
-            raise ValueError(f"length: {length}, expected 0 to {self.length}")
+            raise SettingError(f"length: {length}, expected 0 to {self.length}")
         self._tell("truncate", wait, length=length)
         self.length = length
         if self.mask is not None:
@@ -135,7 +135,7 @@ class Cache:
     def reorder(self, indices: torch.Tensor) -> None:
         """Sequence i becomes the old sequence indices[i]. [batch'] int64; `batch'` may be more or less than `batch`."""
         if indices.dtype != torch.int64 or indices.dim() != 1 or not len(indices):
-            raise ValueError(f"indices: {indices.dtype} {list(indices.shape)}, expected int64 [1 or more]")
+            raise SettingError(f"indices: {indices.dtype} {list(indices.shape)}, expected int64 [1 or more]")
         self._backend.call("reorder", indices, expect=(), session=self.number)
         self.batch = len(indices)
         if self.mask is not None:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from .choice import LEAST_STRETCH_ROWS, Choice
+from .errors import SettingError
 from .llama import int64, int64_range, rotary_matrix
 from .models import Rope
 from .ops import MAX_LANES, Block, block_attrs, choose_block_rows, choose_plan, row_blocks
@@ -83,7 +84,7 @@ class Runner:
         self.wire_dtype = wire_dtype
         self.tee_dtype = tee_dtype or wire_dtype
         if lanes is not None and not 1 <= lanes <= MAX_LANES:
-            raise ValueError(f"lanes: {lanes}, expected 1 to {MAX_LANES}")
+            raise SettingError(f"lanes: {lanes}, expected 1 to {MAX_LANES}")
         self.lanes = lanes if lanes is not None else 1 if model.threads else 2
         self._dtype: torch.dtype = getattr(torch, self.tee_dtype)
         self._wire_itemsize = getattr(torch, wire_dtype).itemsize
@@ -127,7 +128,7 @@ class Runner:
         int64 tensor [B] those of one row of each sequence, [B, 1, vocab]. They are fp32 and the caller's own; those of
         padding mean nothing. Long prompts go in stretches, so that memory stays flat.
 
-        Raises ValueError for shapes that do not fit, and what `Channel.call` does; after that the cache is as before.
+        Raises SettingError for shapes that do not fit, and what `Channel.call` does; after that the cache is as before.
         """
         batch, rows = self._check(ids, cache, mask, positions)
         start, total = cache.length, cache.length + rows
@@ -436,17 +437,19 @@ class Runner:
         self, ids: torch.Tensor, cache: Cache, mask: torch.Tensor | None, positions: torch.Tensor | None
     ) -> tuple[int, int]:
         if ids.dtype != torch.int64 or ids.dim() != 2 or ids.shape[0] != cache.batch or not ids.numel():
-            raise ValueError(f"ids: {ids.dtype} {list(ids.shape)}, expected int64 [{cache.batch}, 1 or more]")
+            raise SettingError(f"ids: {ids.dtype} {list(ids.shape)}, expected int64 [{cache.batch}, 1 or more]")
         if cache.closed:
-            raise ValueError("cache: it was closed")
+            raise SettingError("cache: it was closed")
         batch, rows = ids.shape
         shape = (batch, cache.length + rows)
         if mask is not None and (mask.dtype != torch.bool or mask.shape != shape):
-            raise ValueError(f"mask: {mask.dtype} {list(mask.shape)}, expected bool {list(shape)}")
+            raise SettingError(f"mask: {mask.dtype} {list(mask.shape)}, expected bool {list(shape)}")
         if positions is not None and (
             positions.dtype != torch.int64 or positions.shape != ids.shape or int(positions.min()) < 0
         ):
-            raise ValueError(f"positions: {positions.dtype} {list(positions.shape)}, expected int64 {list(ids.shape)}")
+            raise SettingError(
+                f"positions: {positions.dtype} {list(positions.shape)}, expected int64 {list(ids.shape)}"
+            )
         return batch, rows
 
     @staticmethod
@@ -463,10 +466,10 @@ class Runner:
         """[B]: the one row of each sequence whose logits are wanted; None if it is all of them."""
         if isinstance(keep, str):
             if keep not in ("last", "all"):
-                raise ValueError(f"keep: {keep!r}, expected 'last', 'all' or an int64 tensor")
+                raise SettingError(f"keep: {keep!r}, expected 'last', 'all' or an int64 tensor")
             return None if keep == "all" else torch.full((batch,), rows - 1, dtype=torch.int64, device="cpu")
         if keep.dtype != torch.int64 or keep.shape != (batch,) or not 0 <= int(keep.min()) <= int(keep.max()) < rows:
-            raise ValueError(f"keep: {keep.dtype} {list(keep.shape)}, expected int64 [{batch}], each below {rows}")
+            raise SettingError(f"keep: {keep.dtype} {list(keep.shape)}, expected int64 [{batch}], each below {rows}")
         return keep
 
     @staticmethod
@@ -524,7 +527,9 @@ def _without_autocast() -> contextlib.AbstractContextManager[object]:
 def _left_padded(prompts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
     """ids [B, longest], and which of them are tokens; None if all are."""
     if not prompts or any(prompt.dim() != 1 or not len(prompt) for prompt in prompts):
-        raise ValueError(f"prompts: {[list(prompt.shape) for prompt in prompts]}, expected one or more of [1 or more]")
+        raise SettingError(
+            f"prompts: {[list(prompt.shape) for prompt in prompts]}, expected one or more of [1 or more]"
+        )
     longest = max(map(len, prompts))
     ids = torch.zeros(len(prompts), longest, dtype=torch.int64, device="cpu")
     mask = torch.zeros(len(prompts), longest, dtype=torch.bool, device="cpu")

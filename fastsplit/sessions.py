@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 
 from .devices import Device, Work
-from .errors import LimitError
+from .errors import LimitError, SettingError
 from .models import ModelConfig
 from .ops import MAX_LANES, Block
 from .wire.call import Client
@@ -69,24 +69,26 @@ class Session:
         self.closed = False
 
     def lane(self, number: object) -> Lane:
-        """The lane of that number, made if there is none. Raises ValueError."""
+        """The lane of that number, made if there is none. Raises SettingError."""
         if type(number) is not int or not 0 <= number < MAX_LANES:
-            raise ValueError(f"lane: {number!r:.30}, expected an int from 0 to {MAX_LANES - 1}")
+            raise SettingError(f"lane: {number!r:.30}, expected an int from 0 to {MAX_LANES - 1}")
         lane = self.lanes.get(number)
         if lane is None:
             lane = self.lanes[number] = Lane()
         return lane
 
     def store_keys(self, work: Work, layer: int, start: int, rows: torch.Tensor) -> None:
-        """Puts [B, n, kv_heads, head_dim] at positions `start` and on. Raises ValueError if that leaves a gap."""
+        """Puts [B, n, kv_heads, head_dim] at positions `start` and on. Raises SettingError if that leaves a gap."""
         self._store(work, self._keys, self.keys_filled, layer, start, rows)
 
     def store_values(self, work: Work, layer: int, start: int, rows: torch.Tensor) -> None:
         self._store(work, self._values, self.values_filled, layer, start, rows)
 
     def keys(self, layer: int) -> torch.Tensor:
-        """[B * kv_heads, capacity, head_dim], of which `keys_filled[layer]` positions hold something. Raises ValueError
-        if none does."""
+        """[B * kv_heads, capacity, head_dim], of which `keys_filled[layer]` positions hold something.
+
+        Raises SettingError if none does.
+        """
         return self._held(self._keys, layer)
 
     def values(self, layer: int) -> torch.Tensor:
@@ -124,9 +126,9 @@ class Session:
         self.lanes.clear()
 
     def check_open(self) -> None:
-        """Raises ValueError if it was closed since it was found."""
+        """Raises SettingError if it was closed since it was found."""
         if self.closed:
-            raise ValueError("session: it was closed meanwhile")
+            raise SettingError("session: it was closed meanwhile")
 
     def close(self) -> None:
         """Gives all memory back. What is at work with it goes on in it."""
@@ -141,7 +143,7 @@ class Session:
     def _held(layers: list[torch.Tensor | None], layer: int) -> torch.Tensor:
         cache = layers[layer]
         if cache is None:
-            raise ValueError(f"layer: {layer}, of which the session holds nothing yet")
+            raise SettingError(f"layer: {layer}, of which the session holds nothing yet")
         return cache
 
     def _store(
@@ -154,7 +156,7 @@ class Session:
         rows: torch.Tensor,
     ) -> None:
         if not 0 <= start <= filled[layer]:
-            raise ValueError(f"start: {start}, expected 0 to the {filled[layer]} positions that layer {layer} has")
+            raise SettingError(f"start: {start}, expected 0 to the {filled[layer]} positions that layer {layer} has")
         count = rows.shape[1]
         end = start + count
         cache = layers[layer]
@@ -247,14 +249,14 @@ class Sessions:
         return number
 
     def find(self, client: Client, number: object) -> Session:
-        """The client's session. Raises ValueError."""
+        """The client's session. Raises SettingError."""
         session = self._by_client.get(client, {}).get(number) if type(number) is int else None
         if session is None:
-            raise ValueError(f"session: {number!r:.30}, which is not open on this connection")
+            raise SettingError(f"session: {number!r:.30}, which is not open on this connection")
         return session
 
     def close(self, client: Client, number: int) -> None:
-        """Raises ValueError if the client has no such session."""
+        """Raises SettingError if the client has no such session."""
         session = self.find(client, number)
         with self._lock:
             self._by_client[client].pop(number, None)

@@ -115,6 +115,8 @@ def arrays(kind: str | Arrays = "auto") -> Arrays:
     """
     if isinstance(kind, Arrays):
         return kind
+    if not isinstance(kind, str):
+        raise SettingError(f"arrays {shown(kind)}, expected 'auto', 'torch' or 'numpy'")
     if kind == "auto":
         kind = "torch" if "torch" in sys.modules or importlib.util.find_spec("torch") is not None else "numpy"
     if kind == "numpy":

@@ -4,7 +4,8 @@ Each may say `?shm=off` (no shared memory), `?shm=/dev/shm/NAME` (segments with 
 
 Rules. Links are neither authenticated nor encrypted. So a listener may only be where nobody but this host's own users
 can reach it: unix sockets (mode 0600), loopback tcp, the local vsock cid. Everything else is refused before it is
-bound, unless whoever listens says `insecure`: that the network itself keeps strangers out.
+bound, unless whoever listens says `insecure`: that the network itself keeps strangers out. `tcp://*:port` is such an
+address: every one that this host has, of IPv4 and IPv6.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..errors import AddressError, ConnectError, DeadlineError, ResourceError, shown
+from ..errors import AddressError, ConnectError, DeadlineError, ListenError, ResourceError, shown
 from ..shortage import shortage
 from .segment import check_prefix
 
@@ -44,6 +45,9 @@ messages of 8 MiB: 4.5 -> 6 GB/s. (tcp tunes its own buffers, and setting them w
 
 
 _TRY_AGAIN_S = 0.005
+
+_EVERY = "*"
+"""The host of a listener on all addresses."""
 
 SHM_AUTO, SHM_OFF = "auto", "off"
 
@@ -96,8 +100,14 @@ def parse_address(uri: str) -> Address:
         path = parts.netloc + parts.path
         if not path.startswith("/"):
             raise AddressError(f"address {uri!r}: path {path!r}, expected an absolute one, as in unix:///run/demo.sock")
-        if len(os.fsencode(path)) > 107:
-            raise AddressError(f"address {uri!r}: a path of {len(os.fsencode(path))} bytes, expected at most 107")
+        try:
+            encoded = os.fsencode(path)
+        except UnicodeEncodeError:
+            encoded = b"\0"
+        if b"\0" in encoded:
+            raise AddressError(f"address {uri!r}: path {path!r}, which no file can have")
+        if len(encoded) > 107:
+            raise AddressError(f"address {uri!r}: a path of {len(encoded)} bytes, expected at most 107")
         return UnixAddress(path, shm)
     if parts.scheme not in ("tcp", "vsock"):
         raise AddressError(f"address {uri!r}: scheme {parts.scheme!r}, expected unix, tcp or vsock")
@@ -151,8 +161,8 @@ def _tune(sock: socket.socket, address: Address) -> None:
 def connect_socket(address: Address, timeout_s: float) -> socket.socket:
     """A connected, blocking socket.
 
-    Raises ConnectError without a listener there, DeadlineError after `timeout_s` seconds, ResourceError without a
-    descriptor.
+    Raises ConnectError without a listener there, AddressError for all addresses at once, DeadlineError after
+    `timeout_s` seconds, ResourceError without a descriptor.
     """
     deadline = time.monotonic() + timeout_s
     try:
@@ -173,10 +183,19 @@ def connect_socket(address: Address, timeout_s: float) -> socket.socket:
 
 def _targets(address: Address) -> list[tuple[int, Any]]:
     """Where an address may be reached: socket families, and what `connect` takes."""
-    if isinstance(address, TcpAddress):
-        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
-        return [(family, raw) for family, _, _, _, raw in found]
-    return [(_family(address), _raw(address))]
+    if not isinstance(address, TcpAddress):
+        return [(_family(address), _raw(address))]
+    if address.host == _EVERY:
+        raise AddressError(f"{address}: cannot connect: expected one host, such as 127.0.0.1 for a server on this one")
+    return [(family, raw) for family, _, _, _, raw in _resolve(address)]
+
+
+def _resolve(address: TcpAddress) -> list[Any]:
+    """What getaddrinfo finds. Raises OSError."""
+    try:
+        return socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+    except UnicodeError:  # a label of a name that is empty or too long
+        raise OSError(errno.EINVAL, "no name that a host can have") from None
 
 
 def _connect_to_any(address: Address, targets: list[tuple[int, Any]], deadline: float) -> socket.socket:
@@ -208,9 +227,16 @@ def _connect_to(address: Address, family: int, raw: Any, deadline: float) -> soc
 def listen_socket(address: Address, backlog: int = 128, *, insecure: bool = False) -> tuple[socket.socket, Address]:
     """A listening socket, and the address it really has (port 0 picks a free one). `insecure`: anywhere.
 
-    Raises AddressError if others than this host's users could reach it, OSError if it is in use or not permitted,
+    Raises AddressError if others than this host's users could reach it, ListenError if it is in use or not permitted,
     ResourceError without a descriptor.
     """
+    try:
+        return _listen(address, backlog, insecure)
+    except OSError as error:
+        raise ListenError(error.errno, f"{address}: cannot listen: {error.strerror or error}") from None
+
+
+def _listen(address: Address, backlog: int, insecure: bool) -> tuple[socket.socket, Address]:
     if isinstance(address, UnixAddress):
         _remove_stale(address)
     elif isinstance(address, TcpAddress):
@@ -224,12 +250,11 @@ def listen_socket(address: Address, backlog: int = 128, *, insecure: bool = Fals
     try:
         if isinstance(address, TcpAddress):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if address.host == _EVERY and sock.family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # of IPv4 too
         elif isinstance(address, UnixAddress):
             os.fchmod(sock.fileno(), 0o600)  # before bind: the file never exists with a wider mode
-        try:
-            sock.bind(_raw(address))
-        except OSError as error:
-            raise OSError(error.errno, f"{address}: cannot listen: {error.strerror}") from None
+        sock.bind(_raw(address))
         if isinstance(address, UnixAddress):
             os.chmod(address.path, 0o600)  # where the kernel ignores the mode of an unbound socket
         sock.listen(backlog)
@@ -325,7 +350,8 @@ def _family(address: Address) -> int:
     if isinstance(address, UnixAddress):
         return socket.AF_UNIX
     if isinstance(address, TcpAddress):
-        return socket.AF_INET6 if ":" in address.host else socket.AF_INET
+        is_ipv6 = socket.has_dualstack_ipv6() if address.host == _EVERY else ":" in address.host
+        return socket.AF_INET6 if is_ipv6 else socket.AF_INET
     if not hasattr(socket, "AF_VSOCK"):
         raise AddressError(f"{address}: this system has no vsock")
     return socket.AF_VSOCK
@@ -344,23 +370,34 @@ def _new_socket(address: Address, family: int) -> socket.socket:
 def _raw(address: Address) -> Any:
     if isinstance(address, UnixAddress):
         return address.path
-    return (address.host, address.port) if isinstance(address, TcpAddress) else (address.cid, address.port)
+    if isinstance(address, TcpAddress):
+        return ("" if address.host == _EVERY else address.host), address.port
+    return address.cid, address.port
 
 
 def _resolved(address: TcpAddress, insecure: bool) -> TcpAddress:
-    """The same address with its host as a number, if that is a loopback one, or any if `insecure`."""
-    try:
-        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
-    except OSError as error:
-        _check_shortage(f"{address}: cannot resolve the host", error)
-        raise AddressError(f"{address}: cannot resolve the host: {error.strerror}") from None
-    hosts = [str(info[4][0]) for info in found]
-    if not insecure and not all(ipaddress.ip_address(host.partition("%")[0]).is_loopback for host in hosts):
+    """The same address with its host as a number, if that is a loopback one, or any if `insecure`.
+
+    Of a name with addresses of IPv4 and IPv6 (localhost) it is one of IPv4: a client that is given the name tries all
+    of them, and one that is given 127.0.0.1 finds it, too.
+    """
+    if address.host == _EVERY:
+        hosts = ["every address of this host"]
+        is_loopback = False
+    else:
+        try:
+            found = _resolve(address)
+        except OSError as error:
+            _check_shortage(f"{address}: cannot resolve the host", error)
+            raise AddressError(f"{address}: cannot resolve the host: {error.strerror}") from None
+        hosts = sorted((str(info[4][0]) for info in found), key=lambda host: ":" in host)
+        is_loopback = all(ipaddress.ip_address(host.partition("%")[0]).is_loopback for host in hosts)
+    if not insecure and not is_loopback:
         raise AddressError(
             f"{address}: refused to listen: links are not authenticated, so a listener may only be on loopback "
             f"(127.0.0.0/8 or ::1), unless it is said to be insecure, and this is {', '.join(hosts)}"
         )
-    return TcpAddress(hosts[0], address.port, address.shm)
+    return address if address.host == _EVERY else TcpAddress(hosts[0], address.port, address.shm)
 
 
 def _remove_stale(address: UnixAddress) -> None:
@@ -379,6 +416,6 @@ def _remove_stale(address: UnixAddress) -> None:
             os.unlink(address.path)
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.EAGAIN):  # gone; or there are so many that it accepts none at once
-            raise OSError(error.errno, f"{address}: cannot listen: {error.strerror}") from None
+            raise
     finally:
         probe.close()

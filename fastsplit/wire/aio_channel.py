@@ -43,7 +43,7 @@ from .estimate import HANDSHAKE_FILLER_NBYTES, LinkEstimate
 from .forked import watch
 from .frame import reply_flags
 from .future import Result, remote_error, warn_of_discarded, why_closed
-from .link import parse_count, parse_timeout
+from .link import parse_count, parse_memory, parse_timeout
 from .pump import AT_ONCE, Frame, Pump, settle_left, within
 from .segment import Hook
 from .session import PROBES, Attached, Error, Event, Goodbye, Hello, Probe, Reply, ReturnsWanted
@@ -100,8 +100,6 @@ class Channel:
         codec_threshold_nbytes: int = THRESHOLD_NBYTES,
     ) -> None:
         timeout_s = parse_timeout("timeout_s", timeout_s)
-        if call_timeout_s is not None:
-            call_timeout_s = parse_timeout("call_timeout_s", call_timeout_s)
         self.uri = uri
         self.call_timeout_s = call_timeout_s
         self.max_queued_nbytes = parse_count("max_queued_nbytes", max_queued_nbytes, 1)
@@ -110,8 +108,7 @@ class Channel:
         self._address = parse_address(uri)
         self._timeout_s = timeout_s
         self._limits = parse_limits(limits)
-        self._pool = pool
-        self._on_segment = on_segment
+        self._pool, self._on_segment = parse_memory(pool, on_segment)
         self._codec_threshold_nbytes = parse_threshold(codec_threshold_nbytes)
         self._stats = Stats()
         self._encode_ns = 0  # and what is made of replies
@@ -260,6 +257,15 @@ class Channel:
     def inflight(self) -> int:
         """Requests that have no answer yet; those that were given up, too."""
         return self._session.inflight
+
+    @property
+    def call_timeout_s(self) -> float | None:
+        """Seconds for each call that says nothing else, None for no deadline. May be set at any time."""
+        return self._call_timeout_s
+
+    @call_timeout_s.setter
+    def call_timeout_s(self, seconds: float | None) -> None:
+        self._call_timeout_s = None if seconds is None else parse_timeout("call_timeout_s", seconds)
 
     @property
     def shm(self) -> bool:
@@ -428,7 +434,7 @@ class Channel:
     def _deadline(self, timeout_s: float | None) -> tuple[float | None, float | None]:
         """Seconds that a call may take, and when they are over."""
         if timeout_s is None:
-            timeout_s = self.call_timeout_s
+            timeout_s = self._call_timeout_s
         else:
             timeout_s = parse_timeout("timeout_s", timeout_s)
         return timeout_s, None if timeout_s is None else time.monotonic() + timeout_s

@@ -46,15 +46,25 @@ from .address import Reserve, UnixAddress, listen_socket, parse_address, remove_
 from .aio_channel import MAX_QUEUED_NBYTES, allocate
 from .arena import IDLE_S
 from .call import Call as BlockingCall
-from .call import Client, describe, tensors_nbytes, wanted_coding
+from .call import (
+    Client,
+    describe,
+    is_coroutine,
+    log_failure,
+    parse_handlers,
+    tensors_nbytes,
+    too_many,
+    wanted_coding,
+)
 from .coder import THRESHOLD_NBYTES, Coder, parse_codec, parse_threshold
 from .connection import Connection
 from .forked import renew, watch
-from .link import parse_count, parse_timeout
+from .link import parse_count, parse_flag, parse_memory, parse_timeout
 from .pump import AT_ONCE, Pump, settle_left, within
 from .segment import Hook
 from .session import Cancel, Event, Goodbye, Probe, Request, ReturnsWanted, RingOffered
 from .stats import Stats
+from .stops import LoopStops
 from .threads import Workers, is_interrupt, only_one
 
 __all__ = ["Call", "Handler", "Server", "serve"]
@@ -123,7 +133,7 @@ class Server:
         codec: str = "auto",
         codec_threshold_nbytes: int = THRESHOLD_NBYTES,
     ) -> None:
-        self.handlers = dict(handlers)
+        self.handlers = parse_handlers(handlers, coroutines=True)
         self.limits = parse_limits(limits)
         self.max_connections = parse_count("max_connections", max_connections, 0)
         self.handshake_timeout_s = parse_timeout("handshake_timeout_s", handshake_timeout_s)
@@ -132,10 +142,9 @@ class Server:
         self._address = parse_address(uri)
         self._uri = uri
         self._arrays = tensors.arrays(arrays)
-        self._pool = pool
+        self._pool, self._on_segment = parse_memory(pool, on_segment)
         self._workers = parse_count("workers", workers, 0)
-        self._on_segment = on_segment
-        self._insecure = insecure
+        self._insecure = parse_flag("insecure", insecure)
         self._codec = parse_codec(codec)
         self._codec_threshold_nbytes = parse_threshold(codec_threshold_nbytes)
         self._past = Stats()  # of connections that have ended
@@ -195,8 +204,8 @@ class Server:
     async def start(self) -> Server:
         """Listens, and accepts clients from now on. Returns the server.
 
-        Raises OSError if the address is in use, AddressError if it must not be listened on, ClosedError after `close`,
-        ResourceError without a descriptor or a thread.
+        Raises ListenError if the address is in use, AddressError if it must not be listened on, ClosedError after
+        `close`, ResourceError without a descriptor or a thread.
         """
         if self.started or self._closing.is_set():
             state = "closed" if self._closing.is_set() else "started already"
@@ -226,14 +235,21 @@ class Server:
         return self
 
     async def serve_forever(self) -> None:
-        """Serves until `close` is called, or the task that awaits this is cancelled; closes then, too."""
-        if not self.started or self._left is not None:
-            await self.start()
-        assert self._closed is not None
-        try:
-            await asyncio.shield(self._closed)
-        finally:
-            await self.close()
+        """Serves until `close` is called, or the task that awaits this is cancelled, which closes the server; on the
+        main thread's loop until Ctrl-C or SIGTERM, too, which close it. Returns when it is closed.
+
+        Signals' handlers that the program has set are left alone. Raises what `start` does.
+        """
+        with LoopStops(asyncio.get_running_loop()) as stops:
+            try:
+                if not self.started or self._left is not None:
+                    await self.start()
+                assert self._closed is not None
+                await asyncio.wait((self._closed, stops.stopped), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                stops.restore()  # a second signal ends the program at once
+                if self.started:  # else it may be started again
+                    await self.close()
 
     async def close(self, timeout_s: float = 5.0) -> None:
         """Stops listening, lets running handlers answer for at most `timeout_s` seconds, and ends all connections.
@@ -241,6 +257,7 @@ class Server:
         Idempotent. Then tasks that are left are cancelled. A plain handler that takes longer goes on in its thread, but
         its answer has nowhere to go.
         """
+        timeout_s = parse_timeout("timeout_s", timeout_s)
         first = not self._closing.is_set()
         self._closing.set()
         if self._loop is None or self._closed is None:
@@ -318,7 +335,7 @@ class Server:
                 self._reserve.restore()
                 continue
             if len(self._connections) >= self.max_connections:
-                connection.refuse(f"{self.max_connections} connections already, the server accepts no more")
+                connection.refuse(too_many(self.max_connections))
                 continue
             self._connections.add(connection)
             connection.start()
@@ -544,7 +561,7 @@ class _Connection:
         deadline = time.monotonic() + request.time_ns * 1e-9 if request.time_ns else None
         self._pending[request_id] = None
         handler = server.handlers.get(request.message.op)
-        if handler is not None and _is_coroutine(handler):
+        if handler is not None and is_coroutine(handler):
             call = self._begin(request, deadline)
             if call is not None:
                 self._adopt(call, self._run(call, handler))
@@ -772,8 +789,7 @@ class _Connection:
         self._refuse(call._request_id, "failed", self._describe(call.op, error))
 
     def _describe(self, op: str, error: BaseException) -> str:
-        if not isinstance(error, FastsplitError):
-            _logger.debug("%s: the handler of %r failed", self.server.uri, op, exc_info=error)
+        log_failure(self, self.server.uri, op, error, is_cancelled=isinstance(error, asyncio.CancelledError))
         return describe(error)
 
     def _refuse(self, request_id: int, code: str, text: str) -> None:
@@ -788,10 +804,6 @@ class _Connection:
 
     def _coding(self, flags: int) -> tuple[int, int | None]:
         return wanted_coding(self.wire.coder, flags, self.server._codec)
-
-
-def _is_coroutine(handler: Handler) -> bool:
-    return inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(type(handler).__call__)
 
 
 def _sequence(result: Any) -> Sequence[Any]:

@@ -1,15 +1,22 @@
-"""What a handler sees of a request: the Call, and the Client that makes it. The same for both servers.
+"""What a handler sees of a request: the Call, and the Client that makes it; what may be a handler, and what is said of
+one that fails. The same for both servers.
 
 Rules. A Call belongs to its handler for as long as that runs; a Client lives as long as its connection, and longer if
-somebody keeps it.
+somebody keeps it. What a handler fails with is logged: one of our errors, which says what is wrong with a request, in
+one line (WARNING), so that no client can fill a log; any other with its traceback (ERROR).
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
+import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from ..errors import CancelledError, ConnectError, FastsplitError, PeerLostError, SettingError, shown
+from ..printable import get_logger
 from ..tensors import Arrays
 from .coder import Coder
 from .connection import Connection
@@ -17,9 +24,23 @@ from .forked import renew
 from .frame import wanted_reply
 from .link import remaining_s
 from .session import Request
-from .threads import call_safely
+from .threads import call_safely, is_interrupt
 
-__all__ = ["Call", "Caller", "Client", "Handler", "describe", "tensors_nbytes", "wanted_coding"]
+__all__ = [
+    "Call",
+    "Caller",
+    "Client",
+    "Handler",
+    "describe",
+    "is_coroutine",
+    "log_failure",
+    "parse_handlers",
+    "tensors_nbytes",
+    "too_many",
+    "wanted_coding",
+]
+
+_logger = get_logger("fastsplit.server")
 
 
 class Caller(Protocol):
@@ -37,10 +58,10 @@ class Caller(Protocol):
         """Until when a reply is worth waiting for, where the client waits until `deadline`."""
 
     def is_cancelled(self, request_id: int) -> bool:
-        """Whether the client has given this request up, as far as is known."""
+        """Whether the client has given this request up. Where nobody else reads, what has come by now is read first."""
 
     def has_left(self) -> bool:
-        """Whether the client has left, which nobody may have noticed yet. Takes a system call."""
+        """Whether the client has left, or can have no more answers. Takes a system call."""
 
 
 class Call:
@@ -93,7 +114,12 @@ class Call:
     @property
     def cancelled(self) -> bool:
         """Whether the caller has given up, its deadline has passed, or its connection has ended. A handler that works
-        for long may ask now and then: it takes some microseconds."""
+        for long may ask now and then, in its own thread: it takes some microseconds.
+
+        What the client has sent is read for that, where no other thread does, and requests wait for their turn. (Once
+        `max_inflight` of them wait, or 256 MiB of their tensors, nothing more is read.) A plain function on the loop of
+        fastsplit.aio sees no cancellation, since nothing is read there before it returns: deadline and end alone.
+        """
         connection = self._connection
         return (
             connection.is_cancelled(self._request_id)
@@ -141,6 +167,60 @@ class Client:
 
 
 Handler = Callable[[Call], Any]
+
+
+def parse_handlers(handlers: Any, *, coroutines: bool) -> dict[str, Any]:
+    """The argument `handlers`: op names and functions. `coroutines`: whether these may be coroutine functions.
+
+    Raises SettingError.
+    """
+    if not isinstance(handlers, Mapping):
+        raise SettingError(f"handlers: {shown(handlers)}, expected a mapping of op names to functions of a Call")
+    for op, handler in handlers.items():
+        if not isinstance(op, str) or not op:
+            raise SettingError(f"handlers: an op named {shown(op)}, expected a string that is not empty")
+        if not callable(handler):
+            raise SettingError(f"handlers, {op!r}: {shown(handler)}, expected a function of a Call")
+        if _is(inspect.isasyncgenfunction, handler):
+            raise SettingError(f"handlers, {op!r}: an async generator function, expected one that returns its result")
+        if not coroutines and is_coroutine(handler):
+            raise SettingError(
+                f"handlers, {op!r}: a coroutine function, expected a plain one; fastsplit.aio.serve takes both"
+            )
+    return dict(handlers)
+
+
+def is_coroutine(handler: Any) -> bool:
+    """Whether a handler is a coroutine function, or something that is called like one."""
+    return _is(inspect.iscoroutinefunction, handler)
+
+
+def _is(kind: Callable[[Any], bool], handler: Any) -> bool:
+    while isinstance(handler, functools.partial):
+        handler = handler.func
+    return kind(handler) or kind(type(handler).__call__)
+
+
+def log_failure(connection: Caller, uri: str, op: str, error: BaseException, *, is_cancelled: bool = False) -> None:
+    """Says that a handler has failed; the module's rules say how.
+
+    DEBUG, so nothing by default, where it only says that the caller has gone or given up (`is_cancelled`: in words that
+    are not ours), or that the program ends.
+    """
+    level, trace = logging.ERROR, error if not isinstance(error, FastsplitError) else None
+    if is_cancelled or is_interrupt(error) or isinstance(error, CancelledError):
+        level = logging.DEBUG
+    elif isinstance(error, FastsplitError):
+        is_about_the_caller = isinstance(error, PeerLostError) and (connection.ended or connection.has_left())
+        level = logging.DEBUG if is_about_the_caller else logging.WARNING
+    if _logger.isEnabledFor(level):
+        peer, text = connection.wire.link.peer_name(), "%s: the handler of %r failed for %s: %s"
+        _logger.log(level, text, uri, op, peer, describe(error), exc_info=trace)
+
+
+def too_many(max_connections: int) -> ConnectError:
+    """Why a server refuses a client."""
+    return ConnectError(f"{max_connections} connections already, the server accepts no more")
 
 
 def wanted_coding(coder: Coder, flags: int, own_codec: int | None) -> tuple[int, int | None]:

@@ -58,7 +58,7 @@ from .estimate import HANDSHAKE_FILLER_NBYTES, LinkEstimate
 from .forked import renew, watch
 from .frame import reply_flags
 from .future import Future, Result, remote_error, warn_of_discarded, why_closed
-from .link import choose_spin_us, parse_count, parse_timeout, remaining_s
+from .link import choose_spin_us, parse_count, parse_flag, parse_memory, parse_timeout, remaining_s
 from .segment import Hook
 from .session import (
     MAX_FILLER_NBYTES,
@@ -142,9 +142,9 @@ class Channel:
         overlap: bool = False,
     ) -> None:
         timeout_s = parse_timeout("timeout_s", timeout_s)
-        if call_timeout_s is not None:
-            call_timeout_s = parse_timeout("call_timeout_s", call_timeout_s)
         limits = parse_limits(limits)
+        overlap = parse_flag("overlap", overlap)
+        pool, on_segment = parse_memory(pool, on_segment)
         self.uri = uri
         self.call_timeout_s = call_timeout_s
         self._arrays = tensors.arrays(arrays)
@@ -252,6 +252,15 @@ class Channel:
         self._connection.link.spin.spin_us = choose_spin_us(spin_us)
 
     @property
+    def call_timeout_s(self) -> float | None:
+        """Seconds for each call that says nothing else, None for no deadline. May be set at any time."""
+        return self._call_timeout_s
+
+    @call_timeout_s.setter
+    def call_timeout_s(self, seconds: float | None) -> None:
+        self._call_timeout_s = None if seconds is None else parse_timeout("call_timeout_s", seconds)
+
+    @property
     def shm(self) -> bool:
         """Whether tensors cross in shared memory on this connection."""
         return self._connection.arena is not None
@@ -305,8 +314,7 @@ class Channel:
         connection.
         """
         nbytes = parse_count("nbytes", nbytes, 0, MAX_FILLER_NBYTES)
-        deadline = self._deadline(timeout_s)[1]
-        assert deadline is not None
+        deadline = time.monotonic() + parse_timeout("timeout_s", timeout_s)
         if self._closed:
             raise ClosedError(why_closed(self._error))
         if self._session.capabilities & PROBES:
@@ -620,7 +628,7 @@ class Channel:
     def _deadline(self, timeout_s: float | None) -> tuple[float | None, float | None]:
         """Seconds that a call may take, and when they are over."""
         if timeout_s is None:
-            timeout_s = self.call_timeout_s
+            timeout_s = self._call_timeout_s
         else:
             timeout_s = parse_timeout("timeout_s", timeout_s)
         return timeout_s, None if timeout_s is None else time.monotonic() + timeout_s

@@ -64,9 +64,9 @@ def parse_cast(wire_dtype: object) -> int:
 
 def parse_codec(codec: object) -> Codec:
     """ "auto", "off", or a codec's name. Raises SettingError for another, or one that is not installed."""
-    if codec == "auto":
+    if isinstance(codec, str) and codec == "auto":
         return AUTO
-    if codec == "off":
+    if isinstance(codec, str) and codec == "off":
         return OFF
     if not isinstance(codec, str) or codec not in CODECS:
         raise SettingError(f"codec: {shown(codec)}, expected 'auto', 'off', {', '.join(map(repr, CODECS))}")

@@ -85,7 +85,8 @@ def _is_loopback(sock: socket.socket) -> bool:
     if sock.family not in (socket.AF_INET, socket.AF_INET6):
         return False
     try:
-        return ipaddress.ip_address(sock.getpeername()[0].partition("%")[0]).is_loopback
+        ip = ipaddress.ip_address(sock.getpeername()[0].partition("%")[0])
+        return (getattr(ip, "ipv4_mapped", None) or ip).is_loopback  # of a listener for both, IPv4 comes as IPv6
     except OSError:  # gone already
         return True
 

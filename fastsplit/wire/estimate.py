@@ -84,6 +84,10 @@ class Meter:
         self._started_s = perf_counter()
         self._timed_nbytes = left - waiting
 
+    def payload_waits(self) -> None:
+        """Nothing is read for a while: how long the payload takes that is under way says nothing about the link."""
+        self._started_s = None
+
     def payload_ended(self) -> None:
         if self._started_s is None:
             return

@@ -33,6 +33,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from ..errors import (
     DeadlineError,
     FastsplitError,
@@ -56,6 +58,8 @@ __all__ = [
     "cores",
     "lost",
     "parse_count",
+    "parse_flag",
+    "parse_memory",
     "parse_timeout",
     "remaining_s",
     "spin_us_beside",
@@ -111,6 +115,22 @@ def parse_count(name: str, count: Any, least: int, most: int | None = None) -> i
         return int(count)
     expected = f"{least} or more" if most is None else f"{least} to {most}"
     raise SettingError(f"{name}: {shown(count)}, expected {expected}, as an int")
+
+
+def parse_flag(name: str, value: Any) -> bool:
+    """A bool that a caller gives as the argument `name`: no text, since "no" would be true. Raises SettingError."""
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    raise SettingError(f"{name}: {shown(value)}, expected True or False")
+
+
+def parse_memory(pool: Any, on_segment: Any) -> tuple[Any, Any]:
+    """The arguments `pool` and `on_segment`. Raises SettingError."""
+    if not callable(getattr(pool, "allocate", None)):
+        raise SettingError(f"pool: {shown(pool)}, expected a fastsplit.memory.Pool")
+    if on_segment is not None and not callable(on_segment):
+        raise SettingError(f"on_segment: {shown(on_segment)}, expected None or a function of an address and a size")
+    return pool, on_segment
 
 
 def choose_spin_us(spin_us: Any) -> float:
@@ -476,6 +496,18 @@ class Link:
             fd = self.descriptors.popleft()
             if fd != _DROPPED:
                 os.close(fd)
+
+    def peer_name(self) -> str:
+        """Who the peer is, for people to read: `127.0.0.1:4567`, or `process 123` on a unix socket."""
+        try:
+            if self._sock.family == socket.AF_UNIX:
+                pid = int.from_bytes(self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 4), "little")
+                return f"process {pid}"
+            host, port = self._sock.getpeername()[:2]
+        except OSError:  # gone already
+            return "a client that has left"
+        host = str(host).removeprefix("::ffff:")
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     def peer_left(self) -> bool:
         """Whether the peer has ended its writing direction, or is gone. Takes a system call; reads nothing."""

@@ -357,6 +357,9 @@ class RingLink:
         self._items_in = [(None,)] * SLOTS
         self._fence = None
 
+    def peer_name(self) -> str:
+        return self._link.peer_name()
+
     def peer_left(self) -> bool:
         return self._link.peer_left()
 

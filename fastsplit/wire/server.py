@@ -6,6 +6,10 @@ only computes for as long as that goes on: another one reads ahead, and a third 
 at once; still in order. With `workers`, handlers run in a pool instead: then requests of one connection
 overlap, replies come in the order in which they are done, and a CANCEL can still find its request waiting.
 
+A handler on the connection's own thread can have that read meanwhile: where it asks whether it is cancelled, and where
+it waits for memory. Requests that come then wait for their turn, and what ends the reading (`_reader_end`) for the
+handler's end, as if another thread had read.
+
 Rules. One client's failure touches nobody else. A handler's exception is an answer (ERROR), never the end of a
 connection. Every request is answered exactly once. A peer that breaks the protocol is told how (ABORT), and its
 connection ends.
@@ -22,7 +26,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from threading import get_ident
 from time import perf_counter_ns
 from typing import Any
@@ -44,14 +48,25 @@ from ..shortage import start, why
 from ..tensors import Arrays
 from .address import Reserve, UnixAddress, listen_socket, parse_address, remove_socket_file
 from .arena import IDLE_S
-from .call import Call, Client, Handler, describe, tensors_nbytes, wanted_coding
+from .call import (
+    Call,
+    Client,
+    Handler,
+    describe,
+    log_failure,
+    parse_handlers,
+    tensors_nbytes,
+    too_many,
+    wanted_coding,
+)
 from .coder import THRESHOLD_NBYTES, Coder, parse_codec, parse_threshold
 from .connection import Connection, greeting
 from .forked import renew, watch
-from .link import choose_spin_us, cores, parse_count, parse_timeout
+from .link import choose_spin_us, cores, parse_count, parse_flag, parse_memory, parse_timeout
 from .segment import Hook
 from .session import MAX_RETURNS, Cancel, Event, Failed, Goodbye, Probe, Request, ReturnsWanted, RingOffered
 from .stats import Stats
+from .stops import Stops
 from .threads import Workers, only_one
 
 __all__ = ["Call", "Client", "Handler", "Server"]
@@ -60,7 +75,9 @@ _logger = get_logger("fastsplit.server")
 
 _MAX_AHEAD_NBYTES = 256 * 1024**2  # tensors of requests that were read ahead; a single one may have more
 _MAX_QUICK = 16  # requests in a row that found nothing to do, after which a connection reads for itself again
+_MAX_LOOKS = 16  # reads of what is there already, for a handler that asks whether it is cancelled
 _MAX_PROBES = 16  # without an answer, since a reply is being sent; then a connection reads no further
+_LOOK_S = 0.5  # how often the main thread looks for a signal that another one was given
 _RELIEF_S = 0.005  # how long it reads before it looks again
 _LINGER_S = 1.0  # how long an aborted peer's bytes are read and dropped, so that it can read why
 
@@ -96,20 +113,19 @@ class Server:
         codec_threshold_nbytes: int = THRESHOLD_NBYTES,
         insecure: bool = False,
     ) -> None:
-        self.handlers = dict(handlers)
+        self.handlers = parse_handlers(handlers, coroutines=False)
         self.limits = parse_limits(limits)
         self.max_connections = parse_count("max_connections", max_connections, 0)
         self.handshake_timeout_s = parse_timeout("handshake_timeout_s", handshake_timeout_s)
         self.send_timeout_s = parse_timeout("send_timeout_s", send_timeout_s)
         self._address = parse_address(uri)
         self._uri = uri
-        self._insecure = insecure
+        self._insecure = parse_flag("insecure", insecure)
         self._arrays = tensors.arrays(arrays)
-        self._pool = pool
+        self._pool, self._on_segment = parse_memory(pool, on_segment)
         self._workers = parse_count("workers", workers, 0)
         self._codec = parse_codec(codec)
         self._codec_threshold_nbytes = parse_threshold(codec_threshold_nbytes)
-        self._on_segment = on_segment
         self._past = Stats()  # of connections that have ended
         # While the pool's threads work, a reader that spins would only take the interpreter from them.
         self._spin_us = 0.0 if workers else choose_spin_us(spin_us)
@@ -154,8 +170,8 @@ class Server:
     def bind(self) -> Server:
         """Takes the address, so that it is known to be free; clients queue until `start`. Returns the server.
 
-        Raises OSError if the address is in use, AddressError if it must not be listened on, ClosedError after `close`
-        and in a forked child, ResourceError without a descriptor.
+        Raises ListenError if the address is in use, AddressError if it must not be listened on, ClosedError after
+        `close` and in a forked child, ResourceError without a descriptor.
         """
         with self._lock:
             if self._closing.is_set():
@@ -190,19 +206,35 @@ class Server:
         return self
 
     def serve_forever(self) -> None:
-        """Serves until `close` is called from another thread, or an exception (KeyboardInterrupt) comes in this one."""
-        if not self.started or self._left is not None:
-            self.start()
-        try:
-            self._closed.wait()
-        finally:
-            self.close()
+        """Serves until `close` is called from another thread; in the main thread until Ctrl-C or SIGTERM, too, which
+        close the server. Returns when it is closed.
+
+        A handler of SIGTERM that the program has set is left alone. Raises what `start` does; another exception that
+        comes in this thread closes the server first.
+        """
+        with Stops() as stops:
+            try:
+                if not self.started or self._left is not None:
+                    with self._lock:  # a close waits until it has begun
+                        self.bind()  # which may have to wait for a name
+                        with stops.held():
+                            self.start()
+                while not self._closed.wait(_LOOK_S if stops.in_main_thread else None):
+                    pass
+            except KeyboardInterrupt:
+                if not stops.in_main_thread:
+                    raise
+            finally:
+                stops.restore()  # a second signal ends the program at once
+                if self._listener is not None:  # else it may be started again
+                    self.close()
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Stops listening, lets running handlers answer for at most `timeout_s` seconds, and ends all connections.
 
         Idempotent. A handler that takes longer goes on in its thread, but its answer has nowhere to go.
         """
+        timeout_s = parse_timeout("timeout_s", timeout_s)
         with self._lock:
             first = not self._closing.is_set()
             self._closing.set()
@@ -298,7 +330,7 @@ class Server:
             if not full:
                 self._connections.add(connection)
         if full:
-            connection.refuse(f"{self.max_connections} connections already, the server accepts no more")
+            connection.refuse(too_many(self.max_connections))
             return
         try:
             start(connection.thread)
@@ -337,7 +369,8 @@ class _Connection:
         self.ended = False
         self._sending = self.wire.sending
         self._stats = Stats()
-        self._waiting: deque[Request] = deque()  # came in while a handler waited for memory, or were read ahead
+        self._waiting: deque[Request] = deque()  # came in while a handler ran on this thread, or were read ahead
+        self._in_handler = False  # whether one runs on this thread, and may have it read
         self._running: int | None = None  # the request that runs on this thread: a reader may be told to cancel it
         self._reader: threading.Thread | None = None  # reads ahead, while there is one; set under `_idle`
         self._reader_end: BaseException | bool = True  # why it ended: a reason to end the connection, or to read on
@@ -345,7 +378,6 @@ class _Connection:
         self._is_idle = False
         self._sender: Workers | None = None
         self._probes: deque[Probe] = deque()
-        self._broken: FastsplitError | None = None  # by the client, or for lack of memory, while a handler waited
         self._idle = threading.Condition()  # guards `_pending`, and what is read ahead
         # Requests that have no answer yet, where a pool runs them; here, so that they are gone when the connection is.
         self._pending: dict[int, Request] = {}
@@ -368,10 +400,14 @@ class _Connection:
         return time.monotonic() + self.server.send_timeout_s if deadline is None else deadline
 
     def is_cancelled(self, request_id: int) -> bool:
+        if self._in_handler and request_id not in self.cancelled and get_ident() == self.thread.ident:
+            self._look()
         return request_id in self.cancelled
 
     def has_left(self) -> bool:
-        return not self.server._closing.is_set() and self.wire.link.peer_left()
+        if self.server._closing.is_set():  # it is we who ended the reading
+            return False
+        return self._reader_end is not True or self.wire.link.peer_left()
 
     def stats(self) -> Stats:
         """What was counted so far."""
@@ -395,8 +431,6 @@ class _Connection:
             while going_on:
                 while self._waiting:
                     self._dispatch_next()
-                if self._broken is not None:
-                    raise fresh(self._broken)
                 reads_itself = self._reader is None and self._reader_end is True  # else a reader has something to say
                 going_on = self._read_or_trim() if reads_itself else self._await_reader()
             self._drain()
@@ -418,7 +452,6 @@ class _Connection:
                 level = logging.WARNING if greeted else logging.DEBUG
                 _logger.log(level, "%s: a connection ended: %s", self.server.uri, str(error))
             self.wire.link.shutdown()
-            self._broken = None
             with self._idle:
                 self._waiting.clear()
                 self._pending.clear()
@@ -443,7 +476,7 @@ class _Connection:
         try:
             self.wire.link.send_all([self.session.hello()], deadline)
             while self.session.peer_limits is None:
-                if not self._read(deadline):
+                if not self._read(self._dispatch, deadline):
                     return False
                 if time.monotonic() >= deadline:  # it may dribble
                     raise DeadlineError("no handshake")
@@ -458,32 +491,32 @@ class _Connection:
         arena = self.wire.arena
         if arena is not None:
             try:
-                return self._read(time.monotonic() + IDLE_S)
+                return self._read(self._dispatch, time.monotonic() + IDLE_S)
             except DeadlineError:
                 if arena.trim():
                     with self._sending:
                         self._send_news(time.monotonic() + self.server.send_timeout_s)
-        return self._read()
+        return self._read(self._dispatch)
 
-    def _read(self, deadline: float | None = None) -> bool:
-        """Reads once and acts on what that completed. False when the client is done."""
-        events = self._receive(deadline)
+    def _read(self, take: Callable[[Request], object], deadline: float | None = None, *, blocking: bool = True) -> bool:
+        """Reads once, gives requests to `take`, and acts on what else that completed. False when the client is done."""
+        events = self._receive(deadline, blocking=blocking)
         if events is None:
             return False
         for event in events:
             if isinstance(event, Request):
-                self._dispatch(event)
+                take(event)
             elif not self._handle(event):
                 return False
         return True
 
-    def _receive(self, deadline: float | None) -> list[Event] | None:
+    def _receive(self, deadline: float | None, *, blocking: bool = True) -> list[Event] | None:
         """Reads once. None at the end of the stream."""
         session, link, server = self.session, self.wire.link, self.server
         spins = len(server._connections) <= server._most_spinning and self._reader is None
         link.spin.spin_us = server._spin_us if spins else 0.0
         # What is in a ring already can be read for as long as the client goes on writing.
-        events = link.receive(session, deadline) if not server._closing.is_set() else None
+        events = link.receive(session, deadline, blocking=blocking) if not server._closing.is_set() else None
         if events is None:
             if not session.at_frame_boundary:
                 raise session.end_of_stream()
@@ -500,7 +533,10 @@ class _Connection:
             self._cancel(event.request_id)
         elif isinstance(event, RingOffered):
             with self._sending:
-                self.wire.attach_ring(event, time.monotonic() + self.server.handshake_timeout_s)
+                try:
+                    self.wire.attach_ring(event, time.monotonic() + self.server.handshake_timeout_s)
+                except DeadlineError:
+                    raise PeerLostError("the client took not even a handshake") from None
         elif isinstance(event, ReturnsWanted):
             with self._sending:
                 self.wire.give_back()
@@ -522,32 +558,71 @@ class _Connection:
         """Our memory is full: asks the client for returns, and reads for a moment if this is the thread that reads."""
         with self._sending:
             self.wire.ask_for_returns()
-        if threading.current_thread() is not self.thread or len(self._waiting) >= self.server.limits.max_inflight:
+        if get_ident() != self.thread.ident:
             time.sleep(0.001)
             return
-        with contextlib.suppress(DeadlineError):
+        if self._can_read:
             soon = time.monotonic() + _RELIEF_S
-            events = self._receive(soon if deadline is None else min(soon, deadline))
-            if events is None:
-                raise PeerLostError("the client left while a handler waited for memory")
-            for event in events:
-                if isinstance(event, Request):
-                    self._waiting.append(event)
-                    continue
-                try:
-                    going_on = self._handle(event)
-                except (RemoteProtocolError, ResourceError) as error:
-                    self._broken = fresh(error)
-                    raise
-                if not going_on:
-                    raise PeerLostError("the client left while a handler waited for memory")
+            self._read_in_handler(soon if deadline is None else min(soon, deadline))
+        elif self._reader_end is True:
+            time.sleep(0.001)
+        if isinstance(self._reader_end, FastsplitError):
+            raise fresh(self._reader_end)
+        if self._reader_end is not True:
+            raise PeerLostError("the client left while a handler waited for memory")
+
+    @property
+    def _can_read(self) -> bool:
+        """Whether this thread may read on while it runs a handler: nobody else does, nothing has ended the reading, and
+        there is room for requests that wait."""
+        return (
+            self._reader is None
+            and self._reader_end is True
+            and len(self._waiting) < self.server.limits.max_inflight
+            and self._ahead_nbytes < _MAX_AHEAD_NBYTES
+        )
+
+    def _look(self) -> None:
+        """Reads what is there already."""
+        if self.server._closing.is_set() or self._sending.locked():  # a finalizer may ask in the middle of a send
+            return
+        for _ in range(_MAX_LOOKS):
+            if not (self._can_read and self.wire.link.has_bytes()):
+                return
+            self._read_in_handler(None, blocking=False)
+            if self.wire.meter is not None:
+                self.wire.meter.payload_waits()
+
+    def _read_in_handler(self, deadline: float | None, *, blocking: bool = True) -> None:
+        """Reads once while a handler runs on this thread. `_can_read` before, `_reader_end` says what became of it."""
+        in_handler, self._in_handler = self._in_handler, False  # a finalizer may ask in the middle of it
+        try:
+            if not self._read(self._put_off, deadline, blocking=blocking):
+                self._reader_end = False
+        except DeadlineError:
+            pass  # nothing came
+        except FastsplitError as error:
+            self._reader_end = fresh(error)
+        finally:
+            self._in_handler = in_handler
+
+    def _put_off(self, request: Request) -> None:
+        """Has a request wait until the one that runs on this thread is answered. The caller holds `_idle`, or there is
+        no reader."""
+        self._waiting.append(request)
+        self._ahead_nbytes += self._held_nbytes(request)
+
+    def _held_nbytes(self, request: Request) -> int:
+        """Bytes of memory that a request which waits takes of this process; what the client shares is the client's."""
+        return tensors_nbytes(request) if self.wire.arena is None else request.message.payload_nbytes
 
     def _dispatch(self, request: Request) -> None:
         deadline = time.monotonic() + request.time_ns * 1e-9 if request.time_ns else None
         workers = self.server._pool_of_workers
         if workers is None:
             self._running = request.request_id
-            if self._reader is None and self.wire.arena is None and self.wire.link.has_bytes():
+            reads_itself = self._reader is None and self._reader_end is True
+            if reads_itself and self.wire.arena is None and self.wire.link.has_bytes():
                 self._read_ahead()
             self._run(request, deadline)
             self._running = None
@@ -579,9 +654,8 @@ class _Connection:
         with self._idle:
             request = self._waiting.popleft()
             self._running = request.request_id
-            if self.wire.arena is None:  # else nothing is read ahead
-                self._ahead_nbytes -= tensors_nbytes(request)
-                self._idle.notify_all()
+            self._ahead_nbytes -= self._held_nbytes(request)
+            self._idle.notify_all()
         return request
 
     def _read_ahead(self) -> None:
@@ -631,15 +705,14 @@ class _Connection:
     def _queue(self, request: Request) -> bool:
         """Gives a request to the connection's thread. Returns whether that had nothing else to do."""
         limit = self.server.limits.max_inflight
-        nbytes = tensors_nbytes(request)
+        nbytes = self._held_nbytes(request)
         with self._idle:
             while self._waiting and (self._ahead_nbytes + nbytes > _MAX_AHEAD_NBYTES or len(self._waiting) >= limit):
                 if self.ended or self.server._closing.is_set():
                     break
                 self._idle.wait(1.0)
             was_idle = self._is_idle and not self._waiting
-            self._waiting.append(request)
-            self._ahead_nbytes += nbytes
+            self._put_off(request)
             self._idle.notify_all()
         return was_idle
 
@@ -742,7 +815,11 @@ class _Connection:
             )
             request.buffers.clear()
             started_ns = perf_counter_ns()
-            result = handler(call)
+            self._in_handler = self._running == request_id  # else a worker's thread runs it
+            try:
+                result = handler(call)
+            finally:
+                self._in_handler = False
             time_ns = perf_counter_ns() - started_ns
             call.tensors = ()  # what of them is not in the result dies now, and goes back with this very reply
             if not isinstance(result, (tuple, list)):
@@ -782,8 +859,7 @@ class _Connection:
         del failure  # it keeps this frame, and with it the tensors
 
     def _answer_failure(self, request_id: int, op: str, error: BaseException) -> None:
-        if not isinstance(error, FastsplitError):
-            _logger.debug("%s: the handler of %r failed", self.server.uri, op, exc_info=error)
+        log_failure(self, self.server.uri, op, error)
         self._answer_error(request_id, "failed", describe(error))
 
     def _answer_error(self, request_id: int, code: str, text: str) -> None:

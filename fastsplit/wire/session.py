@@ -48,6 +48,7 @@ from typing import Any, NamedTuple, Protocol
 
 from ..errors import (
     ArenaFull,
+    ConnectError,
     FastsplitError,
     LimitError,
     LocalProtocolError,
@@ -103,8 +104,8 @@ _HELLO, _REQUEST, _REPLY, _ERROR, _CANCEL, _GOODBYE, _ABORT, _SEGMENT, _ATTACHED
 _SCRATCH_NBYTES = 1024**2
 _MAX_TEXT_NBYTES = 3500  # of an ERROR or ABORT: with the rest of the frame it fits the smallest metadata cap
 _SOFTWARE = "fastsplit"
-_BROKEN, _SHORTAGE = "broken", "shortage"
-"""Codes of an ABORT."""
+_BROKEN, _SHORTAGE, _REFUSED = "broken", "shortage", "refused"
+"""Codes of an ABORT. A receiver that does not know one takes it for `broken`."""
 MAX_RETURNS = 32
 """Returns that ride on another frame; if more are waiting, they get one of their own."""
 _MAX_RETURNS_ALONE = 48  # in a frame of their own: it fits a ring's slot, so that it is sent whole or not at all
@@ -457,9 +458,14 @@ class Session:
         return self._frame(Kind.GOODBYE, 0, "", (), {})
 
     def abort(self, error: FastsplitError | str) -> bytearray:
-        """The peer broke the protocol, and how; or what this side has run out of."""
+        """The peer broke the protocol, and how; or what this side has run out of; or, as the first frame, why a server
+        refuses a client (ConnectError)."""
         self._may_request = False
-        code = _SHORTAGE if isinstance(error, ResourceError) else _BROKEN
+        code = _BROKEN
+        if isinstance(error, ResourceError):
+            code = _SHORTAGE
+        elif isinstance(error, ConnectError):
+            code = _REFUSED
         return self._frame(Kind.ABORT, 0, "", (), {"text": _sendable(str(error)), "code": code})
 
     def _frame(
@@ -722,8 +728,11 @@ class Session:
                 return True
         if kind == _ABORT:
             self.aborted = True
-            text = f"the peer ended the connection: {message.attrs.get('text', 'no reason given')}"
-            raise PeerLostError(text) if message.attrs.get("code") == _SHORTAGE else RemoteProtocolError(text)
+            text, code = message.attrs.get("text", "no reason given"), message.attrs.get("code")
+            if code == _REFUSED and self.is_client and self._state is _State.HANDSHAKE:
+                raise ConnectError(f"the server refused the connection: {text}")
+            text = f"the peer ended the connection: {text}"
+            raise PeerLostError(text) if code == _SHORTAGE else RemoteProtocolError(text)
         if (self._state is _State.HANDSHAKE) != (kind == _HELLO) or self._state is _State.ENDED:
             raise RemoteProtocolError(f"a {Kind(kind).name} frame in state {self._state.value!r}")
         if kind in (_REPLY, _REQUEST) or (kind == _CANCEL and self.is_client):

@@ -338,6 +338,36 @@ def test_a_tokenizer_that_is_none(capfd: pytest.CaptureFixture[str], tmp_path: P
     assert "tee_side: tokenizer " in last_line(capfd)
 
 
+# ---- the executor's log ----------------------------------------------------------------------------------------------
+
+
+def test_a_hostile_client_fills_no_log_with_tracebacks(
+    executor: Executor, unix_uri: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is wrong with a request is one line."""
+    failed = 0
+    with fastsplit.Server(unix_uri, executor.handlers, arrays="torch") as server:
+        with fastsplit.connect(server.uri, arrays="torch") as channel:
+            session = channel.call("open", batch=1, capacity=4, dtype="float32").attrs["session"]
+            attributes: list[dict[str, Any]] = [
+                {},
+                {"session": 99, "layer": 0, "start": 0},
+                {"session": session, "lane": 0, "layer": 0, "start": 0, "length": -1, "blocks": [1, 2, 3]},
+                {"session": session, "lane": 99, "layer": 0, "start": 10**6, "names": ["q"]},
+                {"session": "x", "layer": -1, "start": 1.5, "batch": 1, "capacity": -1, "dtype": "int8"},
+            ]
+            tensors = [(), (torch.ones(3),), (torch.full((1, 1, 1), 10**6),) * 3, (torch.full((1, 1), -1),)]
+            for op, attrs, given in itertools.product(sorted(executor.handlers), attributes, tensors):
+                if op not in ("describe", "tee_weights", "close"):
+                    with pytest.raises(RemoteOpError):
+                        channel.call(op, *given, **attrs)
+                    failed += 1
+    records = [record for record in caplog.records if record.name == "fastsplit.server"]
+    assert len(records) == failed
+    assert {record.levelname for record in records} == {"WARNING"}
+    assert not any(record.exc_text for record in records)
+
+
 # ---- an executor that stalls -----------------------------------------------------------------------------------------
 
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 import socket
 import stat
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fastsplit.errors import AddressError, ConnectError, DeadlineError
+import fastsplit
+from fastsplit.errors import AddressError, ConnectError, DeadlineError, ListenError, fresh
 from fastsplit.wire.address import (
     TcpAddress,
     UnixAddress,
@@ -57,6 +61,8 @@ def test_parse(uri: str, address: object) -> None:
         ("tcp://h:65536", "expected tcp://host:port with a port from 0 to 65535"),
         ("tcp://h:x", "expected tcp://host:port"),
         ("tcp://h:1/path", "expected tcp://host:port and nothing else"),
+        ("unix:///a\0b", "path '/a.x00b', which no file can have"),
+        ("unix:///\ud800", "path '/.ud800', which no file can have"),
         ("tcp://u@h:1", "expected tcp://host:port and nothing else"),
         ("tcp://[::1:1", "address 'tcp://.::1:1'"),
         ("vsock://1", "expected vsock://cid:port with two numbers of 32 bits"),
@@ -256,3 +262,96 @@ def test_an_insecure_listener_may_be_anywhere() -> None:
     sock, address = listen_socket(parse_address("tcp://0.0.0.0:0"), insecure=True)
     with sock:
         assert str(address) == f"tcp://0.0.0.0:{sock.getsockname()[1]}"
+
+
+# ---- all addresses, and names ----------------------------------------------------------------------------------------
+
+
+def _reachable(port: int) -> set[str]:
+    """Which loopback addresses a listener is found on."""
+    found = set()
+    for host in ("127.0.0.1", "::1", "localhost"):
+        with contextlib.suppress(ConnectError):
+            connect_socket(TcpAddress(host, port), 5).close()
+            found.add(host)
+    return found
+
+
+def test_a_star_is_every_address_of_both_kinds() -> None:
+    sock, address = listen_socket(parse_address("tcp://*:0"), insecure=True)
+    with sock:
+        assert str(address) == f"tcp://*:{sock.getsockname()[1]}"  # what was asked for, with the real port
+        ipv6 = {"::1"} if socket.has_dualstack_ipv6() else set()
+        assert _reachable(address.port) == {"127.0.0.1", "localhost"} | ipv6
+        with pytest.raises(
+            AddressError, match=rf"^tcp://\*:{address.port}: cannot connect: expected one host, such as"
+        ):
+            connect_socket(address, 5)
+
+
+def test_a_star_where_there_is_no_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "has_dualstack_ipv6", lambda: False)
+    sock, address = listen_socket(parse_address("tcp://*:0"), insecure=True)
+    with sock:
+        assert sock.getsockname() == ("0.0.0.0", address.port)
+        assert _reachable(address.port) == {"127.0.0.1", "localhost"}
+
+
+def test_a_star_is_off_loopback() -> None:
+    with pytest.raises(
+        AddressError, match=r"^tcp://\*:0: refused to listen: .*, and this is every address of this host$"
+    ):
+        listen_socket(parse_address("tcp://*:0"))
+
+
+def test_a_client_of_a_star_is_as_near_as_one_of_its_address(serve: Callable[..., Any]) -> None:
+    """Though a socket for both kinds shows an IPv4 address as ::ffff:127.0.0.1."""
+    server = serve("tcp://*:0", {"echo": lambda call: call.tensors}, insecure=True)
+    with fastsplit.connect(f"tcp://127.0.0.1:{parse_address(server.uri).port}") as channel:
+        assert channel.call("echo") == ()
+        (connection,) = server._connections
+        assert connection.wire._is_loopback
+        assert re.fullmatch(r"127\.0\.0\.1:\d+", connection.wire.link.peer_name())
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_name_of_both_kinds_is_its_ipv4_address(monkeypatch: pytest.MonkeyPatch, order: int) -> None:
+    """Clients that are given the name try both."""
+    kinds = [(socket.AF_INET6, 1, 6, "", ("::1", 0, 0, 0)), (socket.AF_INET, 1, 6, "", ("127.0.0.1", 0))]
+    with monkeypatch.context() as patch:
+        patch.setattr(socket, "getaddrinfo", lambda *_, **__: kinds[::order])
+        sock, address = listen_socket(parse_address("tcp://localhost:0"))
+    with sock:
+        assert address.host == "127.0.0.1"
+        assert _reachable(address.port) == {"127.0.0.1", "localhost"}
+
+
+@pytest.mark.parametrize("host", ["a..b", "x" * 64 + ".example"])
+def test_names_that_no_host_can_have(host: str) -> None:
+    address = parse_address(f"tcp://{host}:1")
+    with pytest.raises(AddressError, match="cannot resolve the host: no name that a host can have"):
+        listen_socket(address)
+    with pytest.raises(ConnectError, match="cannot connect: no name that a host can have"):
+        connect_socket(address, 5)
+
+
+@pytest.mark.parametrize(
+    ("listen", "code"),
+    [
+        (listen_socket, errno.EADDRINUSE),
+        (lambda taken: listen_socket(parse_address("unix:///nowhere/s")), errno.ENOENT),
+        (lambda taken: listen_socket(parse_address("unix:///proc/s")), None),
+        (lambda taken: listen_socket(parse_address("tcp://192.0.2.1:0"), insecure=True), errno.EADDRNOTAVAIL),
+    ],
+    ids=["in use", "no directory", "not permitted", "no address of this host"],
+)
+def test_what_cannot_be_listened_on_now(unix_uri: str, listen: Callable[[Any], Any], code: int | None) -> None:
+    sock, taken = listen_socket(parse_address(unix_uri))
+    with sock, pytest.raises(ListenError) as caught:
+        listen(taken)
+    error = caught.value
+    assert isinstance(error, fastsplit.FastsplitError) and isinstance(error, OSError)
+    assert code in (None, error.errno)
+    assert re.match(r"^(unix|tcp)://\S+: cannot listen: [A-Z]", str(error)), "with no [Errno ...] before it"
+    assert error.exit_code == 1
+    assert (str(fresh(error)), fresh(error).errno) == (str(error), error.errno)

@@ -693,7 +693,7 @@ def test_opening(unix_uri: str) -> None:
 def test_more_connections_than_the_server_takes(unix_uri: str) -> None:
     async def main() -> None:
         async with serve(unix_uri, HANDLERS, max_connections=1) as server, connect(server.uri) as channel:
-            with pytest.raises(RemoteProtocolError, match="1 connections already"):
+            with pytest.raises(ConnectError, match="1 connections already"):
                 await connect(server.uri)
             await channel.call("nothing")
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from raw_peer import GOODBYE, RawPeer, hello, serving
+from raw_peer import ABORT, GOODBYE, RawPeer, hello, serving
+from raw_peer import frame as frame_of
 
 import fastsplit
 from fastsplit.schema import message_generated as gen
@@ -191,3 +192,15 @@ def test_example_reply_is_what_a_server_sends() -> None:
     server.received(len(greeting))
     reply = bytes(server.reply(1, [(12, (2, 2))], 16, 1000)) + struct.pack("<4f", 2, 4, 6, 8)
     assert reply == _example("REPLY")
+
+
+def test_codes_of_an_abort() -> None:
+    rows = {code: error for code, _, error in _table("abort | meaning")}
+    assert rows.keys() == {session._BROKEN, session._SHORTAGE, session._REFUSED}
+    for code, name in rows.items():
+        client = Session(is_client=True, allocate=bytearray)
+        data = frame_of(ABORT, op="", attrs={"code": code, "text": "why"})
+        client.receive_buffers()[0][: len(data)] = data
+        (failed,) = client.received(len(data))
+        assert type(failed.error).__name__ == name
+        assert "why" in str(failed.error)
