@@ -26,7 +26,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
+from .extras import torch, transformers  # noqa: F401 (first: where one is missing, this says how to get it)
+
+# isort: split
 from transformers import AutoConfig, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache as TransformersCache
 from transformers.modeling_outputs import CausalLMOutputWithPast

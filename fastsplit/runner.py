@@ -18,9 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
-import torch
-
 from .choice import LEAST_STRETCH_ROWS, Choice
+from .extras import torch
 from .llama import int64, int64_range, rotary_matrix
 from .models import Rope
 from .ops import MAX_LANES, Block, block_attrs, choose_block_rows, choose_plan, row_blocks
