@@ -299,7 +299,7 @@ def _prompt_ids(args: argparse.Namespace, config: ModelConfig, tokenizer: Any) -
     if count + args.max_new_tokens > config.max_position_embeddings:
         raise cli.Usage(
             f"{count} prompt tokens and {args.max_new_tokens} new ones, "
-            f"the model has {config.max_position_embeddings} positions"
+            f"the model has {config.max_position_embeddings} positions (max_position_embeddings)"
         )
     if args.prefill is not None:
         generator = torch.Generator("cpu").manual_seed(args.seed)
