@@ -48,20 +48,19 @@ coverage: $(VENV)/.test-ready ## Runs the tests and reports which lines and bran
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
-# Every contestant, with fewer sizes, tokens and rounds: what is in benches/results/ stays as it is.
+# Every contestant, with fewer sizes, tokens and rounds. Only where --output or --output-dir says so does a benchmark write
+# to benches/results/, as the next targets do.
 bench: $(VENV)/.bench-ready ## Runs the benchmarks briefly (10 minutes, 11 GB): every contestant, to build/bench/.
-	@mkdir -p build/bench
 	@failed=0; \
-	$(BIN)/python -m benches.bench_serialization --quick --output build/bench/serialization.json || failed=1; \
-	$(BIN)/python -m benches.bench_transport --quick --output build/bench/transport.json || failed=1; \
-	$(BIN)/python -m benches.bench_split --quick --output-dir build/bench || failed=1; \
+	$(BIN)/python -m benches.bench_serialization --quick || failed=1; \
+	$(BIN)/python -m benches.bench_transport --quick || failed=1; \
+	$(BIN)/python -m benches.bench_split --quick || failed=1; \
 	exit $$failed
 
 # Where the results go: another directory, to be compared with `python -m benches.compare benches/results DIR`.
 RESULTS ?= benches/results
 
 bench-full: $(VENV)/.bench-ready ## Runs them whole (an hour), and writes RESULTS (benches/results/).
-	@mkdir -p $(RESULTS)
 	$(BIN)/python -m benches.bench_serialization --output $(RESULTS)/serialization.json
 	$(BIN)/python -m benches.bench_transport --output $(RESULTS)/transport.json
 	$(BIN)/python -m benches.bench_shm --output $(RESULTS)/shm.json
@@ -78,18 +77,17 @@ LADDER_1G := original-batched folded linear folded+float16+lanes4 auto
 LADDER_100M := folded+float16+lanes4 auto
 
 bench-remote: $(VENV)/.bench-ready ## Runs the benchmarks of remote links, through a relay on this machine (half an hour).
-	$(BIN)/python -m benches.bench_link --rounds 3
-	$(BIN)/python -m benches.bench_zerocopy
-	$(BIN)/python -m benches.codecs
-	$(BIN)/python -m benches.bench_inflight
-	$(BIN)/python -m benches.bench_qkv
-	mkdir -p build/ladder
+	$(BIN)/python -m benches.bench_link --rounds 3 --output $(RESULTS)/link.json
+	$(BIN)/python -m benches.bench_zerocopy --output $(RESULTS)/zerocopy.json
+	$(BIN)/python -m benches.codecs --output $(RESULTS)/codecs.json
+	$(BIN)/python -m benches.bench_inflight --output $(RESULTS)/inflight.json
+	$(BIN)/python -m benches.bench_qkv --output $(RESULTS)/qkv.json
 	$(BIN)/python -m benches.ladder --links 1g --rows $(LADDER_1G) --rounds 1 --fresh --output-dir build/ladder
 	$(BIN)/python -m benches.ladder --links 100m --rows $(LADDER_100M) --rounds 1 --fresh --output-dir build/ladder
-	$(BIN)/python -m benches.bench_remote_decode
+	$(BIN)/python -m benches.bench_remote_decode --output $(RESULTS)/remote-decode-LINK.json
 
 ladder: $(VENV)/.bench-ready ## Runs the whole ladder: every row on every link (2 hours), and writes it to benches/results/.
-	$(BIN)/python -m benches.ladder
+	$(BIN)/python -m benches.ladder --output-dir $(RESULTS)
 
 format: $(VENV)/.test-ready ## Formats the code and fixes what can be fixed.
 	$(BIN)/ruff check --fix --exit-zero .

@@ -18,7 +18,7 @@ import flatbuffers
 import msgpack
 import pytest
 
-from benches.environment import RESULTS, describe, save
+from benches.environment import OUTPUT, describe, save
 from fastsplit.schema import message_generated as gen
 from fastsplit.schema.decoder import Decoder
 from fastsplit.schema.descriptor import Attrs
@@ -39,18 +39,13 @@ _results: dict[str, dict[str, Any]] = {}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _saved() -> Iterator[None]:
-    """Writes what was measured to benches/results/."""
+def _saved(pytestconfig: pytest.Config) -> Iterator[None]:
+    """Writes what was measured."""
     yield
     if _results:
         command = ["python", "-m", "pytest", "benches/bench_descriptor.py"]
-        print(
-            save(
-                "descriptor",
-                {"environment": describe(command), "unit": "us", "systems": _results},
-                RESULTS / "descriptor.json",
-            )
-        )
+        output = pytestconfig.getoption("--output", None) or OUTPUT / "descriptor.json"
+        print(save({"environment": describe(command), "unit": "us", "systems": _results}, output))
 
 
 @pytest.mark.parametrize("attrs", ATTRS.values(), ids=ATTRS)

@@ -28,13 +28,12 @@ import statistics
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import fastsplit
-from benches.environment import RESULTS, describe, save
+from benches.environment import add_output, describe, keep_whole, save
 from benches.inflight_peer import WORKERS, state
 from benches.processes import OthersCpu, Process, process
 from benches.rounds import interleaved
@@ -239,8 +238,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--links", nargs="+", choices=LINKS, default=list(LINKS))
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), metavar="SIZE", help=", ".join(SIZES))
-    parser.add_argument("--output", type=Path, help="the JSON file (default: benches/results/inflight.json)")
+    add_output(parser, "inflight.json", parts=True)
     args = parser.parse_args(argv)
+    keep_whole(parser, args, ("links", "sizes"), [args.output])
     if args.rounds < 1:
         parser.error("--rounds must be 1 or more")
     result: dict[str, Any] = {"environment": describe(["python", "-m", "benches.bench_inflight", *argv])}
@@ -277,7 +277,7 @@ def main(argv: list[str] | None = None) -> int:
         "seconds_a_round": SECONDS_A_ROUND,
         "workers_of_blocking": WORKERS,
     }
-    print(save("inflight", result, args.output or RESULTS / "inflight.json"))
+    print(save(result, args.output))
     return 0
 
 

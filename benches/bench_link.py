@@ -42,10 +42,9 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-from benches.environment import RESULTS, describe, save
+from benches.environment import add_output, describe, keep_whole, save
 from benches.link import LINKS, LinkKind, relay_arguments
 from benches.processes import OthersCpu, process
 from benches.rounds import interleaved, progress
@@ -493,10 +492,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="+", choices=kinds, default=list(kinds), metavar="LINK", help=", ".join(kinds))
     parser.add_argument("--namespaces", action="store_true", help="also beside the kernel's own limit; needs root")
-    parser.add_argument("--output", type=Path, help="the JSON file (default: benches/results/link.json)")
+    add_output(parser, "link.json", parts=True)
     parser.add_argument("--peer", metavar="HOST", help="be the other end, until stdin ends")
     parser.add_argument("--namespace", metavar="NAME", help="with --peer: the network namespace to listen in")
     args = parser.parse_args(argv)
+    keep_whole(parser, args, ("only",), [args.output])
     if args.peer:
         _serve_peer(args.peer, args.namespace)
         return 0
@@ -519,7 +519,7 @@ def main(argv: list[str] | None = None) -> int:
         print(_kernel_table(result["kernel"], figures))
     result["environment"]["load_average_after"] = os.getloadavg()
     result["parameters"] = {"rounds": args.rounds, "link_s": LINK_S, "unlimited_nbytes": UNLIMITED_NBYTES}
-    print(save("link", result, args.output or RESULTS / "link.json"))
+    print(save(result, args.output))
     return 1 if missed else 0
 
 

@@ -39,7 +39,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from time import perf_counter_ns
 from typing import Any
 
@@ -55,7 +54,7 @@ from fastsplit.report import Recorder
 from fastsplit.runner import Runner
 from fastsplit.wire.call import Call, Handler
 
-from .environment import describe, save
+from .environment import add_output, describe, save
 from .processes import OthersCpu, process
 from .rounds import progress
 
@@ -335,7 +334,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cpu", action="store_true", help="a real executor on the CPU instead; all threads")
     parser.add_argument("--threads", type=int, help="torch's, of both sides; 0: one for each core (default: 1)")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", type=Path, help="the JSON file (default: benches/results/overlap-...json)")
+    add_output(parser, "overlap.json")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     return parser
 
@@ -379,7 +378,7 @@ def main(argv: list[str] | None = None) -> int:
         "medians": rows,
         "rounds": [{"plan": plan, "lanes": lanes, "rounds": rounds} for (plan, lanes), rounds in measured.items()],
     }
-    output = save("overlap", result, args.output)
+    output = save(result, args.output)
     print(_table(rows))
     what = "a real executor on the CPU" if args.cpu else f"{args.delay_ms:g} ms a call, {args.us_per_row:g} us a row"
     print(f"\n{known.name}, {args.prefill} tokens, {args.dtype}, {what}, medians of {args.rounds}")

@@ -17,14 +17,13 @@ import statistics
 import sys
 import time
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import fastsplit
 
-from .environment import RESULTS, describe, save
+from .environment import add_output, describe, keep_whole, save
 from .link import LINKS, through
 from .processes import process
 from .rounds import interleaved
@@ -37,8 +36,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benches.bench_qkv", description=__doc__.partition("\n")[0])
     parser.add_argument("--links", nargs="+", choices=LINKS, default=list(LINKS))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=RESULTS / "qkv.json")
+    add_output(parser, "qkv.json", parts=True)
     args = parser.parse_args(argv)
+    keep_whole(parser, args, ("links",), [args.output])
     results = []
     print(f"{'link':<10}{'rows':>6}{'in turn ms':>12}{'at once ms':>12}{'one call ms':>13}")
     with process("benches.null_executor", "--model", "random:tinyllama-1.1b") as executor:
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
                     cells = [f"{times[way] * 1e3:.2f}" for way in ("in turn", "at once", "one call")]
                     print(f"{link:<10}{rows:>6}{cells[0]:>12}{cells[1]:>12}{cells[2]:>13}")
     environment = describe(["python", "-m", "benches.bench_qkv", *(sys.argv[1:] if argv is None else argv)])
-    print(save("qkv", {"environment": environment, "results": results}, args.output))
+    print(save({"environment": environment, "results": results}, args.output))
     return 0
 
 

@@ -26,7 +26,6 @@ import statistics
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 from time import perf_counter_ns
 from typing import Any
 
@@ -37,7 +36,7 @@ from fastsplit.models import DTYPES
 from fastsplit.ops import PLANS
 from fastsplit.remote import RemoteModel
 
-from .environment import RESULTS, describe, save
+from .environment import add_output, describe, keep_whole, save
 from .link import LINKS, LinkKind, through
 from .null_executor import null_model
 from .rounds import interleaved, progress
@@ -150,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=12.0, help="of a row in a round, about (default: 12)")
     parser.add_argument("--threads", type=int, default=0, help="torch's, in every process; 0: one for each core")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, help="the JSON file (default: benches/results/remote-decode-LINK.json)")
+    add_output(parser, "remote-decode-LINK.json", parts=True)
     return parser
 
 
@@ -158,6 +157,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = _parser()
     args = parser.parse_args(argv)
+    output = args.output.with_name(args.output.name.replace("LINK", args.link))
+    keep_whole(parser, args, ("model", "rows"), [output])
     if min(args.prompt_tokens, args.rounds) < 1 or args.new_tokens < 2:
         parser.error("--prompt-tokens and --rounds must be 1 or more, --new-tokens 2 or more")
     try:
@@ -167,10 +168,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     kind = LINKS[args.link]
-    output = args.output or RESULTS / f"remote-decode-{args.link}.json"
     result: dict[str, Any] = {
         "environment": describe(["python", "-m", "benches.bench_remote_decode", *argv]),
-        "options": {name: value for name, value in vars(args).items() if name != "output"},
+        "options": {name: value for name, value in vars(args).items() if name not in ("output", "force")},
         "link": {"rate_bit_per_s": kind.rate_bit_per_s, "round_trip_s": kind.round_trip_s},
         "models": {},
     }
@@ -195,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
                 progress(f"{rung.name}: {measured['tokens_per_s']:.2f} tokens/s")
                 medians = {row: _median(found) for row, found in rounds.items() if found}
                 result["models"][name] = {"medians": medians, "rounds": rounds}
-                save("remote-decode", result, output)  # now: whoever ends us leaves what there is
+                save(result, output)  # now: whoever ends us leaves what there is
         print(f"{name}, {args.dtype}, {args.link} ({kind.text}), {args.executor} executor, medians of {args.rounds}")
         print(_table(medians))
         print()

@@ -50,7 +50,7 @@ from typing import Any
 import pytest
 import torch
 
-from benches.environment import RESULTS
+from benches.environment import add_output, keep_whole
 from benches.rounds import progress
 from benches.serializers import FLOOR, SERIALIZERS, Message, Serializer, open_serializer
 from benches.serializers.serializer import wire_nbytes
@@ -296,8 +296,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--only", nargs="+", metavar="TEXT", help="those with TEXT in MESSAGE-DTYPE-TASK-NAME, beside memcpy"
     )
-    parser.add_argument("--output", type=Path, metavar="F", default=RESULTS / "serialization.json")
+    add_output(parser, "serialization.json", parts=True)
     args = parser.parse_args(argv)
+    keep_whole(parser, args, ("quick", "only"), [args.output])
     passes = args.passes or (1 if args.quick else 2)
     if passes < 1:
         parser.error(f"--passes {passes}: expected 1 or more")

@@ -25,11 +25,10 @@ import argparse
 import os
 import sys
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from benches import shm_profile
-from benches.environment import RESULTS, describe, save
+from benches.environment import add_output, describe, keep_whole, save
 from benches.placement import on_cpu, separate_cpus
 from benches.shm_costs import copy_table, idle_table, measure_copies, measure_idle, measure_matmul
 from benches.transports.pair import Pair, open_pairs
@@ -55,8 +54,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), metavar="SIZE", help="of copies")
-    parser.add_argument("--output", type=Path, help="the JSON file (default: benches/results/shm.json)")
+    add_output(parser, "shm.json", parts=True)
     args = parser.parse_args(argv)
+    keep_whole(parser, args, ("parts", "sizes"), [args.output])
     if args.rounds < 1 or not set(args.parts) <= set(PARTS):
         parser.error(f"--rounds must be 1 or more, PART one of {', '.join(PARTS)}")
     parts = args.parts or PARTS
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
             result["profile"] = shm_profile.measure(args.rounds, far)
         print(shm_profile.table(result["profile"]))
     result["environment"]["load_average_after"] = os.getloadavg()
-    print(save("shm", result, args.output or RESULTS / "shm.json"))
+    print(save(result, args.output))
     return 0
 
 

@@ -13,9 +13,9 @@
     ladder    the steps from the original system to this one, one row each, on loopback and at 1 Gbit/s, beside what
               was predicted of them, in float32                         (split_ladder.py)
 
-split_systems.py has how systems are measured. Each part writes split-PART.json, into benches/results/ or, of a quick
-run, into build/bench/, and after every measurement, so that who ends it keeps what there is; a part that is measured
-again begins anew. In the table are medians, in the JSON also every round.
+split_systems.py has how systems are measured. Each part writes split-PART.json, into build/bench/ or --output-dir, and
+after every measurement, so that who ends it keeps what there is; a part that is measured again begins anew. In the
+table are medians, in the JSON also every round.
 
 --spin-us is FASTSPLIT_SPIN_US for both sides: how long whoever waits spins before it sleeps. --tee-threads 1 leaves the
 cores to the executor: OpenMP's threads spin for a while after each parallel region, also where there is no work left,
@@ -38,7 +38,7 @@ import torch
 from fastsplit.models import DTYPES, open_model
 from fastsplit.ops import PLANS
 
-from .environment import RESULTS, describe
+from .environment import add_output_dir, describe, keep_whole
 from .split_decode import HF as DECODE_HF
 from .split_decode import Decode
 from .split_ladder import EXECUTOR_OF, STEPS, climb
@@ -54,7 +54,6 @@ PARTS = ("prefill", "decode", "ladder")
 
 _KEPT_OPTIONS = ("plans", "links", "only", "seed", "threads", "tee_threads", "device")
 _MODEL = "random:tinyllama-1.1b"
-_QUICK_RESULTS = RESULTS.parents[1] / "build" / "bench"
 _QUICK_LADDER_TOKENS = 192
 """The fewest of which two stretches can be under way at once."""
 
@@ -82,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tee-threads", type=int, metavar="N", help="those of this process, if not --threads")
     parser.add_argument("--spin-us", type=float, metavar="US", help="FASTSPLIT_SPIN_US of both sides")
     parser.add_argument("--device", default="cpu", help="the executor's: auto, cpu or cuda:N; HF is on the CPU")
-    parser.add_argument("--output-dir", type=Path, help="of split-PART.json (default: benches/results; build/bench)")
+    add_output_dir(parser, "split-PART.json")
     return parser
 
 
@@ -97,7 +96,7 @@ class _Bench:
         self._dtypes: list[str] = list(
             dict.fromkeys(args.dtype or (["float32"] if args.quick else ["float32", "bfloat16"]))
         )
-        self._output_dir: Path = args.output_dir or (_QUICK_RESULTS if args.quick else RESULTS)
+        self._output_dir: Path = args.output_dir
 
     def names(self, part: str, dtype: str = "float32") -> list[str]:
         """Of the part's systems or rows those that are asked for."""
@@ -186,6 +185,8 @@ def main(argv: list[str] | None = None) -> int:
     parts = list(dict.fromkeys(args.parts)) or list(PARTS)
     if unknown := [part for part in parts if part not in PARTS]:
         parser.error(f"{' '.join(unknown)}: expected {', '.join(PARTS)}")
+    files = [args.output_dir / f"split-{part}.json" for part in parts]
+    keep_whole(parser, args, ("quick", "only", "links", "plans", "dtype"), files)
     counts = {"tokens": 1, "prompt_tokens": 1, "new_tokens": 2, "rounds": 1}
     if short := [name for name, least in counts.items() if (getattr(args, name) or least) < least]:
         parser.error(f"--{short[0].replace('_', '-')} must be {counts[short[0]]} or more")

@@ -25,26 +25,23 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import statistics
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benches.environment import RESULTS, describe, save
+from benches.environment import add_output, describe, keep_whole, save
 from benches.placement import on_cpu, separate_cpus
 from benches.processes import OthersCpu
 from benches.rounds import interleaved, progress
 from benches.stored import bytes_text
 from benches.transports import LINKS, TRANSPORTS, Bytes
-from benches.transports.pair import Figures, Pair, open_pairs
+from benches.transports.pair import Figures, Pair, answering, open_pairs
 
 __all__ = ["SIZES_NBYTES", "main"]
 
@@ -54,7 +51,6 @@ MODES = ("spinning", "sleeping")
 ROUND_TRIP, ONE_WAY = "round trip", "one way"
 MAX_COUNT = 2000  # messages a round, however quick they are ...
 MIN_ONE_WAY = 4  # ... and never fewer than so many one way: the first one has nobody to overlap with
-ANSWER_S = 60
 _FLOORS = {
     "shm": ("shm: memcpy",),
     "unix": ("unix: raw socket", "unix: raw socket, 2 MiB buffer"),
@@ -106,27 +102,6 @@ class Series:
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _answering(pair: Pair) -> Iterator[None]:
-    """TimeoutError if what is inside takes more than a minute. Where a library waits outside of Python, the end of its
-    peer is what wakes it."""
-
-    def too_late(*_: object) -> None:
-        raise TimeoutError(f"no answer within {ANSWER_S} s")
-
-    before = signal.signal(signal.SIGALRM, too_late)
-    signal.alarm(ANSWER_S)
-    killer = threading.Timer(ANSWER_S + 1, pair.kill)
-    killer.daemon = True
-    killer.start()
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-        killer.cancel()
 
 
 class _Link:
@@ -186,7 +161,7 @@ class _Link:
     def _try(self, name: str, do: Callable[[Pair], object]) -> bool:
         """Whether it went well; if not, this transport is out."""
         try:
-            with _answering(self._pairs[name]):
+            with answering(self._pairs[name]):
                 do(self._pairs[name])
         except Exception as error:  # noqa: BLE001 - zmq, gRPC, Arrow: each has errors of its own
             self._left_out[name] = f"{type(error).__name__}: {error}"
@@ -260,7 +235,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, help="default: 5, with --quick 3")
     parser.add_argument("--round-s", type=float, help="how long a transport's round is, about (default: 0.1, 0.03)")
     parser.add_argument("--not-pinned", action="store_true", help="both ends where the scheduler puts them")
-    parser.add_argument("--output", type=Path, help="the JSON file (default: benches/results/transport.json)")
+    add_output(parser, "transport.json", parts=True)
     return parser
 
 
@@ -268,6 +243,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = _parser()
     args = parser.parse_args(argv)
+    keep_whole(parser, args, ("quick", "only", "links", "sizes"), [args.output])
     args.rounds = args.rounds or (3 if args.quick else 5)
     args.round_s = args.round_s or (0.03 if args.quick else 0.1)
     args.sizes = sorted(args.sizes or (QUICK_SIZES_NBYTES if args.quick else SIZES_NBYTES))
@@ -277,7 +253,6 @@ def main(argv: list[str] | None = None) -> int:
     names = {link: [name for name in chosen if TRANSPORTS[name].link == link] for link in args.links}
     if not any(names.values()):
         parser.error(f"--only {' '.join(args.only)}: no such transport, of {', '.join(TRANSPORTS)}")
-    output = args.output or RESULTS / "transport.json"
     cpus = None if args.not_pinned else separate_cpus()
     if cpus is not None:
         torch.set_num_threads(1)  # there is one core for them
@@ -312,13 +287,13 @@ def main(argv: list[str] | None = None) -> int:
                 series += measured.measure(nbytes)
             others_cpu_s[link] = others.seconds()
         environment["load_average_after"] = os.getloadavg()
-        save("transport", {**result, "rows": [one.as_dict() for one in series]}, output)
+        save({**result, "rows": [one.as_dict() for one in series]}, args.output)
     print(_table(series))
     for name, reason in left_out.items():
         print(f"left out: {name}: {reason}")
     used = ", ".join(f"{link} {seconds:.1f} s" for link, seconds in others_cpu_s.items() if seconds is not None)
     print(f"CPU time of other programs meanwhile: {used}")
-    print(output)
+    print(args.output)
     return 0
 
 

@@ -25,13 +25,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .bench_link import HOSTS, in_namespace, namespaces
-from .environment import RESULTS, describe, save
+from .environment import add_output, describe, save
 from .rounds import interleaved
 
 _SO_ZEROCOPY, _MSG_ZEROCOPY = 60, 0x4000000
@@ -61,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benches.bench_zerocopy", description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--namespaces", action="store_true", help="also between two network namespaces; needs root")
-    parser.add_argument("--output", type=Path, default=RESULTS / "zerocopy.json")
+    add_output(parser, "zerocopy.json")
     args = parser.parse_args(argv)
     results = []
     with _loopback() as sock:
@@ -78,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
                 f"{row['completions']:13}{row['copied']:8}"
             )
     environment = describe(["python", "-m", "benches.bench_zerocopy", *(sys.argv[1:] if argv is None else argv)])
-    print(save("zerocopy", {"environment": environment, "results": results}, args.output))
+    print(save({"environment": environment, "results": results}, args.output))
     return 0
 
 

@@ -42,7 +42,7 @@ from fastsplit.wire.call import Client
 from fastsplit.wire.codec import compress, decompress, installed, probe
 from fastsplit.wire.stats import Stats
 
-from .environment import RESULTS, describe, save
+from .environment import add_output, describe, keep_whole, save
 from .rounds import interleaved
 
 __all__ = ["Recorded", "main", "measure"]
@@ -220,8 +220,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--codec", nargs="+", default=list(installed()), choices=installed())
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="default: 7")
-    parser.add_argument("--output", type=Path, help="the JSON file (default: benches/results/codecs.json)")
+    add_output(parser, "codecs.json", parts=True)
     args = parser.parse_args(argv)
+    keep_whole(parser, args, ("layers", "dtype", "codec"), [args.output])
     environment = describe(["python", "-m", "benches.codecs", *argv])
     recorded = _record(args.tokens, args.layers)
     rows = measure(recorded, args.dtype, args.codec, args.rounds)
@@ -229,12 +230,12 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{table(rows)}\n\n{best_table(fastest)}\n")
     result = {
         "environment": environment,
-        "options": {key: value for key, value in vars(args).items() if key != "output"},
+        "options": {key: value for key, value in vars(args).items() if key not in ("output", "force")},
         "text": TEXT.name,
         "codecs": rows,
         "best": fastest,
     }
-    print(save("codecs", result, args.output or RESULTS / "codecs.json"))
+    print(save(result, args.output))
     return 0
 
 

@@ -259,7 +259,7 @@ def main(argv: list[str] | None = None) -> int:
     print(_markdown(result, args.longest))
     if args.output is not None:
         command = ["python", "-m", "benches.compare", *argv]
-        save("compare", {"environment": describe(command), **result}, args.output)
+        save({"environment": describe(command), **result}, args.output)
     return 0 if result["files"] else 1
 
 

@@ -20,7 +20,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ from fastsplit.remote import RemoteModel
 from fastsplit.runner import Runner
 from fastsplit.wire.stats import Stats
 
-from .environment import describe, save
+from .environment import add_output, describe, keep_whole, save
 
 __all__ = ["MODELS", "Counted", "count", "counted_model", "formula", "main"]
 
@@ -159,8 +158,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prefill", type=int, default=1024, metavar="N", help="tokens (default: 1024)")
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--link", action="store_true", help="also over a real link, with tiny layers")
-    parser.add_argument("--output", type=Path, help="the JSON file (default: benches/results/counts-...json)")
+    add_output(parser, "counts.json", parts=True)
     args = parser.parse_args(argv)
+    keep_whole(parser, args, ("model", "plan"), [args.output])
     rows = []
     wrong = []
     print(
@@ -217,11 +217,11 @@ def main(argv: list[str] | None = None) -> int:
                     wrong.append(f"{name}, {plan}, over a link: {link}, expected {tensors}")
     result = {
         "environment": describe(["python", "-m", "benches.counts", *argv]),
-        "options": {key: value for key, value in vars(args).items() if key != "output"},
+        "options": {key: value for key, value in vars(args).items() if key not in ("output", "force")},
         "plans": {plan: list(PLANS[plan]) for plan in PLANS},
         "counts": rows,
     }
-    print(save("counts", result, args.output))
+    print(save(result, args.output))
     for line in wrong:
         print(f"not as the formula has it: {line}", file=sys.stderr)
     return 1 if wrong else 0

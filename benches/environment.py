@@ -1,7 +1,12 @@
-"""Under what circumstances something was measured, and where the result goes: the same fields for all benchmarks."""
+"""Under what circumstances something was measured, and where the result goes: the same for all benchmarks.
+
+Rules. A result goes to build/bench/ unless `--output` says otherwise; benches/results/, which the pages are written out
+of, is only written by that. A part of a run does not take the place of a whole one there, unless `--force` says so.
+"""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib.metadata
 import json
@@ -10,7 +15,7 @@ import platform
 import shlex
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +23,10 @@ import torch
 
 import fastsplit
 
-__all__ = ["RESULTS", "describe", "save"]
+__all__ = ["OUTPUT", "RESULTS", "add_output", "add_output_dir", "describe", "keep_whole", "save"]
 
 RESULTS = Path(__file__).resolve().parent / "results"
+OUTPUT = Path(__file__).resolve().parents[1] / "build" / "bench"
 _PACKAGES = (
     "numpy",
     "flatbuffers",
@@ -59,10 +65,43 @@ def describe(command: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def save(name: str, result: dict[str, Any], path: Path | None = None) -> Path:
-    """Writes a result as JSON, into benches/results/ if no path is given; returns where it is."""
-    if path is None:
-        path = RESULTS / f"{name}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}.json"
+def add_output(parser: argparse.ArgumentParser, file: str, *, parts: bool = False) -> None:
+    """`--output`, which is build/bench/FILE if not given. `parts`: there is `--force`, too, for `keep_whole`."""
+    text = f"the JSON file (default: build/bench/{file})"
+    parser.add_argument("--output", type=Path, metavar="FILE", default=OUTPUT / file, help=text)
+    if parts:
+        _add_force(parser)
+
+
+def add_output_dir(parser: argparse.ArgumentParser, files: str) -> None:
+    """`--output-dir`, the same for several files, and `--force`."""
+    text = f"of {files} (default: build/bench)"
+    parser.add_argument("--output-dir", type=Path, metavar="DIR", default=OUTPUT, help=text)
+    _add_force(parser)
+
+
+def _add_force(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--force", action="store_true", help="replace a file of benches/results/ by a part of a run")
+
+
+def keep_whole(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, narrowing: Iterable[str], paths: Iterable[Path]
+) -> None:
+    """Ends with a usage error if only a part is run and would replace one of `paths` in benches/results/.
+
+    `narrowing`: the arguments that leave something out. Call this before anything changes `args`.
+    """
+    given = [name for name in narrowing if (value := getattr(args, name)) and value != parser.get_default(name)]
+    for path in paths if given and not args.force else ():
+        if path.exists() and path.resolve().is_relative_to(RESULTS):
+            parser.error(
+                f"{path} has a whole run, and with {', '.join(given).replace('_', '-')} this is a part of one: choose "
+                "where else it goes, or give --force"
+            )
+
+
+def save(result: dict[str, Any], path: Path) -> Path:
+    """Writes a result as JSON; returns where it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return path

@@ -3,7 +3,7 @@
     python -m benches.ladder --links 1g                           TinyLlama-1.1B's shape, 1024 tokens, no arithmetic
     python -m benches.ladder --links 100m --rows original folded auto --rounds 1
     python -m benches.ladder --executor real --links loopback     with the real executor, and with errors
-    python -m benches.ladder --links 1g --table                   what was measured so far, nothing new
+    python -m benches.ladder --links 1g --table                   what the files in --output-dir have, nothing new
     python -m benches.ladder --model random:tiny --prefill 200 --links loopback --output-dir /tmp
 
 The steps: fewer calls (original, original-batched, then fastsplit's plans), serialization (tuned-batched sends tensors
@@ -45,7 +45,7 @@ import torch
 
 from fastsplit.models import DTYPES
 
-from .environment import RESULTS, describe
+from .environment import add_output_dir, describe, keep_whole
 from .link import LINKS
 from .measurements import Columns, Measurement, median, table, write_whole
 from .rungs import Climber, codecs_line
@@ -184,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--warm-up", type=int, default=16, metavar="N", help="tokens, at most all (default: 16)")
     parser.add_argument("--fresh", action="store_true", help="forget what the files have")
     parser.add_argument("--table", action="store_true", help="only show what the files have")
-    parser.add_argument("--output-dir", type=Path, default=RESULTS, help="of ladder-LINK.json, ladder-real-LINK.json")
+    add_output_dir(parser, "ladder-LINK.json, ladder-real-LINK.json")
     return parser
 
 
@@ -201,10 +201,10 @@ def main(argv: list[str] | None = None) -> int:
     subject = {key: getattr(args, key) for key in ("executor", "model", "prefill", "dtype")}
     prefix = "ladder" if args.executor == "null" else f"ladder-{args.executor}"
     links = list(dict.fromkeys(args.links))
-    documents = {
-        link: _Document(args.output_dir / f"{prefix}-{link}.json", {"link": link, **subject}, args.fresh)
-        for link in links
-    }
+    paths = {link: args.output_dir / f"{prefix}-{link}.json" for link in links}
+    if args.fresh:  # else rows that are measured join those that the files have
+        keep_whole(parser, args, ("rows",), paths.values())
+    documents = {link: _Document(path, {"link": link, **subject}, args.fresh) for link, path in paths.items()}
     if not args.table:
         if args.threads:
             torch.set_num_threads(args.threads)

@@ -32,7 +32,7 @@ from fastsplit.ops import PLANS
 from fastsplit.remote import RemoteModel
 from fastsplit.runner import Runner
 
-from .environment import describe, save
+from .environment import add_output, describe, save
 
 __all__ = ["main"]
 
@@ -49,15 +49,17 @@ _CAST_TOKENS = 512
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--output", type=Path, metavar="JSON", help="where the result goes (benches/results/)")
+    add_output(parser, "precision.json")
     parser.add_argument("--casts", action="store_true", help="casts on the link alone, instead of dtypes")
     args = parser.parse_args(argv)
     environment = describe(["python", "-m", "benches.precision", *(sys.argv[1:] if argv is None else argv)])
     directory = model_dir()
     tokenizer = AutoTokenizer.from_pretrained(directory)
     if args.casts:
+        is_default = args.output == parser.get_default("output")
+        output = args.output.with_name("precision-casts.json") if is_default else args.output
         with torch.inference_mode():
-            _measure_casts(directory, tokenizer, environment, args.output)
+            _measure_casts(directory, tokenizer, environment, output)
         return
     prompts = [tokenizer(prompt, return_tensors="pt")["input_ids"] for prompt in PROMPTS]
     with torch.inference_mode():
@@ -76,10 +78,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         others = [f" ({ran[name][dtype]})" if name in ran and ran[name][dtype] != name else "" for dtype in DTYPES]
         print(f"| {name} | " + " | ".join(f"{row[dtype]:.1e}{other}" for dtype, other in zip(DTYPES, others)) + " |")
     result = {"environment": environment, "prompts": PROMPTS, "errors": errors, "plans_that_ran": ran}
-    print(f"\n{save('precision', result, args.output)}")
+    print(f"\n{save(result, args.output)}")
 
 
-def _measure_casts(directory: Path, tokenizer: Any, environment: dict[str, Any], output: Path | None) -> None:
+def _measure_casts(directory: Path, tokenizer: Any, environment: dict[str, Any], output: Path) -> None:
     text = (Path(__file__).resolve().parents[1] / "LICENSE").read_text(encoding="utf-8")
     ids = tokenizer(text, return_tensors="pt")["input_ids"][:, :_CAST_TOKENS]
     reference = _hf(directory, "float32", [ids])
@@ -95,7 +97,7 @@ def _measure_casts(directory: Path, tokenizer: Any, environment: dict[str, Any],
                 found[str(cast)] = {"error": _error([logits], reference), "same_tokens": same, "rows": tokens.numel()}
             cells = [f"{each['error']:.1e} ({each['same_tokens']} of {each['rows']})" for each in found.values()]
             print(f"| {plan} | {' | '.join(cells)} |")
-    print(f"\n{save('precision-casts', {'environment': environment, 'casts': rows}, output)}")
+    print(f"\n{save({'environment': environment, 'casts': rows}, output)}")
 
 
 def _hf(directory: Path, dtype: str, prompts: list[torch.Tensor]) -> list[torch.Tensor]:

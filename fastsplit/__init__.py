@@ -1,17 +1,23 @@
 """fastsplit: tensor RPC without copies, and a TEE + GPU split of Llama-family models on top of it.
 
-    server = fastsplit.Server("unix:///tmp/demo.sock", {"scale": lambda call: call.tensors[0].mul_(call.attrs["by"])})
+    def scale(call):
+        (x,) = call.tensors
+        x *= call.attrs["by"]
+        return x
+
+    server = fastsplit.Server("unix:///tmp/demo.sock", {"scale": scale})
     with server, fastsplit.connect("unix:///tmp/demo.sock") as channel:
         (y,) = channel.call("scale", x, by=2.0)
 
 `fastsplit.aio` is the same for asyncio: `async with fastsplit.aio.connect(uri) as channel: await channel.call(...)`.
 
 Importing this needs numpy and flatbuffers alone; torch is used where it is installed. `SplitModelForCausalLM` is here,
-too, and needs torch and transformers.
+too, and needs torch and transformers: without them it is a MissingExtraError.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from .errors import (
@@ -25,6 +31,7 @@ from .errors import (
     LimitError,
     ListenError,
     LocalProtocolError,
+    MissingExtraError,
     ModelError,
     PeerLostError,
     ProtocolError,
@@ -37,7 +44,7 @@ from .errors import (
     VerificationError,
 )
 from .schema.limits import Limits
-from .wire.call import Call
+from .wire.call import Call, Client, Handler
 from .wire.channel import Channel, Future, Result
 from .wire.server import Server
 from .wire.stats import Stats
@@ -48,15 +55,18 @@ __all__ = [
     "Call",
     "CancelledError",
     "Channel",
+    "Client",
     "ClosedError",
     "ConnectError",
     "DeadlineError",
     "FastsplitError",
     "Future",
+    "Handler",
     "LimitError",
     "Limits",
     "ListenError",
     "LocalProtocolError",
+    "MissingExtraError",
     "ModelError",
     "PeerLostError",
     "ProtocolError",
@@ -78,17 +88,15 @@ __all__ = [
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from . import aio as aio
     from .hf import SplitModelForCausalLM as SplitModelForCausalLM
-    from .wire import aio as aio
 
 
 def __getattr__(name: str) -> Any:
     """What not everybody needs is imported when it is first asked for: `aio` brings asyncio, `SplitModelForCausalLM`
     torch and transformers."""
     if name == "aio":
-        from .wire import aio
-
-        return aio
+        return importlib.import_module(".aio", __name__)  # `from . import aio` would ask here first
     if name == "SplitModelForCausalLM":
         from .hf import SplitModelForCausalLM
 

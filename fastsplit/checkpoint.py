@@ -67,7 +67,7 @@ class Checkpoint:
 
     def load(self, part: Part, shape: tuple[int, ...]) -> torch.Tensor:
         """The weight's rows, on the CPU, as they are stored; `shape`: of these rows. Raises ModelError."""
-        import torch
+        from .extras import torch
 
         place = self._places.get(part.name)
         if place is None:
@@ -179,10 +179,10 @@ def _beside(path: Path, file: str) -> Path:
 
 @contextlib.contextmanager
 def _opened(file: Path, what: str) -> Iterator[Any]:
-    from safetensors import SafetensorError, safe_open
+    from .extras import safetensors
 
     try:
-        with safe_open(file, "pt") as weights:
+        with safetensors.safe_open(file, "pt") as weights:
             yield weights
-    except (SafetensorError, OSError) as error:
+    except (safetensors.SafetensorError, OSError) as error:
         raise ModelError(f"{file}: {what}: {error}") from None

@@ -98,7 +98,7 @@ def calm_openmp(spin_count: int = 10_000) -> None:
 
 def set_threads(count: int | None) -> None:
     if count is not None:
-        import torch
+        from .extras import torch
 
         torch.set_num_threads(count)
 

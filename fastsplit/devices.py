@@ -29,10 +29,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
-import torch
-
 from . import tensors
 from .errors import ModelError
+from .extras import torch
 from .memory import pool
 from .printable import get_logger
 from .wire.segment import Hook

@@ -19,6 +19,7 @@
     │   └── RemoteProtocolError              the peer broke it: the connection is dead
     ├── RemoteOpError                        the peer's handler failed; the connection lives on
     ├── ModelError                           a model that is not there, cannot be read, or is not supported
+    ├── MissingExtraError (ModuleNotFoundError)  a package of an extra is not installed here
     └── VerificationError                    the peer's model is not the one that the trusted copy describes
 
 Rules: whose fault it was can be read off the class. A message names the field, what came, and what was expected. Parts
@@ -47,6 +48,7 @@ __all__ = [
     "LimitError",
     "ListenError",
     "LocalProtocolError",
+    "MissingExtraError",
     "ModelError",
     "PeerLostError",
     "ProtocolError",
@@ -194,6 +196,10 @@ class RemoteOpError(FastsplitError):
 
 class ModelError(FastsplitError):
     """A model directory or preset that is missing, unreadable, inconsistent, or of an unsupported kind."""
+
+
+class MissingExtraError(FastsplitError, ModuleNotFoundError):
+    """A package that an extra of fastsplit brings is not installed; `name` says which, the message how to get it."""
 
 
 class VerificationError(FastsplitError):

@@ -19,10 +19,9 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import accumulate
 from typing import Any, NamedTuple
 
-import torch
-
 from .devices import Cpu, Device, Work
 from .errors import LimitError, ModelError, SettingError, TensorError
+from .extras import torch
 from .llama import rotary_
 from .models import DTYPES, LINEARS, Model
 from .ops import Block, packed_elements, parse_blocks

@@ -26,9 +26,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
+from .extras import torch, transformers  # noqa: F401 (first: where one is missing, this says how to get it)
+
+# isort: split
 from transformers import AutoConfig, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache as TransformersCache
+from transformers.generation.stopping_criteria import MaxLengthCriteria
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .choice import choose, look, may_overlap
@@ -535,6 +538,18 @@ class SplitModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
             **{name: value for name, value in kwargs.items() if name not in _GENERATES_OWN},
         )
         return inputs
+
+    def _get_stopping_criteria(
+        self, generation_config: GenerationConfig, stopping_criteria: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """GenerationMixin's, without its reminder of max_position_embeddings, which comes after a step beyond them: the
+        runner has warned before."""
+        mixin: Any = super()
+        criteria = mixin._get_stopping_criteria(generation_config, stopping_criteria, *args, **kwargs)
+        for criterion in criteria:
+            if isinstance(criterion, MaxLengthCriteria) and criterion not in (stopping_criteria or ()):
+                criterion.max_position_embeddings = None
+        return criteria
 
     def _prepare_cache_for_generation(
         self,

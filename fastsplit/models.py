@@ -547,7 +547,7 @@ class Model:
 
     def tee_weights(self) -> dict[str, torch.Tensor]:
         """What the TEE computes with, fp32, as `ModelConfig.tee_weight_shapes` says."""
-        import torch
+        from .extras import torch
 
         config, weights = self.config, {}
         for kind, shape in config.tee_weight_shapes().items():
@@ -626,7 +626,7 @@ class _RandomWeights:
         self._norm = norm
 
     def load(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        import torch
+        from .extras import torch
 
         digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
         generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:7], "little"))

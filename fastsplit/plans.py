@@ -26,8 +26,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import torch
-
+from .extras import torch
 from .llama import Scale, gated_, head_norm_, inverse_rms, rms_norm, rotary_, softcap_, softmax_
 from .models import ModelConfig
 from .ops import Block, Expected, Shapes

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
 
-import torch
-
 from .errors import ClosedError, ModelError, PeerLostError, RemoteProtocolError, SettingError, VerificationError
+from .extras import torch
 from .models import DTYPES, Model, ModelConfig
 from .ops import Shapes
 from .wire.channel import Channel

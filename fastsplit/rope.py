@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 
-import torch
-
+from .extras import torch
 from .models import Rope
 
 __all__ = ["cos_sin", "inverse_frequencies", "rotary_dim"]

@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
-import torch
-
 from .choice import LEAST_STRETCH_ROWS, Choice
 from .errors import SettingError
+from .extras import torch
 from .llama import int64, int64_range, rotary_matrix
 from .models import Rope
 from .ops import MAX_LANES, Block, block_attrs, choose_block_rows, choose_plan, row_blocks
@@ -95,6 +95,7 @@ class Runner:
         self._recorder = recorder or Recorder()
         self._layers = Layers(model.config, model.weights, backend, self._recorder, self._dtype, wire_dtype)
         self._tables: dict[Rope, tuple[int, torch.Tensor, torch.Tensor]] = {}
+        self._warned_of_length = False
 
     @property
     def recorder(self) -> Recorder:
@@ -126,7 +127,8 @@ class Runner:
         `mask` [B, cache.length + n] bool: which slots hold a token; None: all that are new do. `positions` [B, n]:
         None: counted by the mask. `keep`: "last" gives logits [B, 1, vocab] of the last row, "all" [B, n, vocab], an
         int64 tensor [B] those of one row of each sequence, [B, 1, vocab]. They are fp32 and the caller's own; those of
-        padding mean nothing. Long prompts go in stretches, so that memory stays flat.
+        padding mean nothing. Long prompts go in stretches, so that memory stays flat. Positions beyond the model's
+        max_position_embeddings are computed; before the first of them comes one UserWarning.
 
         Raises SettingError for shapes that do not fit, and what `Channel.call` does; after that the cache is as before.
         """
@@ -137,6 +139,7 @@ class Runner:
             positions = (whole.cumsum(1) - 1).clamp_(min=0)[:, start:]
         length = total if positions is None else int(positions.max()) + 1
         wanted = self._wanted_rows(keep, batch, rows)
+        self._warn_of_length(length)
         counts = self._stretch_rows(batch, start, rows)
         offsets = list(accumulate(counts, initial=0))
         started: list[Progress] = []
@@ -451,6 +454,17 @@ class Runner:
                 f"positions: {positions.dtype} {list(positions.shape)}, expected int64 {list(ids.shape)}"
             )
         return batch, rows
+
+    def _warn_of_length(self, length: int) -> None:
+        """Says once in this runner's life that the model was not made for so many positions."""
+        most = self.config.max_position_embeddings
+        if length > most and not self._warned_of_length:
+            self._warned_of_length = True
+            warnings.warn(
+                f"{length} positions, the model was made for {most} (max_position_embeddings): what it computes for "
+                "later ones may mean nothing",
+                stacklevel=3,  # who called forward
+            )
 
     @staticmethod
     def _whole_mask(cache: Cache, mask: torch.Tensor | None, rows: int) -> torch.Tensor | None:

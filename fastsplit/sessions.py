@@ -11,10 +11,9 @@ import math
 import threading
 from collections.abc import Callable
 
-import torch
-
 from .devices import Device, Work
 from .errors import LimitError, SettingError
+from .extras import torch
 from .models import ModelConfig
 from .ops import MAX_LANES, Block
 from .wire.call import Client

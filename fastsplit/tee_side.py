@@ -99,8 +99,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> int:
     trusted = None if args.model is None else open_model(args.model)
     tokenizer = _open_tokenizer(args, trusted)
-    import torch
-
+    from fastsplit.extras import torch
     from fastsplit.remote import RemoteModel, share_cores
     from fastsplit.report import Recorder, chrome_trace, codec_counts, table
     from fastsplit.runner import Runner
@@ -281,15 +280,17 @@ def _open_tokenizer(args: argparse.Namespace, trusted: Model | None) -> Any:
         return None
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is ever looked up anywhere else
     with _tokenizer_failures(f"tokenizer {str(directory)!r}"):
-        from transformers import AutoTokenizer
+        from fastsplit.extras import transformers
 
         # Without trust_remote_code it would ask on stdin whether to run code that comes with the model.
-        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+        return transformers.AutoTokenizer.from_pretrained(
+            str(directory), local_files_only=True, trust_remote_code=False
+        )
 
 
 def _prompt_ids(args: argparse.Namespace, config: ModelConfig, tokenizer: Any) -> torch.Tensor:
     """The prompt's ids, [n] int64, n of 1 or more. Raises Usage if they do not fit the model."""
-    import torch
+    from fastsplit.extras import torch
 
     ids = [] if args.prefill is not None else _text_ids(args, tokenizer)
     count = args.prefill or len(ids)
@@ -298,7 +299,7 @@ def _prompt_ids(args: argparse.Namespace, config: ModelConfig, tokenizer: Any) -
     if count + args.max_new_tokens > config.max_position_embeddings:
         raise cli.Usage(
             f"{count} prompt tokens and {args.max_new_tokens} new ones, "
-            f"the model has {config.max_position_embeddings} positions"
+            f"the model has {config.max_position_embeddings} positions (max_position_embeddings)"
         )
     if args.prefill is not None:
         generator = torch.Generator("cpu").manual_seed(args.seed)

@@ -111,7 +111,7 @@ def parse_expect(expect: Any) -> list[Desc] | None:
 def arrays(kind: str | Arrays = "auto") -> Arrays:
     """The arrays that callers and handlers get: "torch", "numpy", or "auto" (torch where it is installed).
 
-    Raises SettingError for another kind, ModuleNotFoundError if torch is asked for and not installed.
+    Raises SettingError for another kind, MissingExtraError if torch is asked for and not installed.
     """
     if isinstance(kind, Arrays):
         return kind
@@ -570,7 +570,7 @@ _SIGNED = {1: "int8", 2: "int16"}  # what numpy and torch both have, for the dty
 
 @functools.cache
 def _torch_view() -> Callable[[Any, TensorDesc], Any]:
-    import torch
+    from .extras import torch
 
     dtypes = {code: getattr(torch, row.name, None) for code, row in BY_CODE.items()}
 

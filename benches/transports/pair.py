@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import threading
 import time
 import zlib
 from collections.abc import Iterator
@@ -18,7 +20,10 @@ from benches.rounds import progress
 
 from . import TRANSPORTS, Bytes, Client, Run, load
 
-__all__ = ["Figures", "Pair", "open_pairs"]
+__all__ = ["ANSWER_S", "Figures", "Pair", "answering", "open_pairs"]
+
+ANSWER_S = 60.0
+"""How long a pair may take to start, or for what it is asked to do."""
 
 _NEEDS_DEV_SHM = ("shared_block", "torch_tensors", "iceoryx")
 _OF_A_MESSAGE = 4  # how many times its size one of them has there at most
@@ -140,10 +145,35 @@ class Pair:
         return line
 
 
+@contextmanager
+def answering(pair: Pair, within_s: float = ANSWER_S) -> Iterator[None]:
+    """TimeoutError if what is inside takes longer. Where a library waits outside of Python, the end of its peer is what
+    wakes it. For the main thread, which is who gets signals."""
+
+    def too_late(*_: object) -> None:
+        raise TimeoutError(f"no answer within {within_s:g} s")
+
+    began_s = time.monotonic()
+    before = signal.signal(signal.SIGALRM, too_late)
+    before_s, _ = signal.setitimer(signal.ITIMER_REAL, within_s)  # of who had set the timer before, a test's
+    killer = threading.Timer(within_s + 1, pair.kill)
+    killer.daemon = True
+    killer.start()
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        if before_s:
+            signal.setitimer(signal.ITIMER_REAL, max(before_s - (time.monotonic() - began_s), 1e-3))
+        killer.cancel()
+
+
 def open_pairs(
-    stack: ExitStack, names: list[str], cpu: int | None, most_nbytes: int
+    stack: ExitStack, names: list[str], cpu: int | None, most_nbytes: int, within_s: float = ANSWER_S
 ) -> tuple[dict[str, Pair], dict[str, str]]:
-    """The pairs, each with its peer on `cpu`, and why others are not there. `most_nbytes`: what will be sent."""
+    """The pairs, each with its peer on `cpu`, and why others are not there. `most_nbytes`: what will be sent. A pair
+    that takes longer than `within_s` to start is killed and left out."""
     starting, left_out = {}, {}
     needed_nbytes = 0
     room_nbytes = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
@@ -162,9 +192,11 @@ def open_pairs(
     pairs = {}
     for name, pair in starting.items():
         try:
-            pair.connect()
-        except (RuntimeError, OSError, ImportError) as error:
+            with answering(pair, within_s):
+                pair.connect()
+        except Exception as error:  # noqa: BLE001 - zmq, gRPC, Arrow: each has errors of its own
             left_out[name] = str(error)
+            pair.kill()
         else:
             pairs[name] = pair
     for name, reason in left_out.items():

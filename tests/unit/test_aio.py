@@ -28,10 +28,10 @@ from fastsplit import (
     RemoteOpError,
     RemoteProtocolError,
     SettingError,
+    aio,
 )
 from fastsplit.errors import ArenaFull
 from fastsplit.schema.limits import Limits
-from fastsplit.wire import aio
 
 MIB = 1024**2
 X = np.arange(1000, dtype=np.float32)
@@ -746,13 +746,22 @@ def test_cancelling_an_opening(unix_uri: str) -> None:
     run(main())
 
 
-def test_aio_is_imported_when_it_is_first_asked_for() -> None:
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        "aio = fastsplit.aio",
+        "from fastsplit import aio",
+        "import fastsplit.aio; aio = fastsplit.aio",
+        "from fastsplit.aio import connect; aio = fastsplit.aio; assert connect is aio.connect",
+    ],
+)
+def test_aio_is_imported_when_it_is_first_asked_for(spelling: str) -> None:
     code = (
-        "import sys, fastsplit; before = 'asyncio' in sys.modules; "
-        "from fastsplit import aio; print(before, fastsplit.aio is aio, 'asyncio' in sys.modules)"
+        f"import sys, fastsplit; before = 'asyncio' in sys.modules; {spelling}; "
+        "print(before, aio.__name__, sys.modules['fastsplit.aio'] is fastsplit.aio is aio, 'asyncio' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.stdout.split() == ["False", "True", "True"], done.stderr
+    assert done.stdout.split() == ["False", "fastsplit.aio", "True", "True"], done.stderr
 
 
 # ---- with the blocking front -----------------------------------------------------------------------------------------

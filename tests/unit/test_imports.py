@@ -16,6 +16,7 @@ ROOT = PACKAGE.parent
 CORE = sorted(
     [
         PACKAGE / "__init__.py",
+        PACKAGE / "aio.py",
         PACKAGE / "errors.py",
         PACKAGE / "memory.py",
         *(PACKAGE / "schema").glob("*.py"),

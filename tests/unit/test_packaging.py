@@ -39,10 +39,59 @@ assert type(y) is np.ndarray and y.flags.writeable and (y == 2.5).all() and y.sh
 assert "torch" not in sys.modules
 try:
     fastsplit.SplitModelForCausalLM
-except ModuleNotFoundError as error:
-    assert error.name in ("torch", "transformers"), error
+except fastsplit.MissingExtraError as error:
+    assert str(error) == "torch is not installed here: pip install 'fastsplit[torch,hf]'", error
 else:
     raise AssertionError("there is a split model without torch")
+"""
+TYPED = """
+import asyncio
+
+import fastsplit
+import fastsplit.aio
+from fastsplit import aio
+from fastsplit.aio import Channel, connect
+
+
+def scale(call: fastsplit.Call) -> object:
+    (x,) = call.tensors
+    x *= call.attrs["by"]
+    calls[call.client] = calls.get(call.client, 0) + 1
+    return x
+
+
+async def slow(call: aio.Call) -> object:
+    return await call.allocate((2, 3), "float32")
+
+
+calls: dict[fastsplit.Client, int] = {}
+handlers: dict[str, fastsplit.Handler] = {"scale": scale}
+both: dict[str, fastsplit.aio.Handler] = {"scale": scale, "slow": slow}
+
+
+def blocking(uri: str) -> int:
+    with fastsplit.Server(uri, handlers) as server, fastsplit.connect(server.uri) as channel:
+        x = channel.empty((2, 3), dtype="float32")
+        (y,) = channel.call("scale", x, by=2.0, timeout_s=5)
+        future: fastsplit.Future = channel.submit("scale", y, by=0.5)
+        result: fastsplit.Result = future.result(timeout=5)
+        (z,) = result
+        try:
+            channel.call("missing", z)
+        except fastsplit.RemoteOpError as error:
+            print(error.op, error.message)
+        return channel.stats.calls
+
+
+async def main(uri: str) -> None:
+    async with aio.serve(uri, both) as server, fastsplit.aio.connect(server.uri) as channel, connect(uri) as another:
+        (y,), (z,) = await asyncio.gather(channel.call("slow"), another.call("slow", timeout_s=5))
+        reveal_type(channel)
+        reveal_type(Channel is aio.Channel)
+
+
+reveal_type(fastsplit.connect("unix:///tmp/s"))
+fastsplit.connect(3)
 """
 
 
@@ -54,14 +103,21 @@ def _run(*command: str | Path, cwd: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what is in the repository."""
+    source = tmp_path_factory.mktemp("source")
     for name in ("setup.cfg", "pyproject.toml", "LICENSE", "README.md"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, source)
     # Folders that are no package must not become one.
     for name in ("fastsplit", "tests", "demo", "benches"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("wheel")
     _run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", target, source, cwd=target)
     (path,) = target.glob("*.whl")
     return path
@@ -117,3 +173,25 @@ def test_installed_alone_it_works_with_numpy(wheel: Path, tmp_path: Path) -> Non
     _run(python, "-c", ROUND_TRIP, cwd=tmp_path)
     for script in ("fastsplit-gpu-side", "fastsplit-tee-side"):
         assert _run(venv / "bin" / script, "--version", cwd=tmp_path).strip() == f"fastsplit {fastsplit.__version__}"
+
+
+def test_type_checkers_see_an_editable_install(source: Path, tmp_path: Path) -> None:
+    """As `make` installs it, for mypy that runs elsewhere: each way to import it has its types."""
+    pytest.importorskip("mypy")
+    venv, program = tmp_path / "venv", tmp_path / "program.py"
+    python = venv / "bin" / "python"
+    _run(sys.executable, "-m", "venv", "--without-pip", venv, cwd=tmp_path)
+    pip = (sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-compile")
+    _run(*pip, "--no-deps", "--editable", source, cwd=tmp_path)
+    program.write_text(TYPED)
+    settings = ("--strict", "--no-color-output", "--python-executable", str(python))
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", *settings, program.name], cwd=tmp_path, capture_output=True, text=True
+    )
+    says = [line.partition(": ")[2] for line in done.stdout.splitlines()[:-1]]
+    assert says == [
+        'note: Revealed type is "fastsplit.wire.aio_channel.Channel"',
+        'note: Revealed type is "bool"',
+        'note: Revealed type is "fastsplit.wire.channel.Channel"',
+        'error: Argument 1 to "Channel" has incompatible type "int"; expected "str"  [arg-type]',
+    ], done.stdout

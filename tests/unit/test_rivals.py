@@ -6,11 +6,12 @@ What a rival may not be is worse than it has to be, or wrong: a comparison is wo
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,15 @@ import torch
 import zmq
 import zmq.utils.garbage
 
+from benches.processes import Process
 from benches.rivals.backend import RivalBackend, rival_runner
 from benches.rivals.messages import MESSAGES, Messages
 from benches.rivals.raw_socket import one_way_bytes_per_s
 from benches.rivals.service import RivalService
 from benches.rounds import interleaved
 from benches.transports import TRANSPORTS
-from benches.transports.pair import Pair
+from benches.transports import pair as pair_module
+from benches.transports.pair import Pair, open_pairs
 from fastsplit import Server, connect
 from fastsplit.errors import DeadlineError, RemoteOpError
 from fastsplit.executor import Executor
@@ -411,6 +414,37 @@ def test_a_rival_that_loses_a_message_ends_the_benchmark(monkeypatch: pytest.Mon
         )
         with pytest.raises(SystemExit, match="shm: memcpy, one way: 2 messages came, expected 3"):
             pair.push(ones(64), "sleeping", 3)
+
+
+@pytest.mark.parametrize("where", ["starting", "connecting"])
+def test_a_rival_that_blocks_while_it_starts_is_left_out(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ready = "print('READY', '0', flush=True)" if where == "connecting" else ""
+    (tmp_path / "blocks.py").write_text(f"import time; {ready}\ntime.sleep(60)\n")
+    started: list[Process] = []
+
+    def start(module: str, *arguments: str, wait: bool) -> Process:
+        started.append(Process("blocks", environment={"PYTHONPATH": str(tmp_path)}, wait=wait))
+        return started[-1]
+
+    class Blocked:
+        def __init__(self, address: str) -> None:
+            time.sleep(60)
+
+    monkeypatch.setattr(pair_module, "Process", start)
+    monkeypatch.setattr(pair_module, "load", lambda name, end: Blocked)
+    names = ["unix: raw socket", "tcp: raw socket"]
+    began_s, handler = time.monotonic(), signal.getsignal(signal.SIGALRM)
+    with ExitStack() as stack:
+        pairs, left_out = open_pairs(stack, names, None, 64, within_s=0.5)
+        assert (pairs, left_out) == ({}, dict.fromkeys(names, "no answer within 0.5 s"))
+        for process in started:
+            assert process._popen.wait(5) == -signal.SIGKILL
+    assert time.monotonic() - began_s < 10
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition(" ")[2] for line in said] == [f"left out: {name}: no answer within 0.5 s" for name in names]
+    assert signal.getsignal(signal.SIGALRM) == handler
 
 
 def test_systems_take_turns_at_being_first() -> None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
+MODULES = sorted(
+    path.stem
+    for path in (ROOT / "fastsplit").glob("*.py")
+    if re.search("^from .extras import .*torch", path.read_text(encoding="utf-8"), re.MULTILINE)
+)
 PROGRAM = """
 import importlib.util
 import sys
@@ -35,17 +42,28 @@ with fastsplit.Server(sys.argv[1], {"scale": scale}) as server, fastsplit.connec
     x[:] = 3
     (y,) = channel.call("scale", x, by=2)
     assert type(x) is type(y) is np.ndarray and (y == 6).all() and y.flags.writeable
+
 def needs_torch(work):
     try:
         work()
-    except ModuleNotFoundError as error:
-        assert error.name == "torch"
+    except fastsplit.MissingExtraError as error:
+        assert isinstance(error, ImportError) and error.name == "torch"
+        assert str(error) == "torch is not installed here: pip install 'fastsplit[torch,hf]'"
     else:
         raise AssertionError("no error")
 
 needs_torch(lambda: fastsplit.connect(sys.argv[1], arrays="torch"))
 needs_torch(lambda: fastsplit.SplitModelForCausalLM)
 needs_torch(lambda: fastsplit.SplitModelForCausalLM)  # and again, not a half of it
+for module in sys.argv[2:]:
+    needs_torch(lambda: importlib.import_module("fastsplit." + module))
+
+import fastsplit.gpu_side, fastsplit.models, fastsplit.tee_side
+model = fastsplit.models.open_model("random:tiny")
+needs_torch(model.tee_weights)
+needs_torch(lambda: next(model.items()))
+assert fastsplit.gpu_side.main(["--model", "random:tiny"]) == 1
+assert fastsplit.tee_side.main(["--connect", sys.argv[1], "--prompt-ids", "1"]) == 1
 try:
     fastsplit.nothing
 except AttributeError as error:
@@ -56,10 +74,29 @@ else:
 
 
 def test_numpy_alone(unix_uri: str) -> None:
+    assert "hf" in MODULES and "runner" in MODULES
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, unix_uri], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", PROGRAM, unix_uri, *MODULES], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
+    hint = "torch is not installed here: pip install 'fastsplit[torch,hf]'"
+    assert (done.stdout, done.stderr.splitlines()) == ("", [f"gpu_side: {hint}", f"tee_side: {hint}"])
+
+
+def test_every_module_takes_them_from_the_extras() -> None:
+    """So that the hint is given wherever one is missing. hf.py takes names of transformers after it has asked there."""
+    found = []
+    for path in (ROOT / "fastsplit").rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+                node.body = []
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            if {name.partition(".")[0] for name in names} & {"torch", "transformers", "safetensors", "tokenizers"}:
+                found.append(path.name)
+    assert set(found) == {"hf.py"}
 
 
 def test_importing_brings_no_torch() -> None:
