@@ -80,7 +80,8 @@ class Watcher:
 
     def __init__(self, channel: Channel, *, keeps: bool) -> None:
         self.stirred = True
-        """Whether anything happened since the watcher last rested: a request, a hand-over."""
+        """Whether there was a request since the watcher last rested."""
+        self._stepped_aside = False  # since then
         self.asleep = False
         """Whether it must be woken to look for something to do."""
         self.polling = False
@@ -121,7 +122,7 @@ class Watcher:
 
     def step_aside(self) -> None:
         """A caller reads now."""
-        self.stirred = True
+        self._stepped_aside = True
         self._wake()
 
     def _wake(self) -> None:
@@ -259,8 +260,9 @@ class Watcher:
 
     def _rest(self, channel: Channel) -> tuple[float, bool]:
         """How many seconds to sleep, and whether the thread has nothing to do."""
-        stirred, self.stirred = self.stirred, False
-        if stirred:
+        naps = self._stepped_aside or (self.stirred and channel._session.inflight > 0)
+        self.stirred = self._stepped_aside = False
+        if naps:
             return _NAP_S, False
         self.asleep = True
         if self.stirred:  # between the two
