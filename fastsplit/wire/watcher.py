@@ -260,15 +260,17 @@ class Watcher:
 
     def _rest(self, channel: Channel) -> tuple[float, bool]:
         """How many seconds to sleep, and whether the thread has nothing to do."""
-        naps = self._stepped_aside or (self.stirred and channel._session.inflight > 0)
+        callers_read = channel._reading or channel._followers
+        naps = self._stepped_aside or (self.stirred and callers_read)
         self.stirred = self._stepped_aside = False
         if naps:
             return _NAP_S, False
         self.asleep = True
-        if self.stirred:  # between the two
+        # what came before that did not ring
+        works = self._keeps or channel._session.inflight > 0
+        if works and not callers_read:
             return 0.0, False
-        idle = not self._keeps and not channel._session.inflight
-        return (_IDLE_S if idle else _LONG_NAP_S), idle
+        return (_LONG_NAP_S if works else _IDLE_S), not works
 
     def _retires(self, channel: Channel) -> bool:
         """Ends the thread's work, unless there is some. A request that comes in this very moment finds that there is no

@@ -32,8 +32,8 @@ Serve = Callable[..., fastsplit.Server]
 Connect = Callable[..., fastsplit.Channel]
 
 
-def _until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
+def _until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.0005)
@@ -220,6 +220,26 @@ def test_the_peer_s_end_is_noticed(unix_uri: str, connect: Connect) -> None:
         leaves.set()
         _until(lambda: errors)
     assert isinstance(errors[0], PeerLostError) and channel.closed
+
+
+def test_a_nap_only_follows_a_hand_over(
+    socket_uri: str, serve: Serve, connect: Connect, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watcher, "_NAP_S", 30.0)
+    monkeypatch.setattr(watcher, "_LONG_NAP_S", 30.0)
+    monkeypatch.setattr(watcher, "_IDLE_S", 30.0)
+    channel = connect(serve(socket_uri, _handlers(gate), arrays="numpy").uri, arrays="numpy")
+    for _ in range(20):
+        _until(channel.submit("echo").done)
+        channel.call("echo")  # it takes nothing over: nothing was in flight
+    slow = channel.submit("gate")
+    _until(lambda: channel._watching)
+    with pytest.raises(DeadlineError):
+        slow.result(0.02)  # a hand-over
+    gate.opened.set()
+    with pytest.raises(AssertionError):
+        _until(slow.done, 0.1)
+    assert slow.result(10) == ()
 
 
 def test_a_large_reply_is_handed_over(channel: fastsplit.Channel) -> None:
