@@ -430,14 +430,14 @@ class SplitModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
         for a loss without gradients. `return_dict`: False for a tuple.
 
         Gives `logits` [batch, kept, vocab] float32, `loss` with labels, and `past_key_values`. What is given for
-        padding means nothing. Raises ValueError or TypeError for an input that is not supported, and what the channel
+        padding means nothing. Raises SettingError or TypeError for an input that is not supported, and what the channel
         raises.
         """
         return_dict = kwargs.pop("return_dict", None)  # no parameter: `generate` must not take it for an input
         _refuse_unsupported(inputs_embeds, self.config, kwargs)
         if input_ids is None or input_ids.ndim != 2 or not input_ids.numel():
             found = "none" if input_ids is None else list(input_ids.shape)
-            raise ValueError(f"input_ids: {found}, expected [batch, n], one token or more")
+            raise SettingError(f"input_ids: {found}, expected [batch, n], one token or more")
         _refuse_fractions("input_ids", input_ids)
         cache = past_key_values
         if cache is None and (self.config.use_cache if use_cache is None else use_cache):
@@ -472,7 +472,7 @@ class SplitModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
         batch, rows = input_ids.shape
         past = 0 if cache is None else cache.get_seq_length()
         if cache is not None and past and cache.batch_size != batch:
-            raise ValueError(f"input_ids: {batch} sequences, those in past_key_values are {cache.batch_size}")
+            raise SettingError(f"input_ids: {batch} sequences, those in past_key_values are {cache.batch_size}")
         ids = input_ids.to("cpu", torch.int64)
         mask = _mask(attention_mask, batch, past + rows)
         if mask is None and cache is not None and cache._hides_padding:
@@ -481,7 +481,7 @@ class SplitModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
             )  # by default the runner goes on hiding it
         positions = _positions(position_ids, batch, past, rows, mask is not None)
         if cache is None and attention_mask is None and positions is not None and bool((positions.diff() != 1).any()):
-            raise ValueError(
+            raise SettingError(
                 "position_ids: not one after the other, which without a cache and a mask means sequences packed into "
                 "one; not supported by a split model"
             )
@@ -617,7 +617,7 @@ def _refuse(name: str, value: Any) -> None:
 
 def _refuse_fractions(name: str, numbers: torch.Tensor) -> None:
     if numbers.is_floating_point() or numbers.is_complex():
-        raise ValueError(f"{name}: {numbers.dtype}, expected integers")
+        raise SettingError(f"{name}: {numbers.dtype}, expected integers")
 
 
 def _mask(attention_mask: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
@@ -625,7 +625,7 @@ def _mask(attention_mask: torch.Tensor | None, batch: int, length: int) -> torch
     if attention_mask is None:
         return None
     if attention_mask.shape != (batch, length):
-        raise ValueError(
+        raise SettingError(
             f"attention_mask: {list(attention_mask.shape)}, expected {[batch, length]}: all tokens, those in the cache "
             "too"
         )
@@ -641,11 +641,11 @@ def _positions(
     if position_ids is None:
         return counted.repeat(batch, 1) if masked else None
     if position_ids.shape not in ((batch, rows), (1, rows)):
-        raise ValueError(f"position_ids: {list(position_ids.shape)}, expected {[batch, rows]} or {[1, rows]}")
+        raise SettingError(f"position_ids: {list(position_ids.shape)}, expected {[batch, rows]} or {[1, rows]}")
     _refuse_fractions("position_ids", position_ids)
     positions = position_ids.to("cpu", torch.int64)
     if int(positions.min()) < 0:
-        raise ValueError(f"position_ids: {int(positions.min())}, expected 0 or more")
+        raise SettingError(f"position_ids: {int(positions.min())}, expected 0 or more")
     if not masked and bool((positions == counted).all()):
         return None
     return positions.expand(batch, rows).contiguous()
@@ -655,16 +655,16 @@ def _keep(logits_to_keep: int | torch.Tensor, batch: int, rows: int) -> tuple[st
     """What to ask the runner for, and how many tokens to run before without asking for theirs."""
     if isinstance(logits_to_keep, int):
         if logits_to_keep < 0:
-            raise ValueError(f"logits_to_keep: {logits_to_keep}, expected 0 or more")
+            raise SettingError(f"logits_to_keep: {logits_to_keep}, expected 0 or more")
         kept = min(logits_to_keep or rows, rows)
         return ("last", 0) if kept == 1 else ("all", rows - kept)
     if logits_to_keep.ndim not in (1, 2):
-        raise ValueError(f"logits_to_keep: {list(logits_to_keep.shape)}, expected [positions] or [batch, positions]")
+        raise SettingError(f"logits_to_keep: {list(logits_to_keep.shape)}, expected [positions] or [batch, positions]")
     if logits_to_keep.dtype == torch.bool or logits_to_keep.shape[-1] != 1:
         return "all", 0
     chosen = logits_to_keep.to("cpu", torch.int64).reshape(-1).expand(batch)
     if not bool(((-rows <= chosen) & (chosen < rows)).all()):
-        raise ValueError(f"logits_to_keep: {chosen.tolist()}, expected positions of {rows} tokens")
+        raise SettingError(f"logits_to_keep: {chosen.tolist()}, expected positions of {rows} tokens")
     return chosen % rows, 0
 
 
