@@ -533,6 +533,8 @@ class Channel:
             finally:
                 self._inside.discard(ident)
             if self._closed:
+                if future is not None:  # who has ended the connection may not have seen it
+                    self._settle(future, self._fail(ClosedError("the channel was closed")))
                 self._close_when_unused()
             if self._callbacks:
                 self._call_back()

@@ -258,6 +258,27 @@ def test_without_a_thread_nothing_is_sent(
     assert channel.submit("echo", np.arange(3)).result(10)[0].sum() == 3
 
 
+@pytest.mark.parametrize("ends", ["_fail", "_end"])
+def test_a_connection_that_ends_while_a_request_is_made(channel: fastsplit.Channel, ends: str) -> None:
+    """Whoever ends it does not see this request among those in flight; and what is sent may seem to be taken."""
+    request = channel._session.request
+
+    def ending(*args: Any) -> Any:
+        error = PeerLostError("gone")
+        thread = threading.Thread(target=lambda: getattr(channel, ends)(error))
+        thread.start()
+        thread.join()
+        return request(*args)
+
+    channel.submit("echo").result()
+    channel._session.request = ending  # type: ignore[method-assign]
+    try:
+        future = channel.submit("echo")
+    except PeerLostError:
+        return
+    assert future.done() and isinstance(future.exception(), PeerLostError)
+
+
 # ---- turns -----------------------------------------------------------------------------------------------------------
 
 
