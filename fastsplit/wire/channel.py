@@ -533,6 +533,8 @@ class Channel:
             finally:
                 self._inside.discard(ident)
             if self._closed:
+                if future is not None:  # who has ended the connection may not have seen it
+                    self._settle(future, self._fail(ClosedError("the channel was closed")))
                 self._close_when_unused()
             if self._callbacks:
                 self._call_back()
@@ -761,7 +763,11 @@ class Channel:
                 self._end(error)
             finally:
                 self._release(sending)
-            self._call_back()
+            watcher = self._watcher
+            if watcher is None:  # the channel has ended
+                self._call_back()
+            elif self._callbacks:  # not here: a callback may call, and wait for what this very thread is to send
+                watcher.step_aside()
 
         if not sender.submit(send_rest):  # closed at this moment
             raise self._end(ClosedError("the channel was closed"))
@@ -1065,16 +1071,24 @@ class Channel:
         if future._callbacks is not None:
             self._callbacks.extend((callback, future) for callback in future._callbacks)
             future._callbacks = None
-        if future._waited_for is not None:
-            self._callbacks.append((Future._tell_waiters, future))
+        if future._waited_for is not None:  # these are told first: a callback may wait for as long as it likes
+            self._callbacks.appendleft((Future._tell_waiters, future))
         if self._followers:
             self._changed.notify_all()
 
     def _call_back(self) -> None:
         """Runs the callbacks of futures that are done. In the middle of something else of this thread it does nothing:
-        they run at the end of that."""
+        they run at the end of that. In a callback it leaves them to the watcher."""
         ident = get_ident()
-        if ident in self._inside or ident in self._calling_back:
+        if ident in self._inside:
+            return
+        if ident in self._calling_back:
+            with contextlib.suppress(IndexError, ValueError):  # another thread took it
+                while (first := self._callbacks[0])[0] is Future._tell_waiters:  # who waits needs no thread of its own
+                    self._callbacks.remove(first)
+                    Future._tell_waiters(first[1])
+                if self._watcher is not None:
+                    self._watcher.attend()
             return
         try:
             self._calling_back.add(ident)

@@ -174,6 +174,7 @@ class Watcher:
                 return True
             poll, timeout_s = self._readable, min(self._longest_s, max(self._due - monotonic(), 0.0))
         else:
+            channel._call_back()  # what is left to this thread: see Channel._call_back
             poll = self._rung
             timeout_s, idle = self._rest(channel)
         if not channel._futures:

@@ -278,6 +278,46 @@ def test_without_a_thread_nothing_is_sent(
     assert channel.submit("echo", np.arange(3)).result(10)[0].sum() == 3
 
 
+@pytest.mark.parametrize("ends", ["_fail", "_end"])
+def test_a_connection_that_ends_while_a_request_is_made(channel: fastsplit.Channel, ends: str) -> None:
+    """Whoever ends it does not see this request among those in flight; and what is sent may seem to be taken."""
+    request = channel._session.request
+
+    def ending(*args: Any) -> Any:
+        error = PeerLostError("gone")
+        thread = threading.Thread(target=lambda: getattr(channel, ends)(error))
+        thread.start()
+        thread.join()
+        return request(*args)
+
+    channel.submit("echo").result()
+    channel._session.request = ending  # type: ignore[method-assign]
+    try:
+        future = channel.submit("echo")
+    except PeerLostError:
+        return
+    assert future.done() and isinstance(future.exception(), PeerLostError)
+
+
+def test_with_overlap_the_thread_that_sends_runs_no_callback(unix_uri: str, serve: Serve, connect: Connect) -> None:
+    """A callback may call, and wait for what that very thread is to send."""
+    server = serve(unix_uri, _handlers(), arrays="numpy")
+    channel = connect(server.uri + "?shm=off", arrays="numpy", overlap=True, call_timeout_s=20)
+    assert channel._sender is not None
+    ran_in: list[threading.Thread] = []
+    release = channel._release
+
+    def find_one(sending: Any) -> None:
+        release(sending)
+        if threading.current_thread() in channel._sender.threads:  # type: ignore[union-attr]
+            channel._callbacks.append((lambda _: ran_in.append(threading.current_thread()), future))
+
+    channel._release = find_one  # type: ignore[method-assign]
+    future = channel.submit("echo", np.zeros(2**24, np.uint8))
+    _until(lambda: ran_in)
+    assert ran_in[0] not in channel._sender.threads
+
+
 # ---- turns -----------------------------------------------------------------------------------------------------------
 
 
@@ -434,6 +474,67 @@ def test_the_outcome_is_the_channel_s(channel: fastsplit.Channel) -> None:
         with pytest.raises(cf.InvalidStateError):
             attempt()
     assert future.result() == () and isinstance(future, cf.Future)
+
+
+def _in_a_callback_of_a_caller(channel: fastsplit.Channel, work: Callable[[], object]) -> threading.Thread:
+    """A thread that is not the channel's, in a callback that calls `work`."""
+    begun = threading.Event()
+
+    def then(_: fastsplit.Future) -> None:
+        if threading.current_thread() is thread:  # not if the channel's own was faster
+            begun.set()
+            work()
+
+    def call() -> None:
+        while not begun.is_set():
+            future = channel.submit("echo")
+            future.add_done_callback(then)
+            future.cancel()
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    assert begun.wait(20)
+    return thread
+
+
+def test_a_caller_in_a_callback_holds_up_nobody(socket_uri: str, serve: Serve, connect: Connect, gate: Gate) -> None:
+    """It reads for all; callbacks and waiters of what it reads do not wait for the end of its own."""
+    server = serve(socket_uri, _handlers(gate), arrays="numpy", workers=4)
+    for overlap in (False, True):
+        gate.opened.clear()
+        channel = connect(server.uri, arrays="numpy", overlap=overlap, call_timeout_s=20)
+        thread = _in_a_callback_of_a_caller(channel, lambda channel=channel: channel.call("gate"))  # type: ignore[misc]
+        came = threading.Event()
+        channel.submit("echo").add_done_callback(lambda _, came=came: came.set())  # type: ignore[misc]
+        assert came.wait(5)
+        assert not cf.wait([channel.submit("echo") for _ in range(5)], 5).not_done
+        gate.opened.set()
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def test_a_callback_of_the_channel_s_thread_holds_up_no_waiter(
+    socket_uri: str, serve: Serve, connect: Connect, gate: Gate
+) -> None:
+    server = serve(socket_uri, _handlers(gate), arrays="numpy", workers=4)
+    channel = connect(server.uri, arrays="numpy", call_timeout_s=20)
+    began = threading.Event()
+    channel.submit("echo").add_done_callback(lambda _: (began.set(), channel.call("gate")))
+    assert began.wait(5)
+    assert not cf.wait([channel.submit("echo") for _ in range(5)], 5).not_done
+
+
+def test_a_callback_that_waits_for_its_own_future(channel: fastsplit.Channel, gate: Gate) -> None:
+    future = channel.submit("gate")
+    waiting = threading.Thread(target=lambda: cf.wait([future], 20))
+    waiting.start()
+    _until(lambda: future._waiters)
+    seen: list[Any] = []
+    future.add_done_callback(lambda future: seen.append(cf.wait([future], 5).done))
+    gate.opened.set()
+    _until(lambda: seen)
+    assert seen == [{future}]
+    waiting.join(20)
 
 
 # ---- closing ---------------------------------------------------------------------------------------------------------
