@@ -275,7 +275,8 @@ def _open_tokenizer(args: argparse.Namespace, trusted: Model | None) -> Any:
             raise ModelError(f"tokenizer {args.tokenizer!r}: no tokenizer.json there")
         if args.prompt is not None or args.prompt_file is not None or args.chat:
             raise cli.Usage(
-                "a text prompt needs a tokenizer: give --tokenizer DIR, or --model DIR with tokenizer.json in it"
+                "a text prompt needs a tokenizer: give --tokenizer DIR, or --model DIR with tokenizer.json in it; "
+                "or --prompt-ids 1,2,3 without one"
             )
         return None
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is ever looked up anywhere else

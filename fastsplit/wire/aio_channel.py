@@ -135,6 +135,12 @@ class Channel:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
+    def __getattr__(self, name: str) -> Any:
+        """For what there is once the channel is open."""
+        if name in ("_connection", "_pump", "_session"):
+            raise ClosedError(why_closed(self._error))
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def __repr__(self) -> str:
         return f"<aio.Channel to {self.uri}, {'closed' if self.closed else 'open'}>"
 
@@ -210,7 +216,7 @@ class Channel:
             self._opened = True
             self._error = ClosedError("the channel was closed")
             return
-        if not hasattr(self, "_pump"):
+        if "_pump" not in self.__dict__:  # it could not be opened
             return
         if self._error is None:
             self._refusing = True
@@ -248,7 +254,7 @@ class Channel:
 
         `wait_s` adds up all calls; of those that are in flight together, too.
         """
-        if hasattr(self, "_connection"):
+        if "_connection" in self.__dict__:
             self._connection.fill(self._stats)
             self._stats.serialization_s = (self._encode_ns + self._session.decode_ns) * 1e-9
         return self._stats

@@ -145,8 +145,8 @@ class Arena:
             if size > room or len(self._blocks.segments) >= self._max_segments:
                 why = (
                     f"{size} bytes of shared memory: {total} bytes in {len(self._blocks.segments)} segments, of which "
-                    f"{self._blocks.in_use_nbytes} are in use, expected at most {self._max_nbytes} in "
-                    f"{self._max_segments}, which the peer accepts"
+                    f"{self._blocks.in_use_nbytes} bytes are in use, expected at most {self._max_nbytes} bytes in "
+                    f"{self._max_segments} segments, which the peer accepts"
                 )
                 return why, total > 0 and size <= self._max_nbytes
             wanted = max(size, _FIRST_SEGMENT_NBYTES if not total else min(total, _MAX_STEP_NBYTES))

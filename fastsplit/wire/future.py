@@ -221,15 +221,17 @@ class Future(concurrent.futures.Future[Result]):
                 else:
                     waiter.add_result(self)
 
-    @property
-    def _condition(self) -> Any:  # type: ignore[override]
-        return self._waiters_of().lock
+    if not TYPE_CHECKING:  # for type checkers these are the attributes that they are in the base class
 
-    @property
-    def _waiters(self) -> list[Any]:  # type: ignore[override]
-        return self._waiters_of().waiting
+        @property
+        def _condition(self):
+            return self._waiters_of().lock
 
-    @property
-    def _state(self) -> str:  # type: ignore[override]
-        done = self._done if self._waited_for is None else self._waited_for.settled
-        return _PENDING if not done else _CANCELLED if self.cancelled() else _FINISHED
+        @property
+        def _waiters(self):
+            return self._waiters_of().waiting
+
+        @property
+        def _state(self):
+            done = self._done if self._waited_for is None else self._waited_for.settled
+            return _PENDING if not done else _CANCELLED if self.cancelled() else _FINISHED

@@ -677,7 +677,12 @@ def test_opening(unix_uri: str) -> None:
             channel = connect(server.uri)
             with pytest.raises(ClosedError, match="not open yet"):
                 await channel.call("nothing")
-            assert "closed" in repr(channel)
+            for use in (lambda: channel.empty(3), lambda: channel.shm, lambda: channel.link, lambda: channel.inflight):
+                with pytest.raises(ClosedError, match="not open yet"):
+                    use()
+            with pytest.raises(ClosedError, match="not open yet"):
+                await channel.allocate(3)
+            assert "closed" in repr(channel) and not hasattr(channel, "submit")
             async with channel:
                 await channel.call("nothing")
                 assert "open" in repr(channel) and channel.shm and "ring" in channel.shm_reason

@@ -367,8 +367,8 @@ def test_full_at_once_where_nobody_holds_anything() -> None:
     with pytest.raises(ArenaFull) as caught:
         client.arena.allocate(3 * MIB)
     assert str(caught.value) == (
-        f"{3 * MIB} bytes of shared memory: 0 bytes in 0 segments, of which 0 are in use, expected at most {2 * MIB} "
-        "in 2, which the peer accepts"
+        f"{3 * MIB} bytes of shared memory: 0 bytes in 0 segments, of which 0 bytes are in use, expected at most "
+        f"{2 * MIB} bytes in 2 segments, which the peer accepts"
     )
     close(client, server)
 
@@ -383,7 +383,7 @@ def test_full_at_the_deadline() -> None:
     client, server = pair(peer_limits=SMALL, relieve=relieve)
     held = [client.arena.allocate(MIB), client.arena.allocate(MIB)]
     started = time.monotonic()
-    with pytest.raises(ArenaFull, match=f"{2 * MIB} bytes in 2 segments, of which {2 * MIB} are in use"):
+    with pytest.raises(ArenaFull, match=f"{2 * MIB} bytes in 2 segments, of which {2 * MIB} bytes are in use"):
         client.arena.allocate(64, started + 0.05)
     assert 0.05 <= time.monotonic() - started < 1 and waits and set(waits) == {started + 0.05}
     with pytest.raises(ArenaFull):

@@ -46,6 +46,7 @@ else:
 """
 TYPED = """
 import asyncio
+import concurrent.futures
 
 import fastsplit
 import fastsplit.aio
@@ -76,6 +77,10 @@ def blocking(uri: str) -> int:
         future: fastsplit.Future = channel.submit("scale", y, by=0.5)
         result: fastsplit.Result = future.result(timeout=5)
         (z,) = result
+        futures: list[fastsplit.Future] = [channel.submit("scale", z, by=2.0)]
+        for done in concurrent.futures.as_completed(futures):
+            result = done.result()
+        concurrent.futures.wait(futures)
         try:
             channel.call("missing", z)
         except fastsplit.RemoteOpError as error:
@@ -86,6 +91,8 @@ def blocking(uri: str) -> int:
 async def main(uri: str) -> None:
     async with aio.serve(uri, both) as server, fastsplit.aio.connect(server.uri) as channel, connect(uri) as another:
         (y,), (z,) = await asyncio.gather(channel.call("slow"), another.call("slow", timeout_s=5))
+        with fastsplit.connect(server.uri) as blocking:
+            (w,) = await asyncio.wrap_future(blocking.submit("slow"))
         reveal_type(channel)
         reveal_type(Channel is aio.Channel)
 
