@@ -552,7 +552,6 @@ class Channel:
         attrs: dict[str, Any],
     ) -> Future:
         """As `_start`, for a request that has to wait for its turn."""
-        started_ns = perf_counter_ns()
         turn = _Turn()
         future: Future | None = None
         try:
@@ -560,27 +559,37 @@ class Channel:
                 self._turns.append(turn)
             while future is None:
                 self._let_in()
-                ident = self._check_entry(op)
-                while True:
-                    soon = monotonic() + _LOOK_FOR_TURN_S
-                    try:
-                        self._wait_until_done(turn, soon if deadline is None else min(soon, deadline), ident)
-                        break
-                    except DeadlineError:
-                        if deadline is not None and monotonic() >= deadline:
-                            raise DeadlineError(
-                                f"{op}: not sent within {timeout_s} s: the peer takes {self._most_inflight} requests "
-                                "at a time, and as many were in flight"
-                            ) from None
+                self._wait_for_turn(turn, op, timeout_s, deadline)
                 turn._done = False
-                self._stats.wait_s += (perf_counter_ns() - started_ns) * 1e-9
                 future = self._start(op, tensors, timeout_s, deadline, expect, wire_dtype, codec, attrs, turn)
-                started_ns = perf_counter_ns()
         finally:
             with self._lock, contextlib.suppress(ValueError):
                 self._turns.remove(turn)
             self._let_in()
+            self._leave_to_watcher()
         return future
+
+    def _wait_for_turn(self, turn: _Turn, op: str, timeout_s: float | None, deadline: float | None) -> None:
+        ident = self._check_entry(op)
+        started_ns = perf_counter_ns()
+        decoded_ns = self._session.decode_ns
+        try:
+            while True:
+                soon = monotonic() + _LOOK_FOR_TURN_S
+                try:
+                    self._wait_until_done(turn, soon if deadline is None else min(soon, deadline), ident)
+                    return
+                except DeadlineError:
+                    if deadline is not None and monotonic() >= deadline:
+                        raise DeadlineError(
+                            f"{op}: not sent within {timeout_s} s: the peer takes {self._most_inflight} requests "
+                            "at a time, and as many were in flight"
+                        ) from None
+        finally:
+            decoded_ns = self._session.decode_ns - decoded_ns
+            waited_ns = perf_counter_ns() - started_ns - decoded_ns
+            self._stats.wait_s += waited_ns * 1e-9
+            self._stats.serialization_s += decoded_ns * 1e-9
 
     def _let_in(self) -> None:
         """Gives their turn to as many requests as the peer takes, in order; after the end to all, to be told so."""
@@ -654,7 +663,7 @@ class Channel:
             self._closed = self._refusing = True
             if self._error is None:  # now, so that it comes before the server's answer to the goodbye
                 self._error = ClosedError("the channel was closed")
-            discarded = [future.op for future in list(self._futures.values())] if first else ()
+            discarded = [future.op for future in list(self._futures.values()) if not future._done] if first else ()
         sending = self._sending
         if first and sending.acquire(timeout=0.0 if inside else 0.1):  # if a send is stuck the end says enough
             try:
@@ -683,6 +692,8 @@ class Channel:
         self._connection.leave(why)
         self._sending = self._connection.sending
         self._calling_back.clear()
+        for _, future in self._callbacks:
+            future._leave()
         self._callbacks.clear()
         self._reading = 0
         if self._watcher is not None:
@@ -693,7 +704,9 @@ class Channel:
         if self._error is None:
             self._error = ClosedError(why)
         for future in self._futures.values():
-            future._error, future._done, future._callbacks = self._error, True, None
+            if not future._done:
+                future._error, future._done, future._callbacks = self._error, True, None
+            future._leave()
         self._futures.clear()
 
     # ---- sending ----
@@ -877,8 +890,14 @@ class Channel:
             waited_ns = perf_counter_ns() - started_ns - decoded_ns
             self._stats.wait_s += waited_ns * 1e-9
             self._stats.serialization_s += decoded_ns * 1e-9
-            if self._watcher is not None and self._session.inflight and not self._reading and not self._followers:
-                self._watcher.attend()
+            if self._watcher is not None:
+                self._leave_to_watcher()
+
+    def _leave_to_watcher(self) -> None:
+        """This thread has read, or waited for who did."""
+        watcher = self._watcher
+        if watcher is not None and self._session.inflight and not self._reading and not self._followers:
+            watcher.attend()
 
     def _wait_until_done(self, waiter: Future | _Turn, until: float | None, ident: int) -> None:
         """Reads, or waits for the thread that does. Raises DeadlineError at `until`."""
@@ -978,6 +997,7 @@ class Channel:
             if left:
                 self._left_reading()
         self._call_back()
+        self._leave_to_watcher()
         return reads
 
     def _read_once(self, deadline: float | None, *, blocking: bool = True) -> None:

@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import DeadlineError, ResourceError
 from ..shortage import start, why
+from .forked import renew
 
 if TYPE_CHECKING:
     from .channel import Channel
@@ -70,6 +71,11 @@ class _Bell:
     def close(self) -> None:
         with self._lock:
             self._file.close()
+
+    def leave(self) -> None:
+        """For a forked child: see forked.py."""
+        renew(self._lock)
+        self.close()
 
 
 class Watcher:
@@ -139,7 +145,7 @@ class Watcher:
     def leave(self) -> None:
         """For a forked child: see forked.py. The thread is the parent's."""
         self.polling = False
-        self._bell.close()
+        self._bell.leave()
 
     # ---- the thread ----
 
@@ -163,7 +169,7 @@ class Watcher:
     def _go_on(self) -> bool:
         """Does what there is to do, then waits for more. False if the thread is to end."""
         channel = self._channel()
-        if channel is None or channel._closed:
+        if channel is None or channel._closed or channel._watcher is not self:  # the last if its start was interrupted
             return False
         if monotonic() >= self._due:
             self._end_late_futures(channel)
@@ -235,7 +241,9 @@ class Watcher:
         return self._may_go_on(channel) and (self._keeps or channel._session.inflight > 0)
 
     def _may_go_on(self, channel: Channel) -> bool:
-        return not (channel._callbacks or channel._closed or (channel._followers and not self._keeps))
+        if channel._callbacks or channel._closed or (channel._followers and not self._keeps):
+            return False
+        return monotonic() < self._due
 
     def _begin_to_watch(self, channel: Channel) -> None:
         """Unless there is something to read, or a caller wants to."""
@@ -260,8 +268,9 @@ class Watcher:
 
     def _rest(self, channel: Channel) -> tuple[float, bool]:
         """How many seconds to sleep, and whether the thread has nothing to do."""
-        stirred, self.stirred = self.stirred, False
+        stirred = self.stirred
         if stirred:
+            self.stirred = False  # what comes at this moment is found after the nap
             return _NAP_S, False
         self.asleep = True
         if self.stirred:  # between the two
