@@ -566,7 +566,8 @@ class Channel:
             with self._lock, contextlib.suppress(ValueError):
                 self._turns.remove(turn)
             self._let_in()
-            self._leave_to_watcher()
+            if self._watcher is not None or self._events or self._callbacks:
+                self._leave_to_watcher()
         return future
 
     def _wait_for_turn(self, turn: _Turn, op: str, timeout_s: float | None, deadline: float | None) -> None:
@@ -890,14 +891,18 @@ class Channel:
             waited_ns = perf_counter_ns() - started_ns - decoded_ns
             self._stats.wait_s += waited_ns * 1e-9
             self._stats.serialization_s += decoded_ns * 1e-9
-            if self._watcher is not None:
+            if self._watcher is not None or self._events or self._callbacks:
                 self._leave_to_watcher()
 
     def _leave_to_watcher(self) -> None:
         """This thread has read, or waited for who did."""
-        watcher = self._watcher
-        if watcher is not None and self._session.inflight and not self._reading and not self._followers:
-            watcher.attend()
+        if self._expects and not self._reading and not self._followers:
+            self._attend()
+
+    @property
+    def _expects(self) -> bool:
+        """Whether there is something to read for, or something that who was interrupted has left."""
+        return bool(self._session.inflight or self._events or self._callbacks)
 
     def _wait_until_done(self, waiter: Future | _Turn, until: float | None, ident: int) -> None:
         """Reads, or waits for the thread that does. Raises DeadlineError at `until`."""
@@ -997,7 +1002,8 @@ class Channel:
             if left:
                 self._left_reading()
         self._call_back()
-        self._leave_to_watcher()
+        if self._watcher is not None:
+            self._leave_to_watcher()
         return reads
 
     def _read_once(self, deadline: float | None, *, blocking: bool = True) -> None:
@@ -1103,21 +1109,33 @@ class Channel:
         if ident in self._inside:
             return
         if ident in self._calling_back:
-            with contextlib.suppress(IndexError, ValueError):  # another thread took it
-                while (first := self._callbacks[0])[0] is Future._tell_waiters:  # who waits needs no thread of its own
-                    self._callbacks.remove(first)
-                    Future._tell_waiters(first[1])
-                if self._watcher is not None:
-                    self._watcher.attend()
+            while self._tell_next():
+                pass
+            if self._callbacks and self._watcher is not None:
+                self._watcher.attend()
             return
         try:
             self._calling_back.add(ident)
             while self._callbacks:
+                if self._tell_next():
+                    continue
                 with contextlib.suppress(IndexError):  # another thread took the last one
                     callback, future = self._callbacks.popleft()
                     call_safely(f"a callback of {future!r}", callback, future)
         finally:
             self._calling_back.discard(ident)
+
+    def _tell_next(self) -> bool:
+        """Tells those who wait for a future by means of concurrent.futures, if they are next. Interrupted, it is called
+        again: the entry goes when all are told."""
+        with contextlib.suppress(IndexError, ValueError):  # another thread took it
+            tell, future = first = self._callbacks[0]
+            if tell is not Future._tell_waiters:
+                return False
+            call_safely(f"the end of {future!r}", tell, future)
+            self._callbacks.remove(first)
+            return True
+        return bool(self._callbacks)
 
     # ---- shared memory ----
 

@@ -91,6 +91,8 @@ class _Waiters:
         self.lock = threading.RLock()
         self.settled = False
         self.waiting: list[Any] = []
+        self.untold: list[Any] = []
+        """Of these, who is still to be told that it is settled."""
 
 
 class Future(concurrent.futures.Future[Result]):
@@ -220,16 +222,18 @@ class Future(concurrent.futures.Future[Result]):
         """The outcome is set, and somebody waits by means of concurrent.futures. Runs as a callback does."""
         waiters = self._waiters_of()
         with waiters.lock:
-            if waiters.settled:
-                return
-            waiters.settled = True
-            for waiter in waiters.waiting:
+            if not waiters.settled:
+                waiters.untold = list(waiters.waiting)
+                waiters.settled = True
+            while waiters.untold:
+                waiter = waiters.untold[0]
                 if self.cancelled():
                     waiter.add_cancelled(self)
                 elif self._error is not None:
                     waiter.add_exception(self)
                 else:
                     waiter.add_result(self)
+                del waiters.untold[:1]  # last: interrupted, it is told again
 
     @property
     def _condition(self) -> Any:  # type: ignore[override]

@@ -66,7 +66,9 @@ class _Bell:
                 self._file.write(_ONE)
 
     def heard(self) -> None:
-        self._file.read(len(_ONE))
+        with self._lock:
+            if not self._file.closed:
+                self._file.read(len(_ONE))
 
     def close(self) -> None:
         with self._lock:
@@ -209,7 +211,7 @@ class Watcher:
     def _reads(self, channel: Channel) -> bool:
         """Reads what is there, and begins to watch for more. False if there is nothing to read for, or a caller reads
         or wants to."""
-        if not (self._keeps or channel._session.inflight):
+        if not (self._keeps or channel._expects):
             return False
         ident = get_ident()
         try:
@@ -238,7 +240,7 @@ class Watcher:
                     break
         if not channel._followers:  # else those count it
             channel._stats.serialization_s += (channel._session.decode_ns - decoded_ns) * 1e-9
-        return self._may_go_on(channel) and (self._keeps or channel._session.inflight > 0)
+        return self._may_go_on(channel) and (self._keeps or channel._expects)
 
     def _may_go_on(self, channel: Channel) -> bool:
         if channel._callbacks or channel._closed or (channel._followers and not self._keeps):
@@ -262,7 +264,7 @@ class Watcher:
     def _end_watching(self, channel: Channel) -> None:
         with self._lock:
             self.polling = False
-            if channel._watching or self._keeps:  # else a caller has taken the reading
+            if (channel._watching or self._keeps) and channel._watcher is self:  # else a caller has taken the reading
                 channel._watching = False
                 channel._connection.link.awake()
 
@@ -275,7 +277,7 @@ class Watcher:
         self.asleep = True
         if self.stirred:  # between the two
             return 0.0, False
-        idle = not self._keeps and not channel._session.inflight
+        idle = not self._keeps and not channel._expects
         return (_IDLE_S if idle else _LONG_NAP_S), idle
 
     def _retires(self, channel: Channel) -> bool:
@@ -283,7 +285,7 @@ class Watcher:
         watcher, or is found here."""
         with self._lock:
             channel._watcher = None
-            works = self.stirred or channel._session.inflight > 0
+            works = self.stirred or channel._expects
             if works:
                 channel._watcher = self
         return not works
