@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import operator
 import threading
 import time
 from collections import deque
@@ -665,13 +666,17 @@ class Channel:
             if self._error is None:  # now, so that it comes before the server's answer to the goodbye
                 self._error = ClosedError("the channel was closed")
             discarded = [future.op for future in list(self._futures.values()) if not future._done] if first else ()
-        sending = self._sending
-        if first and sending.acquire(timeout=0.0 if inside else 0.1):  # if a send is stuck the end says enough
+        if first:
+            held = False
+            sending = self._sending
             try:
-                with contextlib.suppress(FastsplitError):
-                    self._connection.link.send([self._session.goodbye()])
+                (held,) = map(sending.acquire, (True,), (0.0 if inside else 0.1,))
+                if held:  # if a send is stuck the end says enough
+                    with contextlib.suppress(FastsplitError):
+                        self._connection.link.send([self._session.goodbye()])
             finally:
-                self._release(sending)
+                if held:
+                    self._release(sending)
         self._end(ClosedError("the channel was closed"))
         if self._sender is not None:
             self._sender.shutdown(wait=not inside)
@@ -1092,13 +1097,24 @@ class Channel:
         self._done(future)
 
     def _done(self, future: Future) -> None:
-        """A future has its outcome. The caller holds `_lock`."""
-        future._done = True
-        if future._callbacks is not None:
-            self._callbacks.extend((callback, future) for callback in future._callbacks)
+        """A future has its outcome. The caller holds `_lock`.
+
+        From `_done = True` to the call that queues what is to be called nothing else is called, so that no interrupt
+        comes between the two.
+        """
+        if future._callbacks is None:
+            future._done = True
+            if future._waited_for is not None:
+                self._callbacks.appendleft((Future._tell_waiters, future))
+        else:
+            steps: list[Callable[[Any], object]] = [self._callbacks.extend, self._callbacks.appendleft]
+            entries = zip(future._callbacks, itertools.repeat(future)), (Future._tell_waiters, future)
+            queue = map(operator.call, steps, entries)
+            future._done = True
             future._callbacks = None
-        if future._waited_for is not None:  # these are told first: a callback may wait for as long as it likes
-            self._callbacks.appendleft((Future._tell_waiters, future))
+            if future._waited_for is None:
+                del steps[1]
+            deque(queue, 0)  # those who wait come first: a callback may wait for as long as it likes
         if self._followers:
             self._changed.notify_all()
 
@@ -1200,15 +1216,18 @@ class Channel:
         Whoever sends or reads calls this again when it is done.
         """
         sending = self._sending
-        while sending.acquire(blocking=False):
+        while True:
+            held = False
             try:
+                (held,) = map(sending.acquire, (False,))
                 with self._lock:
-                    if not self._is_in_use:
+                    if held and not self._is_in_use:
                         self._connection.close()
                         return
             finally:
-                sending.release()
-            if self._is_in_use:
+                if held:
+                    sending.release()
+            if not held or self._is_in_use:
                 return
             # A reader that left just now came here too, and found `_sending` taken by us: look again for both.
 

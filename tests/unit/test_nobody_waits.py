@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from aio_front import Front
+from anywhere import Anywhere
 from raw_peer import RawPeer, serving
 
 import fastsplit
@@ -28,8 +29,10 @@ from fastsplit.errors import (
     ResourceError,
 )
 from fastsplit.wire import future as future_module
+from fastsplit.wire import server as server_module
 from fastsplit.wire import watcher
 
+Future = fastsplit.Future
 Serve = Callable[..., fastsplit.Server]
 Connect = Callable[..., fastsplit.Channel]
 
@@ -478,6 +481,92 @@ def test_decoding_is_not_waiting_for_a_turn(socket_uri: str, serve: Serve, conne
     passed_s = time.monotonic() - started
     assert channel.stats.serialization_s >= 0.05 and 0 < channel.stats.wait_s <= passed_s - 0.04
     future.result()
+
+
+def test_what_an_interrupted_reader_leaves_is_handled(channel: fastsplit.Channel) -> None:
+    """A reply that was read, whose future nobody waits for."""
+    channel.submit("echo").result()
+    handle, left = channel._handle, [3]
+
+    def interrupted(event: Any) -> None:
+        if threading.current_thread() is threading.main_thread() and left[0]:
+            left[0] -= 1
+            raise KeyboardInterrupt
+        handle(event)
+
+    channel._handle = interrupted  # type: ignore[method-assign]
+    futures = [channel.submit("echo") for _ in range(3)]
+    for future in futures:
+        with contextlib.suppress(KeyboardInterrupt):
+            future.result()
+    for future in futures:
+        _until(future.done)
+
+
+@pytest.mark.parametrize("calls_back", [False, True], ids=["", "callback"])
+def test_who_waits_is_told_wherever_another_is_interrupted(
+    socket_uri: str, serve: Serve, connect: Connect, calls_back: bool
+) -> None:
+    channel = connect(serve(socket_uri, _handlers(), arrays="numpy").uri, arrays="numpy")
+    channel.submit("echo").result()
+    place, n = None, 0
+    while place is None or place.where:
+        future = Future(channel, 0, "echo", None, None, 0)
+        came: list[Any] = []
+        if calls_back:
+            future.add_done_callback(came.append)
+        done: list[Any] = []
+        waiting = threading.Thread(target=lambda future=future, done=done: done.append(cf.wait([future], 20).done))
+        waiting.start()
+        _until(lambda future=future: future._waiters)  # type: ignore[misc]
+        with contextlib.suppress(KeyboardInterrupt), Anywhere(n, _interrupt) as place:
+            with channel._lock:
+                channel._finish(future, ClosedError("over"))
+        if not future.done():  # interrupted before: as if it had not been called
+            with channel._lock:
+                channel._finish(future, ClosedError("over"))
+        channel._call_back()
+        waiting.join(10)
+        assert not waiting.is_alive() and done == [{future}] and came == [future] * calls_back
+        n += 1
+    assert n > 2
+
+
+def test_closing_lets_go_of_what_it_holds_wherever_it_is_interrupted(
+    socket_uri: str, serve: Serve, connect: Connect
+) -> None:
+    server = serve(socket_uri, _handlers(), arrays="numpy")
+    place, n = None, 0
+    while place is None or place.where:
+        channel = connect(server.uri, arrays="numpy")
+        with contextlib.suppress(KeyboardInterrupt), Anywhere(n, _interrupt) as place:
+            channel.close()
+        channel.close()
+        assert not channel._sending.locked() and channel._connection.link.fileno() == -1, place.where
+        n += 1
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_server_takes_the_next_request_while_it_sends_an_answer(
+    socket_uri: str, serve: Serve, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a client at its limit, which has read the answer."""
+    done = server_module._Connection._done
+
+    def later(connection: Any, request_id: int) -> None:
+        time.sleep(0.01)
+        done(connection, request_id)
+
+    monkeypatch.setattr(server_module._Connection, "_done", later)
+    server = serve(socket_uri, _handlers(), arrays="numpy", workers=2, limits=fastsplit.Limits(max_inflight=1))
+    channel = connect(server.uri, arrays="numpy", call_timeout_s=20)
+    for n in range(5):
+        assert channel.call("echo", np.full(1, n))[0][0] == n
+        with pytest.raises(RemoteOpError):
+            channel.call("fail")
 
 
 # ---- the standard library's tools ------------------------------------------------------------------------------------
