@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import operator
 import threading
 import time
 from collections import deque
@@ -552,7 +553,6 @@ class Channel:
         attrs: dict[str, Any],
     ) -> Future:
         """As `_start`, for a request that has to wait for its turn."""
-        started_ns = perf_counter_ns()
         turn = _Turn()
         future: Future | None = None
         try:
@@ -560,27 +560,38 @@ class Channel:
                 self._turns.append(turn)
             while future is None:
                 self._let_in()
-                ident = self._check_entry(op)
-                while True:
-                    soon = monotonic() + _LOOK_FOR_TURN_S
-                    try:
-                        self._wait_until_done(turn, soon if deadline is None else min(soon, deadline), ident)
-                        break
-                    except DeadlineError:
-                        if deadline is not None and monotonic() >= deadline:
-                            raise DeadlineError(
-                                f"{op}: not sent within {timeout_s} s: the peer takes {self._most_inflight} requests "
-                                "at a time, and as many were in flight"
-                            ) from None
+                self._wait_for_turn(turn, op, timeout_s, deadline)
                 turn._done = False
-                self._stats.wait_s += (perf_counter_ns() - started_ns) * 1e-9
                 future = self._start(op, tensors, timeout_s, deadline, expect, wire_dtype, codec, attrs, turn)
-                started_ns = perf_counter_ns()
         finally:
             with self._lock, contextlib.suppress(ValueError):
                 self._turns.remove(turn)
             self._let_in()
+            if self._watcher is not None or self._events or self._callbacks:
+                self._leave_to_watcher()
         return future
+
+    def _wait_for_turn(self, turn: _Turn, op: str, timeout_s: float | None, deadline: float | None) -> None:
+        ident = self._check_entry(op)
+        started_ns = perf_counter_ns()
+        decoded_ns = self._session.decode_ns
+        try:
+            while True:
+                soon = monotonic() + _LOOK_FOR_TURN_S
+                try:
+                    self._wait_until_done(turn, soon if deadline is None else min(soon, deadline), ident)
+                    return
+                except DeadlineError:
+                    if deadline is not None and monotonic() >= deadline:
+                        raise DeadlineError(
+                            f"{op}: not sent within {timeout_s} s: the peer takes {self._most_inflight} requests "
+                            "at a time, and as many were in flight"
+                        ) from None
+        finally:
+            decoded_ns = self._session.decode_ns - decoded_ns
+            waited_ns = perf_counter_ns() - started_ns - decoded_ns
+            self._stats.wait_s += waited_ns * 1e-9
+            self._stats.serialization_s += decoded_ns * 1e-9
 
     def _let_in(self) -> None:
         """Gives their turn to as many requests as the peer takes, in order; after the end to all, to be told so."""
@@ -654,14 +665,18 @@ class Channel:
             self._closed = self._refusing = True
             if self._error is None:  # now, so that it comes before the server's answer to the goodbye
                 self._error = ClosedError("the channel was closed")
-            discarded = [future.op for future in list(self._futures.values())] if first else ()
-        sending = self._sending
-        if first and sending.acquire(timeout=0.0 if inside else 0.1):  # if a send is stuck the end says enough
+            discarded = [future.op for future in list(self._futures.values()) if not future._done] if first else ()
+        if first:
+            held = False
+            sending = self._sending
             try:
-                with contextlib.suppress(FastsplitError):
-                    self._connection.link.send([self._session.goodbye()])
+                (held,) = map(sending.acquire, (True,), (0.0 if inside else 0.1,))
+                if held:  # if a send is stuck the end says enough
+                    with contextlib.suppress(FastsplitError):
+                        self._connection.link.send([self._session.goodbye()])
             finally:
-                self._release(sending)
+                if held:
+                    self._release(sending)
         self._end(ClosedError("the channel was closed"))
         if self._sender is not None:
             self._sender.shutdown(wait=not inside)
@@ -683,6 +698,8 @@ class Channel:
         self._connection.leave(why)
         self._sending = self._connection.sending
         self._calling_back.clear()
+        for _, future in self._callbacks:
+            future._leave()
         self._callbacks.clear()
         self._reading = 0
         if self._watcher is not None:
@@ -693,7 +710,9 @@ class Channel:
         if self._error is None:
             self._error = ClosedError(why)
         for future in self._futures.values():
-            future._error, future._done, future._callbacks = self._error, True, None
+            if not future._done:
+                future._error, future._done, future._callbacks = self._error, True, None
+            future._leave()
         self._futures.clear()
 
     # ---- sending ----
@@ -877,8 +896,18 @@ class Channel:
             waited_ns = perf_counter_ns() - started_ns - decoded_ns
             self._stats.wait_s += waited_ns * 1e-9
             self._stats.serialization_s += decoded_ns * 1e-9
-            if self._watcher is not None and self._session.inflight and not self._reading and not self._followers:
-                self._watcher.attend()
+            if self._watcher is not None or self._events or self._callbacks:
+                self._leave_to_watcher()
+
+    def _leave_to_watcher(self) -> None:
+        """This thread has read, or waited for who did."""
+        if self._expects and not self._reading and not self._followers:
+            self._attend()
+
+    @property
+    def _expects(self) -> bool:
+        """Whether there is something to read for, or something that who was interrupted has left."""
+        return bool(self._session.inflight or self._events or self._callbacks)
 
     def _wait_until_done(self, waiter: Future | _Turn, until: float | None, ident: int) -> None:
         """Reads, or waits for the thread that does. Raises DeadlineError at `until`."""
@@ -978,6 +1007,8 @@ class Channel:
             if left:
                 self._left_reading()
         self._call_back()
+        if self._watcher is not None:
+            self._leave_to_watcher()
         return reads
 
     def _read_once(self, deadline: float | None, *, blocking: bool = True) -> None:
@@ -1066,13 +1097,24 @@ class Channel:
         self._done(future)
 
     def _done(self, future: Future) -> None:
-        """A future has its outcome. The caller holds `_lock`."""
-        future._done = True
-        if future._callbacks is not None:
-            self._callbacks.extend((callback, future) for callback in future._callbacks)
+        """A future has its outcome. The caller holds `_lock`.
+
+        From `_done = True` to the call that queues what is to be called nothing else is called, so that no interrupt
+        comes between the two.
+        """
+        if future._callbacks is None:
+            future._done = True
+            if future._waited_for is not None:
+                self._callbacks.appendleft((Future._tell_waiters, future))
+        else:
+            steps: list[Callable[[Any], object]] = [self._callbacks.extend, self._callbacks.appendleft]
+            entries = zip(future._callbacks, itertools.repeat(future)), (Future._tell_waiters, future)
+            queue = map(operator.call, steps, entries)
+            future._done = True
             future._callbacks = None
-        if future._waited_for is not None:  # these are told first: a callback may wait for as long as it likes
-            self._callbacks.appendleft((Future._tell_waiters, future))
+            if future._waited_for is None:
+                del steps[1]
+            deque(queue, 0)  # those who wait come first: a callback may wait for as long as it likes
         if self._followers:
             self._changed.notify_all()
 
@@ -1083,21 +1125,33 @@ class Channel:
         if ident in self._inside:
             return
         if ident in self._calling_back:
-            with contextlib.suppress(IndexError, ValueError):  # another thread took it
-                while (first := self._callbacks[0])[0] is Future._tell_waiters:  # who waits needs no thread of its own
-                    self._callbacks.remove(first)
-                    Future._tell_waiters(first[1])
-                if self._watcher is not None:
-                    self._watcher.attend()
+            while self._tell_next():
+                pass
+            if self._callbacks and self._watcher is not None:
+                self._watcher.attend()
             return
         try:
             self._calling_back.add(ident)
             while self._callbacks:
+                if self._tell_next():
+                    continue
                 with contextlib.suppress(IndexError):  # another thread took the last one
                     callback, future = self._callbacks.popleft()
                     call_safely(f"a callback of {future!r}", callback, future)
         finally:
             self._calling_back.discard(ident)
+
+    def _tell_next(self) -> bool:
+        """Tells those who wait for a future by means of concurrent.futures, if they are next. Interrupted, it is called
+        again: the entry goes when all are told."""
+        with contextlib.suppress(IndexError, ValueError):  # another thread took it
+            tell, future = first = self._callbacks[0]
+            if tell is not Future._tell_waiters:
+                return False
+            call_safely(f"the end of {future!r}", tell, future)
+            self._callbacks.remove(first)
+            return True
+        return bool(self._callbacks)
 
     # ---- shared memory ----
 
@@ -1162,15 +1216,18 @@ class Channel:
         Whoever sends or reads calls this again when it is done.
         """
         sending = self._sending
-        while sending.acquire(blocking=False):
+        while True:
+            held = False
             try:
+                (held,) = map(sending.acquire, (False,))
                 with self._lock:
-                    if not self._is_in_use:
+                    if held and not self._is_in_use:
                         self._connection.close()
                         return
             finally:
-                sending.release()
-            if self._is_in_use:
+                if held:
+                    sending.release()
+            if not held or self._is_in_use:
                 return
             # A reader that left just now came here too, and found `_sending` taken by us: look again for both.
 

@@ -10,6 +10,7 @@ Rules. A future's outcome is set once, under the channel's lock. A result's tens
 from __future__ import annotations
 
 import concurrent.futures
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CancelledError, DeadlineError, FastsplitError, RemoteOpError, fresh
 from ..printable import get_logger
 from ..tensors import Arrays
+from .forked import renew
 from .session import Error, Reply
 from .threads import call_safely
 
@@ -79,6 +81,7 @@ def warn_of_discarded(uri: str, ops: Iterable[str]) -> None:
 
 _PENDING, _CANCELLED, _FINISHED = "PENDING", "CANCELLED_AND_NOTIFIED", "FINISHED"  # concurrent.futures' states
 _creating = threading.RLock()
+os.register_at_fork(after_in_child=lambda: renew(_creating))
 
 
 class _Waiters:
@@ -88,6 +91,8 @@ class _Waiters:
         self.lock = threading.RLock()
         self.settled = False
         self.waiting: list[Any] = []
+        self.untold: list[Any] = []
+        """Of these, who is still to be told that it is settled."""
 
 
 class Future(concurrent.futures.Future[Result]):
@@ -186,6 +191,13 @@ class Future(concurrent.futures.Future[Result]):
     def _late(self) -> DeadlineError:
         return DeadlineError(f"{self.op}: no reply within its deadline of {self._timeout_s} s")
 
+    def _leave(self) -> None:
+        """For a forked child: see forked.py. Its outcome is set."""
+        waiters = self._waited_for
+        if waiters is not None:
+            renew(waiters.lock)
+            waiters.settled = True
+
     # ---- for concurrent.futures ----
 
     def set_running_or_notify_cancel(self) -> bool:
@@ -210,16 +222,18 @@ class Future(concurrent.futures.Future[Result]):
         """The outcome is set, and somebody waits by means of concurrent.futures. Runs as a callback does."""
         waiters = self._waiters_of()
         with waiters.lock:
-            if waiters.settled:
-                return
-            waiters.settled = True
-            for waiter in waiters.waiting:
+            if not waiters.settled:
+                waiters.untold = list(waiters.waiting)
+                waiters.settled = True
+            while waiters.untold:
+                waiter = waiters.untold[0]
                 if self.cancelled():
                     waiter.add_cancelled(self)
                 elif self._error is not None:
                     waiter.add_exception(self)
                 else:
                     waiter.add_result(self)
+                del waiters.untold[:1]  # last: interrupted, it is told again
 
     if not TYPE_CHECKING:  # for type checkers these are the attributes that they are in the base class
 

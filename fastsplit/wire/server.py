@@ -381,6 +381,7 @@ class _Connection:
         self._idle = threading.Condition()  # guards `_pending`, and what is read ahead
         # Requests that have no answer yet, where a pool runs them; here, so that they are gone when the connection is.
         self._pending: dict[int, Request] = {}
+        self._answered: set[int] = set()  # of these: the client counts them no more when it has read the answer
 
     def refuse(self, reason: FastsplitError | str) -> None:
         """Says why, and closes. For a connection whose thread was never started."""
@@ -633,7 +634,7 @@ class _Connection:
         with self._idle:
             if request.request_id in self._pending:
                 raise RemoteProtocolError(f"header, request_id: {request.request_id}, which is in flight already")
-            if len(self._pending) >= self.server.limits.max_inflight:
+            if len(self._pending) - len(self._answered) >= self.server.limits.max_inflight:
                 raise RemoteProtocolError(
                     f"{len(self._pending) + 1} requests in flight, expected at most {self.server.limits.max_inflight}"
                 )
@@ -784,6 +785,7 @@ class _Connection:
     def _done(self, request_id: int) -> None:
         with self._idle:
             self._pending.pop(request_id, None)
+            self._answered.discard(request_id)
             self.cancelled.discard(request_id)
             self._idle.notify_all()
 
@@ -850,6 +852,7 @@ class _Connection:
                 stats.calls += 1
                 stats.bytes_copied += out.copied_nbytes
                 self.wire.lent_nbytes += out.shared_nbytes
+                self._answers(request_id)
                 handed_over = self._send_behind([head, *out.buffers], len(head) + out.nbytes)
                 return
         finally:
@@ -857,6 +860,11 @@ class _Connection:
                 self._release_sending()
         self._answer_failure(request_id, message.op, failure)
         del failure  # it keeps this frame, and with it the tensors
+
+    def _answers(self, request_id: int) -> None:
+        """The answer is about to be sent."""
+        if request_id in self._pending:
+            self._answered.add(request_id)
 
     def _answer_failure(self, request_id: int, op: str, error: BaseException) -> None:
         log_failure(self, self.server.uri, op, error)
@@ -866,6 +874,7 @@ class _Connection:
         self._sending.acquire()
         try:
             frame = self.session.error(request_id, code, text)
+            self._answers(request_id)
             self._send([frame], len(frame))
         finally:
             self._release_sending()

@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import DeadlineError, ResourceError
 from ..shortage import start, why
+from .forked import renew
 
 if TYPE_CHECKING:
     from .channel import Channel
@@ -65,11 +66,18 @@ class _Bell:
                 self._file.write(_ONE)
 
     def heard(self) -> None:
-        self._file.read(len(_ONE))
+        with self._lock:
+            if not self._file.closed:
+                self._file.read(len(_ONE))
 
     def close(self) -> None:
         with self._lock:
             self._file.close()
+
+    def leave(self) -> None:
+        """For a forked child: see forked.py."""
+        renew(self._lock)
+        self.close()
 
 
 class Watcher:
@@ -140,7 +148,7 @@ class Watcher:
     def leave(self) -> None:
         """For a forked child: see forked.py. The thread is the parent's."""
         self.polling = False
-        self._bell.close()
+        self._bell.leave()
 
     # ---- the thread ----
 
@@ -164,7 +172,7 @@ class Watcher:
     def _go_on(self) -> bool:
         """Does what there is to do, then waits for more. False if the thread is to end."""
         channel = self._channel()
-        if channel is None or channel._closed:
+        if channel is None or channel._closed or channel._watcher is not self:  # the last if its start was interrupted
             return False
         if monotonic() >= self._due:
             self._end_late_futures(channel)
@@ -204,7 +212,7 @@ class Watcher:
     def _reads(self, channel: Channel) -> bool:
         """Reads what is there, and begins to watch for more. False if there is nothing to read for, or a caller reads
         or wants to."""
-        if not (self._keeps or channel._session.inflight):
+        if not (self._keeps or channel._expects):
             return False
         ident = get_ident()
         try:
@@ -233,10 +241,12 @@ class Watcher:
                     break
         if not channel._followers:  # else those count it
             channel._stats.serialization_s += (channel._session.decode_ns - decoded_ns) * 1e-9
-        return self._may_go_on(channel) and (self._keeps or channel._session.inflight > 0)
+        return self._may_go_on(channel) and (self._keeps or channel._expects)
 
     def _may_go_on(self, channel: Channel) -> bool:
-        return not (channel._callbacks or channel._closed or (channel._followers and not self._keeps))
+        if channel._callbacks or channel._closed or (channel._followers and not self._keeps):
+            return False
+        return monotonic() < self._due
 
     def _begin_to_watch(self, channel: Channel) -> None:
         """Unless there is something to read, or a caller wants to."""
@@ -255,21 +265,19 @@ class Watcher:
     def _end_watching(self, channel: Channel) -> None:
         with self._lock:
             self.polling = False
-            if channel._watching or self._keeps:  # else a caller has taken the reading
+            if (channel._watching or self._keeps) and channel._watcher is self:  # else a caller has taken the reading
                 channel._watching = False
                 channel._connection.link.awake()
 
     def _rest(self, channel: Channel) -> tuple[float, bool]:
         """How many seconds to sleep, and whether the thread has nothing to do."""
-        callers_read = channel._reading or channel._followers
-        naps = self._stepped_aside or (self.stirred and callers_read)
+        naps = self._stepped_aside or (self.stirred and (channel._reading or channel._followers))
         self.stirred = self._stepped_aside = False
         if naps:
             return _NAP_S, False
         self.asleep = True
-        # what came before that did not ring
-        works = self._keeps or channel._session.inflight > 0
-        if works and not callers_read:
+        works = self._keeps or channel._expects
+        if works and not (channel._reading or channel._followers):  # what came before `asleep` did not ring
             return 0.0, False
         return (_LONG_NAP_S if works else _IDLE_S), not works
 
@@ -278,7 +286,7 @@ class Watcher:
         watcher, or is found here."""
         with self._lock:
             channel._watcher = None
-            works = self.stirred or channel._session.inflight > 0
+            works = self.stirred or channel._expects
             if works:
                 channel._watcher = self
         return not works

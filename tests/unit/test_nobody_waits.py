@@ -7,6 +7,7 @@ import asyncio
 import concurrent.futures as cf
 import contextlib
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from aio_front import Front
+from anywhere import Anywhere
 from raw_peer import RawPeer, serving
 
 import fastsplit
@@ -26,8 +28,11 @@ from fastsplit.errors import (
     RemoteOpError,
     ResourceError,
 )
+from fastsplit.wire import future as future_module
+from fastsplit.wire import server as server_module
 from fastsplit.wire import watcher
 
+Future = fastsplit.Future
 Serve = Callable[..., fastsplit.Server]
 Connect = Callable[..., fastsplit.Channel]
 
@@ -318,6 +323,88 @@ def test_with_overlap_the_thread_that_sends_runs_no_callback(unix_uri: str, serv
     assert ran_in[0] not in channel._sender.threads
 
 
+def test_a_deadline_passes_while_bytes_keep_coming(
+    channel: fastsplit.Channel, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A peer may send for as long as it likes."""
+    end = time.monotonic() + 3
+
+    def read(deadline: float | None, *, blocking: bool = True, read: Any = channel._read_once) -> None:
+        if blocking or time.monotonic() > end:
+            read(deadline, blocking=blocking)
+        time.sleep(0.001)  # it has read something
+
+    channel._read_once = read  # type: ignore[method-assign]
+    started = time.monotonic()
+    future = channel.submit("gate", timeout_s=0.05)
+    _until(future.done)
+    assert time.monotonic() - started < 2
+    assert isinstance(future.exception(), DeadlineError)
+
+
+def test_who_gives_up_waiting_for_a_turn_leaves_the_reading(
+    socket_uri: str, serve: Serve, connect: Connect, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watcher, "_LONG_NAP_S", 30.0)
+    server = serve(socket_uri, _handlers(gate), arrays="numpy", limits=fastsplit.Limits(max_inflight=1))
+    channel = connect(server.uri, arrays="numpy", call_timeout_s=20)
+    future = channel.submit("gate")
+    with pytest.raises(DeadlineError):
+        channel.call("echo", timeout_s=0.05)
+    channel._read_a_while(time.monotonic() + 0.05)
+    started = time.monotonic()
+    gate.opened.set()
+    _until(future.done)
+    assert time.monotonic() - started < 5
+
+
+def test_a_thread_whose_start_was_interrupted_reads_nothing(
+    socket_uri: str, serve: Serve, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may run all the same, later."""
+    channel = connect(serve(socket_uri, _handlers(), arrays="numpy").uri, arrays="numpy")
+
+    def interrupted(thread: threading.Thread) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            channel.submit("echo")
+    first = channel._watcher
+    assert first is not None and not first.alive
+    future = channel.submit("echo")
+    assert channel._watcher is not first
+    first._run()
+    assert future.result(10) == () and channel._watcher is not None
+
+
+def test_a_fork_while_others_hold_the_locks(channel: fastsplit.Channel, gate: Gate) -> None:
+    """A thread that rings the watcher's bell, and two that wait for futures."""
+    future = channel.submit("gate")
+    assert channel._watcher is not None
+    held, over = threading.Barrier(4), threading.Event()
+
+    def hold(lock: Any) -> None:
+        with lock:
+            held.wait(20)
+            over.wait(20)
+
+    locks = (channel._watcher._bell._lock, future._condition, future_module._creating)
+    threads = [threading.Thread(target=hold, args=(lock,)) for lock in locks]
+    for thread in threads:
+        thread.start()
+    held.wait(20)
+    pid = os.fork()
+    if not pid:
+        signal.alarm(5)
+        os._exit(0 if cf.wait([future], 2).done and isinstance(future.exception(), ClosedError) else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+    over.set()
+    for thread in threads:
+        thread.join(20)
+
+
 # ---- turns -----------------------------------------------------------------------------------------------------------
 
 
@@ -393,6 +480,113 @@ def test_who_waits_for_a_turn_hears_of_the_end(socket_uri: str, serve: Serve, ga
             assert not thread.is_alive()
         assert len(errors) == 3 and first.exception(5) is not None
         gate.opened.set()
+
+
+def test_decoding_is_not_waiting_for_a_turn(socket_uri: str, serve: Serve, connect: Connect, gate: Gate) -> None:
+    server = serve(socket_uri, _handlers(gate), arrays="numpy", limits=fastsplit.Limits(max_inflight=1))
+    channel = connect(server.uri, arrays="numpy", call_timeout_s=20)
+    receive = channel._connection.link.receive
+
+    def slow(session: Any, *args: Any, **kwargs: Any) -> Any:
+        events = receive(session, *args, **kwargs)
+        time.sleep(0.05)
+        session.decode_ns += 50_000_000
+        return events
+
+    channel.submit("gate")
+    channel._connection.link.receive = slow  # type: ignore[method-assign]
+    threading.Timer(0.05, gate.opened.set).start()
+    started = time.monotonic()
+    future = channel.submit("echo")
+    passed_s = time.monotonic() - started
+    assert channel.stats.serialization_s >= 0.05 and 0 < channel.stats.wait_s <= passed_s - 0.04
+    future.result()
+
+
+def test_what_an_interrupted_reader_leaves_is_handled(channel: fastsplit.Channel) -> None:
+    """A reply that was read, whose future nobody waits for."""
+    channel.submit("echo").result()
+    handle, left = channel._handle, [3]
+
+    def interrupted(event: Any) -> None:
+        if threading.current_thread() is threading.main_thread() and left[0]:
+            left[0] -= 1
+            raise KeyboardInterrupt
+        handle(event)
+
+    channel._handle = interrupted  # type: ignore[method-assign]
+    futures = [channel.submit("echo") for _ in range(3)]
+    for future in futures:
+        with contextlib.suppress(KeyboardInterrupt):
+            future.result()
+    for future in futures:
+        _until(future.done)
+
+
+@pytest.mark.parametrize("calls_back", [False, True], ids=["", "callback"])
+def test_who_waits_is_told_wherever_another_is_interrupted(
+    socket_uri: str, serve: Serve, connect: Connect, calls_back: bool
+) -> None:
+    channel = connect(serve(socket_uri, _handlers(), arrays="numpy").uri, arrays="numpy")
+    channel.submit("echo").result()
+    place, n = None, 0
+    while place is None or place.where:
+        future = Future(channel, 0, "echo", None, None, 0)
+        came: list[Any] = []
+        if calls_back:
+            future.add_done_callback(came.append)
+        done: list[Any] = []
+        waiting = threading.Thread(target=lambda future=future, done=done: done.append(cf.wait([future], 20).done))
+        waiting.start()
+        _until(lambda future=future: future._waiters)  # type: ignore[misc]
+        with contextlib.suppress(KeyboardInterrupt), Anywhere(n, _interrupt) as place:
+            with channel._lock:
+                channel._finish(future, ClosedError("over"))
+        if not future.done():  # interrupted before: as if it had not been called
+            with channel._lock:
+                channel._finish(future, ClosedError("over"))
+        channel._call_back()
+        waiting.join(10)
+        assert not waiting.is_alive() and done == [{future}] and came == [future] * calls_back
+        n += 1
+    assert n > 2
+
+
+def test_closing_lets_go_of_what_it_holds_wherever_it_is_interrupted(
+    socket_uri: str, serve: Serve, connect: Connect
+) -> None:
+    server = serve(socket_uri, _handlers(), arrays="numpy")
+    place, n = None, 0
+    while place is None or place.where:
+        channel = connect(server.uri, arrays="numpy")
+        with contextlib.suppress(KeyboardInterrupt), Anywhere(n, _interrupt) as place:
+            channel.close()
+        channel.close()
+        assert not channel._sending.locked() and channel._connection.link.fileno() == -1, place.where
+        n += 1
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_server_takes_the_next_request_while_it_sends_an_answer(
+    socket_uri: str, serve: Serve, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a client at its limit, which has read the answer."""
+    done = server_module._Connection._done
+
+    def later(connection: Any, request_id: int) -> None:
+        time.sleep(0.01)
+        done(connection, request_id)
+
+    monkeypatch.setattr(server_module._Connection, "_done", later)
+    server = serve(socket_uri, _handlers(), arrays="numpy", workers=2, limits=fastsplit.Limits(max_inflight=1))
+    channel = connect(server.uri, arrays="numpy", call_timeout_s=20)
+    for n in range(5):
+        assert channel.call("echo", np.full(1, n))[0][0] == n
+        with pytest.raises(RemoteOpError):
+            channel.call("fail")
 
 
 # ---- the standard library's tools ------------------------------------------------------------------------------------
