@@ -170,7 +170,7 @@ def test_the_thread_ends_when_idle(
 ) -> None:
     monkeypatch.setattr(watcher, "_IDLE_S", 0.02)
     channel = connect(serve(socket_uri, _handlers(), arrays="numpy").uri, arrays="numpy")
-    for _ in range(5):
+    for _ in range(3):
         channel.submit("echo").result()
         assert _watchers()
         _until(lambda: not _watchers())
@@ -236,6 +236,7 @@ def test_a_nap_only_follows_a_hand_over(
     channel = connect(serve(socket_uri, _handlers(gate), arrays="numpy").uri, arrays="numpy")
     for _ in range(20):
         _until(channel.submit("echo").done)
+        _until(lambda: channel._watcher is not None and channel._watcher.asleep)
         channel.call("echo")  # it takes nothing over: nothing was in flight
     slow = channel.submit("gate")
     _until(lambda: channel._watching)
