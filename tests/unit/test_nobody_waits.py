@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from aio_front import Front
-from anywhere import Anywhere
+from anywhere import Anywhere, traces_instructions
 from raw_peer import RawPeer, serving
 
 import fastsplit
@@ -524,6 +524,7 @@ def test_what_an_interrupted_reader_leaves_is_handled(channel: fastsplit.Channel
         _until(future.done)
 
 
+@traces_instructions
 @pytest.mark.parametrize("calls_back", [False, True], ids=["", "callback"])
 def test_who_waits_is_told_wherever_another_is_interrupted(
     socket_uri: str, serve: Serve, connect: Connect, calls_back: bool
@@ -553,6 +554,7 @@ def test_who_waits_is_told_wherever_another_is_interrupted(
     assert n > 2
 
 
+@traces_instructions
 def test_closing_lets_go_of_what_it_holds_wherever_it_is_interrupted(
     socket_uri: str, serve: Serve, connect: Connect
 ) -> None:
