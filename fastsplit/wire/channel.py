@@ -443,7 +443,7 @@ class Channel:
         named = keywords if attrs is None else call_attrs(attrs, keywords)
         timeout_s, deadline = self._deadline(timeout_s)
         watcher = self._watcher
-        if watcher is None or not watcher.alive:
+        if watcher is None or not watcher.runs:
             self._hire()  # before anything is sent: there may be no thread left
         future = self._start(op, tensors, timeout_s, deadline, expect, wire_dtype, codec, named)
         if future is None:
@@ -466,7 +466,7 @@ class Channel:
         """Sends a request. None, and nothing has happened, if it has to wait for its turn."""
         started_ns = perf_counter_ns()
         session = self._session
-        if (self._turns and turn is None) or session.inflight >= self._most_inflight:
+        if (self._turns and turn is None) or len(session.requests) >= self._most_inflight:
             if self._refusing:
                 raise ClosedError(why_closed(self._error))
             return None
@@ -496,7 +496,7 @@ class Channel:
                 raise DeadlineError(f"{op}: not sent within {timeout_s} s, since other calls were")
             if self._refusing:
                 raise ClosedError(why_closed(self._error))
-            if session.inflight >= self._most_inflight:  # another thread was faster
+            if len(session.requests) >= self._most_inflight:  # another thread was faster
                 return None
             connection = self._connection
             connection.link.wake_early()  # after what had to be copied, which may take longer than the server spins

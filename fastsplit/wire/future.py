@@ -80,6 +80,7 @@ def warn_of_discarded(uri: str, ops: Iterable[str]) -> None:
 
 
 _PENDING, _CANCELLED, _FINISHED = "PENDING", "CANCELLED_AND_NOTIFIED", "FINISHED"  # concurrent.futures' states
+_LOCK_S = 1.0  # the standard library's functions hold a future's lock for microseconds, unless Ctrl-C ends them there
 _creating = threading.RLock()
 os.register_at_fork(after_in_child=lambda: renew(_creating))
 
@@ -221,7 +222,12 @@ class Future(concurrent.futures.Future[Result]):
     def _tell_waiters(self) -> None:
         """The outcome is set, and somebody waits by means of concurrent.futures. Runs as a callback does."""
         waiters = self._waiters_of()
-        with waiters.lock:
+        held = False
+        try:
+            (held,) = map(waiters.lock.acquire, (True,), (_LOCK_S,))
+            if not held:
+                _logger.warning("%r: nobody is told that it is done: an interrupted wait has left its lock taken", self)
+                return
             if not waiters.settled:
                 waiters.untold = list(waiters.waiting)
                 waiters.settled = True
@@ -234,6 +240,9 @@ class Future(concurrent.futures.Future[Result]):
                 else:
                     waiter.add_result(self)
                 del waiters.untold[:1]  # last: interrupted, it is told again
+        finally:
+            if held:
+                waiters.lock.release()
 
     if not TYPE_CHECKING:  # for type checkers these are the attributes that they are in the base class
 

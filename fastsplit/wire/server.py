@@ -852,7 +852,8 @@ class _Connection:
                 stats.calls += 1
                 stats.bytes_copied += out.copied_nbytes
                 self.wire.lent_nbytes += out.shared_nbytes
-                self._answers(request_id)
+                if self._pending:
+                    self._answers(request_id)
                 handed_over = self._send_behind([head, *out.buffers], len(head) + out.nbytes)
                 return
         finally:

@@ -328,7 +328,8 @@ class Session:
         self._may_request = False
         self._decoder = Decoder(self.limits)
         self._encoder = Encoder(Limits(), HEADER_NBYTES)
-        self._open: dict[int, Expected] = {}  # client: requests without an answer, and what the answer must look like
+        self.requests: dict[int, Expected] = {}
+        """Client: those without an answer, and what the answer must look like."""
         self._unwanted: set[int] = set()  # client: those of them that nobody waits for any more
         self.next_id = 1
         """Client: of the next request."""
@@ -350,7 +351,7 @@ class Session:
     @property
     def inflight(self) -> int:
         """Client: requests that have no answer yet."""
-        return len(self._open)
+        return len(self.requests)
 
     def request(
         self,
@@ -373,27 +374,27 @@ class Session:
         """
         if not self._may_request or self.peer_limits is None:
             raise LocalProtocolError(f"{op!r}: a request before the handshake or after the end")
-        if len(self._open) >= self.peer_limits.max_inflight:
+        if len(self.requests) >= self.peer_limits.max_inflight:
             raise LimitError(
-                f"{op!r}: {len(self._open)} requests in flight, the peer accepts {self.peer_limits.max_inflight}"
+                f"{op!r}: {len(self.requests)} requests in flight, the peer accepts {self.peer_limits.max_inflight}"
             )
         request_id = self.next_id
         frame = self._frame(_REQUEST, request_id, op, tensors, attrs, nbytes, time_ns, placements, flags=flags)
         self.next_id = request_id + 1
-        self._open[request_id] = expect
+        self.requests[request_id] = expect
         return request_id, frame
 
     def abandon(self, request_id: int) -> bool:
         """Nobody waits for a request's answer any more: it will be read and dropped. False if it was answered."""
         self._unwanted.add(request_id)  # first: the reader may be taking the answer in at this moment
-        if request_id in self._open:
+        if request_id in self.requests:
             return True
         self._unwanted.discard(request_id)
         return False
 
     def retract(self, request_id: int) -> None:
         """Forgets the last request, if there is one of that id: no byte of it was sent."""
-        if self._open.pop(request_id, _NO_REQUEST) is not _NO_REQUEST:
+        if self.requests.pop(request_id, _NO_REQUEST) is not _NO_REQUEST:
             self._unwanted.discard(request_id)
             self.take_back()
 
@@ -579,7 +580,7 @@ class Session:
         if header[0] == _REPLY and self.is_client and self._state is _OPEN and not message.payload_nbytes:
             # What `_admit`, `_make_room` and `_complete` do, in one piece: 1 to 3 us less a round trip.
             request_id = header[1]
-            expected = self._open.pop(request_id, _NO_REQUEST)
+            expected = self.requests.pop(request_id, _NO_REQUEST)
             if expected is not None:
                 if expected is _NO_REQUEST:
                     self._check_answer(header, message)
@@ -839,11 +840,11 @@ class Session:
 
     def _check_answer(self, header: Header, message: Message) -> bool:
         kind, request_id = header[0], header[1]
-        if request_id not in self._open:
+        if request_id not in self.requests:
             raise RemoteProtocolError(
                 f"header, request_id: {request_id} in {Kind(kind).name}, expected one that has no answer yet"
             )
-        expected = self._open[request_id]
+        expected = self.requests[request_id]
         if expected is not None and kind == _REPLY:
             _check_expected(expected, message.tensors)
         return request_id not in self._unwanted
@@ -866,7 +867,7 @@ class Session:
         if kind == _REQUEST:
             return Request(request_id, message, buffers, header[5], header[6], refusal)
         if kind == _REPLY or kind == _ERROR:  # noqa: SIM109 (faster so)
-            self._open.pop(request_id, None)
+            self.requests.pop(request_id, None)
             self._unwanted.discard(request_id)
             if kind == _REPLY:
                 return Reply(request_id, message, buffers, header[5], refusal)

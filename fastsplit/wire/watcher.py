@@ -5,9 +5,10 @@ Futures that nobody waits for need this thread. The first `submit` starts it, or
 answer is still to come; it ends when nothing was in flight for a second. A program whose calls all return has none.
 
 Handing over. While it waits for bytes the watcher is not the reader: it only polls (`Channel._watching`). A caller that
-wants to read takes the reading and writes to the watcher's eventfd. The watcher then naps. A nap of _NAP_S needs no
-wake-up, so a program that submits and waits in turn pays for one hand-over in that time, not for one a call. In a
-longer sleep it is `asleep`, and whoever leaves requests in flight without a reader wakes it.
+wants to read takes the reading and writes to the watcher's eventfd. The watcher then naps for _NAP_S, during which
+nobody need wake it, and naps on while a caller reads or all that is in flight was sent as shortly ago: a program that
+submits and waits in turn pays for a look in that time, not for a hand-over a call. In a longer sleep it is `asleep`,
+and whoever leaves requests in flight without a reader wakes it.
 
 With `overlap` the watcher keeps the reading while it polls: callers wait for it, so that bytes are read while they
 compute.
@@ -30,7 +31,7 @@ import sys
 import threading
 import weakref
 from threading import get_ident
-from time import monotonic
+from time import monotonic, perf_counter_ns
 from typing import TYPE_CHECKING
 
 from ..errors import DeadlineError, ResourceError
@@ -90,10 +91,13 @@ class Watcher:
         self.stirred = True
         """Whether there was a request since the watcher last rested."""
         self._stepped_aside = False  # since then
+        self._napped = False
         self.asleep = False
         """Whether it must be woken to look for something to do."""
         self.polling = False
         """Whether it may be in a system call on the socket."""
+        self.runs = False
+        """Whether the thread has begun."""
         bell = self._bell = _Bell()
         self._channel = weakref.ref(channel, lambda _: bell.ring())
         self._lock = channel._lock
@@ -153,6 +157,7 @@ class Watcher:
     # ---- the thread ----
 
     def _run(self) -> None:
+        self.runs = True
         try:
             while self._go_on():
                 pass
@@ -177,7 +182,9 @@ class Watcher:
         if monotonic() >= self._due:
             self._end_late_futures(channel)
         idle = False
-        if self._reads(channel):
+        if self._leaves_it(channel):
+            poll, timeout_s = self._rung, _NAP_S
+        elif self._reads(channel):
             if not self.polling:
                 return True
             poll, timeout_s = self._readable, min(self._longest_s, max(self._due - monotonic(), 0.0))
@@ -208,6 +215,16 @@ class Watcher:
         for deadline, future in futures:
             if deadline <= now:
                 channel._give_up(future, future._late())
+
+    def _leaves_it(self, channel: Channel) -> bool:
+        """After a nap: whether all that is in flight was sent so shortly ago that a caller may be about to wait."""
+        napped, self._napped = self._napped, False
+        try:
+            oldest = next(iter(channel._futures.values()), None) if napped else None
+        except RuntimeError:  # one was added at this moment
+            return False
+        self._napped = oldest is not None and perf_counter_ns() - oldest._sent_ns < _NAP_S * 1e9
+        return self._napped
 
     def _reads(self, channel: Channel) -> bool:
         """Reads what is there, and begins to watch for more. False if there is nothing to read for, or a caller reads
@@ -271,9 +288,9 @@ class Watcher:
 
     def _rest(self, channel: Channel) -> tuple[float, bool]:
         """How many seconds to sleep, and whether the thread has nothing to do."""
-        naps = self._stepped_aside or (self.stirred and (channel._reading or channel._followers))
+        self._napped = self._stepped_aside or (self.stirred and bool(channel._reading or channel._followers))
         self.stirred = self._stepped_aside = False
-        if naps:
+        if self._napped:
             return _NAP_S, False
         self.asleep = True
         works = self._keeps or channel._expects

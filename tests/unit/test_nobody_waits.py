@@ -661,6 +661,21 @@ def test_many_threads_wait_for_the_same_futures(channel: fastsplit.Channel) -> N
         assert done == [0] * 8
 
 
+def test_a_lock_that_an_interrupted_wait_has_left_taken(
+    channel: fastsplit.Channel, gate: Gate, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The channel's thread goes on without that future's waiters."""
+    monkeypatch.setattr(future_module, "_LOCK_S", 0.05)
+    future = channel.submit("gate")
+    future._condition.acquire()
+    came: list[Any] = []
+    future.add_done_callback(came.append)
+    gate.opened.set()
+    _until(lambda: came)
+    assert "nobody is told that it is done" in caplog.text
+    _until(channel.submit("echo").done)
+
+
 def test_the_outcome_is_the_channel_s(channel: fastsplit.Channel) -> None:
     future = channel.submit("echo")
     for attempt in (
