@@ -1174,13 +1174,17 @@ class Channel:
         """The peer broke the protocol, or something is short here: tell it, if that is possible at once. Only the
         reader calls it."""
         self._fail(error)
+        held = False
         sending = self._sending
-        if sending.acquire(blocking=False):
-            try:
+        try:
+            (held,) = map(sending.acquire, (False,))
+            if held:
                 with contextlib.suppress(FastsplitError):
                     self._connection.link.send([self._session.abort(error)])
-            finally:
+        finally:
+            if held:
                 self._release(sending)
+        if held:
             self._connection.link.linger(time.monotonic() + _LINGER_S)
 
     def _fail(self, error: FastsplitError) -> FastsplitError:

@@ -34,7 +34,7 @@ from threading import get_ident
 from time import monotonic, perf_counter_ns
 from typing import TYPE_CHECKING
 
-from ..errors import DeadlineError, ResourceError
+from ..errors import ClosedError, DeadlineError, ResourceError
 from ..shortage import start, why
 from .forked import renew
 
@@ -158,16 +158,24 @@ class Watcher:
 
     def _run(self) -> None:
         self.runs = True
+        failure: BaseException | None = None
         try:
             while self._go_on():
                 pass
+        except BaseException as error:
+            failure = error
+            raise
         finally:
             self._bell.close()
             channel = self._channel()
             if channel is not None:
                 with self._lock:
+                    self.polling = False
                     if channel._watcher is self:
                         channel._watcher = None
+                if failure is not None:  # a bug; nobody else may read for those futures
+                    channel._end(ClosedError(f"the channel's thread failed: {failure!r}"))
+                    del failure
                 channel._leave_reading()
                 channel._inside.discard(get_ident())
                 if channel._closed:

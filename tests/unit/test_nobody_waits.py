@@ -248,6 +248,18 @@ def test_a_nap_only_follows_a_hand_over(
     assert slow.result(10) == ()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_bug_in_the_thread_ends_the_connection(channel: fastsplit.Channel, gate: Gate) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise ZeroDivisionError
+
+    channel._read_once = fail  # type: ignore[method-assign]
+    errors: list[Any] = []
+    channel.submit("gate").add_done_callback(lambda future: errors.append(future.exception()))
+    _until(lambda: errors)
+    assert isinstance(errors[0], ClosedError) and "ZeroDivisionError" in str(errors[0]) and channel.closed
+
+
 def test_a_large_reply_is_handed_over(channel: fastsplit.Channel) -> None:
     """Between reading two parts of it, too."""
     x = np.arange(2**22)
