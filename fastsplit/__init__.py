@@ -12,7 +12,7 @@
 `fastsplit.aio` is the same for asyncio: `async with fastsplit.aio.connect(uri) as channel: await channel.call(...)`.
 
 Importing this needs numpy and flatbuffers alone; torch is used where it is installed. `SplitModelForCausalLM` is here,
-too, and needs torch and transformers: without them it is a MissingExtraError.
+too, and needs torch and transformers: without them importing it raises MissingExtraError.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def __getattr__(name: str) -> Any:
     """What not everybody needs is imported when it is first asked for: `aio` brings asyncio, `SplitModelForCausalLM`
     torch and transformers."""
     if name == "aio":
-        return importlib.import_module(".aio", __name__)  # `from . import aio` would ask here first
+        return importlib.import_module(".aio", __name__)  # `from . import aio` would call this function again
     if name == "SplitModelForCausalLM":
         from .hf import SplitModelForCausalLM
 

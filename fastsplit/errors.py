@@ -7,12 +7,12 @@
     ├── LimitError (ValueError)              we were asked to send more than a cap allows; nothing was sent
     ├── ResourceError                        no descriptor, memory or thread is left here: never the peer's fault
     │   └── ArenaFull (MemoryError)          no room for a tensor: a limit, the system's memory, or a deadline
-    ├── ListenError (OSError)                an address that is in use, not permitted, or has no directory
+    ├── ListenError (OSError)                an address is in use or not permitted, or its directory is missing
     ├── ConnectError (ConnectionError)       nobody there, or the server accepts no more connections
     ├── PeerLostError (ConnectionError)      the peer went away; what was in flight has no answer
     ├── ClosedError                          used after close(), or after an error that ended the connection
     ├── DeadlineError (TimeoutError)         a deadline passed: a call's, or that of connecting
-    ├── CancelledError                       cancelled before its reply came; a concurrent.futures.CancelledError, too
+    ├── CancelledError                       cancelled before its reply came (also concurrent.futures' CancelledError)
     ├── ReentrantCallError (RuntimeError)    a call in the middle of another one of the same thread, on the same channel
     ├── ProtocolError
     │   ├── LocalProtocolError               we broke the protocol, or were about to: a bug on this side
@@ -24,8 +24,8 @@
 
 Rules: whose fault it was can be read off the class. A message names the field, what came, and what was expected. Parts
 of it may be a peer's words, so `str` of each is one line of printable characters; `args` has it as it came.
-An argument that cannot be used is one of these, too. The exception is a call that does not fit a signature (a keyword
-that does not exist, an argument too many): that stays Python's own TypeError.
+An argument that cannot be used is one of these, too. A call that does not fit a signature (an unknown keyword, an
+argument too many) is Python's own TypeError.
 Every class says with which code the scripts exit (`exit_code`), so that the mapping stands in one place.
 """
 
@@ -122,15 +122,15 @@ class ArenaFull(ResourceError, MemoryError):
 
 
 class ListenError(FastsplitError, OSError):
-    """An address cannot be listened on now: it is in use, not permitted, or its directory is missing. `errno` says
-    which. (One that must not be listened on is an AddressError.)"""
+    """An address cannot be listened on: it is in use or not permitted, or its directory is missing; `errno` says which.
+    (A listener that others could reach without `insecure` is an AddressError.)"""
 
     def __str__(self) -> str:
         return super().__str__() if self.strerror is None else one_line(self.strerror, limit=None)
 
 
 class ConnectError(FastsplitError, ConnectionError):
-    """No connection could be made: nobody listens there, or the server accepts no more. (Nobody in time is a
+    """No connection could be made: nobody listens there, or the server accepts no more. (No answer in time is a
     DeadlineError.)"""
 
     exit_code = 3
@@ -199,7 +199,7 @@ class ModelError(FastsplitError):
 
 
 class MissingExtraError(FastsplitError, ModuleNotFoundError):
-    """A package that an extra of fastsplit brings is not installed; `name` says which, the message how to get it."""
+    """A package of an extra of fastsplit is not installed: `name`. The message gives the command that installs it."""
 
 
 class VerificationError(FastsplitError):

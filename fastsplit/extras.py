@@ -1,7 +1,7 @@
-"""The packages of the extras `torch` and `hf`: `from .extras import torch` is `import torch` with a hint.
+"""The packages of the extras `torch` and `hf`: `from .extras import torch` is `import torch` with a clearer error.
 
-Every module that needs one of them imports it from here, so that a missing one is a MissingExtraError, with the command
-that installs it, wherever it is noticed. A package is imported when its name is first asked for.
+Every module that needs one of them imports it from here, so that a missing one is always a MissingExtraError with the
+command that installs it. A package is imported when its name is first asked for.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         return importlib.import_module(name)
-    except ModuleNotFoundError as error:  # it, or what it needs itself
+    except ModuleNotFoundError as error:  # the package, or one that it imports
         missing = error.name or name
         text = f"{missing} is not installed here: pip install 'fastsplit[torch,hf]'"
         raise MissingExtraError(text, name=missing) from None

@@ -5,7 +5,7 @@ the direction of what follows.
 
 Rules. A text of that kind is shown by `one_line` in errors, reports and logs, by `for_terminal` where it is the result
 itself. Every logger of fastsplit comes from `get_logger`, so no log call has to think of it; nor of tracebacks, which
-are text by the time a handler gets them: whoever keeps a record keeps no frames, and no tensors that lie in them.
+are text by the time a handler gets them: a record that is kept holds no frames, and no tensors in them.
 """
 
 from __future__ import annotations

@@ -128,7 +128,7 @@ class Runner:
         None: counted by the mask. `keep`: "last" gives logits [B, 1, vocab] of the last row, "all" [B, n, vocab], an
         int64 tensor [B] those of one row of each sequence, [B, 1, vocab]. They are fp32 and the caller's own; those of
         padding mean nothing. Long prompts go in stretches, so that memory stays flat. Positions beyond the model's
-        max_position_embeddings are computed; before the first of them comes one UserWarning.
+        max_position_embeddings are computed, after one UserWarning per runner.
 
         Raises SettingError for shapes that do not fit, and what `Channel.call` does; after that the cache is as before.
         """
@@ -456,14 +456,14 @@ class Runner:
         return batch, rows
 
     def _warn_of_length(self, length: int) -> None:
-        """Says once in this runner's life that the model was not made for so many positions."""
+        """Warns once per runner of positions beyond max_position_embeddings."""
         most = self.config.max_position_embeddings
         if length > most and not self._warned_of_length:
             self._warned_of_length = True
             warnings.warn(
                 f"{length} positions, the model was made for {most} (max_position_embeddings): what it computes for "
                 "later ones may mean nothing",
-                stacklevel=3,  # who called forward
+                stacklevel=3,  # the caller of forward
             )
 
     @staticmethod

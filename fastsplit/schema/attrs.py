@@ -1,7 +1,7 @@
 """What an attribute of a message may be: its value in Python's own types, and which part of it is the message's shape.
 
-Rules. What cannot travel is a SettingError that names the attribute, raised before anything is sent; so is what the
-value's own methods raise. A value becomes plain once, and only the plain one is used from then on.
+Rules. A value that cannot be sent is a SettingError that names the attribute, raised before anything is sent; so is an
+exception of the value's own methods. A value is converted once, and only the converted one is used from then on.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
 
 
 class Packed(NamedTuple):
-    """A list of floats or of bools, as it lies in a message: by value [1, 0], [1.0, -0.0], [True, False] are equal."""
+    """A list of floats or bools as bytes of a message: as tuples (1, 0), (1.0, -0.0), (True, False) would be equal."""
 
     kind: int
     data: bytes
 
 
 def as_dict(field: str, attrs: Any) -> dict[Any, Any]:
-    """A copy of the mapping `attrs`. Raises SettingError, which calls it `field`, for what is none."""
+    """A copy of the mapping `attrs`. Raises SettingError, which names `field`, if it is no mapping."""
     expected = "expected a dict or another mapping of names to values"
     try:
         if isinstance(attrs, Mapping):
@@ -77,10 +77,10 @@ def check_names(op: str, names: Iterable[object]) -> None:
 
 
 def split(attrs: Mapping[str, Any], typed: bool) -> tuple[tuple[Any, ...], list[int], list[float]]:
-    """What of the attributes belongs to the message's shape, and the numbers that do not: ints (and bools), floats.
+    """The part of the attributes that belongs to the message's shape, and their numbers: ints (and bools), floats.
 
-    The shape has the type of each number, and the value of anything else, of a list as a tuple or Packed.
-    `typed`: whether bools stay bools, and lists of floats and of bools travel. Raises SettingError.
+    The shape has the type of each number, and the value of anything else; a list is a tuple or Packed there.
+    `typed`: whether bools stay bools, and lists of floats and of bools can be sent. Raises SettingError.
     """
     signature: list[Any] = []
     ints: list[int] = []
@@ -102,7 +102,7 @@ def split(attrs: Mapping[str, Any], typed: bool) -> tuple[tuple[Any, ...], list[
 
 
 def _plain(name: object, value: Any, typed: bool) -> Any:
-    """An attribute's value in Python's own types. Raises SettingError if it cannot travel."""
+    """An attribute's value in Python's own types. Raises SettingError if it cannot be sent."""
     plain: Any
     try:
         if isinstance(value, (list, tuple)):
@@ -121,7 +121,7 @@ def _plain(name: object, value: Any, typed: bool) -> Any:
 
 
 def _expected(value: Any, typed: bool) -> str:
-    """What would have been right in the place of a value that cannot travel."""
+    """What an error says was expected instead of a value that cannot be sent."""
     is_list = isinstance(value, (list, tuple))
     items = value if is_list else (value,)
     if any(hasattr(type(item), "__dlpack__") for item in items):
@@ -149,7 +149,7 @@ def _plain_list(value: Sequence[Any], typed: bool) -> tuple[Any, ...] | None:
     if typed and kinds == {bool}:
         return Packed(gen.AttrType.Bools, bytes(items))
     if typed and kinds <= {int, float}:
-        with contextlib.suppress(OverflowError):  # an int beyond all floats
+        with contextlib.suppress(OverflowError):  # an int beyond a float's range
             floats = tuple(map(float, items))
             if floats == items:
                 return Packed(gen.AttrType.Floats, struct.pack(f"<{len(floats)}d", *floats))
@@ -157,13 +157,13 @@ def _plain_list(value: Sequence[Any], typed: bool) -> tuple[Any, ...] | None:
 
 
 def _scalar(value: Any, typed: bool) -> int | float | str | bytes | None:
-    """A number of numpy's, an enum's member, ... in Python's own types. None for what is no such thing, and where the
-    number would not be the same: of another unit, or beyond a float. A subclass's own methods are not asked."""
+    """A number, text or bytes (numpy's scalars and enum members, too) in Python's own types. None for anything else and
+    for a number that would change: one with a unit, or beyond a float's range. Methods of subclasses are not called."""
     if isinstance(value, str):
-        return str.__str__(value)  # an enum's own says something else
+        return str.__str__(value)  # an enum overrides __str__
     if isinstance(value, bytes):
         return bytes(memoryview(value))
-    if isinstance(value, np.timedelta64):  # an integer, to numpy; its unit is not in the number
+    if isinstance(value, np.timedelta64):  # numpy counts it as an integer, which drops the unit
         return None
     if isinstance(value, (bool, np.bool_)):
         return bool(value) if typed else int(value)
@@ -200,7 +200,7 @@ def check_texts(name: str, value: Any) -> None:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether it can be encoded: it has no surrogates."""
+    """Whether a text can be encoded as UTF-8: it has no surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:

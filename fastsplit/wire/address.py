@@ -4,8 +4,8 @@ Each may say `?shm=off` (no shared memory), `?shm=/dev/shm/NAME` (segments with 
 
 Rules. Links are neither authenticated nor encrypted. So a listener may only be where nobody but this host's own users
 can reach it: unix sockets (mode 0600), loopback tcp, the local vsock cid. Everything else is refused before it is
-bound, unless whoever listens says `insecure`: that the network itself keeps strangers out. `tcp://*:port` is such an
-address: every one that this host has, of IPv4 and IPv6.
+bound, unless whoever listens says `insecure`: that the network itself keeps strangers out. `tcp://*:port`, every IPv4
+and IPv6 address of this host, needs that, too.
 """
 
 from __future__ import annotations
@@ -161,8 +161,8 @@ def _tune(sock: socket.socket, address: Address) -> None:
 def connect_socket(address: Address, timeout_s: float) -> socket.socket:
     """A connected, blocking socket.
 
-    Raises ConnectError without a listener there, AddressError for all addresses at once, DeadlineError after
-    `timeout_s` seconds, ResourceError without a descriptor.
+    Raises ConnectError without a listener there, AddressError for the host `*`, DeadlineError after `timeout_s`
+    seconds, ResourceError without a descriptor.
     """
     deadline = time.monotonic() + timeout_s
     try:
@@ -194,8 +194,8 @@ def _resolve(address: TcpAddress) -> list[Any]:
     """What getaddrinfo finds. Raises OSError."""
     try:
         return socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
-    except UnicodeError:  # a label of a name that is empty or too long
-        raise OSError(errno.EINVAL, "no name that a host can have") from None
+    except UnicodeError:  # a label of the name is empty or too long
+        raise OSError(errno.EINVAL, "the name is not a valid host name") from None
 
 
 def _connect_to_any(address: Address, targets: list[tuple[int, Any]], deadline: float) -> socket.socket:
@@ -251,7 +251,7 @@ def _listen(address: Address, backlog: int, insecure: bool) -> tuple[socket.sock
         if isinstance(address, TcpAddress):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if address.host == _EVERY and sock.family == socket.AF_INET6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # of IPv4 too
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # accept IPv4, too
         elif isinstance(address, UnixAddress):
             os.fchmod(sock.fileno(), 0o600)  # before bind: the file never exists with a wider mode
         sock.bind(_raw(address))
@@ -378,8 +378,8 @@ def _raw(address: Address) -> Any:
 def _resolved(address: TcpAddress, insecure: bool) -> TcpAddress:
     """The same address with its host as a number, if that is a loopback one, or any if `insecure`.
 
-    Of a name with addresses of IPv4 and IPv6 (localhost) it is one of IPv4: a client that is given the name tries all
-    of them, and one that is given 127.0.0.1 finds it, too.
+    For a name with IPv4 and IPv6 addresses (localhost) it is an IPv4 one: clients that use the name try all of them,
+    and clients that use 127.0.0.1 reach it, too.
     """
     if address.host == _EVERY:
         hosts = ["every address of this host"]

@@ -136,7 +136,7 @@ class Channel:
         await self.close()
 
     def __getattr__(self, name: str) -> Any:
-        """For what there is once the channel is open."""
+        """Attributes that exist only once the channel is open."""
         if name in ("_connection", "_pump", "_session"):
             raise ClosedError(why_closed(self._error))
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -208,8 +208,8 @@ class Channel:
     async def close(self, drain_s: float = 0.0) -> None:
         """Ends the connection: the server is told, and calls in flight fail with ClosedError. Idempotent.
 
-        `drain_s`: seconds to wait for the replies of what is in flight; meanwhile new calls are refused. What is in
-        flight after that is discarded; a warning says how many calls of which operations.
+        `drain_s`: seconds to wait for the replies of calls in flight; meanwhile new calls are refused. Calls still in
+        flight after that are discarded; a warning gives their number for each operation.
         """
         drain_s = parse_timeout("drain_s", drain_s)
         if not self._opened:

@@ -235,10 +235,10 @@ class Server:
         return self
 
     async def serve_forever(self) -> None:
-        """Serves until `close` is called, or the task that awaits this is cancelled, which closes the server; on the
-        main thread's loop until Ctrl-C or SIGTERM, too, which close it. Returns when it is closed.
+        """Serves until `close` is called, the awaiting task is cancelled or, on the main thread's loop, Ctrl-C or
+        SIGTERM comes; the last three close the server. Returns when it is closed.
 
-        Signals' handlers that the program has set are left alone. Raises what `start` does.
+        Signal handlers that the program has set are left alone. Raises what `start` does.
         """
         with LoopStops(asyncio.get_running_loop()) as stops:
             try:

@@ -1,8 +1,8 @@
-"""What a handler sees of a request: the Call, and the Client that makes it; what may be a handler, and what is said of
-one that fails. The same for both servers.
+"""What a handler sees of a request: the Call, and the Client that makes it; the check of handlers, and the log of their
+failures. The same for both servers.
 
 Rules. A Call belongs to its handler for as long as that runs; a Client lives as long as its connection, and longer if
-somebody keeps it. What a handler fails with is logged: one of our errors, which says what is wrong with a request, in
+somebody keeps it. An exception of a handler is logged: a FastsplitError, which says what is wrong with a request, in
 one line (WARNING), so that no client can fill a log; any other with its traceback (ERROR).
 """
 
@@ -58,10 +58,10 @@ class Caller(Protocol):
         """Until when a reply is worth waiting for, where the client waits until `deadline`."""
 
     def is_cancelled(self, request_id: int) -> bool:
-        """Whether the client has given this request up. Where nobody else reads, what has come by now is read first."""
+        """Whether the client has given this request up. Reads what has arrived first, if no other thread reads."""
 
     def has_left(self) -> bool:
-        """Whether the client has left, or can have no more answers. Takes a system call."""
+        """Whether the client has left, or can get no more answers. Takes a system call."""
 
 
 class Call:
@@ -113,12 +113,12 @@ class Call:
 
     @property
     def cancelled(self) -> bool:
-        """Whether the caller has given up, its deadline has passed, or its connection has ended. A handler that works
-        for long may ask now and then, in its own thread: it takes some microseconds.
+        """Whether the caller has given up, its deadline has passed, or its connection has ended. A long handler may ask
+        now and then, in its own thread: it takes some microseconds.
 
-        What the client has sent is read for that, where no other thread does, and requests wait for their turn. (Once
-        `max_inflight` of them wait, or 256 MiB of their tensors, nothing more is read.) A plain function on the loop of
-        fastsplit.aio sees no cancellation, since nothing is read there before it returns: deadline and end alone.
+        If no other thread reads, this reads what the client has sent; requests among it are queued. (Nothing more is
+        read once `max_inflight` of them are queued, or 256 MiB of their tensors.) A plain function on the loop of
+        fastsplit.aio sees only the deadline and the connection's end: no CANCEL is read before it returns.
         """
         connection = self._connection
         return (
@@ -170,7 +170,7 @@ Handler = Callable[[Call], Any]
 
 
 def parse_handlers(handlers: Any, *, coroutines: bool) -> dict[str, Any]:
-    """The argument `handlers`: op names and functions. `coroutines`: whether these may be coroutine functions.
+    """The argument `handlers`, checked: op names and functions. `coroutines`: whether they may be coroutine functions.
 
     Raises SettingError.
     """
@@ -202,10 +202,10 @@ def _is(kind: Callable[[Any], bool], handler: Any) -> bool:
 
 
 def log_failure(connection: Caller, uri: str, op: str, error: BaseException, *, is_cancelled: bool = False) -> None:
-    """Says that a handler has failed; the module's rules say how.
+    """Logs that a handler has failed, by the module's rules.
 
-    DEBUG, so nothing by default, where it only says that the caller has gone or given up (`is_cancelled`: in words that
-    are not ours), or that the program ends.
+    At level DEBUG if the caller has left or cancelled, or the program ends. `is_cancelled`: the error is asyncio's
+    CancelledError.
     """
     level, trace = logging.ERROR, error if not isinstance(error, FastsplitError) else None
     if is_cancelled or is_interrupt(error) or isinstance(error, CancelledError):

@@ -88,12 +88,12 @@ _LOOK_EVERY_S = 1.0  # how often who waits for the reader looks whether there is
 _LAST_WORDS_S = 0.5  # how long a failed sender waits for another thread to read why
 _UNSET: Any = object()
 _LINGER_S = 0.5  # how long an aborted peer's bytes are read and dropped, so that it can read why
-_LOOK_FOR_TURN_S = 0.02  # how often who waits for its turn looks whether another thread has made room while it read
+_LOOK_FOR_TURN_S = 0.02  # how often a request that waits for its turn looks whether another thread has made room
 _JOIN_S = 1.0  # how long `close` waits for a callback that runs in the channel's own thread
 
 
 class _Turn:
-    """A request that waits until the peer takes one more. Waited for like a Future."""
+    """A request that waits until the peer accepts one more. Waited for like a Future."""
 
     __slots__ = ("_done",)
 
@@ -396,8 +396,8 @@ class Channel:
         call returns. Those that lie in shared memory go by reference: what the handler changes in them has changed
         here. `keywords`: attributes; these are ints, bools, floats, strings, bytes, lists of ints, of bools, of floats
         or of strings. numpy's scalars and other numbers count as these, and a list of ints and floats as one of floats,
-        if its ints are floats exactly. To a peer whose version does not know bools they go as ints, and lists of floats
-        do not go. `attrs`: more attributes, which may have the names of arguments. `timeout_s`: seconds for the whole
+        if each int is exactly a float. A peer whose version does not know bools gets them as ints, and lists of floats
+        are refused. `attrs`: more attributes, which may have the names of arguments. `timeout_s`: seconds for the whole
         call, the channel's `call_timeout_s` if None. `expect`: (dtype, shape) of each tensor that the reply must hold;
         a peer that sends anything else has broken the protocol, and nothing is allocated for it. `wire_dtype`, `codec`:
         for this request and its reply, the channel's if not given.
@@ -432,11 +432,11 @@ class Channel:
         attrs: Mapping[str, Any] | None = None,
         **keywords: Any,
     ) -> Future:
-        """Sends a request as `call` does, and returns a Future of its reply, which comes whether or not anybody waits.
+        """Sends a request as `call` does, and returns a Future of its reply, which is read even if no caller waits.
 
-        Any number may be in flight; at the peer's limit (1024 by default) it waits until that takes one more. When it
-        returns, the tensors are sent and may change; but those that lie in shared memory are the server's, too, until
-        it is done with them, and with `overlap` they are the channel's until the result is in.
+        Any number may be in flight; at the peer's limit (1024 by default) it waits until the peer accepts one more.
+        When it returns, the tensors are sent and may change; but those that lie in shared memory are the server's, too,
+        until it is done with them, and with `overlap` they are the channel's until the result is in.
 
         Raises what `call` does before a reply, and ResourceError if the channel's thread cannot be started.
         """
@@ -534,7 +534,7 @@ class Channel:
             finally:
                 self._inside.discard(ident)
             if self._closed:
-                if future is not None:  # who has ended the connection may not have seen it
+                if future is not None:  # the thread that ended the connection may not have seen it
                     self._settle(future, self._fail(ClosedError("the channel was closed")))
                 self._close_when_unused()
             if self._callbacks:
@@ -585,7 +585,7 @@ class Channel:
                     if deadline is not None and monotonic() >= deadline:
                         raise DeadlineError(
                             f"{op}: not sent within {timeout_s} s: the peer takes {self._most_inflight} requests "
-                            "at a time, and as many were in flight"
+                            "at a time, and that many were in flight"
                         ) from None
         finally:
             decoded_ns = self._session.decode_ns - decoded_ns
@@ -594,7 +594,7 @@ class Channel:
             self._stats.serialization_s += decoded_ns * 1e-9
 
     def _let_in(self) -> None:
-        """Gives their turn to as many requests as the peer takes, in order; after the end to all, to be told so."""
+        """Gives their turn to as many requests as the peer accepts, in order; after the end to all, which then fail."""
         with self._lock:
             count = len(self._turns) if self._closed else max(self._most_inflight - self._session.inflight, 0)
             for turn in itertools.islice(self._turns, count):
@@ -633,7 +633,7 @@ class Channel:
             try:
                 self._hire()
             except ResourceError as error:
-                _logger.warning("%s: nobody reads until a caller waits: %s", self.uri, str(error))
+                _logger.warning("%s: no thread reads until a caller waits: %s", self.uri, str(error))
             watcher = self._watcher
         if watcher is not None:
             watcher.attend(deadline)
@@ -649,8 +649,8 @@ class Channel:
     def close(self, drain_s: float = 0.0) -> None:
         """Ends the connection: the server is told, and calls in flight fail with ClosedError. Idempotent.
 
-        `drain_s`: seconds to wait for the replies of what is in flight; meanwhile new calls are refused. What is in
-        flight after that is discarded; a warning says how many calls of which operations.
+        `drain_s`: seconds to wait for the replies of calls in flight; meanwhile new calls are refused. Calls still in
+        flight after that are discarded; a warning gives their number for each operation.
         """
         drain_s = parse_timeout("drain_s", drain_s)
         inside = get_ident() in self._inside  # in the middle of a call
@@ -671,7 +671,7 @@ class Channel:
             sending = self._sending
             try:
                 (held,) = map(sending.acquire, (True,), (0.0 if inside else 0.1,))
-                if held:  # if a send is stuck the end says enough
+                if held:  # if a send is stuck, the end of the stream must do
                     with contextlib.suppress(FastsplitError):
                         self._connection.link.send([self._session.goodbye()])
             finally:
@@ -689,7 +689,7 @@ class Channel:
         until = time.monotonic() + drain_s
         self._refusing = True
         for future in list(self._futures.values()):
-            with contextlib.suppress(FastsplitError):  # it is the future's
+            with contextlib.suppress(FastsplitError):  # the future keeps it
                 self._wait_for(future, max(until - time.monotonic(), 0.0))
 
     def leave(self, why: str) -> None:
@@ -785,7 +785,7 @@ class Channel:
             watcher = self._watcher
             if watcher is None:  # the channel has ended
                 self._call_back()
-            elif self._callbacks:  # not here: a callback may call, and wait for what this very thread is to send
+            elif self._callbacks:  # not here: a callback may call, and wait for what this thread is to send
                 watcher.step_aside()
 
         if not sender.submit(send_rest):  # closed at this moment
@@ -900,13 +900,13 @@ class Channel:
                 self._leave_to_watcher()
 
     def _leave_to_watcher(self) -> None:
-        """This thread has read, or waited for who did."""
+        """Called by a thread that has read, or waited for the reader: the watcher takes over if no caller does."""
         if self._expects and not self._reading and not self._followers:
             self._attend()
 
     @property
     def _expects(self) -> bool:
-        """Whether there is something to read for, or something that who was interrupted has left."""
+        """Whether a reply is expected, or an interrupted reader has left events or callbacks."""
         return bool(self._session.inflight or self._events or self._callbacks)
 
     def _wait_until_done(self, waiter: Future | _Turn, until: float | None, ident: int) -> None:
@@ -1099,8 +1099,8 @@ class Channel:
     def _done(self, future: Future) -> None:
         """A future has its outcome. The caller holds `_lock`.
 
-        From `_done = True` to the call that queues what is to be called nothing else is called, so that no interrupt
-        comes between the two.
+        Between `_done = True` and the call that queues the callbacks nothing is called, so that no interrupt comes
+        between the two.
         """
         if future._callbacks is None:
             future._done = True
@@ -1114,13 +1114,13 @@ class Channel:
             future._callbacks = None
             if future._waited_for is None:
                 del steps[1]
-            deque(queue, 0)  # those who wait come first: a callback may wait for as long as it likes
+            deque(queue, 0)  # waiters first: a callback may block
         if self._followers:
             self._changed.notify_all()
 
     def _call_back(self) -> None:
         """Runs the callbacks of futures that are done. In the middle of something else of this thread it does nothing:
-        they run at the end of that. In a callback it leaves them to the watcher."""
+        they run at the end of that. Within a callback it leaves them to the watcher."""
         ident = get_ident()
         if ident in self._inside:
             return
@@ -1142,8 +1142,8 @@ class Channel:
             self._calling_back.discard(ident)
 
     def _tell_next(self) -> bool:
-        """Tells those who wait for a future by means of concurrent.futures, if they are next. Interrupted, it is called
-        again: the entry goes when all are told."""
+        """Notifies the concurrent.futures waiters of a future, if they are next. If interrupted it is called again: the
+        entry is removed when all are notified."""
         with contextlib.suppress(IndexError, ValueError):  # another thread took it
             tell, future = first = self._callbacks[0]
             if tell is not Future._tell_waiters:

@@ -1,8 +1,8 @@
 """What a call gives: a Result now, or a Future of one, or an error. The channel sets the outcome and does all waiting.
 
 A Future is a concurrent.futures.Future, so that `concurrent.futures.wait`, `as_completed` and `asyncio.wrap_future`
-take it. These look at what is private there: a lock for each future (`_condition`), its state, and a list of who waits.
-A future gets these when it is first asked for one (`_Waiters`), since making them takes a microsecond.
+take it. These use private attributes of the base class: a lock (`_condition`), the state, and a list of waiters. A
+future creates them (`_Waiters`) when one is first read, since creating them takes a microsecond.
 
 Rules. A future's outcome is set once, under the channel's lock. A result's tensors are the caller's own.
 """
@@ -67,7 +67,7 @@ def remote_error(op: str, event: Error) -> FastsplitError:
 
 
 def why_closed(error: FastsplitError | None) -> str:
-    """Why nothing can be called. `error`: what has ended the connection, None if it is about to be closed."""
+    """Why calls are refused. `error`: what has ended the connection, None if it is about to be closed."""
     return "the channel is being closed" if error is None else f"the channel is closed: {error}"
 
 
@@ -86,14 +86,14 @@ os.register_at_fork(after_in_child=lambda: renew(_creating))
 
 
 class _Waiters:
-    """Who waits for a future by means of concurrent.futures. While `lock` is held, `settled` does not change."""
+    """The concurrent.futures waiters of a future. While `lock` is held, `settled` does not change."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.settled = False
         self.waiting: list[Any] = []
         self.untold: list[Any] = []
-        """Of these, who is still to be told that it is settled."""
+        """Of these, the ones not yet notified that it is settled."""
 
 
 class Future(concurrent.futures.Future[Result]):
@@ -135,7 +135,7 @@ class Future(concurrent.futures.Future[Result]):
         return f"<Future of {self.op!r}, {state}>"
 
     def done(self) -> bool:
-        """Whether the reply (or an error) is in. Replies are read whether or not anybody waits."""
+        """Whether the reply (or an error) is in. Replies are read even if no caller waits for them."""
         return self._done
 
     def running(self) -> bool:
@@ -180,8 +180,8 @@ class Future(concurrent.futures.Future[Result]):
         """Calls `callback(future)` when the call is done: at once if it is, otherwise in the thread that has read the
         reply, when that is neither reading nor sending: it may call and submit.
 
-        That thread is one that waits for a reply, or the channel's own; nothing else is read in the latter until the
-        callback returns. What it raises is logged.
+        That thread is one that waits for a reply, or the channel's own, which reads nothing until the callback returns.
+        What the callback raises is logged.
         """
         with self._channel._lock:
             if not self._done:
@@ -214,19 +214,19 @@ class Future(concurrent.futures.Future[Result]):
         with _creating:
             if self._waited_for is None:
                 waiters = _Waiters()
-                with waiters.lock:  # so that `_tell_waiters` comes after this or finds that there is nothing to tell
+                with waiters.lock:  # so that `_tell_waiters` comes after this or has nothing to do
                     self._waited_for = waiters
                     waiters.settled = self._done
             return self._waited_for
 
     def _tell_waiters(self) -> None:
-        """The outcome is set, and somebody waits by means of concurrent.futures. Runs as a callback does."""
+        """Notifies the concurrent.futures waiters of the outcome. Runs as a callback does."""
         waiters = self._waiters_of()
         held = False
         try:
             (held,) = map(waiters.lock.acquire, (True,), (_LOCK_S,))
             if not held:
-                _logger.warning("%r: nobody is told that it is done: an interrupted wait has left its lock taken", self)
+                _logger.warning("%r: its waiters are not notified: an interrupted wait has left its lock taken", self)
                 return
             if not waiters.settled:
                 waiters.untold = list(waiters.waiting)
@@ -239,12 +239,12 @@ class Future(concurrent.futures.Future[Result]):
                     waiter.add_exception(self)
                 else:
                     waiter.add_result(self)
-                del waiters.untold[:1]  # last: interrupted, it is told again
+                del waiters.untold[:1]  # last: if interrupted, it is notified again
         finally:
             if held:
                 waiters.lock.release()
 
-    if not TYPE_CHECKING:  # for type checkers these are the attributes that they are in the base class
+    if not TYPE_CHECKING:  # type checkers see the base class's attributes
 
         @property
         def _condition(self):

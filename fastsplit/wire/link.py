@@ -118,7 +118,7 @@ def parse_count(name: str, count: Any, least: int, most: int | None = None) -> i
 
 
 def parse_flag(name: str, value: Any) -> bool:
-    """A bool that a caller gives as the argument `name`: no text, since "no" would be true. Raises SettingError."""
+    """The bool given as the argument `name`. Raises SettingError for anything else: the string "no" would be true."""
     if isinstance(value, (bool, np.bool_)):
         return bool(value)
     raise SettingError(f"{name}: {shown(value)}, expected True or False")
@@ -498,7 +498,7 @@ class Link:
                 os.close(fd)
 
     def peer_name(self) -> str:
-        """Who the peer is, for people to read: `127.0.0.1:4567`, or `process 123` on a unix socket."""
+        """The peer's name for logs: `127.0.0.1:4567`, or `process 123` on a unix socket."""
         try:
             if self._sock.family == socket.AF_UNIX:
                 pid = int.from_bytes(self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 4), "little")

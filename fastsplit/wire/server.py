@@ -6,9 +6,9 @@ only computes for as long as that goes on: another one reads ahead, and a third 
 at once; still in order. With `workers`, handlers run in a pool instead: then requests of one connection
 overlap, replies come in the order in which they are done, and a CANCEL can still find its request waiting.
 
-A handler on the connection's own thread can have that read meanwhile: where it asks whether it is cancelled, and where
-it waits for memory. Requests that come then wait for their turn, and what ends the reading (`_reader_end`) for the
-handler's end, as if another thread had read.
+While a handler runs on the connection's own thread, that thread reads when the handler asks whether it is cancelled or
+waits for memory. Requests that arrive then are queued, and the end of the reading (`_reader_end`) takes effect when the
+handler returns, as if another thread had read.
 
 Rules. One client's failure touches nobody else. A handler's exception is an answer (ERROR), never the end of a
 connection. Every request is answered exactly once. A peer that breaks the protocol is told how (ABORT), and its
@@ -77,7 +77,7 @@ _MAX_AHEAD_NBYTES = 256 * 1024**2  # tensors of requests that were read ahead; a
 _MAX_QUICK = 16  # requests in a row that found nothing to do, after which a connection reads for itself again
 _MAX_LOOKS = 16  # reads of what is there already, for a handler that asks whether it is cancelled
 _MAX_PROBES = 16  # without an answer, since a reply is being sent; then a connection reads no further
-_LOOK_S = 0.5  # how often the main thread looks for a signal that another one was given
+_LOOK_S = 0.5  # how often the main thread wakes, to run the handler of a signal that another thread received
 _RELIEF_S = 0.005  # how long it reads before it looks again
 _LINGER_S = 1.0  # how long an aborted peer's bytes are read and dropped, so that it can read why
 
@@ -206,17 +206,17 @@ class Server:
         return self
 
     def serve_forever(self) -> None:
-        """Serves until `close` is called from another thread; in the main thread until Ctrl-C or SIGTERM, too, which
-        close the server. Returns when it is closed.
+        """Serves until `close` is called from another thread or, in the main thread, Ctrl-C or SIGTERM closes the
+        server. Returns when it is closed.
 
-        A handler of SIGTERM that the program has set is left alone. Raises what `start` does; another exception that
-        comes in this thread closes the server first.
+        Signal handlers that the program has set are left alone. Raises what `start` does; any other exception in this
+        thread closes the server first.
         """
         with Stops() as stops:
             try:
                 if not self.started or self._left is not None:
-                    with self._lock:  # a close waits until it has begun
-                        self.bind()  # which may have to wait for a name
+                    with self._lock:  # `close` waits until it has started
+                        self.bind()  # may wait for name resolution
                         with stops.held():
                             self.start()
                 while not self._closed.wait(_LOOK_S if stops.in_main_thread else None):
@@ -370,7 +370,7 @@ class _Connection:
         self._sending = self.wire.sending
         self._stats = Stats()
         self._waiting: deque[Request] = deque()  # came in while a handler ran on this thread, or were read ahead
-        self._in_handler = False  # whether one runs on this thread, and may have it read
+        self._in_handler = False  # whether a handler runs on this thread, which may read for it
         self._running: int | None = None  # the request that runs on this thread: a reader may be told to cancel it
         self._reader: threading.Thread | None = None  # reads ahead, while there is one; set under `_idle`
         self._reader_end: BaseException | bool = True  # why it ended: a reason to end the connection, or to read on
@@ -381,7 +381,7 @@ class _Connection:
         self._idle = threading.Condition()  # guards `_pending`, and what is read ahead
         # Requests that have no answer yet, where a pool runs them; here, so that they are gone when the connection is.
         self._pending: dict[int, Request] = {}
-        self._answered: set[int] = set()  # of these: the client counts them no more when it has read the answer
+        self._answered: set[int] = set()  # of these: the client no longer counts them when it has read the answer
 
     def refuse(self, reason: FastsplitError | str) -> None:
         """Says why, and closes. For a connection whose thread was never started."""
@@ -406,7 +406,7 @@ class _Connection:
         return request_id in self.cancelled
 
     def has_left(self) -> bool:
-        if self.server._closing.is_set():  # it is we who ended the reading
+        if self.server._closing.is_set():  # this side ended the reading
             return False
         return self._reader_end is not True or self.wire.link.peer_left()
 
@@ -500,7 +500,7 @@ class _Connection:
         return self._read(self._dispatch)
 
     def _read(self, take: Callable[[Request], object], deadline: float | None = None, *, blocking: bool = True) -> bool:
-        """Reads once, gives requests to `take`, and acts on what else that completed. False when the client is done."""
+        """Reads once, gives requests to `take`, and handles all other events. False when the client is done."""
         events = self._receive(deadline, blocking=blocking)
         if events is None:
             return False
@@ -574,7 +574,7 @@ class _Connection:
 
     @property
     def _can_read(self) -> bool:
-        """Whether this thread may read on while it runs a handler: nobody else does, nothing has ended the reading, and
+        """Whether this thread may read while it runs a handler: no other thread reads, the reading has not ended, and
         there is room for requests that wait."""
         return (
             self._reader is None
@@ -584,7 +584,7 @@ class _Connection:
         )
 
     def _look(self) -> None:
-        """Reads what is there already."""
+        """Reads what has arrived, without blocking."""
         if self.server._closing.is_set() or self._sending.locked():  # a finalizer may ask in the middle of a send
             return
         for _ in range(_MAX_LOOKS):
@@ -595,7 +595,7 @@ class _Connection:
                 self.wire.meter.payload_waits()
 
     def _read_in_handler(self, deadline: float | None, *, blocking: bool = True) -> None:
-        """Reads once while a handler runs on this thread. `_can_read` before, `_reader_end` says what became of it."""
+        """Reads once while a handler runs on this thread. Needs `_can_read`; sets `_reader_end` at the end."""
         in_handler, self._in_handler = self._in_handler, False  # a finalizer may ask in the middle of it
         try:
             if not self._read(self._put_off, deadline, blocking=blocking):
@@ -608,13 +608,13 @@ class _Connection:
             self._in_handler = in_handler
 
     def _put_off(self, request: Request) -> None:
-        """Has a request wait until the one that runs on this thread is answered. The caller holds `_idle`, or there is
-        no reader."""
+        """Queues a request until the one that runs on this thread is answered. The caller holds `_idle`, or there is no
+        reader."""
         self._waiting.append(request)
         self._ahead_nbytes += self._held_nbytes(request)
 
     def _held_nbytes(self, request: Request) -> int:
-        """Bytes of memory that a request which waits takes of this process; what the client shares is the client's."""
+        """Bytes of this process's memory that a waiting request takes; shared memory counts as the client's."""
         return tensors_nbytes(request) if self.wire.arena is None else request.message.payload_nbytes
 
     def _dispatch(self, request: Request) -> None:

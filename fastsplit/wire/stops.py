@@ -1,7 +1,7 @@
 """Signals that end a server: Ctrl-C and SIGTERM, while `serve_forever` runs in the main thread.
 
-Rules. Handlers that the program has set are left alone, and so is a signal that it ignores. What was there before is
-there again afterwards, and already while the server closes: a second signal ends the program at once.
+Rules. Handlers that the program has set are left alone, and so is a signal that it ignores. The previous handlers are
+restored before the server closes, so that a second signal ends the program at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["LoopStops", "Stops"]
 
 _USUAL: dict[int, Any] = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
-"""Handlers that no program has set."""
+"""The handlers that Python installs: only these are replaced."""
 
 
 class Stops:
@@ -43,7 +43,7 @@ class Stops:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """For what must not be interrupted in its middle, and is soon done: a signal that comes in here waits."""
+        """For a short section that must not be interrupted: a signal that comes in it is raised at its end."""
         self._is_held = True
         yield
         self._is_held = False
@@ -63,7 +63,7 @@ class Stops:
 
 
 class LoopStops:
-    """In this context SIGTERM and Ctrl-C complete `stopped`, where `loop`, which runs, is the main thread's."""
+    """In this context SIGTERM and Ctrl-C complete `stopped`, if the running `loop` is the main thread's."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -75,7 +75,7 @@ class LoopStops:
             for number in (signal.SIGTERM, signal.SIGINT):
                 handler = signal.getsignal(number)
                 if handler is _USUAL[number] or _is_of_asyncio_run(handler):
-                    with contextlib.suppress(NotImplementedError):  # a loop without signals
+                    with contextlib.suppress(NotImplementedError):  # the loop has no signal handlers
                         self._loop.add_signal_handler(number, self._stop)
                         self._before[number] = handler
         return self
@@ -96,5 +96,5 @@ class LoopStops:
 
 
 def _is_of_asyncio_run(handler: Any) -> bool:
-    """Whether a handler is the one that asyncio.run sets for Ctrl-C, which would cancel the task that it runs."""
+    """Whether a handler is the one that asyncio.run sets for Ctrl-C, which cancels the main task."""
     return getattr(getattr(handler, "func", None), "__module__", None) == "asyncio.runners"

@@ -1,23 +1,24 @@
-"""The reader of last resort: a thread of a channel's own that reads while requests are in flight and no caller does.
+"""The watcher: a channel's own thread, which reads while requests are in flight and no caller reads.
 
 A caller that waits for a reply reads for all (channel.py): no hand-over between threads, the shortest round trip.
-Futures that nobody waits for need this thread. The first `submit` starts it, or the first call that is given up, whose
-answer is still to come; it ends when nothing was in flight for a second. A program whose calls all return has none.
+Futures without a waiting caller need this thread. It is started by the first `submit`, or by the first call that is
+given up, whose answer is still to come; it ends when nothing was in flight for a second. A program that makes only
+calls that return has no such thread.
 
 Handing over. While it waits for bytes the watcher is not the reader: it only polls (`Channel._watching`). A caller that
-wants to read takes the reading and writes to the watcher's eventfd. The watcher then naps for _NAP_S, during which
-nobody need wake it, and naps on while a caller reads or all that is in flight was sent as shortly ago: a program that
-submits and waits in turn pays for a look in that time, not for a hand-over a call. In a longer sleep it is `asleep`,
-and whoever leaves requests in flight without a reader wakes it.
+wants to read becomes the reader and writes to the watcher's eventfd. The watcher then naps for _NAP_S, during which it
+need not be woken, and naps again while a caller reads or the oldest request in flight is younger than _NAP_S: a program
+that alternates submit and result pays for one look in that time, not for a hand-over per call. In a longer sleep the
+watcher is `asleep`, and a thread that leaves requests in flight without a reader wakes it.
 
-With `overlap` the watcher keeps the reading while it polls: callers wait for it, so that bytes are read while they
+With `overlap` the watcher stays the reader while it polls: callers wait for it, so that bytes are read while they
 compute.
 
-Deadlines. It ends futures whose deadline passes while nobody waits for them.
+Deadlines. The watcher ends futures whose deadline passes while no caller waits for them.
 
 Rules. `Channel._watching`, `polling` and `Channel._watcher` change under the channel's lock. The socket is not closed
-while `polling`. No sleep is longer than _IDLE_S, so a wake-up that an interrupt prevents costs no more. While it waits,
-the thread keeps its channel alive only if a future of it is in flight.
+while `polling`. No sleep is longer than _IDLE_S, which bounds the cost of a wake-up that an interrupt prevents. While
+it waits, the thread keeps its channel alive only if one of the channel's futures is in flight.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class _Bell:
 
 
 class Watcher:
-    """Made by its channel, under the channel's lock, to be started then. `keeps`: keeps the reading, see above.
+    """Made by its channel, under the channel's lock; `start` starts its thread. `keeps`: stays the reader (`overlap`).
 
     Raises ResourceError without a descriptor.
     """
@@ -90,7 +91,7 @@ class Watcher:
     def __init__(self, channel: Channel, *, keeps: bool) -> None:
         self.stirred = True
         """Whether there was a request since the watcher last rested."""
-        self._stepped_aside = False  # since then
+        self._stepped_aside = False  # whether a caller took the reading since then
         self._napped = False
         self.asleep = False
         """Whether it must be woken to look for something to do."""
@@ -120,7 +121,7 @@ class Watcher:
         """Whether the thread runs. It does not if its start was interrupted."""
         return self.thread.is_alive()
 
-    # ---- for others' threads ----
+    # ---- called by other threads ----
 
     def attend(self, deadline: float | None = None) -> None:
         """There are requests in flight, one of which has this deadline, and the caller does not wait for them."""
@@ -142,7 +143,7 @@ class Watcher:
         self._bell.ring()
 
     def close(self, timeout_s: float) -> None:
-        """The channel has ended: waits for the thread, which may be in a callback, for as long at most."""
+        """The channel has ended: waits at most `timeout_s` seconds for the thread, which may be in a callback."""
         self._wake()
         if self.alive:
             self.thread.join(timeout_s)
@@ -185,7 +186,7 @@ class Watcher:
     def _go_on(self) -> bool:
         """Does what there is to do, then waits for more. False if the thread is to end."""
         channel = self._channel()
-        if channel is None or channel._closed or channel._watcher is not self:  # the last if its start was interrupted
+        if channel is None or channel._closed or channel._watcher is not self:  # replaced, its start was interrupted
             return False
         if monotonic() >= self._due:
             self._end_late_futures(channel)
@@ -201,7 +202,7 @@ class Watcher:
             poll = self._rung
             timeout_s, idle = self._rest(channel)
         if not channel._futures:
-            channel = None  # see above: nobody need keep it
+            channel = None  # nothing in flight needs it: do not keep it alive
         ready = poll.poll(math.ceil(timeout_s * 1e3))
         self.asleep = False
         if any(fd == self._bell.fd for fd, _ in ready):
@@ -225,7 +226,7 @@ class Watcher:
                 channel._give_up(future, future._late())
 
     def _leaves_it(self, channel: Channel) -> bool:
-        """After a nap: whether all that is in flight was sent so shortly ago that a caller may be about to wait."""
+        """After a nap: whether all requests in flight are so recent that a caller may be about to wait for them."""
         napped, self._napped = self._napped, False
         try:
             oldest = next(iter(channel._futures.values()), None) if napped else None
@@ -235,8 +236,8 @@ class Watcher:
         return self._napped
 
     def _reads(self, channel: Channel) -> bool:
-        """Reads what is there, and begins to watch for more. False if there is nothing to read for, or a caller reads
-        or wants to."""
+        """Reads what is there, and begins to watch for more. False if no reply is expected, or a caller reads or wants
+        to."""
         if not (self._keeps or channel._expects):
             return False
         ident = get_ident()
@@ -264,7 +265,7 @@ class Watcher:
                 channel._read_once(None, blocking=False)
                 if not self._may_go_on(channel):
                     break
-        if not channel._followers:  # else those count it
+        if not channel._followers:  # else the waiting callers count it
             channel._stats.serialization_s += (channel._session.decode_ns - decoded_ns) * 1e-9
         return self._may_go_on(channel) and (self._keeps or channel._expects)
 
@@ -274,7 +275,7 @@ class Watcher:
         return monotonic() < self._due
 
     def _begin_to_watch(self, channel: Channel) -> None:
-        """Unless there is something to read, or a caller wants to."""
+        """Begins to poll, unless there is something to read or a caller wants to read."""
         link = channel._connection.link
         soon_s = link.prepare_to_sleep(for_items=True, for_space=False)
         with self._lock:
@@ -302,13 +303,15 @@ class Watcher:
             return _NAP_S, False
         self.asleep = True
         works = self._keeps or channel._expects
-        if works and not (channel._reading or channel._followers):  # what came before `asleep` did not ring
+        if works and not (
+            channel._reading or channel._followers
+        ):  # a request made before `asleep` was set did not ring
             return 0.0, False
         return (_LONG_NAP_S if works else _IDLE_S), not works
 
     def _retires(self, channel: Channel) -> bool:
-        """Ends the thread's work, unless there is some. A request that comes in this very moment finds that there is no
-        watcher, or is found here."""
+        """Detaches from the channel, unless there is work. A request made at this moment either finds no watcher and
+        starts one, or is found here. Returns whether the thread is to end."""
         with self._lock:
             channel._watcher = None
             works = self.stirred or channel._expects

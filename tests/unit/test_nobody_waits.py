@@ -684,7 +684,7 @@ def test_a_lock_that_an_interrupted_wait_has_left_taken(
     future.add_done_callback(came.append)
     gate.opened.set()
     _until(lambda: came)
-    assert "nobody is told that it is done" in caplog.text
+    assert "its waiters are not notified" in caplog.text
     _until(channel.submit("echo").done)
 
 
