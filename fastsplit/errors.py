@@ -25,7 +25,8 @@
 Rules: whose fault it was can be read off the class. A message names the field, what came, and what was expected. Parts
 of it may be a peer's words, so `str` of each is one line of printable characters; `args` has it as it came.
 An argument that cannot be used is one of these, too. A call that does not fit a signature (an unknown keyword, an
-argument too many) is Python's own TypeError.
+argument too many) is Python's own TypeError, and SplitModelForCausalLM raises TypeError and NotImplementedError for
+what a split model cannot do, as transformers does.
 Every class says with which code the scripts exit (`exit_code`), so that the mapping stands in one place.
 """
 

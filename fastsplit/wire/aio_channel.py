@@ -170,7 +170,7 @@ class Channel:
             pump.send(self._session.hello())
             await self._step(deadline)
             if not pump.idle:  # what follows must not overtake the HELLO
-                raise PeerLostError(f"{self.uri}: the server took not even a handshake")
+                raise PeerLostError(f"{self.uri}: the server did not read the handshake")
             self._answered = connection.offer_ring(AT_ONCE)  # some hundred bytes: there is room for them
             if self._answered is not None:
                 await self._step(deadline)

@@ -481,7 +481,7 @@ class _Connection:
         try:
             self.wire.attach_ring(event, AT_ONCE)  # its answer has some hundred bytes: there is room for them
         except DeadlineError:
-            raise PeerLostError("the client took not even a handshake") from None
+            raise PeerLostError("the client did not read the handshake") from None
         self.pump.use_ring()
 
     # ---- looking after it ----

@@ -537,7 +537,7 @@ class _Connection:
                 try:
                     self.wire.attach_ring(event, time.monotonic() + self.server.handshake_timeout_s)
                 except DeadlineError:
-                    raise PeerLostError("the client took not even a handshake") from None
+                    raise PeerLostError("the client did not read the handshake") from None
         elif isinstance(event, ReturnsWanted):
             with self._sending:
                 self.wire.give_back()
@@ -634,9 +634,10 @@ class _Connection:
         with self._idle:
             if request.request_id in self._pending:
                 raise RemoteProtocolError(f"header, request_id: {request.request_id}, which is in flight already")
-            if len(self._pending) - len(self._answered) >= self.server.limits.max_inflight:
+            inflight = len(self._pending) - len(self._answered)
+            if inflight >= self.server.limits.max_inflight:
                 raise RemoteProtocolError(
-                    f"{len(self._pending) + 1} requests in flight, expected at most {self.server.limits.max_inflight}"
+                    f"{inflight + 1} requests in flight, expected at most {self.server.limits.max_inflight}"
                 )
             self._pending[request.request_id] = request
         if not workers.submit(functools.partial(self._run_pending, request.request_id, deadline)):
