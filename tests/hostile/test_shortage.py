@@ -334,7 +334,7 @@ def test_a_channel_that_gets_no_threads(unix_uri: str, monkeypatch: pytest.Monke
             start(thread)
 
         monkeypatch.setattr(threading.Thread, "start", fail)
-        for let in ((), ("fastsplit-read",)):
+        for let in ((), ("fastsplit-watch",)):
             ours.update(let)
             with pytest.raises(ResourceError, match=NO_THREAD):
                 fastsplit.connect(server.uri, overlap=True)
