@@ -217,11 +217,11 @@ class Watcher:
     def _end_late_futures(self, channel: Channel) -> None:
         now = monotonic()
         with self._lock:
-            futures = [
-                (math.inf if each._deadline is None else each._deadline, each) for each in channel._futures.values()
-            ]
-            self._due = min((deadline for deadline, _ in futures if deadline > now), default=math.inf)
-        for deadline, future in futures:
+            # a list first: requests are added without the lock
+            futures = list(channel._futures.values())
+            deadlines = [math.inf if future._deadline is None else future._deadline for future in futures]
+            self._due = min((deadline for deadline in deadlines if deadline > now), default=math.inf)
+        for future, deadline in zip(futures, deadlines):
             if deadline <= now:
                 channel._give_up(future, future._late())
 
@@ -303,9 +303,8 @@ class Watcher:
             return _NAP_S, False
         self.asleep = True
         works = self._keeps or channel._expects
-        if works and not (
-            channel._reading or channel._followers
-        ):  # a request made before `asleep` was set did not ring
+        callers_read = channel._reading or channel._followers
+        if works and not callers_read:  # a request made before `asleep` was set did not ring
             return 0.0, False
         return (_LONG_NAP_S if works else _IDLE_S), not works
 
