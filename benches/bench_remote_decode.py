@@ -195,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
                 progress(f"{rung.name}: {measured['tokens_per_s']:.2f} tokens/s")
                 medians = {row: _median(found) for row, found in rounds.items() if found}
                 result["models"][name] = {"medians": medians, "rounds": rounds}
-                save(result, output)  # now: whoever ends us leaves what there is
+                save(result, output)  # after each step, so that a run that is ended keeps its results
         print(f"{name}, {args.dtype}, {args.link} ({kind.text}), {args.executor} executor, medians of {args.rounds}")
         print(_table(medians))
         print()

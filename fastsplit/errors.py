@@ -131,7 +131,7 @@ class ListenError(FastsplitError, OSError):
 
 
 class ConnectError(FastsplitError, ConnectionError):
-    """No connection could be made: nobody listens there, or the server accepts no more. (No answer in time is a
+    """No connection could be made: no server listens there, or the server accepts no more. (No answer in time is a
     DeadlineError.)"""
 
     exit_code = 3

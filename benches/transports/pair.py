@@ -148,14 +148,14 @@ class Pair:
 @contextmanager
 def answering(pair: Pair, within_s: float = ANSWER_S) -> Iterator[None]:
     """TimeoutError if what is inside takes longer. Where a library waits outside of Python, the end of its peer is what
-    wakes it. For the main thread, which is who gets signals."""
+    wakes it. Only in the main thread, which receives signals."""
 
     def too_late(*_: object) -> None:
         raise TimeoutError(f"no answer within {within_s:g} s")
 
     began_s = time.monotonic()
     before = signal.signal(signal.SIGALRM, too_late)
-    before_s, _ = signal.setitimer(signal.ITIMER_REAL, within_s)  # of who had set the timer before, a test's
+    before_s, _ = signal.setitimer(signal.ITIMER_REAL, within_s)  # a test may have set the timer before
     killer = threading.Timer(within_s + 1, pair.kill)
     killer.daemon = True
     killer.start()

@@ -42,7 +42,7 @@ from .connection import Connection
 from .estimate import HANDSHAKE_FILLER_NBYTES, LinkEstimate
 from .forked import watch
 from .frame import reply_flags
-from .future import Result, remote_error, warn_of_discarded, why_closed
+from .future import CallTimeout, Result, remote_error, warn_of_discarded, why_closed
 from .link import parse_count, parse_memory, parse_timeout
 from .pump import AT_ONCE, Frame, Pump, settle_left, within
 from .segment import Hook
@@ -72,7 +72,7 @@ class _Call:
         self.sent_ns = self.decoded_ns = 0
 
 
-class Channel:
+class Channel(CallTimeout):
     """A connection to a server, on an event loop. `fastsplit.aio.connect` is this class.
 
     To be opened by `await connect(uri)` or `async with connect(uri) as channel`, and closed by `await channel.close()`.
@@ -265,15 +265,6 @@ class Channel:
         return self._session.inflight
 
     @property
-    def call_timeout_s(self) -> float | None:
-        """Seconds for each call that says nothing else, None for no deadline. May be set at any time."""
-        return self._call_timeout_s
-
-    @call_timeout_s.setter
-    def call_timeout_s(self, seconds: float | None) -> None:
-        self._call_timeout_s = None if seconds is None else parse_timeout("call_timeout_s", seconds)
-
-    @property
     def shm(self) -> bool:
         """Whether tensors cross in shared memory on this connection."""
         return self._connection.arena is not None
@@ -436,14 +427,6 @@ class Channel:
     def _check_open(self) -> None:
         if self._error is not None or self._refusing:
             raise ClosedError(why_closed(self._error))
-
-    def _deadline(self, timeout_s: float | None) -> tuple[float | None, float | None]:
-        """Seconds that a call may take, and when they are over."""
-        if timeout_s is None:
-            timeout_s = self._call_timeout_s
-        else:
-            timeout_s = parse_timeout("timeout_s", timeout_s)
-        return timeout_s, None if timeout_s is None else time.monotonic() + timeout_s
 
     def _coding(self, wire_dtype: Any, codec: Any) -> tuple[int, int | None]:
         cast = self._cast if wire_dtype is _UNSET else parse_cast(wire_dtype)

@@ -29,6 +29,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from threading import get_ident
 from time import monotonic, perf_counter_ns
 from typing import Any
@@ -58,7 +59,7 @@ from .connection import Connection, greeting
 from .estimate import HANDSHAKE_FILLER_NBYTES, LinkEstimate
 from .forked import renew, watch
 from .frame import reply_flags
-from .future import Future, Result, remote_error, warn_of_discarded, why_closed
+from .future import CallTimeout, Future, Result, remote_error, warn_of_discarded, why_closed
 from .link import choose_spin_us, parse_count, parse_flag, parse_memory, parse_timeout, remaining_s
 from .segment import Hook
 from .session import (
@@ -101,7 +102,7 @@ class _Turn:
         self._done = False
 
 
-class Channel:
+class Channel(CallTimeout):
     """A connection to a server. `fastsplit.connect` is this class; usable as a context manager.
 
     `arrays`: what calls give, "torch", "numpy" or "auto" (torch where it is installed). `timeout_s`: for connecting and
@@ -251,15 +252,6 @@ class Channel:
     @spin_us.setter
     def spin_us(self, spin_us: float) -> None:
         self._connection.link.spin.spin_us = choose_spin_us(spin_us)
-
-    @property
-    def call_timeout_s(self) -> float | None:
-        """Seconds for each call that says nothing else, None for no deadline. May be set at any time."""
-        return self._call_timeout_s
-
-    @call_timeout_s.setter
-    def call_timeout_s(self, seconds: float | None) -> None:
-        self._call_timeout_s = None if seconds is None else parse_timeout("call_timeout_s", seconds)
 
     @property
     def shm(self) -> bool:
@@ -412,7 +404,8 @@ class Channel:
         timeout_s, deadline = self._deadline(timeout_s)
         future = self._start(op, tensors, timeout_s, deadline, expect, wire_dtype, codec, named)
         if future is None:
-            future = self._start_in_turn(op, tensors, timeout_s, deadline, expect, wire_dtype, codec, named)
+            again = partial(self._start, op, tensors, timeout_s, deadline, expect, wire_dtype, codec, named)
+            future = self._start_in_turn(again, op, timeout_s, deadline)
         try:
             return future.result()
         finally:
@@ -447,7 +440,8 @@ class Channel:
             self._hire()  # before anything is sent: there may be no thread left
         future = self._start(op, tensors, timeout_s, deadline, expect, wire_dtype, codec, named)
         if future is None:
-            future = self._start_in_turn(op, tensors, timeout_s, deadline, expect, wire_dtype, codec, named)
+            again = partial(self._start, op, tensors, timeout_s, deadline, expect, wire_dtype, codec, named)
+            future = self._start_in_turn(again, op, timeout_s, deadline)
         self._attend(deadline)
         return future
 
@@ -542,17 +536,9 @@ class Channel:
         return future
 
     def _start_in_turn(
-        self,
-        op: str,
-        tensors: tuple[Any, ...],
-        timeout_s: float | None,
-        deadline: float | None,
-        expect: Sequence[tuple[Any, Sequence[int]]] | None,
-        wire_dtype: str | None,
-        codec: str,
-        attrs: dict[str, Any],
+        self, start: Callable[..., Future | None], op: str, timeout_s: float | None, deadline: float | None
     ) -> Future:
-        """As `_start`, for a request that has to wait for its turn."""
+        """Calls `start`, which is `_start` with its arguments, when it is this request's turn."""
         turn = _Turn()
         future: Future | None = None
         try:
@@ -562,7 +548,7 @@ class Channel:
                 self._let_in()
                 self._wait_for_turn(turn, op, timeout_s, deadline)
                 turn._done = False
-                future = self._start(op, tensors, timeout_s, deadline, expect, wire_dtype, codec, attrs, turn)
+                future = start(turn=turn)
         finally:
             with self._lock, contextlib.suppress(ValueError):
                 self._turns.remove(turn)
@@ -637,14 +623,6 @@ class Channel:
             watcher = self._watcher
         if watcher is not None:
             watcher.attend(deadline)
-
-    def _deadline(self, timeout_s: float | None) -> tuple[float | None, float | None]:
-        """Seconds that a call may take, and when they are over."""
-        if timeout_s is None:
-            timeout_s = self._call_timeout_s
-        else:
-            timeout_s = parse_timeout("timeout_s", timeout_s)
-        return timeout_s, None if timeout_s is None else time.monotonic() + timeout_s
 
     def close(self, drain_s: float = 0.0) -> None:
         """Ends the connection: the server is told, and calls in flight fail with ClosedError. Idempotent.

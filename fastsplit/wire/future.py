@@ -14,19 +14,21 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CancelledError, DeadlineError, FastsplitError, RemoteOpError, fresh
 from ..printable import get_logger
 from ..tensors import Arrays
 from .forked import renew
+from .link import parse_timeout
 from .session import Error, Reply
 from .threads import call_safely
 
 if TYPE_CHECKING:
     from .channel import Channel
 
-__all__ = ["Future", "Result", "remote_error", "warn_of_discarded", "why_closed"]
+__all__ = ["CallTimeout", "Future", "Result", "remote_error", "warn_of_discarded", "why_closed"]
 
 _logger = get_logger("fastsplit.channel")
 
@@ -64,6 +66,29 @@ def remote_error(op: str, event: Error) -> FastsplitError:
     if event.code == "cancelled":
         return CancelledError(f"{op}: {event.text}")
     return RemoteOpError(op, event.text)
+
+
+class CallTimeout:
+    """What both kinds of channel say of how long a call may take."""
+
+    _call_timeout_s: float | None
+
+    @property
+    def call_timeout_s(self) -> float | None:
+        """Seconds for each call that says nothing else, None for no deadline. May be set at any time."""
+        return self._call_timeout_s
+
+    @call_timeout_s.setter
+    def call_timeout_s(self, seconds: float | None) -> None:
+        self._call_timeout_s = None if seconds is None else parse_timeout("call_timeout_s", seconds)
+
+    def _deadline(self, timeout_s: float | None) -> tuple[float | None, float | None]:
+        """Seconds that a call may take, and when they are over."""
+        if timeout_s is None:
+            timeout_s = self._call_timeout_s
+        else:
+            timeout_s = parse_timeout("timeout_s", timeout_s)
+        return timeout_s, None if timeout_s is None else monotonic() + timeout_s
 
 
 def why_closed(error: FastsplitError | None) -> str:

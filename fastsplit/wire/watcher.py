@@ -174,7 +174,7 @@ class Watcher:
                     self.polling = False
                     if channel._watcher is self:
                         channel._watcher = None
-                if failure is not None:  # a bug; nobody else may read for those futures
+                if failure is not None:  # a bug: without this thread these futures would stay pending
                     channel._end(ClosedError(f"the channel's thread failed: {failure!r}"))
                     del failure
                 channel._leave_reading()

@@ -1,4 +1,4 @@
-"""A handler that asks whether it is cancelled sees its client's CANCEL, whoever reads; what came beside it is kept."""
+"""A handler that polls `call.cancelled` sees its client's CANCEL; other frames that are read meanwhile are kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What may be a handler, and what is said of one that fails: nobody who has set up no logging misses it."""
+"""Which functions may be handlers, and how a failing handler is logged, also where no logging is set up."""
 
 from __future__ import annotations
 

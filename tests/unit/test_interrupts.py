@@ -209,7 +209,9 @@ def test_interrupted_wherever_a_call_may_be(
     assert len(ended) < interrupts / 3
 
 
-@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # one that nobody got closes by itself
+@pytest.mark.filterwarnings(
+    "ignore:unclosed:ResourceWarning"
+)  # a channel that was never returned is closed by the collector
 @pytest.mark.parametrize("overlap", [False, True])
 @traces_instructions
 def test_interrupted_wherever_a_connection_begins_or_ends(unix_uri: str, overlap: bool) -> None:

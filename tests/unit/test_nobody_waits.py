@@ -1,5 +1,5 @@
-"""What is submitted runs, whoever waits: the channel's own reader, turns at the peer's limit, futures as the standard
-library knows them."""
+"""Submitted requests run without a waiting caller: the channel's own reader, turns at the peer's limit, futures as the
+standard library's."""
 
 from __future__ import annotations
 
