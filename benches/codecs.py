@@ -33,13 +33,13 @@ from transformers import AutoTokenizer
 
 from demo.smollm2 import model_dir
 from fastsplit.executor import Executor
-from fastsplit.memory import pool
 from fastsplit.models import open_model
 from fastsplit.remote import RemoteModel
 from fastsplit.runner import Runner
 from fastsplit.schema.coding import CODECS
+from fastsplit.tensors.pool import pool
 from fastsplit.wire.call import Client
-from fastsplit.wire.codec import compress, decompress, installed, probe
+from fastsplit.wire.codecs import compress, decompress, installed, probe
 from fastsplit.wire.stats import Stats
 
 from .environment import add_output, describe, keep_whole, save

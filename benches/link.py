@@ -39,7 +39,7 @@ from dataclasses import dataclass
 
 from benches.processes import process
 from fastsplit.errors import ConnectError, DeadlineError
-from fastsplit.wire.address import TcpAddress, connect_socket, listen_socket, parse_address
+from fastsplit.wire.transport.address import TcpAddress, connect_socket, listen_socket, parse_address
 
 __all__ = ["LINKS", "LinkKind", "main", "relay", "relay_arguments", "through"]
 

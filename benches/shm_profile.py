@@ -32,13 +32,13 @@ import fastsplit
 from benches.rounds import progress
 from benches.transports.pair import open_pairs
 from fastsplit.schema.decoder import Decoder
+from fastsplit.schema.header import HEADER_NBYTES, pack_header, parse_header
 from fastsplit.schema.limits import Limits
-from fastsplit.tensors import arrays, share
+from fastsplit.tensors import parse_arrays, share
 from fastsplit.wire.call import Call
-from fastsplit.wire.frame import HEADER_NBYTES, pack_header, parse_header
 from fastsplit.wire.future import Future, Result
-from fastsplit.wire.link import Link
-from fastsplit.wire.ring import RING_NBYTES, SLOT_NBYTES, SLOTS, RingLink
+from fastsplit.wire.shm.ring import RING_NBYTES, SLOT_NBYTES, SLOTS, RingLink
+from fastsplit.wire.transport.stream import Link
 
 __all__ = ["measure", "table"]
 
@@ -264,7 +264,7 @@ class _Connected:
         resolve_ns = self._best_ns(lambda: far.arena.resolve(segment, offset, desc))
         lease = far.arena.resolve(segment, offset, desc)
         far.arena.take_returns(_LENT)
-        view = arrays("torch").view
+        view = parse_arrays("torch").view
         return [
             Step("the frame: Session.received_slot, a request", request_ns, 1),
             Step("the frame: Session.received_slot, a reply", reply_ns, 1),

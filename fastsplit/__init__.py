@@ -44,9 +44,9 @@ from .errors import (
     VerificationError,
 )
 from .schema.limits import Limits
+from .wire.blocking.channel import Channel, Future, Result
+from .wire.blocking.server import Server
 from .wire.call import Call, Client, Handler
-from .wire.channel import Channel, Future, Result
-from .wire.server import Server
 from .wire.stats import Stats
 
 __all__ = [

@@ -15,8 +15,8 @@ Rules. Channels and servers belong to the loop that was running when they were o
 
 from __future__ import annotations
 
-from .wire.aio_channel import Channel, connect
-from .wire.aio_server import Call, Handler, Server, serve
+from .wire.aio.channel import Channel, connect
+from .wire.aio.server import Call, Handler, Server, serve
 from .wire.future import Result
 
 __all__ = ["Call", "Channel", "Handler", "Result", "Server", "connect", "serve"]

@@ -29,11 +29,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from .errors import SettingError
 from .models import ModelConfig
 from .ops import MAX_LANES, PLANS, Traffic, choose_plan, traffic
-from .wire.address import UnixAddress, parse_address
+from .wire.transport.address import UnixAddress, parse_address
 
 if TYPE_CHECKING:
-    from .wire.channel import Channel
-    from .wire.estimate import LinkEstimate
+    from .wire.blocking.channel import Channel
+    from .wire.transport.meter import LinkEstimate
 
 __all__ = [
     "ASKED_FOR",

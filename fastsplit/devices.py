@@ -32,9 +32,9 @@ from weakref import WeakKeyDictionary
 from . import tensors
 from .errors import ModelError
 from .extras import torch
-from .memory import pool
 from .printable import get_logger
-from .wire.segment import Hook
+from .tensors.pool import pool
+from .wire.shm.segment import Hook
 
 __all__ = ["Cpu", "Cuda", "Device", "Driver", "TorchDriver", "Transfers", "Work", "open_device"]
 
@@ -106,7 +106,7 @@ def open_device(name: str) -> Device:
     return Cuda(TorchDriver(torch.device("cuda", index)))
 
 
-_ARRAYS = tensors.arrays("torch")
+_ARRAYS = tensors.parse_arrays("torch")
 _SMALL_NBYTES = 2**18
 """Below, the C library's own memory is faster; above, fresh pages cost more than what is computed into them."""
 

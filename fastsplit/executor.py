@@ -29,7 +29,7 @@ from .schema.limits import Limits
 from .sessions import Lane, Session, Sessions
 from .weights import Linear, Weights
 from .wire.call import Call, Handler
-from .wire.segment import Hook
+from .wire.shm.segment import Hook
 
 __all__ = ["Executor"]
 

@@ -22,8 +22,8 @@ from types import FrameType
 
 from fastsplit import cli
 from fastsplit.models import DTYPES, PRESETS, open_model
-from fastsplit.wire.link import spin_us_beside
-from fastsplit.wire.server import Server
+from fastsplit.wire.blocking.server import Server
+from fastsplit.wire.transport.spin import spin_us_beside
 
 __all__ = ["SPIN_COUNT", "main"]
 

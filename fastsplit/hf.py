@@ -40,8 +40,8 @@ from .llama import int64, int64_range
 from .models import open_model
 from .remote import Cache, RemoteModel, share_cores
 from .runner import Runner
-from .wire.channel import Channel
-from .wire.forked import renew, watch
+from .system.forked import renew, watch
+from .wire.blocking.channel import Channel
 
 __all__ = ["SplitCache", "SplitModelForCausalLM"]
 

@@ -16,9 +16,9 @@ from .errors import ClosedError, ModelError, PeerLostError, RemoteProtocolError,
 from .extras import torch
 from .models import DTYPES, Model, ModelConfig
 from .ops import Shapes
-from .wire.channel import Channel
-from .wire.link import spin_us_beside
+from .wire.blocking.channel import Channel
 from .wire.stats import Stats
+from .wire.transport.spin import spin_us_beside
 
 __all__ = ["Backend", "Cache", "RemoteModel", "share_cores"]
 

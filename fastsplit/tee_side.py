@@ -27,8 +27,8 @@ from fastsplit.choice import ASKED_FOR, CASTS, choose, look, may_overlap
 from fastsplit.errors import FastsplitError, ModelError
 from fastsplit.models import DTYPES, Model, ModelConfig, open_model
 from fastsplit.ops import MAX_LANES, PLANS
+from fastsplit.wire.blocking.channel import Channel
 from fastsplit.wire.call import describe
-from fastsplit.wire.channel import Channel
 
 if TYPE_CHECKING:
     import torch

@@ -27,7 +27,8 @@ import pytest
 from aio_front import Front
 
 import fastsplit
-from fastsplit.wire import ring, sharing
+from fastsplit.wire.shm import negotiation as sharing
+from fastsplit.wire.shm import ring
 
 if importlib.util.find_spec("torch") is not None:
     import torch  # noqa: F401  (here, so that what its import opens is no test's leak)

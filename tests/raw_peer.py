@@ -1,7 +1,7 @@
 """A peer made of a plain socket, for tests of what a real server or channel does with one that misbehaves.
 
-Frames are packed here from the byte table in docs/protocol.md, not by fastsplit.wire.frame, so that the two check each
-other; and so is the ring, not by fastsplit.wire.ring.
+Frames are packed here from the byte table in docs/protocol.md, not by fastsplit.schema.header, so that the two check
+each other; and so is the ring, not by fastsplit.wire.shm.ring.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from fastsplit.schema.decoder import Decoder
 from fastsplit.schema.descriptor import Message
 from fastsplit.schema.encoder import Encoder
 from fastsplit.schema.limits import Limits
-from fastsplit.wire.address import UnixAddress, parse_address
-from fastsplit.wire.ring import semaphores
+from fastsplit.wire.shm.ring import semaphores
+from fastsplit.wire.transport.address import UnixAddress, parse_address
 
 HELLO, REQUEST, REPLY, ERROR, CANCEL, GOODBYE, ABORT, SEGMENT, ATTACHED, RETIRE, RETURN, PROBE = range(1, 13)
 HEADER = struct.Struct("<4sBBHQIIQQ")

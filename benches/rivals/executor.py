@@ -21,7 +21,7 @@ from fastsplit import Server
 from fastsplit.devices import open_device
 from fastsplit.executor import Executor
 from fastsplit.models import DTYPES, open_model
-from fastsplit.wire.link import spin_us_beside
+from fastsplit.wire.transport.spin import spin_us_beside
 
 from .service import RivalService
 

@@ -17,8 +17,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from fastsplit.memory import pool
-from fastsplit.tensors import arrays, collect
+from fastsplit.tensors import collect, parse_arrays
+from fastsplit.tensors.pool import pool
 from fastsplit.wire.session import STAGING_NBYTES, Failed, Request, Session
 
 from .serializer import Message, Serializer, joined
@@ -38,7 +38,7 @@ class Frames(Serializer):
         self._buffers: Iterator[Any] = iter(())
         self._client = Session(is_client=True, allocate=pool.allocate)
         self._server = Session(is_client=False, allocate=lambda nbytes: next(self._buffers))
-        self._view = arrays("torch").view
+        self._view = parse_arrays("torch").view
         for sender, receiver in ((self._client, self._server), (self._server, self._client)):
             hello = sender.hello()
             receiver.receive_buffers()[0][: len(hello)] = hello

@@ -17,14 +17,14 @@ from typing import Any, Protocol
 
 from ..errors import CancelledError, ConnectError, FastsplitError, PeerLostError, SettingError, shown
 from ..printable import get_logger
+from ..schema.header import wanted_reply
+from ..system.forked import renew
+from ..system.threads import call_safely, is_interrupt
 from ..tensors import Arrays
-from .coder import Coder
+from .compression import Coder
 from .connection import Connection
-from .forked import renew
-from .frame import wanted_reply
-from .link import remaining_s
 from .session import Request
-from .threads import call_safely, is_interrupt
+from .transport.base import remaining_s
 
 __all__ = [
     "Call",

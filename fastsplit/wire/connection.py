@@ -30,21 +30,21 @@ from ..errors import (
     RemoteProtocolError,
     ResourceError,
 )
-from ..memory import Memory, Pool, Tenant
 from ..schema.limits import Limits
-from ..shortage import why as why_failed
+from ..system.forked import renew, watch
+from ..system.shortage import why as why_failed
 from ..tensors import Outgoing, collect, share
-from .address import Address, UnixAddress
-from .arena import Arena
-from .coder import AUTO, OFF, THRESHOLD_NBYTES, Codec, Coder
-from .estimate import LinkEstimate, Meter
-from .forked import renew, watch
-from .link import Link
-from .ring import RING_NBYTES, RingLink
-from .segment import Hook, Memfd
+from ..tensors.pool import Memory, Pool, Tenant
+from .compression import AUTO, OFF, THRESHOLD_NBYTES, Codec, Coder
 from .session import CODES, MAX_FILLER_NBYTES, PROBES, SHARES, TYPES, Probe, RingOffered, Session
-from .sharing import Offer, Sharing, agree, offer
+from .shm.arena import Arena
+from .shm.negotiation import Offer, Sharing, agree, offer
+from .shm.ring import RING_NBYTES, RingLink
+from .shm.segment import Hook, Memfd
 from .stats import Stats
+from .transport.address import Address, UnixAddress
+from .transport.meter import LinkEstimate, Meter
+from .transport.stream import Link
 
 __all__ = ["Connection", "greeting"]
 

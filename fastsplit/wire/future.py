@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CancelledError, DeadlineError, FastsplitError, RemoteOpError, fresh
 from ..printable import get_logger
+from ..system.forked import renew
+from ..system.threads import call_safely
 from ..tensors import Arrays
-from .forked import renew
-from .link import parse_timeout
+from .options import parse_timeout
 from .session import Error, Reply
-from .threads import call_safely
 
 if TYPE_CHECKING:
-    from .channel import Channel
+    from .blocking.channel import Channel
 
 __all__ = ["CallTimeout", "Future", "Result", "remote_error", "warn_of_discarded", "why_closed"]
 

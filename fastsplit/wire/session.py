@@ -61,9 +61,9 @@ from ..schema.decoder import Decoder
 from ..schema.descriptor import Attrs, AttrValue, Message, TensorDesc
 from ..schema.dtypes import BY_CODE, BY_NAME
 from ..schema.encoder import Encoder
+from ..schema.header import HEADER_NBYTES, REPLY_FLAGS, VERSION, Header, Kind, pack_header, parse_header
 from ..schema.limits import MAX_DIMS, Limits
 from ..tensors import Desc
-from .frame import HEADER_NBYTES, REPLY_FLAGS, VERSION, Header, Kind, pack_header, parse_header
 
 __all__ = [
     "CODES",

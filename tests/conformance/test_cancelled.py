@@ -14,7 +14,7 @@ from raw_peer import CANCEL, ERROR, GOODBYE, REPLY, REQUEST, RawPeer, connected,
 
 import fastsplit
 from fastsplit.errors import CancelledError
-from fastsplit.wire import server as server_module
+from fastsplit.wire.blocking import server as server_module
 
 Serve = Callable[..., fastsplit.Server]
 

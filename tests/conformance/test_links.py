@@ -383,4 +383,4 @@ def test_more_than_two_gibibytes(unix_uri: str, shm: bool) -> None:
                 assert channel.stats.bytes_sent > nbytes and channel.stats.bytes_received > nbytes
             assert channel.stats.bytes_copied == 0
             del x, y
-    fastsplit.memory.pool.trim()
+    fastsplit.tensors.pool.pool.trim()

@@ -23,7 +23,7 @@ from fastsplit.executor import Executor
 from fastsplit.models import open_model
 from fastsplit.ops import PLANS
 from fastsplit.remote import RemoteModel, share_cores
-from fastsplit.wire import link
+from fastsplit.wire.transport import spin
 
 pytest.importorskip("transformers")
 from lazy_driver import LazyDriver
@@ -380,7 +380,7 @@ def test_the_gpu_side_spins_only_on_cores_that_it_does_not_compute_with(
         raise _Stop
 
     monkeypatch.setattr(gpu_side_script, "Server", server)
-    monkeypatch.setattr(link, "cores", lambda: 2)
+    monkeypatch.setattr(spin, "cores", lambda: 2)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(devices, "open_device", lambda name: devices.Cuda(LazyDriver()) if cuda else devices.Cpu())
     monkeypatch.delenv("FASTSPLIT_SPIN_US", raising=False)
@@ -413,7 +413,7 @@ def test_the_tee_side_does_not_spin_on_cores_that_the_gpu_side_computes_with(
         share_cores(channel, model)
         found.append(channel.spin_us)
 
-    monkeypatch.setattr(link, "cores", lambda: 2)
+    monkeypatch.setattr(spin, "cores", lambda: 2)
     monkeypatch.delenv("FASTSPLIT_SPIN_US", raising=False)
     monkeypatch.setattr(remote, "share_cores", share)
     handlers = {**executor.handlers, "describe": describe}

@@ -16,7 +16,7 @@ from fastsplit.models import Model, open_model
 from fastsplit.ops import PLANS, traffic
 from fastsplit.remote import RemoteModel
 from fastsplit.runner import Runner
-from fastsplit.wire.estimate import LinkEstimate
+from fastsplit.wire.transport.meter import LinkEstimate
 
 TOLERANCE = 2e-5
 VOCAB = 97

@@ -23,10 +23,12 @@ from aio_front import Front
 from raw_peer import CANCEL, FLOAT32, REPLY, REQUEST, RawPeer, connected, frame, hello, serving
 
 import fastsplit
-from fastsplit import memory
 from fastsplit.errors import FastsplitError
-from fastsplit.memory import MAX_LEFT_NBYTES, Pool
-from fastsplit.wire import aio_channel, aio_server, channel, server
+from fastsplit.tensors import pool as memory
+from fastsplit.tensors.pool import MAX_LEFT_NBYTES, Pool
+from fastsplit.wire.aio import channel as aio_channel
+from fastsplit.wire.aio import server as aio_server
+from fastsplit.wire.blocking import channel, server
 from fastsplit.wire.connection import Connection
 
 MIB = 1024**2

@@ -15,7 +15,7 @@ import pytest
 from raw_peer import ABORT, CANCEL, ERROR, FLOAT32, GOODBYE, REPLY, REQUEST, connected, frame, hello, raw_frame
 
 import fastsplit
-from fastsplit.memory import Pool
+from fastsplit.tensors.pool import Pool
 
 UINT8 = 2
 CAPS = fastsplit.Limits(max_metadata_nbytes=8192, max_message_nbytes=10**6, max_tensors=4, max_dims=4, max_attrs=16)

@@ -14,7 +14,7 @@ from raw_peer import ABORT, ERROR, FLOAT32, HELLO, REPLY, REQUEST, RawPeer, fram
 
 import fastsplit
 from fastsplit.errors import ClosedError, PeerLostError, RemoteOpError, RemoteProtocolError
-from fastsplit.memory import Pool
+from fastsplit.tensors.pool import Pool
 
 UINT8 = 2
 

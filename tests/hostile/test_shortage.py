@@ -43,12 +43,12 @@ from raw_peer import (
 )
 
 import fastsplit
-from fastsplit import shortage
 from fastsplit.errors import ArenaFull, ClosedError, PeerLostError, RemoteOpError, RemoteProtocolError, ResourceError
-from fastsplit.memory import Memory, Pool
 from fastsplit.schema.coding import CODECS
-from fastsplit.wire import codec
-from fastsplit.wire.segment import Memfd, Named
+from fastsplit.system import shortage
+from fastsplit.tensors.pool import Memory, Pool
+from fastsplit.wire import codecs as codec
+from fastsplit.wire.shm.segment import Memfd, Named
 
 MIB = 1024**2
 UINT8 = 2
@@ -542,7 +542,7 @@ def test_a_segment_that_there_is_no_memory_to_map(
     for side in ("request", "reply"):
         with front.Server(shm_uri, handlers) as server, front.connect(server.uri) as channel:
             with monkeypatch.context() as patch, at_once():
-                patch.setattr("fastsplit.wire.segment._map_checked", fail)
+                patch.setattr("fastsplit.wire.shm.segment._map_checked", fail)
                 if side == "reply":
                     with pytest.raises(ResourceError, match=f"^{wrong}"):
                         channel.call("get")
@@ -558,7 +558,7 @@ def test_a_segment_that_there_is_no_memory_to_map(
 
 def test_a_full_file_system_says_so(socket_dir: Path) -> None:
     program = (
-        "from fastsplit.wire.segment import Named\n"
+        "from fastsplit.wire.shm.segment import Named\n"
         "from fastsplit.errors import ArenaFull\n"
         "try:\n"
         "    Named('/dev/shm/fastsplit-full', '0' * 16, '1' * 16).create(4 * 1024**2)\n"
@@ -590,7 +590,7 @@ def test_pages_that_cannot_be_filled(kind: str, monkeypatch: pytest.MonkeyPatch)
     def fail(*_: object) -> None:
         raise OSError(14, "Bad address")
 
-    monkeypatch.setattr("fastsplit.wire.segment._populate", fail)
+    monkeypatch.setattr("fastsplit.wire.shm.segment._populate", fail)
     factory = Memfd() if kind == "memfd" else Named(SHM_PREFIX, "0" * 16, "1" * 16)
     with pytest.raises(
         ArenaFull, match=f"^no shared memory for a segment of {MIB} bytes: No space left on device: "

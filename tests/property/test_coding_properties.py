@@ -11,13 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastsplit.errors import RemoteProtocolError
-from fastsplit.memory import Pool
 from fastsplit.schema.coding import CASTS, CODECS
 from fastsplit.schema.descriptor import TensorDesc
 from fastsplit.schema.dtypes import BY_CODE
 from fastsplit.schema.limits import Limits
-from fastsplit.wire import codec as codecs
-from fastsplit.wire.coder import Coder
+from fastsplit.tensors.pool import Pool
+from fastsplit.wire import codecs
+from fastsplit.wire.compression import Coder
 from fastsplit.wire.session import CODES, Failed, Request, Session
 
 modest = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])

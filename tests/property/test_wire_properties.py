@@ -18,8 +18,8 @@ from fastsplit.errors import LimitError, RemoteProtocolError
 from fastsplit.schema.decoder import Decoder
 from fastsplit.schema.dtypes import BY_CODE
 from fastsplit.schema.encoder import Encoder
+from fastsplit.schema.header import HEADER_NBYTES, Kind, pack_header, parse_header
 from fastsplit.schema.limits import Limits
-from fastsplit.wire.frame import HEADER_NBYTES, Kind, pack_header, parse_header
 from fastsplit.wire.session import TYPES, Failed, Reply, Request, Session
 
 LIMITS = Limits(max_message_nbytes=2**16, max_tensors=8, max_dims=5, max_attrs=16, max_metadata_nbytes=8192)

@@ -19,7 +19,7 @@ import pytest
 
 import fastsplit
 from fastsplit.errors import AddressError, ConnectError, DeadlineError, ListenError, fresh
-from fastsplit.wire.address import (
+from fastsplit.wire.transport.address import (
     TcpAddress,
     UnixAddress,
     VsockAddress,
@@ -172,7 +172,7 @@ def test_a_socket_that_was_connected_to_itself_is_nobody(monkeypatch: pytest.Mon
         sock.connect(sock.getsockname())
         return sock
 
-    monkeypatch.setattr("fastsplit.wire.address._connect_to_any", to_itself)
+    monkeypatch.setattr("fastsplit.wire.transport.address._connect_to_any", to_itself)
     with pytest.raises(ConnectError, match="cannot connect: Connection refused"):
         connect_socket(TcpAddress("127.0.0.1", 40_000), 5)
 

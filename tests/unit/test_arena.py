@@ -23,9 +23,9 @@ from fastsplit.errors import ArenaFull, RemoteProtocolError, ResourceError
 from fastsplit.schema.descriptor import TensorDesc
 from fastsplit.schema.dtypes import BY_NAME
 from fastsplit.schema.limits import Limits
-from fastsplit.wire import arena as module
-from fastsplit.wire.arena import Arena
-from fastsplit.wire.segment import Memfd, why_no_memfd
+from fastsplit.wire.shm import arena as module
+from fastsplit.wire.shm.arena import Arena
+from fastsplit.wire.shm.segment import Memfd, why_no_memfd
 
 pytestmark = pytest.mark.skipif(why_no_memfd() is not None, reason=str(why_no_memfd()))
 torch = pytest.importorskip("torch")

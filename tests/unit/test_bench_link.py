@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from benches.link import LINKS, relay, relay_arguments, through
-from fastsplit.wire.address import TcpAddress, parse_address
+from fastsplit.wire.transport.address import TcpAddress, parse_address
 
 _TIMEOUT_S = 20.0
 

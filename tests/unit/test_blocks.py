@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastsplit.wire.blocks import Block, Blocks, OwnSegment, block_nbytes
+from fastsplit.wire.shm.blocks import Block, Blocks, OwnSegment, block_nbytes
 
 KIB = 1024
 

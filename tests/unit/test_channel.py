@@ -32,9 +32,9 @@ from fastsplit.errors import (
     SettingError,
     TensorError,
 )
-from fastsplit.memory import Pool
-from fastsplit.wire import link
-from fastsplit.wire.ring import RingLink
+from fastsplit.tensors.pool import Pool
+from fastsplit.wire.shm.ring import RingLink
+from fastsplit.wire.transport import spin
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 1024 * 1024
@@ -383,7 +383,7 @@ def test_expect(channel: fastsplit.Channel) -> None:
 def test_how_long_a_caller_spins_is_as_given_and_may_change(
     server: fastsplit.Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(link, "cores", lambda: 2)
+    monkeypatch.setattr(spin, "cores", lambda: 2)
     monkeypatch.setenv("FASTSPLIT_SPIN_US", "20")
     with fastsplit.connect(server.uri, arrays="numpy") as channel:
         assert channel.spin_us == 20.0

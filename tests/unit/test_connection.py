@@ -20,12 +20,12 @@ from raw_peer import SEGMENT, connected, frame, hello
 
 import fastsplit
 from fastsplit.errors import ArenaFull, ClosedError, DeadlineError, RemoteOpError, RemoteProtocolError
-from fastsplit.wire import server as server_module
-from fastsplit.wire import sharing
-from fastsplit.wire.arena import Arena
-from fastsplit.wire.link import Link
-from fastsplit.wire.ring import RING_NBYTES, RingLink
-from fastsplit.wire.segment import Memfd, Named
+from fastsplit.wire.blocking import server as server_module
+from fastsplit.wire.shm import negotiation as sharing
+from fastsplit.wire.shm.arena import Arena
+from fastsplit.wire.shm.ring import RING_NBYTES, RingLink
+from fastsplit.wire.shm.segment import Memfd, Named
+from fastsplit.wire.transport.stream import Link
 
 Serve = Callable[..., fastsplit.Server]
 Connect = Callable[..., fastsplit.Channel]

@@ -29,8 +29,8 @@ from fastsplit.errors import (
     ResourceError,
 )
 from fastsplit.wire import future as future_module
-from fastsplit.wire import server as server_module
-from fastsplit.wire import watcher
+from fastsplit.wire.blocking import server as server_module
+from fastsplit.wire.blocking import watcher
 
 Future = fastsplit.Future
 Serve = Callable[..., fastsplit.Server]

@@ -16,7 +16,7 @@ import fastsplit
 from fastsplit.errors import CancelledError, ClosedError, DeadlineError, PeerLostError
 from fastsplit.schema.dtypes import BY_NAME
 from fastsplit.schema.limits import Limits
-from fastsplit.wire import server as server_module
+from fastsplit.wire.blocking import server as server_module
 
 Serve = Callable[..., fastsplit.Server]
 Connect = Callable[..., fastsplit.Channel]

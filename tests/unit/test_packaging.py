@@ -197,8 +197,8 @@ def test_type_checkers_see_an_editable_install(source: Path, tmp_path: Path) -> 
     )
     says = [line.partition(": ")[2] for line in done.stdout.splitlines()[:-1]]
     assert says == [
-        'note: Revealed type is "fastsplit.wire.aio_channel.Channel"',
+        'note: Revealed type is "fastsplit.wire.aio.channel.Channel"',
         'note: Revealed type is "bool"',
-        'note: Revealed type is "fastsplit.wire.channel.Channel"',
+        'note: Revealed type is "fastsplit.wire.blocking.channel.Channel"',
         'error: Argument 1 to "Channel" has incompatible type "int"; expected "str"  [arg-type]',
     ], done.stdout

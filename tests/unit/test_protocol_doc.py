@@ -14,14 +14,16 @@ from raw_peer import ABORT, GOODBYE, RawPeer, hello, serving
 from raw_peer import frame as frame_of
 
 import fastsplit
+from fastsplit.schema import header as frame
 from fastsplit.schema import message_generated as gen
 from fastsplit.schema.coding import CASTS, CODECS, cast_bit, codec_bit
 from fastsplit.schema.dtypes import BY_CODE
 from fastsplit.schema.encoder import Encoder
 from fastsplit.schema.limits import Limits
-from fastsplit.wire import frame, ring, session
+from fastsplit.wire import session
 from fastsplit.wire.session import Session
-from fastsplit.wire.sharing import Offer
+from fastsplit.wire.shm import ring
+from fastsplit.wire.shm.negotiation import Offer
 
 DOC = (Path(__file__).resolve().parents[2] / "docs" / "protocol.md").read_text()
 
@@ -157,7 +159,7 @@ def test_ring_table() -> None:
 
 
 def test_error_codes_are_the_ones_in_the_source() -> None:
-    source = Path(fastsplit.wire.server.__file__).read_text()
+    source = Path(fastsplit.wire.blocking.server.__file__).read_text()
     used = set(re.findall(r'_answer_error\([\w.]+, "([a-z-]+)"', source))
     assert {row[0] for row in _table("code | meaning")} == used
 

@@ -16,11 +16,11 @@ import pytest
 from raw_peer import HELLO, REQUEST, frame, hello
 
 from fastsplit.errors import DeadlineError, FastsplitError, PeerLostError, RemoteProtocolError
-from fastsplit.wire import ring
-from fastsplit.wire.link import Link
-from fastsplit.wire.ring import RING_NBYTES, SLOT_NBYTES, SLOTS, RingLink, semaphores
-from fastsplit.wire.segment import Memfd, why_no_memfd
 from fastsplit.wire.session import Failed, Session
+from fastsplit.wire.shm import ring
+from fastsplit.wire.shm.ring import RING_NBYTES, SLOT_NBYTES, SLOTS, RingLink, semaphores
+from fastsplit.wire.shm.segment import Memfd, why_no_memfd
+from fastsplit.wire.transport.stream import Link
 
 _WHY_NOT = why_no_memfd() or (None if semaphores() else "no semaphores that are known")
 pytestmark = pytest.mark.skipif(_WHY_NOT is not None, reason=str(_WHY_NOT))

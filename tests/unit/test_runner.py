@@ -24,9 +24,9 @@ from fastsplit.ops import PLANS, choose_block_rows, packed_elements, row_blocks,
 from fastsplit.remote import RemoteModel, share_cores
 from fastsplit.runner import Runner
 from fastsplit.sampling import check_finite
-from fastsplit.wire import link
 from fastsplit.wire.call import Client
 from fastsplit.wire.stats import Stats
+from fastsplit.wire.transport import spin
 
 MODEL = open_model("random:tiny")
 LOGITS = ("lm_head", "down_lm_head")
@@ -508,7 +508,7 @@ def test_threads_that_are_no_number(said: Any, trusted: Any) -> None:
 def test_callers_sleep_at_once_where_the_executor_needs_all_cores(
     monkeypatch: pytest.MonkeyPatch, threads: int, shm: bool, env: str | None, expected: float
 ) -> None:
-    monkeypatch.setattr(link, "cores", lambda: 2)
+    monkeypatch.setattr(spin, "cores", lambda: 2)
     monkeypatch.delenv("FASTSPLIT_SPIN_US", raising=False)
     if env is not None:
         monkeypatch.setenv("FASTSPLIT_SPIN_US", env)

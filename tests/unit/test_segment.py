@@ -20,8 +20,8 @@ import pytest
 from conftest import SHM_PREFIX
 
 from fastsplit.errors import AddressError, ArenaFull, RemoteProtocolError
-from fastsplit.wire import segment as module
-from fastsplit.wire.segment import Memfd, Named, Segment, check_prefix, new_token, why_no_memfd
+from fastsplit.wire.shm import segment as module
+from fastsplit.wire.shm.segment import Memfd, Named, Segment, check_prefix, new_token, why_no_memfd
 
 NBYTES = 64 * 1024
 TOKEN, PEER_TOKEN = "0123456789abcdef", "fedcba9876543210"
@@ -163,7 +163,7 @@ def test_a_files_largest_size_is_a_shortage_too() -> None:
     program = (
         "import resource, signal\n"
         "from fastsplit.errors import ArenaFull\n"
-        "from fastsplit.wire.segment import Memfd\n"
+        "from fastsplit.wire.shm.segment import Memfd\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))\n"
         "Memfd().create(65536)\n"
@@ -344,7 +344,7 @@ def test_sweep_removes_what_dead_owners_left(owner: Named) -> None:
 def test_a_killed_owners_name_is_swept(owner: Named) -> None:
     program = (
         "import os, signal, sys\n"
-        "from fastsplit.wire.segment import Named\n"
+        "from fastsplit.wire.shm.segment import Named\n"
         f"owner = Named(sys.argv[1], {TOKEN!r}, {PEER_TOKEN!r})\n"
         "memory, _, path = owner.create(4096)\n"
         "os.utime(path, (1, 1))\n"

@@ -29,8 +29,8 @@ from fastsplit.errors import (
     RemoteOpError,
     SettingError,
 )
-from fastsplit.wire import link
 from fastsplit.wire.call import Client
+from fastsplit.wire.transport import spin
 
 Serve = Callable[..., fastsplit.Server]
 Connect = Callable[..., fastsplit.Channel]
@@ -555,7 +555,7 @@ def test_how_long_a_connection_spins(
     expected: float,
 ) -> None:
     seen: list[float] = []
-    monkeypatch.setattr(link, "cores", lambda: 2)
+    monkeypatch.setattr(spin, "cores", lambda: 2)
     monkeypatch.delenv("FASTSPLIT_SPIN_US", raising=False)
     if env is not None:
         monkeypatch.setenv("FASTSPLIT_SPIN_US", env)

@@ -32,11 +32,11 @@ from raw_peer import (
 )
 
 from fastsplit.errors import LimitError, LocalProtocolError, PeerLostError, RemoteProtocolError, SettingError
-from fastsplit.memory import Pool
 from fastsplit.schema.decoder import Decoder
 from fastsplit.schema.descriptor import TensorDesc
+from fastsplit.schema.header import Kind
 from fastsplit.schema.limits import Limits
-from fastsplit.wire.frame import Kind
+from fastsplit.tensors.pool import Pool
 from fastsplit.wire.session import (
     MAX_RETURNS,
     STAGING_NBYTES,

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastsplit.errors import TensorError
-from fastsplit.memory import Pool
 from fastsplit.schema.descriptor import TensorDesc
 from fastsplit.schema.dtypes import BY_CODE, BY_NAME
-from fastsplit.tensors import Arrays, arrays, collect, collect_cast, dtype_of, share
+from fastsplit.tensors import Arrays, collect, collect_cast, dtype_of, parse_arrays, share
+from fastsplit.tensors.pool import Pool
 
 torch = pytest.importorskip("torch")
 
@@ -54,7 +54,7 @@ SHAPES = [(), (1,), (5,), (3, 4), (2, 3, 4), (1, 7, 1)]
 @every_dtype
 @pytest.mark.parametrize("kind", ["torch", "numpy"])
 def test_contiguous_tensors_travel_as_they_lie(row: Any, kind: str) -> None:
-    view = arrays(kind).view
+    view = parse_arrays(kind).view
     for shape in SHAPES:
         array = _bits(shape, row)
         tensor = _of_torch(array, row) if kind == "torch" else array
@@ -77,7 +77,7 @@ def test_empty_tensors(row: Any, kind: str) -> None:
         tensor = _of_torch(array, row) if kind == "torch" else array
         descs, buffers, nbytes, copied_nbytes = collect([tensor, tensor])[:4]
         assert descs == [(row.code, shape)] * 2 and (buffers, nbytes, copied_nbytes) == ([], 0, 0)
-        came = arrays(kind).view(Pool().allocate(0), TensorDesc.of(row, shape))
+        came = parse_arrays(kind).view(Pool().allocate(0), TensorDesc.of(row, shape))
         assert tuple(came.shape) == shape and came.dtype == tensor.dtype
 
 
@@ -194,7 +194,10 @@ def test_a_refused_tensor_is_left_as_it_was() -> None:
 @pytest.mark.parametrize("kind", ["torch", "numpy"])
 def test_what_arrives_cannot_be_resized(kind: str) -> None:
     """So what lies in shared memory needs no look at its storage."""
-    for tensor in (arrays(kind).empty(5, "bfloat16", Pool().allocate), Memory().of(kind, BY_NAME["float32"], (5,))):
+    for tensor in (
+        parse_arrays(kind).empty(5, "bfloat16", Pool().allocate),
+        Memory().of(kind, BY_NAME["float32"], (5,)),
+    ):
         with pytest.raises((RuntimeError, ValueError)):
             tensor.untyped_storage().resize_(0) if kind == "torch" else tensor.resize((2,), refcheck=False)
 
@@ -202,7 +205,7 @@ def test_what_arrives_cannot_be_resized(kind: str) -> None:
 def test_ml_dtypes_arrays() -> None:
     """What numpy does to received bfloat16 is bfloat16, or another dtype that says so."""
     pytest.importorskip("ml_dtypes")
-    array = arrays("numpy").empty((2, 3), "bfloat16", Pool().allocate)
+    array = parse_arrays("numpy").empty((2, 3), "bfloat16", Pool().allocate)
     array[:] = 1.5
     bits = np.full((2, 3), 0x3FC0, np.uint16)
     for same in (np.concatenate([array, array])[:2], np.stack([array])[0], np.where(array > 0, array, array), +array):
@@ -242,7 +245,7 @@ def test_what_has_no_description(value: Any, text: str) -> None:
 
 @pytest.mark.parametrize("kind", ["torch", "numpy"])
 def test_empty(kind: str) -> None:
-    made = arrays(kind)
+    made = parse_arrays(kind)
     for shape, dtype in [
         ((2, 3), "float32"),
         (5, "int8"),
@@ -271,11 +274,11 @@ def test_dtype_of() -> None:
 
 
 def test_kinds() -> None:
-    assert arrays("auto").kind == "torch"
-    made = arrays("numpy")
-    assert arrays(made) is made and isinstance(made, Arrays)
+    assert parse_arrays("auto").kind == "torch"
+    made = parse_arrays("numpy")
+    assert parse_arrays(made) is made and isinstance(made, Arrays)
     with pytest.raises(ValueError, match="arrays 'jax', expected 'auto', 'torch' or 'numpy'"):
-        arrays("jax")
+        parse_arrays("jax")
 
 
 # ---- shared memory ---------------------------------------------------------------------------------------------------
@@ -306,7 +309,7 @@ class Memory:
         desc = TensorDesc.of(row, shape)
         memory = self.allocate(desc.nbytes, 5.0)
         memory[:] = _bits(shape, row).reshape(-1).view(np.uint8)
-        return arrays(kind).view(memory, desc)
+        return parse_arrays(kind).view(memory, desc)
 
 
 def _shared(memory: Memory, tensor: Any) -> tuple[Any, bytes, int, int]:

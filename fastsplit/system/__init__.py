@@ -1,0 +1,1 @@
+"""What a process has of its system, and loses: shortage, threads, signals, forks. Knows nothing of tensors."""

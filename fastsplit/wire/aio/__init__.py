@@ -1,0 +1,1 @@
+"""The asyncio front: one event loop waits for all."""

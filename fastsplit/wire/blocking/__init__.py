@@ -1,0 +1,1 @@
+"""The blocking front: callers' own threads wait."""

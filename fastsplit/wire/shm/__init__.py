@@ -1,0 +1,1 @@
+"""Shared memory: segments, their blocks, the arena of a connection, the ring, and whether two sides share."""
