@@ -37,8 +37,8 @@ from fastsplit.schema.limits import Limits
 from fastsplit.tensors import parse_arrays, share
 from fastsplit.wire.call import Call
 from fastsplit.wire.future import Future, Result
-from fastsplit.wire.shm.ring import RING_NBYTES, SLOT_NBYTES, SLOTS, RingLink
-from fastsplit.wire.transport.stream import Link
+from fastsplit.wire.shm.ring import RING_NBYTES, SLOT_NBYTES, SLOTS, Ring
+from fastsplit.wire.transport.stream import Stream
 
 __all__ = ["measure", "table"]
 
@@ -127,8 +127,8 @@ class _Connected:
         self.connection = seen[0]
         with ExitStack() as recording:
             for name, end in (("request", self.near), ("reply", self.far)):
-                recording.callback(setattr, end.link, "send", end.link.send)
-                end.link.send = self._recorder(name, end.link.send)  # type: ignore[method-assign]
+                recording.callback(setattr, end.transport, "send", end.transport.send)
+                end.transport.send = self._recorder(name, end.transport.send)  # type: ignore[method-assign]
             self.channel.call("echo", self.tensor)
 
     def _recorder(self, name: str, send: Callable[..., Any]) -> Callable[..., Any]:
@@ -187,10 +187,10 @@ class _Connected:
     def _ring(self) -> list[Step]:
         """A ring of its own, with one thread at both ends of it."""
         memory = mmap.mmap(-1, RING_NBYTES)
-        RingLink.format(memory)
+        Ring.format(memory)
         socks = socket.socketpair()
-        near = RingLink(Link(socks[0]), memory, is_client=True)
-        far = RingLink(Link(socks[1]), memory, is_client=False)
+        near = Ring(Stream(socks[0]), memory, is_client=True)
+        far = Ring(Stream(socks[1]), memory, is_client=False)
         frame = bytearray(self.frames["request"])
         session: Any = _NoSession()
         send_ns = receive_ns = float("inf")
@@ -211,10 +211,10 @@ class _Connected:
             memory[8192 : 8192 + size] = frame
 
         steps = [
-            Step("into the ring: RingLink.send", send_ns, 2),
+            Step("into the ring: Ring.send", send_ns, 2),
             Step("the slot's bytes", self._best_ns(slot_in), 2, part=True),
             Step("a semaphore's post", post_ns, 2, part=True),
-            Step("out of the ring: RingLink.receive", receive_ns, 2),
+            Step("out of the ring: Ring.receive", receive_ns, 2),
             Step("a semaphore's take", take_ns, 2, part=True),
             Step("the slot's bytes", self._best_ns(lambda: memory[8192 : 8192 + SLOT_NBYTES]), 2, part=True),
         ]

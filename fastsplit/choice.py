@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ASKED_FOR",
     "CASTS",
-    "LEAST_STRETCH_ROWS",
+    "MIN_STRETCH_ROWS",
     "Choice",
     "Link",
     "choose",
@@ -53,7 +53,7 @@ CASTS = ("auto", "off", "bfloat16", "float16")
 ASKED_FOR = "asked for"
 """The reason of whatever the user decided."""
 
-LEAST_STRETCH_ROWS = 64
+MIN_STRETCH_ROWS = 64
 """Into smaller stretches nothing is cut: below, products take no less time for having fewer rows."""
 
 _LANES = (4, 6, 8)
@@ -74,7 +74,7 @@ _CAST_BYTES_PER_S = 1e9
 a cast pays where 0.5 / speed > 1 / this, below 500 MB/s."""
 
 _SMALL_BLOCKS = (250e6, 32)
-_BLOCK_ROWS = LEAST_STRETCH_ROWS
+_BLOCK_ROWS = MIN_STRETCH_ROWS
 """Rows in a block of scores on a link that takes time; and (bytes a second, rows) where it is slower than that. Of a
 square of n x n scores (1 + block / n) / 2 travels; the products of smaller blocks are less efficient."""
 
@@ -232,7 +232,7 @@ def prefill_s(
     block_rows: int | None = None,
 ) -> float:
     """Seconds that a prompt of `rows` tokens spends on the link; the module's text has the formula."""
-    pieces = min(lanes, max(rows // LEAST_STRETCH_ROWS, 1))
+    pieces = min(lanes, max(rows // MIN_STRETCH_ROWS, 1))
     up_s = down_s = 0.0
     start = 0
     for piece in range(pieces):
@@ -282,9 +282,9 @@ def _far_lanes(wanted: int | None, rows: int, times: Sequence[tuple[int, float]]
     """How many lanes on a link that takes time, and why. `times`: (lanes, seconds on the link), of one lane first."""
     if wanted is not None:
         return _near_lanes(wanted, threads)
-    most = rows // LEAST_STRETCH_ROWS
+    most = rows // MIN_STRETCH_ROWS
     if most < 2:
-        return 1, f"{rows} rows: not cut below {2 * LEAST_STRETCH_ROWS}"
+        return 1, f"{rows} rows: not cut below {2 * MIN_STRETCH_ROWS}"
     (_, one_s), (best, best_s), *more = times
     for count, time_s in more:
         if count <= most and time_s < _WORTH * best_s:

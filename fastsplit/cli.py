@@ -35,8 +35,8 @@ __all__ = [
 ]
 
 
-_MOST_THREADS = 1024
-_MOST_RETOLD_NBYTES = 2**16
+_MAX_THREADS = 1024
+_MAX_RETOLD_NBYTES = 2**16
 
 
 class Usage(FastsplitError):
@@ -79,8 +79,8 @@ def positive_int(text: str) -> int:
 
 def _thread_count(text: str) -> int:
     value = positive_int(text)
-    if value > _MOST_THREADS:
-        raise argparse.ArgumentTypeError(f"{value}, expected {_MOST_THREADS} at most")
+    if value > _MAX_THREADS:
+        raise argparse.ArgumentTypeError(f"{value}, expected {_MAX_THREADS} at most")
     return value
 
 
@@ -193,7 +193,7 @@ def retold(program: str) -> Iterator[None]:
             for number, copy in copies.items():
                 os.dup2(copy, number)
         said.seek(0)
-        text = said.read(_MOST_RETOLD_NBYTES).decode(errors="backslashreplace")
+        text = said.read(_MAX_RETOLD_NBYTES).decode(errors="backslashreplace")
     for line in filter(None, text.split("\n")):
         tell(program, line)
 

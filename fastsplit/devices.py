@@ -206,7 +206,7 @@ class _Streams(NamedTuple):
     outward: Any
 
 
-_MOST_STREAMS = 4
+_MAX_STREAMS = 4
 """Sets of three. Kernels of a forward pass fill a device; more sets than a few only share it out more finely."""
 
 
@@ -280,7 +280,7 @@ class Cuda:
         with self._counting:
             index = self._keys.get(key)
             if index is None:
-                index = self._keys[key] = self._keys_seen % _MOST_STREAMS
+                index = self._keys[key] = self._keys_seen % _MAX_STREAMS
                 self._keys_seen += 1
             if index == len(self._sets):
                 driver = self._driver

@@ -34,7 +34,7 @@ from .wire.shm.segment import Hook
 __all__ = ["Executor"]
 
 _WIRE_DTYPES = {getattr(torch, name): name for name in DTYPES}
-_MOST_SEQUENCES = 2**16
+_MAX_SEQUENCES = 2**16
 _SMALL_ELEMENTS = 2**14
 """Up to so many, a reply's tensors share a block: to make one takes 20 us while weights go through the caches."""
 
@@ -151,7 +151,7 @@ class Executor:
         return self._tee_weights
 
     def _open(self, call: Call) -> None:
-        batch = _int(call, "batch", 1, _MOST_SEQUENCES)
+        batch = _int(call, "batch", 1, _MAX_SEQUENCES)
         capacity = _int(call, "capacity", 0, 2**31)
         dtype = call.attrs.get("dtype")
         if dtype not in DTYPES:
@@ -170,8 +170,8 @@ class Executor:
         session = self.sessions.find(call.client, call.attrs.get("session"))
         with session.lock, self.device.work(session) as work:
             indices = _indices("indices", indices, session.batch)
-            if not 1 <= len(indices) <= _MOST_SEQUENCES:
-                raise TensorError(f"indices: {len(indices)} of them, expected 1 to {_MOST_SEQUENCES}")
+            if not 1 <= len(indices) <= _MAX_SEQUENCES:
+                raise TensorError(f"indices: {len(indices)} of them, expected 1 to {_MAX_SEQUENCES}")
             session.reorder(work, work.take(indices))
 
     def _close(self, call: Call) -> None:

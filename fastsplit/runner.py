@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
-from .choice import LEAST_STRETCH_ROWS, Choice
+from .choice import MIN_STRETCH_ROWS, Choice
 from .errors import SettingError
 from .extras import torch
 from .llama import int64, int64_range, rotary_matrix
@@ -36,7 +36,7 @@ __all__ = ["Runner"]
 _SCORES_NBYTES = 256 * 2**20
 """How much memory the scores of one stretch may take, in the wire's dtype."""
 
-_LEAST_TABLE = 512
+_MIN_TABLE = 512
 
 _FEW_ROWS = 8
 """Up to so many rows one thread is faster in here: to wake another takes longer than what it would help with, and it
@@ -306,16 +306,16 @@ class Runner:
         """
         most = self._scores_nbytes // (batch * self.config.num_attention_heads * self._wire_itemsize)
         grain = min(choose_block_rows(1, self._block_rows), choose_block_rows(1))
-        least = max(grain, -(-LEAST_STRETCH_ROWS // grain) * grain)
+        least = max(grain, -(-MIN_STRETCH_ROWS // grain) * grain)
         left = self.lanes
         counts = []
         while rows:
             count = rows
             if left > 1:
                 share = self._rows_of_weight(start, self._weight(start, rows) / left)
-                spare = rows - (left - 1) * LEAST_STRETCH_ROWS  # so that something is left for the others
+                spare = rows - (left - 1) * MIN_STRETCH_ROWS  # so that something is left for the others
                 count = max(least, min(round(share / grain), spare // grain) * grain)
-                if rows - count < LEAST_STRETCH_ROWS:
+                if rows - count < MIN_STRETCH_ROWS:
                     count = rows
             # count * (start + count) scores at most
             fitting = max(int((start * start / 4 + most) ** 0.5 - start / 2), 1)
@@ -429,7 +429,7 @@ class Runner:
         have = self._tables.get(rope)
         if have is not None and (have[0] == length if rope.depends_on_length else have[0] >= length):
             return have[1:]
-        size = length if rope.depends_on_length else max(_LEAST_TABLE, 2 * length)
+        size = length if rope.depends_on_length else max(_MIN_TABLE, 2 * length)
         cos, sin = (table.to(self._dtype) for table in cos_sin(rope, self.config.head_dim, size))
         self._tables[rope] = (size, cos, sin)
         return cos, sin

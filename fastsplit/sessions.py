@@ -20,7 +20,7 @@ from .wire.call import Client
 
 __all__ = ["Lane", "Session", "Sessions"]
 
-_LEAST_POSITIONS = 64
+_MIN_POSITIONS = 64
 
 
 class Lane:
@@ -160,7 +160,7 @@ class Session:
         end = start + count
         cache = layers[layer]
         if cache is None or end > cache.shape[1]:
-            capacity = max(end, _LEAST_POSITIONS, self._capacity if cache is None else 2 * cache.shape[1])
+            capacity = max(end, _MIN_POSITIONS, self._capacity if cache is None else 2 * cache.shape[1])
             cache = layers[layer] = self._grown(work, cache, capacity, start)
         if count == 1:
             target = cache.select(1, start).view(self.batch, self._heads, self._head_dim)

@@ -48,7 +48,7 @@ class Frames(Serializer):
         outgoing = collect(message.tensors)
         attrs = {"layer": message.layer, "scale": message.scale}
         request_id, frame = self._client.request(message.op, outgoing.descs, attrs, outgoing.nbytes)
-        self._client.retract(request_id)  # nobody will answer
+        self._client.discard(request_id)  # nobody will answer
         return [frame, *outgoing.buffers]
 
     def receive(self, wire: list[Any]) -> tuple[bytes, int, list[Any]]:

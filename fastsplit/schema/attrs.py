@@ -25,7 +25,7 @@ __all__ = [
     "check_names",
     "check_texts",
     "is_unicode",
-    "least_nbytes",
+    "min_nbytes",
     "number_error",
     "split",
 ]
@@ -182,7 +182,7 @@ def _scalar(value: Any, typed: bool) -> int | float | str | bytes | None:
     return None
 
 
-def least_nbytes(name: str, value: Any) -> int:
+def min_nbytes(name: str, value: Any) -> int:
     """How many bytes of metadata an attribute takes at least: its name, and its value as `split` gives it."""
     nbytes = len(name)
     if isinstance(value, Packed):

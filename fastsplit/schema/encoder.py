@@ -16,7 +16,7 @@ import flatbuffers
 
 from ..errors import LimitError, SettingError, shown
 from . import message_generated as gen
-from .attrs import Packed, as_dict, check_names, check_texts, is_unicode, least_nbytes, number_error, split
+from .attrs import Packed, as_dict, check_names, check_texts, is_unicode, min_nbytes, number_error, split
 from .descriptor import CACHED_SHAPES, FILE_IDENTIFIER, MAX_CACHED_NBYTES, Attrs, Tail, inline_placements
 from .dtypes import BY_CODE
 from .limits import Limits, over
@@ -174,7 +174,7 @@ class Encoder:
             nbytes += math.prod(shape) * itemsize
         limits.check_nbytes(nbytes, excess)
         # what is sure to be too long is not built first: a Builder has limits of its own
-        sizes = list(map(least_nbytes, names, signature))
+        sizes = list(map(min_nbytes, names, signature))
         for name, size in zip(names, sizes):
             limits.check_metadata(f"attribute {shown(name)}", size, excess)
         limits.check_metadata("texts and lists", len(op) + sum(sizes), excess)

@@ -222,10 +222,10 @@ def collect_cast(
     tensors: Iterable[Any],
     cast: int,
     allocate: Callable[[int], Any],
-    least_nbytes: int = 0,
+    min_nbytes: int = 0,
     limits: Limits = ARRAYS,
 ) -> Cast:
-    """As `collect`, but float32 tensors of `least_nbytes` or more are cast into memory that `allocate(nbytes)` gives.
+    """As `collect`, but float32 tensors of `min_nbytes` or more are cast into memory that `allocate(nbytes)` gives.
 
     What is not contiguous is cast as it lies, in the same pass. bfloat16 rounds to nearest even, as torch does. With
     float16 a tensor that holds an infinity, a NaN, or a number that would become an infinity is cast to bfloat16
@@ -245,7 +245,7 @@ def collect_cast(
             code = _row_numpy(value).code
             _check_numpy(value)
         size = value.nbytes
-        if not cast or size < least_nbytes or code != FLOAT32:
+        if not cast or size < min_nbytes or code != FLOAT32:
             outgoing = _outgoing_torch if is_torch else _outgoing_numpy
             desc, array, copied = outgoing(value, allocate, limits, nbytes, len(found.descs))
             copied_nbytes += size if copied else 0

@@ -91,7 +91,7 @@ class _Lease(ctypes.Array):  # type: ignore[type-arg]
     tenant: Tenant | None = None
 
     def __del__(self) -> None:
-        self.pool._give_back(self.block, self.tenant)
+        self.pool._release(self.block, self.tenant)
 
 
 class Tenant:
@@ -184,7 +184,7 @@ class Pool:
             if not self._idle.get(size):
                 self._idle.pop(size, None)
 
-    def _give_back(self, block: mmap.mmap, tenant: Tenant | None) -> None:
+    def _release(self, block: mmap.mmap, tenant: Tenant | None) -> None:
         size = len(block)
         if tenant is not None and tenant.ended and self.idle_nbytes + size > MAX_LEFT_NBYTES:
             return

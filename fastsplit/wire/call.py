@@ -214,7 +214,7 @@ def log_failure(connection: Caller, uri: str, op: str, error: BaseException, *, 
         is_about_the_caller = isinstance(error, PeerLostError) and (connection.ended or connection.has_left())
         level = logging.DEBUG if is_about_the_caller else logging.WARNING
     if _logger.isEnabledFor(level):
-        peer, text = connection.wire.link.peer_name(), "%s: the handler of %r failed for %s: %s"
+        peer, text = connection.wire.transport.peer_name(), "%s: the handler of %r failed for %s: %s"
         _logger.log(level, text, uri, op, peer, describe(error), exc_info=trace)
 
 

@@ -59,7 +59,7 @@ _CHUNK_NBYTES = 256 * 1024
 """What is unpacked at a time where a library cannot unpack into our memory: it stays in the cache."""
 
 _ZSTD_LEVEL = 1  # the negative ones store floating-point numbers as they are; 3 takes twice the time for 1 %
-_ZSTD_LEAST_BLOCK_NBYTES = 1024
+_ZSTD_MIN_BLOCK_NBYTES = 1024
 
 _ZLIB_LEVEL = 1
 # Floating-point numbers do not repeat: to look for it takes two thirds of the time, and finds less than run lengths do.
@@ -74,11 +74,11 @@ _BLOSC2_FLAGS = {0x85: 5, 0x95: 5, 0x25: 1, 0x35: 1}
 _BLOSC2_FILTERS = (bytes([1, 0, 0, 0, 0, 0]), bytes([2, 0, 0, 0, 0, 0]))  # shuffled by bytes, or by bits
 _BLOSC2_NO_META = bytes(6)
 _BLOSC2_ZEROS = 0x10
-_BLOSC2_MOST_NBYTES = 2**31 - 1 - _BLOSC2_HEADER.size
+_BLOSC2_MAX_NBYTES = 2**31 - 1 - _BLOSC2_HEADER.size
 
 _SAMPLE_PIECES = 4
-_LEAST_PIECE_NBYTES, _MOST_PIECE_NBYTES = 1024, 16 * 1024
-_LEAST_S = 1e-7  # a clock may not have moved
+_MIN_PIECE_NBYTES, _MAX_PIECE_NBYTES = 1024, 16 * 1024
+_MIN_S = 1e-7  # a clock may not have moved
 _NO_MEMORY = ("llocation", "Error -4 ")  # zstd's and lz4's words, and zlib's Z_MEM_ERROR
 _SCRATCH_BLOCKS, _SCRATCH_NBYTES = 4, 16 * 1024**2
 """What a library may want beside its input and output: Blosc2 four of its blocks, and all of them something."""
@@ -159,7 +159,7 @@ def probe(codec: int, data: memoryview, itemsize: int) -> Estimate:
     Takes less than 1 ms once a thread has used the codec before. How fast it unpacks is taken from that.
     """
     size = data.nbytes // (50 * _SAMPLE_PIECES)
-    size = min(max(size, _LEAST_PIECE_NBYTES), _MOST_PIECE_NBYTES) // itemsize * itemsize
+    size = min(max(size, _MIN_PIECE_NBYTES), _MAX_PIECE_NBYTES) // itemsize * itemsize
     if size * _SAMPLE_PIECES < data.nbytes:
         quarter = data.nbytes // _SAMPLE_PIECES
         middle = (quarter - size) // 2  # what is at the very beginning is often not like the rest
@@ -169,7 +169,7 @@ def probe(codec: int, data: memoryview, itemsize: int) -> Estimate:
         return Estimate(1.0, 1.0, 1.0)
     start_s = _start_s(codec)
     duration_s, packed_nbytes = _timed(codec, data, itemsize)
-    rate = data.nbytes / max(duration_s - start_s, duration_s / 2, _LEAST_S)
+    rate = data.nbytes / max(duration_s - start_s, duration_s / 2, _MIN_S)
     return Estimate(packed_nbytes / data.nbytes, rate, rate * DECOMPRESS_OVER_COMPRESS[codec])
 
 
@@ -354,7 +354,7 @@ def _zstd_decompress(data: memoryview, out: memoryview, itemsize: int) -> None:
         )
     # The reader does not say where the frame ends, and a frame that is all there is unpacked without a second buffer.
     size = _zstd_frame_nbytes(
-        data, library.frame_header_size(data), frame.has_checksum, 16 + out.nbytes // _ZSTD_LEAST_BLOCK_NBYTES
+        data, library.frame_header_size(data), frame.has_checksum, 16 + out.nbytes // _ZSTD_MIN_BLOCK_NBYTES
     )
     if size != data.nbytes:
         raise _wrong(codec, f"a frame of {size} bytes in {data.nbytes}", "one that fills them")
@@ -385,7 +385,7 @@ def _zstd_frame_nbytes(data: memoryview, header_nbytes: int, has_checksum: bool,
 
 
 def _blosc2_compress(data: memoryview, itemsize: int, allocate: Allocate) -> memoryview | None:
-    if data.nbytes > _BLOSC2_MOST_NBYTES:
+    if data.nbytes > _BLOSC2_MAX_NBYTES:
         return None
     library = _library("blosc2")
     itemsize = _blosc2_itemsize(data.nbytes, itemsize)

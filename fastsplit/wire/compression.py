@@ -28,7 +28,7 @@ from .stats import Coded
 
 __all__ = [
     "AUTO",
-    "LEAST_CAST_NBYTES",
+    "MIN_CAST_NBYTES",
     "OFF",
     "THRESHOLD_NBYTES",
     "Coder",
@@ -43,7 +43,7 @@ Codec = int | None
 """A number of schema/coding.py, OFF, or AUTO."""
 
 THRESHOLD_NBYTES = 1024**2
-LEAST_CAST_NBYTES = 64 * 1024
+MIN_CAST_NBYTES = 64 * 1024
 """Of float32 that is cast: to cast what is smaller takes longer than to send all of it (at 1 Gbit/s), and it may be a
 scale that much depends on."""
 _ASK_AGAIN = 16  # messages of an operation that go by one sample's word
@@ -140,7 +140,7 @@ class Coder:
         """
         if codec and codec not in self.accepted:
             codec = OFF  # a server's own choice, for all of its clients: this one does not have it
-        found = collect_cast(tensors, cast, self._allocate, LEAST_CAST_NBYTES, limits)
+        found = collect_cast(tensors, cast, self._allocate, MIN_CAST_NBYTES, limits)
         if found.cast_s:
             self._count_casts(found)
         buffers: list[Any] = []

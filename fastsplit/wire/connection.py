@@ -36,15 +36,15 @@ from ..system.shortage import why as why_failed
 from ..tensors import Outgoing, collect, share
 from ..tensors.pool import Memory, Pool, Tenant
 from .compression import AUTO, OFF, THRESHOLD_NBYTES, Codec, Coder
-from .session import CODES, MAX_FILLER_NBYTES, PROBES, SHARES, TYPES, Probe, RingOffered, Session
+from .session import CODES, MAX_PADDING_NBYTES, PROBES, SHARES, TYPES, Probe, RingOffered, Session
 from .shm.arena import Arena
 from .shm.negotiation import Offer, Sharing, agree, offer
-from .shm.ring import RING_NBYTES, RingLink
+from .shm.ring import RING_NBYTES, Ring
 from .shm.segment import Hook, Memfd
 from .stats import Stats
 from .transport.address import Address, UnixAddress
 from .transport.meter import LinkEstimate, Meter
-from .transport.stream import Link
+from .transport.stream import Stream
 
 __all__ = ["Connection", "greeting"]
 
@@ -55,15 +55,15 @@ greeting: set[int] = set()
 """Threads of servers that read a HELLO, and do not know yet whose. Only a finalizer can call from there."""
 
 _Callback = TypeVar("_Callback", bound=Callable[..., Any])
-_FILLER = os.urandom(MAX_FILLER_NBYTES // 16)  # nothing on the way can compress it, but by its repetition
+_PADDING = os.urandom(MAX_PADDING_NBYTES // 16)  # nothing on the way can compress it, but by its repetition
 
 _ASK_EVERY_S = 0.02  # how often a side that is short of memory asks for returns
 _SMALL_S = 0.005  # how long the rest of a frame may take that the socket took only a part of
 
 
-def _filler(nbytes: int) -> bytes:
+def _padding(nbytes: int) -> bytes:
     """Bytes that say nothing."""
-    return (_FILLER * -(-nbytes // len(_FILLER)))[:nbytes]
+    return (_PADDING * -(-nbytes // len(_PADDING)))[:nbytes]
 
 
 def _weakly(method: _Callback) -> _Callback:
@@ -92,7 +92,8 @@ def _is_loopback(sock: socket.socket) -> bool:
 
 
 class Connection:
-    """`relieve(deadline)`: see Arena. `hook`: see segment.Hook. Owns the socket, also if it cannot be made of it."""
+    """Owns the socket, also if it cannot be made of it. `on_memory_pressure(deadline)`: see Arena. `hook`: see
+    segment.Hook."""
 
     def __init__(
         self,
@@ -103,7 +104,7 @@ class Connection:
         limits: Limits | None,
         spin_us: float,
         pool: Pool,
-        relieve: Callable[[float | None], None],
+        on_memory_pressure: Callable[[float | None], None],
         hook: Hook | None,
         codec_threshold_nbytes: int = THRESHOLD_NBYTES,
     ) -> None:
@@ -125,7 +126,7 @@ class Connection:
         self.lent_nbytes = 0
         """Tensor bytes that went out by reference. The sender counts them."""
         self._asked_at = 0.0
-        self._relieve = _weakly(relieve)
+        self._on_memory_pressure = _weakly(on_memory_pressure)
         self._hook = hook
         self._sharing: Sharing | None = None
         self.coder = Coder(self._memory, codec_threshold_nbytes)
@@ -133,7 +134,7 @@ class Connection:
         """Measures the link, where it may lead to another host and nothing is shared."""
         self._is_loopback = _is_loopback(sock)
         self._offer = offer(address, sock, is_client=is_client)
-        self.link: Link | RingLink = Link(
+        self.transport: Stream | Ring = Stream(
             sock, spin_us, with_descriptors=Memfd.kind in self._offer.kinds, meter=self.meter
         )
         self.session = Session(
@@ -145,7 +146,7 @@ class Connection:
             | (CODES | can_code | TYPES),
             codings=self.coder,
             offer=self._offer.attrs(),
-            greeted=_weakly(self._greeted),
+            on_hello=_weakly(self._on_hello),
         )
         if is_client:
             _clients[self._offer.token] = self
@@ -224,26 +225,26 @@ class Connection:
         number = meter.next_probe()
         nbytes = min(nbytes, session.peer_limits.max_message_nbytes, session.limits.max_message_nbytes)
         head = session.probe(number, nbytes, nbytes, meter.received_bytes_per_s, meter.rtt_s or 0.0)
-        return number, [head, _filler(nbytes)] if nbytes else [head]
+        return number, [head, _padding(nbytes)] if nbytes else [head]
 
-    def probed(self, probe: Probe) -> list[Any]:
+    def probe_answer(self, probe: Probe) -> list[Any]:
         """Server: the answer to a probe, a frame. The caller holds `sending`, and sends it now."""
         meter = self.meter
         assert meter is not None
-        head = self.session.probed(probe.number, probe.wanted, meter.received_bytes_per_s)
-        return [head, _filler(probe.wanted)] if probe.wanted else [head]
+        head = self.session.probe_answer(probe.number, probe.wanted, meter.received_bytes_per_s)
+        return [head, _padding(probe.wanted)] if probe.wanted else [head]
 
     @property
     def is_probe_due(self) -> bool:
         return (
             self.meter is not None
             and bool(self.session.capabilities & PROBES)
-            and self.meter.is_probe_due(self.link.bytes_sent + self.link.bytes_received)
+            and self.meter.is_probe_due(self.transport.bytes_sent + self.transport.bytes_received)
         )
 
     def fill(self, stats: Stats) -> None:
         """Writes what the link, the session and the arena count into `stats`."""
-        link = self.link
+        link = self.transport
         stats.bytes_sent, stats.bytes_received = link.bytes_sent, link.bytes_received
         stats.bytes_staged = self.session.staged_nbytes
         stats.casts_widened, stats.codecs = self.coder.too_large, self.coder.stats
@@ -251,34 +252,34 @@ class Connection:
 
     # ---- what goes before a frame ----
 
-    def news(self, deadline: float | None) -> Iterator[bytearray]:
+    def control_frames(self, deadline: float | None) -> Iterator[bytearray]:
         """Frames that must go out before the next one: segments, and returns that are too many to ride on it.
 
         Descriptors are sent here, through the socket, each just before its frame: the peer takes only a few ahead. The
         caller sends each frame before it asks for the next, or ends the connection. Raises PeerLostError, DeadlineError
         (then the stream is in doubt).
         """
-        arena, link, session = self.arena, self.link, self.session
+        arena, link, session = self.arena, self.transport, self.session
         if arena is None:
             return
-        news = arena.news()
-        if news is not None:
-            for segment in news[1]:  # first, since what is new may only fit the peer's cap without them
+        pending = arena.take_pending()
+        if pending is not None:
+            for segment in pending[1]:  # first, since what is new may only fit the peer's cap without them
                 yield session.retire(segment.id)
-            for segment in news[0]:
+            for segment in pending[0]:
                 frame = session.segment(segment.id, segment.nbytes, segment.name)
                 if segment.fd is None:
                     yield frame
                     continue
-                if isinstance(link, RingLink):
+                if isinstance(link, Ring):
                     link.send_descriptor(segment.fd, deadline)
                 else:
                     link.send_with_descriptor(frame, segment.fd, deadline)
                 fd, segment.fd = segment.fd, None  # first: interrupted, nobody may close it twice
                 os.close(fd)
-                if isinstance(link, RingLink):
+                if isinstance(link, Ring):
                     yield frame
-        while (frame_or_none := session.give_back()) is not None:
+        while (frame_or_none := session.return_frame()) is not None:
             yield frame_or_none
 
     def send_small(self, frame: bytearray) -> bool:
@@ -286,10 +287,10 @@ class Connection:
 
         Raises PeerLostError, then nothing more can be sent.
         """
-        link = self.link
+        link = self.transport
         left = link.send([frame])
         if left and len(left[0]) == len(frame):
-            self.session.take_back()
+            self.session.discard_last()
             return False
         if left:
             try:
@@ -306,15 +307,15 @@ class Connection:
             self._asked_at = now
             self.send_small(self.session.want_returns())
 
-    def give_back(self) -> None:
+    def send_returns(self) -> None:
         """Sends all returns, as far as there is room for them now. Raises what `send_small` does."""
-        while (frame := self.session.give_back(0)) is not None:
+        while (frame := self.session.return_frame(0)) is not None:
             if not self.send_small(frame):
                 return  # the peer asks again
 
     # ---- the handshake ----
 
-    def _greeted(self, attrs: dict[str, Any], peer_limits: Limits) -> Arena | None:
+    def _on_hello(self, attrs: dict[str, Any], peer_limits: Limits) -> Arena | None:
         peer = Offer.of(attrs)
         client, server = (self._offer, peer) if self.is_client else (peer, self._offer)
         sharing = self._sharing = agree(client, server, is_client=self.is_client)
@@ -329,15 +330,15 @@ class Connection:
                 self.coder.agree(self.session.capabilities)
             return None
         self.meter = None
-        if isinstance(self.link, Link):
-            self.link.meter = None
+        if isinstance(self.transport, Stream):
+            self.transport.meter = None
         if not isinstance(sharing.factory, Memfd) and self._offer.prefix:  # not where the peer says
             sharing.factory.sweep()
         self.arena = Arena(
             is_client=self.is_client,
             factory=sharing.factory,
             take_descriptor=_weakly(self._take_descriptor),
-            relieve=self._relieve,
+            on_memory_pressure=self._on_memory_pressure,
             limits=self.session.limits,
             peer_limits=peer_limits,
             hook=self._hook,
@@ -345,12 +346,12 @@ class Connection:
         return self.arena
 
     def _take_descriptor(self) -> int | None:
-        return self.link.take_descriptor()  # of the link that is there by then
+        return self.transport.take_descriptor()  # of the link that is there by then
 
     def offer_ring(self, deadline: float | None) -> Callable[[str], None] | None:
         """Client: makes the ring and announces it. Returns what to call with the server's answer; None for no ring."""
-        sharing, link = self._sharing, self.link
-        if sharing is None or sharing.factory is None or not sharing.ring or isinstance(link, RingLink):
+        sharing, link = self._sharing, self.transport
+        if sharing is None or sharing.factory is None or not sharing.ring or isinstance(link, Ring):
             return None
         try:
             memory, fd, name = sharing.factory.create(RING_NBYTES)
@@ -358,7 +359,7 @@ class Connection:
             self._without_ring(str(error))
             return None
         try:
-            RingLink.format(memory)
+            Ring.format(memory)
             frame = self.session.segment(0, RING_NBYTES, name)
             if fd is None:
                 link.send_all([frame], deadline)
@@ -371,21 +372,21 @@ class Connection:
             if fd is not None:
                 os.close(fd)
 
-        def answered(text: str) -> None:
+        def on_attached(text: str) -> None:
             if text:
                 self._without_ring(text)
             else:
-                self.link = RingLink(link, memory, is_client=True)
+                self.transport = Ring(link, memory, is_client=True)
 
-        return answered
+        return on_attached
 
     def attach_ring(self, event: RingOffered, deadline: float | None) -> None:
         """Server: maps the client's ring and says so; if that fails, says why, and both go on with the socket.
 
         Raises RemoteProtocolError.
         """
-        sharing, link = self._sharing, self.link
-        if sharing is None or sharing.factory is None or not sharing.ring or isinstance(link, RingLink):
+        sharing, link = self._sharing, self.transport
+        if sharing is None or sharing.factory is None or not sharing.ring or isinstance(link, Ring):
             raise RemoteProtocolError("SEGMENT, id: 0, expected no ring, or no other one")
         try:
             fd = link.take_descriptor() if not event.name else None
@@ -396,9 +397,9 @@ class Connection:
             self._without_ring(why)
             link.send_all([self.session.attached(why)], deadline)
             return
-        ring = RingLink(link, memory, is_client=False)
+        ring = Ring(link, memory, is_client=False)
         link.send_all([self.session.attached("")], deadline)
-        self.link = ring
+        self.transport = ring
 
     def _without_ring(self, why: str) -> None:
         self.shm_reason = f"{self.shm_reason.partition(',')[0]}, control over the socket: {why}"
@@ -412,7 +413,7 @@ class Connection:
             self.inside.clear()
             self.sending = threading.Lock()  # a new one: this very thread may hold the old one, and will release it
             renew(self.coder.lock)
-            self.link.leave()
+            self.transport.leave()
             if self.arena is not None:
                 self.arena.leave()
 
@@ -421,7 +422,7 @@ class Connection:
 
         Nobody may be sending or reading. Idempotent.
         """
-        self.link.close()
+        self.transport.close()
         self.session.close()
         if self.arena is not None:
             self.arena.close()

@@ -67,7 +67,7 @@ from ..tensors import Desc
 
 __all__ = [
     "CODES",
-    "MAX_FILLER_NBYTES",
+    "MAX_PADDING_NBYTES",
     "MAX_RETURNS",
     "PROBES",
     "SHARES",
@@ -94,7 +94,7 @@ SHARES, CODES, PROBES, TYPES = 1, 2, 4, 8
 """Capabilities, bits of what a side can do beyond the base protocol: shared memory, coded tensors (and flags that say
 how a reply is wanted), measuring the link, attributes that are bools or lists of floats or of bools. A bit counts when
 both sides set it."""
-MAX_FILLER_NBYTES = 4 * 1024**2
+MAX_PADDING_NBYTES = 4 * 1024**2
 """Of a PROBE: bytes that say nothing, and are not kept."""
 
 # plain ints: looking up and comparing an enum's members costs more than the rest of a check
@@ -172,7 +172,7 @@ class Attached(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """The peer measures the link, or answers that we do. `wanted`: bytes of filler that the answer is to bring.
+    """The peer measures the link, or answers that we do. `wanted`: bytes of padding that the answer is to bring.
     `bytes_per_s`: how fast the peer receives what we send; `rtt_s`: the shortest round trip that it has seen; 0 if it
     does not know."""
 
@@ -208,7 +208,7 @@ class Shared(Protocol):
     returns: deque[tuple[int, int]]
 
     def take_returns(self, at_most: int) -> list[int]: ...
-    def untake_returns(self, taken: Sequence[int]) -> None: ...
+    def requeue_returns(self, taken: Sequence[int]) -> None: ...
     def attach(self, segment_id: int, nbytes: int, name: str) -> None: ...
     def retire(self, segment_id: int) -> None: ...
     def resolve(self, segment_id: int, offset: int, desc: TensorDesc) -> Any: ...
@@ -280,9 +280,9 @@ class _Incoming:
 class Session:
     """One end of one connection. `allocate(nbytes)` gives writable memory for one tensor, as a flat uint8 array.
 
-    `codings`: what is accepted once the peer's HELLO is in (`greeted` sets it). `offer`: attributes for the HELLO.
-    `greeted(attrs, peer_limits)` is called with the peer's before anything else that it sent is looked at; it gives the
-    arena, None where no memory is shared.
+    `codings`: what is accepted once the peer's HELLO is in (`on_hello` sets it). `offer`: attributes for the HELLO.
+    `on_hello(attrs, peer_limits)` is called with the peer's before anything else that it sent is looked at; it gives
+    the arena, None where no memory is shared.
     """
 
     def __init__(
@@ -294,7 +294,7 @@ class Session:
         capabilities: int = 0,
         codings: Codings | None = None,
         offer: Mapping[str, AttrValue] | None = None,
-        greeted: Callable[[dict[str, Any], Limits], Shared | None] | None = None,
+        on_hello: Callable[[dict[str, Any], Limits], Shared | None] | None = None,
     ) -> None:
         self.is_client = is_client
         self.limits = limits or Limits()
@@ -318,7 +318,7 @@ class Session:
         self._codings = codings
         self._known_flags = 0
         self._offer = dict(offer or {})
-        self._share = greeted
+        self._share = on_hello
         self._part: bytes | None = None  # of a frame that takes several slots
         self._part_nbytes = 0
         self._allocate = allocate
@@ -384,7 +384,7 @@ class Session:
         self.requests[request_id] = expect
         return request_id, frame
 
-    def abandon(self, request_id: int) -> bool:
+    def mark_cancelled(self, request_id: int) -> bool:
         """Nobody waits for a request's answer any more: it will be read and dropped. False if it was answered."""
         self._unwanted.add(request_id)  # first: the reader may be taking the answer in at this moment
         if request_id in self.requests:
@@ -392,11 +392,11 @@ class Session:
         self._unwanted.discard(request_id)
         return False
 
-    def retract(self, request_id: int) -> None:
+    def discard(self, request_id: int) -> None:
         """Forgets the last request, if there is one of that id: no byte of it was sent."""
         if self.requests.pop(request_id, _NO_REQUEST) is not _NO_REQUEST:
             self._unwanted.discard(request_id)
-            self.take_back()
+            self.discard_last()
 
     def cancel(self, request_id: int) -> bytearray:
         """Tells the server that nobody waits for an answer."""
@@ -430,24 +430,24 @@ class Session:
         """A segment of ours that is used no more."""
         return self._frame(_RETIRE, 0, "", (), {"id": segment_id})
 
-    def give_back(self, most_waiting: int = MAX_RETURNS) -> bytearray | None:
-        """Returns in a frame of their own, None if no more than `most_waiting` are left to ride on another one."""
+    def return_frame(self, max_waiting: int = MAX_RETURNS) -> bytearray | None:
+        """Returns in a frame of their own, None if no more than `max_waiting` are left to ride on another one."""
         shared = self.shared
-        if shared is None or len(shared.returns) <= most_waiting:
+        if shared is None or len(shared.returns) <= max_waiting:
             return None
-        return self._frame(_RETURN, 0, "", (), {"wanted": 0}, most_returns=_MAX_RETURNS_ALONE)
+        return self._frame(_RETURN, 0, "", (), {"wanted": 0}, max_returns=_MAX_RETURNS_ALONE)
 
     def want_returns(self) -> bytearray:
         """Asks the peer for its returns."""
         return self._frame(_RETURN, 0, "", (), {"wanted": 1})
 
-    def probe(self, number: int, filler_nbytes: int, wanted: int, bytes_per_s: float, rtt_s: float) -> bytearray:
-        """Client: asks the server to answer at once, and `wanted` bytes with it. `filler_nbytes` follow on the wire."""
-        return self._probe(number, 0, filler_nbytes, wanted, bytes_per_s, int(rtt_s * 1e9))
+    def probe(self, number: int, padding_nbytes: int, wanted: int, bytes_per_s: float, rtt_s: float) -> bytearray:
+        """Client: asks the server to answer at once, with `wanted` bytes of padding. `padding_nbytes` follow here."""
+        return self._probe(number, 0, padding_nbytes, wanted, bytes_per_s, int(rtt_s * 1e9))
 
-    def probed(self, number: int, filler_nbytes: int, bytes_per_s: float) -> bytearray:
+    def probe_answer(self, number: int, padding_nbytes: int, bytes_per_s: float) -> bytearray:
         """Server: the answer to a probe."""
-        return self._probe(number, 1, filler_nbytes, 0, bytes_per_s, 0)
+        return self._probe(number, 1, padding_nbytes, 0, bytes_per_s, 0)
 
     def _probe(self, number: int, answer: int, nbytes: int, wanted: int, bytes_per_s: float, rtt_ns: int) -> bytearray:
         attrs = {"answer": answer, "wanted": wanted, "bytes_per_s": bytes_per_s}
@@ -479,7 +479,7 @@ class Session:
         nbytes: int = 0,
         time_ns: int = 0,
         placements: Sequence[int] = (),
-        most_returns: int = MAX_RETURNS,
+        max_returns: int = MAX_RETURNS,
         flags: int = 0,
     ) -> bytearray:
         shared = self.shared
@@ -488,22 +488,22 @@ class Session:
                 self.returns = []
             frame, varying_nbytes = self._encoder.encode(op, tensors, attrs, placements)
         else:
-            returns = self.returns = shared.take_returns(most_returns)
+            returns = self.returns = shared.take_returns(max_returns)
             try:
                 frame, varying_nbytes = self._encoder.encode(op, tensors, attrs, placements, returns)
             except LimitError:  # perhaps it fits without them
-                self.take_back()
+                self.discard_last()
                 frame, varying_nbytes = self._encoder.encode(op, tensors, attrs, placements)
             except BaseException:
-                self.take_back()
+                self.discard_last()
                 raise
         pack_header(frame, kind, request_id, varying_nbytes, nbytes, time_ns, flags)
         return frame
 
-    def take_back(self) -> None:
+    def discard_last(self) -> None:
         """The last frame was not sent: its returns are still to be made."""
         if self.shared is not None and self.returns:
-            self.shared.untake_returns(self.returns)
+            self.shared.requeue_returns(self.returns)
         self.returns = []
 
     # ---- in ----
@@ -739,7 +739,7 @@ class Session:
         if kind in (_REPLY, _REQUEST) or (kind == _CANCEL and self.is_client):
             raise RemoteProtocolError(f"a {Kind(kind).name} frame from the {'server' if self.is_client else 'client'}")
         if kind == _PROBE and self.capabilities & PROBES:
-            _check_filler(message)
+            _check_padding(message)
             return False  # what it brings is read and dropped
         if message.tensors:
             raise RemoteProtocolError(f"a {Kind(kind).name} frame with {len(message.tensors)} tensors, expected none")
@@ -876,7 +876,7 @@ class Session:
         if kind == _CANCEL:
             return Cancel(request_id)
         if kind == _HELLO:
-            return self._greeted(message)
+            return self._on_hello(message)
         if kind == _PROBE:
             return self._probe_of(request_id, message, header[5])
         if kind >= _SEGMENT:
@@ -912,15 +912,15 @@ class Session:
         bytes_per_s = _attr(_PROBE, message, "bytes_per_s", float)
         if answer != self.is_client:
             raise RemoteProtocolError(f"PROBE, answer: {answer}, expected {int(self.is_client)} from this side")
-        most = MAX_FILLER_NBYTES if self.peer_limits is None else self.peer_limits.max_message_nbytes
-        most = 0 if answer else min(most, MAX_FILLER_NBYTES)
+        most = MAX_PADDING_NBYTES if self.peer_limits is None else self.peer_limits.max_message_nbytes
+        most = 0 if answer else min(most, MAX_PADDING_NBYTES)
         if not 0 <= wanted <= most:
             raise RemoteProtocolError(f"PROBE, wanted: {wanted}, expected 0 to {most}")
         if not 0 <= bytes_per_s < math.inf:
             raise RemoteProtocolError(f"PROBE, bytes_per_s: {bytes_per_s}, expected a finite number of 0 or more")
         return Probe(number, bool(answer), wanted, bytes_per_s, rtt_ns * 1e-9)
 
-    def _greeted(self, message: Message) -> Hello:
+    def _on_hello(self, message: Message) -> Hello:
         values: dict[str, Any] = {field.name: message.attrs.get(field.name) for field in fields(Limits)}
         capabilities = message.attrs.get("capabilities")
         if not isinstance(capabilities, int):
@@ -961,12 +961,12 @@ def _attr(kind: int, message: Message, name: str, wanted: type[Any]) -> Any:
     return value
 
 
-def _check_filler(message: Message) -> None:
+def _check_padding(message: Message) -> None:
     tensors = message.tensors
-    if len(tensors) > 1 or (tensors and (tensors[0].dtype.code != _UINT8 or tensors[0].nbytes > MAX_FILLER_NBYTES)):
+    if len(tensors) > 1 or (tensors and (tensors[0].dtype.code != _UINT8 or tensors[0].nbytes > MAX_PADDING_NBYTES)):
         what = ", ".join(map(str, tensors))
         raise RemoteProtocolError(
-            f"a PROBE frame with {what:.200}, expected at most {MAX_FILLER_NBYTES} bytes of uint8"
+            f"a PROBE frame with {what:.200}, expected at most {MAX_PADDING_NBYTES} bytes of uint8"
         )
     if message.placements:
         raise RemoteProtocolError("a PROBE frame with a placement, expected its bytes in the payload as they are")

@@ -18,7 +18,7 @@ pytest.importorskip("transformers")
 from split import load_hf, make_model, messages, relative_error
 
 FP32_TOLERANCE = 1e-5
-MOST_CONTROL_NBYTES = 4096
+MAX_CONTROL_NBYTES = 4096
 """Of each call, both ways: heads, metadata, leases that go back."""
 
 
@@ -54,7 +54,7 @@ def test_only_token_ids_and_rows_to_keep_are_copied(tmp_path: Path, plan: str, p
             assert relative_error(logits[0, 0], reference(everything).logits[0, -1]) <= FP32_TOLERANCE, step
             assert grown["calls"] == len(expected)
             assert grown["bytes_copied"] == private
-            assert grown["bytes_sent"] + grown["bytes_received"] < MOST_CONTROL_NBYTES * len(expected)
+            assert grown["bytes_sent"] + grown["bytes_received"] < MAX_CONTROL_NBYTES * len(expected)
             # what was copied lies in shared memory then
             assert grown["bytes_shared"] == sum(message.sent + message.received for message in expected)
             before = after

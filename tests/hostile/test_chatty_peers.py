@@ -56,10 +56,10 @@ def _answers_probes_and_reads_nothing(peer: RawPeer) -> None:
     for _ in range(3):
         request = peer.receive()
         assert request is not None and request.kind == PROBE
-        filler = request.message.attrs["wanted"]
-        tensors = [(2, (filler,))] if filler else []
+        padding = request.message.attrs["wanted"]
+        tensors = [(2, (padding,))] if padding else []
         attrs = {"answer": 1, "wanted": 0, "bytes_per_s": 0.0}
-        peer.send(frame(PROBE, request.request_id, "", tensors, attrs, bytes(filler)))
+        peer.send(frame(PROBE, request.request_id, "", tensors, attrs, bytes(padding)))
     _talk(peer, PROBE_ANSWER)
 
 

@@ -197,16 +197,16 @@ PROBE_LIES: dict[str, tuple[Callable[[], bytes], str]] = {
     "wants too much": (lambda: _probe(wanted=2**22 + 1), "PROBE, wanted: 4194305, expected 0 to 4194304"),
     "wants very much": (lambda: _probe(wanted=2**63 - 1), "PROBE, wanted: "),
     "wants a text": (lambda: _probe(wanted="much"), "PROBE, wanted: 'much'"),
-    "filler of another dtype": (lambda: _filled("float32", 64), "a PROBE frame with"),
+    "padding of another dtype": (lambda: _filled("float32", 64), "a PROBE frame with"),
     "two fillers": (
         lambda: _probe(tensors=[(_dtype_code("uint8"), (4,))] * 2, payload=bytes(8)),
         "a PROBE frame with",
     ),
-    "compressed filler": (
+    "compressed padding": (
         lambda: _probe(tensors=[(_dtype_code("uint8"), (4000,))], payload=ZEROS, placements=(1 << 32, 0, len(ZEROS))),
         "a PROBE frame with a placement",
     ),
-    "filler in a segment": (
+    "padding in a segment": (
         lambda: _probe(tensors=[(_dtype_code("uint8"), (40,))], placements=(1, 0, 40)),
         "a PROBE frame with a placement",
     ),
@@ -282,7 +282,7 @@ def _answering(peer: RawPeer, change: Callable[[int, dict[str, Any]], list[bytes
 def test_a_server_that_lies_in_the_handshakes_probe(change: dict[str, Any], wanted: str) -> None:
     def script(peer: RawPeer) -> None:
         _greeted(peer)
-        _answering(peer, lambda number, filler: [_probe(number, **change)], 1)
+        _answering(peer, lambda number, padding: [_probe(number, **change)], 1)
         assert wanted in peer.expect_abort()
 
     with serving(TCP, script) as uri, pytest.raises(RemoteProtocolError) as caught:
@@ -306,9 +306,9 @@ def test_a_server_that_never_answers_the_handshakes_probe(overlap: bool) -> None
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_answers_that_nobody_asked_for_say_nothing(overlap: bool) -> None:
-    def change(number: int, filler: dict[str, Any]) -> list[bytes]:
+    def change(number: int, padding: dict[str, Any]) -> list[bytes]:
         strange = _probe(number + 100, 1, bytes_per_s=1.0)
-        return [strange, _probe(number, 1, bytes_per_s=5e6, **filler), _probe(number, 1, bytes_per_s=1.0), strange]
+        return [strange, _probe(number, 1, bytes_per_s=5e6, **padding), _probe(number, 1, bytes_per_s=1.0), strange]
 
     def script(peer: RawPeer) -> None:
         _greeted(peer)
@@ -326,7 +326,7 @@ def test_answers_that_nobody_asked_for_say_nothing(overlap: bool) -> None:
 def test_a_measurement_without_an_answer(overlap: bool) -> None:
     def script(peer: RawPeer) -> None:
         _greeted(peer)
-        _answering(peer, lambda number, filler: [_probe(number, 1, **filler)])
+        _answering(peer, lambda number, padding: [_probe(number, 1, **padding)])
         peer.expect(PROBE)
         peer.expect(REQUEST)
         peer.send(frame(REPLY, 1))
@@ -346,19 +346,19 @@ def test_a_measurement_that_is_stuck_ends_the_connection(monkeypatch: pytest.Mon
 
     def script(peer: RawPeer) -> None:
         _greeted(peer)
-        _answering(peer, lambda number, filler: [_probe(number, 1, **filler)])
-        _answering(peer, lambda number, filler: [_probe(number, 1, **filler)], 1)
+        _answering(peer, lambda number, padding: [_probe(number, 1, **padding)])
+        _answering(peer, lambda number, padding: [_probe(number, 1, **padding)], 1)
         with contextlib.suppress(AssertionError):
             while peer.receive() is not None:
                 pass
 
     with serving(TCP, script) as uri, fastsplit.connect(uri) as channel:
-        send = channel._connection.link.send
+        send = channel._connection.transport.send
 
         def send_a_part(buffers: Any, nbytes: int = -1) -> Any:
             return [memoryview(buffers[-1])[send([buffers[0][:10]]) or 10 :]] if len(buffers) > 1 else send(buffers)
 
-        monkeypatch.setattr(channel._connection.link, "send", send_a_part)
+        monkeypatch.setattr(channel._connection.transport, "send", send_a_part)
         monkeypatch.setattr(channel, "_send_rest", lambda left, deadline: (_ for _ in ()).throw(DeadlineError("late")))
         with pytest.raises(DeadlineError, match="a probe: what goes before it was not sent within 2 s"):
             channel.measure(1000, timeout_s=2)

@@ -819,7 +819,7 @@ def test_servers_that_overwrite_semaphores(unix_uri: str, poison: Callable[[], b
 
     ended = threading.Event()
     with serving(unix_uri, script) as uri, fastsplit.connect(uri, spin_us=spin_us) as channel:
-        ring = channel._connection.link._memory  # the same memory
+        ring = channel._connection.transport._memory  # the same memory
 
         def overwrite() -> None:
             ring[CONTROL.start : CONTROL.stop] = poison()
@@ -857,7 +857,7 @@ def test_clients_that_overwrite_semaphores(server: fastsplit.Server, poison: Cal
 def test_an_asleep_byte_that_is_toggled_all_the_time(server: fastsplit.Server) -> None:
     """For nothing rung, or not at all where nobody sleeps: what is sent still arrives."""
     with fastsplit.connect(server.uri, arrays="numpy", call_timeout_s=10) as channel:
-        ring = channel._connection.link._memory
+        ring = channel._connection.transport._memory
 
         def toggle() -> None:
             ring[RawRing.ASLEEP_AT[0]] = 1  # the client's: the server rings for nothing

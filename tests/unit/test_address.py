@@ -311,7 +311,7 @@ def test_a_client_of_a_star_is_as_near_as_one_of_its_address(serve: Callable[...
         assert channel.call("echo") == ()
         (connection,) = server._connections
         assert connection.wire._is_loopback
-        assert re.fullmatch(r"127\.0\.0\.1:\d+", connection.wire.link.peer_name())
+        assert re.fullmatch(r"127\.0\.0\.1:\d+", connection.wire.transport.peer_name())
 
 
 @pytest.mark.parametrize("order", [1, -1])

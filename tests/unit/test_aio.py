@@ -70,9 +70,9 @@ async def nothing_is_held(channels: list[aio.Channel], server: aio.Server) -> No
     for _ in range(3):  # what goes back rides on these, there, and back
         await asyncio.gather(*(channel.call("nothing") for channel in channels for _ in range(2)))
     for channel in channels:
-        channel._pump.give_back()
+        channel._pump.send_returns()
     for connection in server._connections:
-        connection.pump.give_back()
+        connection.pump.send_returns()
     await until(lambda: not any(arena.in_use_nbytes for arena in arenas if arena is not None))
 
 

@@ -52,7 +52,7 @@ class End:
         is_client: bool,
         limits: Limits | None = None,
         peer_limits: Limits | None = None,
-        relieve: Callable[[float | None], None] = _never,
+        on_memory_pressure: Callable[[float | None], None] = _never,
         hook: Any = None,
     ) -> None:
         self.descriptors: deque[int] = deque()
@@ -60,7 +60,7 @@ class End:
             is_client=is_client,
             factory=Memfd(),
             take_descriptor=lambda: self.descriptors.popleft() if self.descriptors else None,
-            relieve=relieve,
+            on_memory_pressure=on_memory_pressure,
             limits=limits or Limits(),
             peer_limits=peer_limits or Limits(),
             hook=hook,
@@ -83,7 +83,7 @@ class End:
         return [self.peer.arena.resolve(*place[:2], _desc(place[2])) for place in places]
 
     def send_news(self) -> None:
-        news = self.arena.news()
+        news = self.arena.take_pending()
         if news is not None:
             for segment in news[0]:
                 assert segment.fd is not None
@@ -324,7 +324,7 @@ def test_returns_that_could_not_be_sent_stay_in_order() -> None:
         del views[0]
     taken = server.arena.take_returns(3)
     assert taken == [1, offsets[0], 1, offsets[1], 1, offsets[2]] and len(server.arena.returns) == 2
-    server.arena.untake_returns(taken)
+    server.arena.requeue_returns(taken)
     assert server.arena.take_returns(100) == [number for offset in offsets for number in (1, offset)]
     close(client, server)
 
@@ -376,11 +376,11 @@ def test_full_at_once_where_nobody_holds_anything() -> None:
 def test_full_at_the_deadline() -> None:
     waits: list[float | None] = []
 
-    def relieve(deadline: float | None) -> None:
+    def on_memory_pressure(deadline: float | None) -> None:
         waits.append(deadline)
         time.sleep(0.01)
 
-    client, server = pair(peer_limits=SMALL, relieve=relieve)
+    client, server = pair(peer_limits=SMALL, on_memory_pressure=on_memory_pressure)
     held = [client.arena.allocate(MIB), client.arena.allocate(MIB)]
     started = time.monotonic()
     with pytest.raises(ArenaFull, match=f"{2 * MIB} bytes in 2 segments, of which {2 * MIB} bytes are in use"):
@@ -396,11 +396,11 @@ def test_full_at_the_deadline() -> None:
 def test_returns_relieve_a_full_arena() -> None:
     views: list[Any] = []
 
-    def relieve(deadline: float | None) -> None:
+    def on_memory_pressure(deadline: float | None) -> None:
         views.pop()
         server.give_back()
 
-    client, server = pair(peer_limits=SMALL, relieve=relieve)
+    client, server = pair(peer_limits=SMALL, on_memory_pressure=on_memory_pressure)
     views += client.send(client.arena.allocate(MIB))
     views += client.send(client.arena.allocate(MIB))
     assert _in_use(client) == [2 * MIB]
@@ -412,7 +412,7 @@ def test_returns_relieve_a_full_arena() -> None:
 
 
 def test_several_threads_wait_for_the_same_room() -> None:
-    client, server = pair(peer_limits=SMALL, relieve=lambda deadline: time.sleep(0.001))
+    client, server = pair(peer_limits=SMALL, on_memory_pressure=lambda deadline: time.sleep(0.001))
     counts: list[int] = []
 
     def work() -> None:
@@ -437,7 +437,7 @@ def test_several_threads_wait_for_the_same_room() -> None:
 
 def test_what_comes_back_at_the_last_moment_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is in use any more, and nothing was to be trimmed either: another thread was quicker each time."""
-    client, server = pair(peer_limits=SMALL, relieve=lambda deadline: None)
+    client, server = pair(peer_limits=SMALL, on_memory_pressure=lambda deadline: None)
     held = [client.arena.allocate(MIB), client.arena.allocate(MIB)]
 
     def trim(idle_s: float) -> int:
@@ -481,9 +481,9 @@ def test_trim_gives_back_what_is_unused_on_both_sides() -> None:
     server.give_back()
     assert client.arena.trim() == 0  # used just now
     gone = weakref.ref(server.arena._peers[1])
-    assert client.arena.trim(0.0) == MIB and client.arena.has_news
+    assert client.arena.trim(0.0) == MIB and client.arena.has_pending
     client.send_news()  # announces the second, retires the first
-    assert gone() is None and set(server.arena._peers) == {3} and not client.arena.has_news
+    assert gone() is None and set(server.arena._peers) == {3} and not client.arena.has_pending
     del big
     assert client.arena.trim(0.0) == 8 * MIB and client.arena.nbytes == 0
     client.send_news()
@@ -498,7 +498,7 @@ def test_trim_before_a_segment_was_announced() -> None:
     """no_leaks sees its descriptor."""
     client, server = pair()
     client.arena.allocate(64)
-    assert client.arena.trim(0.0) == MIB and client.arena.news() is None and not client.arena.has_news
+    assert client.arena.trim(0.0) == MIB and client.arena.take_pending() is None and not client.arena.has_pending
     close(client, server)
 
 
@@ -583,7 +583,7 @@ def test_a_hook_that_fails_leaves_nothing() -> None:
     client, server = pair(hook=hook)
     with pytest.raises(RuntimeError, match="cannot register"):
         client.arena.allocate(64)
-    assert client.arena.nbytes == 0 and client.arena.news() is None
+    assert client.arena.nbytes == 0 and client.arena.take_pending() is None
     close(client, server)
 
 

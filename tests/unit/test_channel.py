@@ -33,7 +33,7 @@ from fastsplit.errors import (
     TensorError,
 )
 from fastsplit.tensors.pool import Pool
-from fastsplit.wire.shm.ring import RingLink
+from fastsplit.wire.shm.ring import Ring
 from fastsplit.wire.transport import spin
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,8 +79,8 @@ def channel(server: fastsplit.Server) -> Iterator[fastsplit.Channel]:
 
 
 def _socket(channel: fastsplit.Channel) -> socket.socket:
-    link = channel._connection.link
-    sock: socket.socket = (link._link if isinstance(link, RingLink) else link)._sock
+    link = channel._connection.transport
+    sock: socket.socket = (link._link if isinstance(link, Ring) else link)._sock
     return sock
 
 
@@ -395,7 +395,7 @@ def test_how_long_a_caller_spins_is_as_given_and_may_change(
             channel.spin_us = spin_us
             assert channel.spin_us == spin_us
             assert type(channel.spin_us) is float
-            assert channel._connection.link.spin.spin_us == spin_us, "it is what readers look at"
+            assert channel._connection.transport.spin.spin_us == spin_us, "it is what readers look at"
             (y,) = channel.call("echo", np.arange(3), timeout_s=5)
             assert y.tolist() == [0, 1, 2]
 
@@ -707,8 +707,10 @@ def test_a_deadline_before_the_first_byte_costs_only_its_call(
     with fastsplit.connect(server.uri, arrays="numpy") as channel:
         channel.call("echo", np.zeros(3))  # a segment is announced with the first
         with monkeypatch.context() as patch:
-            patch.setattr(channel._connection.link, "send", lambda buffers, nbytes=-1: buffers)  # the socket is full
-            patch.setattr(channel._connection.link, "wait", late)
+            patch.setattr(
+                channel._connection.transport, "send", lambda buffers, nbytes=-1: buffers
+            )  # the socket is full
+            patch.setattr(channel._connection.transport, "wait", late)
             with pytest.raises(DeadlineError, match=r"echo: not sent within 0\.1 s$"):
                 channel.call("echo", np.zeros(3), timeout_s=0.1)
         assert channel._session.inflight == 0

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from fastsplit.choice import ASKED_FOR, LEAST_STRETCH_ROWS, Link, choose, look, may_overlap, prefill_s
+from fastsplit.choice import ASKED_FOR, MIN_STRETCH_ROWS, Link, choose, look, may_overlap, prefill_s
 from fastsplit.models import PRESETS, ModelConfig
 from fastsplit.ops import PLANS, Traffic, choose_block_rows, packed_elements, row_blocks, traffic
 
@@ -101,7 +101,7 @@ def test_a_prompt_that_is_not_cut_has_one_lane(name: str) -> None:
 @pytest.mark.parametrize("rows", [128, 200, 256, 500, 2048])
 def test_stretches_have_64_rows_or_more(name: str, rows: int) -> None:
     choice = pick(rows=rows, link=FAR[name])
-    assert 1 <= choice.lanes <= max(rows // LEAST_STRETCH_ROWS, 1)
+    assert 1 <= choice.lanes <= max(rows // MIN_STRETCH_ROWS, 1)
 
 
 @pytest.mark.parametrize("plan", ["auto", "folded"])

@@ -400,7 +400,7 @@ def test_blosc2_with_lz4_and_shuffled_by_bits() -> None:
 
 def test_blosc2_takes_only_what_its_sizes_can_say(monkeypatch: pytest.MonkeyPatch) -> None:
     need("blosc2")
-    monkeypatch.setattr(codec, "_BLOSC2_MOST_NBYTES", 1000)
+    monkeypatch.setattr(codec, "_BLOSC2_MAX_NBYTES", 1000)
     assert compress(CODECS["blosc2"], memoryview(bytes(1004)), 4, pool.allocate) is None
     assert compress(CODECS["blosc2"], memoryview(bytes(1000)), 4, pool.allocate) is not None
 

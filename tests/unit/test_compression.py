@@ -36,7 +36,7 @@ def _allocate(nbytes: int) -> Any:
 
 @pytest.fixture(autouse=True)
 def small_tensors_are_cast_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coder, "LEAST_CAST_NBYTES", 0)
+    monkeypatch.setattr(coder, "MIN_CAST_NBYTES", 0)
 
 
 @pytest.fixture
@@ -439,7 +439,7 @@ def test_a_handler_that_returns_what_cannot_be_cast(pair: Any) -> None:
 
 
 def test_what_is_small_is_not_cast(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coder, "LEAST_CAST_NBYTES", 64 * 1024)
+    monkeypatch.setattr(coder, "MIN_CAST_NBYTES", 64 * 1024)
     _, channel = pair(wire_dtype="float16")
     small, large = np.full(2**14 - 1, 1 / 3, np.float32), np.full(2**14, 1 / 3, np.float32)
     same, cast = channel.call("echo", small, large)

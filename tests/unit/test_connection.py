@@ -23,9 +23,9 @@ from fastsplit.errors import ArenaFull, ClosedError, DeadlineError, RemoteOpErro
 from fastsplit.wire.blocking import server as server_module
 from fastsplit.wire.shm import negotiation as sharing
 from fastsplit.wire.shm.arena import Arena
-from fastsplit.wire.shm.ring import RING_NBYTES, RingLink
+from fastsplit.wire.shm.ring import RING_NBYTES, Ring
 from fastsplit.wire.shm.segment import Memfd, Named
-from fastsplit.wire.transport.stream import Link
+from fastsplit.wire.transport.stream import Stream
 
 Serve = Callable[..., fastsplit.Server]
 Connect = Callable[..., fastsplit.Channel]
@@ -427,7 +427,7 @@ def test_a_ring_that_the_client_cannot_make(
     monkeypatch.setattr(Memfd, "create", fail)
     channel = connect(server.uri, arrays="numpy")
     assert channel.shm and channel.shm_reason == "memfd segments, control over the socket: none left"
-    assert type(channel._connection.link) is Link
+    assert type(channel._connection.transport) is Stream
     assert channel.call("echo", np.ones(5))[0].sum() == 5 and channel.stats.bytes_shared == 80
 
 
@@ -448,7 +448,7 @@ def test_a_ring_that_the_server_cannot_map(
     channel = connect(server.uri, arrays="numpy")
     reason = "memfd segments, control over the socket: the server cannot map the ring: Cannot allocate memory"
     assert channel.shm and channel.shm_reason == reason == _serving(server).wire.shm_reason
-    assert type(channel._connection.link) is type(_serving(server).wire.link) is Link
+    assert type(channel._connection.transport) is type(_serving(server).wire.transport) is Stream
     assert channel.call("echo", np.ones(5))[0].sum() == 5 and channel.stats.bytes_shared == 80
 
 
@@ -510,7 +510,7 @@ def test_names_are_gone_as_soon_as_both_have_them(serve: Serve, connect: Connect
 
     server = serve("tcp://127.0.0.1:0", handlers.table(), arrays="numpy")
     channel = connect(f"{server.uri}?shm={SHM_PREFIX}", arrays="numpy")
-    assert names() == [] and isinstance(channel._connection.link, RingLink)
+    assert names() == [] and isinstance(channel._connection.transport, Ring)
     x = channel.empty(10)
     assert len(names()) == 1  # made, and not announced
     channel.call("echo", x)
@@ -582,6 +582,6 @@ def test_late_answers_go_back(unix_uri: str, control: str, serve: Serve, connect
 
 def test_a_bad_ring_is_the_clients_fault(unix_uri: str, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     server = serve(unix_uri, {})
-    monkeypatch.setattr(RingLink, "format", staticmethod(lambda memory: None))
+    monkeypatch.setattr(Ring, "format", staticmethod(lambda memory: None))
     with pytest.raises(RemoteProtocolError, match=r"the peer ended the connection: ring: .*, expected"):
         fastsplit.connect(server.uri)

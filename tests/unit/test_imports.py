@@ -20,7 +20,8 @@ CORE = sorted(
         PACKAGE / "errors.py",
         PACKAGE / "memory.py",
         *(PACKAGE / "schema").glob("*.py"),
-        *(PACKAGE / "wire").glob("*.py"),
+        *(PACKAGE / "system").glob("*.py"),
+        *(PACKAGE / "wire").rglob("*.py"),
     ]
 )
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if not path.name.endswith("_generated.py"))

@@ -152,7 +152,7 @@ def _interrupt() -> None:
     raise KeyboardInterrupt
 
 
-SENDS = {"_send", "_send_behind", "_send_rest", "_send_news"}
+SENDS = {"_send", "_send_behind", "_send_rest", "_send_control_frames"}
 TAKES_EFFECT = {"received", "received_slot", "_read_staged", "_read_frame", "_complete", "_take_references"}
 
 

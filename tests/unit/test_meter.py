@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from fastsplit.wire.transport import meter as estimate
-from fastsplit.wire.transport.meter import LEAST_NBYTES, LinkEstimate, Meter
+from fastsplit.wire.transport.meter import MIN_NBYTES, LinkEstimate, Meter
 
 MIB = 1024**2
 
@@ -53,7 +53,7 @@ def test_payloads_are_timed(clock: Clock) -> None:
 
 def test_what_waited_already_does_not_count(clock: Clock) -> None:
     meter = Meter()
-    _payload(meter, clock, MIB, 0.001, waiting=MIB - LEAST_NBYTES + 1)
+    _payload(meter, clock, MIB, 0.001, waiting=MIB - MIN_NBYTES + 1)
     _payload(meter, clock, MIB, 0.001, waiting=2**62)  # the system does not say
     _payload(meter, clock, MIB, 0.0)  # the clock did not move
     assert meter.received_bytes_per_s == 0.0
@@ -63,9 +63,9 @@ def test_what_waited_already_does_not_count(clock: Clock) -> None:
 
 def test_what_is_old_or_small_is_forgotten(clock: Clock) -> None:
     meter = Meter()
-    _payload(meter, clock, LEAST_NBYTES, 10.0)
+    _payload(meter, clock, MIN_NBYTES, 10.0)
     _payload(meter, clock, MIB, 0.1)  # four times as much as this is kept
-    assert meter.received_bytes_per_s == pytest.approx((MIB + LEAST_NBYTES) / 10.1)
+    assert meter.received_bytes_per_s == pytest.approx((MIB + MIN_NBYTES) / 10.1)
     for _ in range(4):
         _payload(meter, clock, MIB, 0.1)
     assert meter.received_bytes_per_s == pytest.approx(10 * MIB)
@@ -82,31 +82,31 @@ def test_round_trips_and_the_peers_word(clock: Clock) -> None:
     for seconds, rate in ((0.05, 0.0), (0.02, 7e6), (0.03, 8e6)):
         number = meter.next_probe()
         clock.now += seconds
-        assert meter.answered(number, rate)
+        assert meter.on_answer(number, rate)
     assert meter.estimate() == LinkEstimate(pytest.approx(0.02), 8e6, None)
     assert not meter.is_near
     number = meter.next_probe()
     clock.now += 0.001
-    assert meter.answered(number, 0.0)
+    assert meter.on_answer(number, 0.0)
     assert meter.is_near
     assert meter.estimate().send_bytes_per_s is None  # it does not know any more
     for _ in range(8):  # a short one is forgotten, too
         number = meter.next_probe()
         clock.now += 0.004
-        meter.answered(number, 0.0)
+        meter.on_answer(number, 0.0)
     assert not meter.is_near
 
 
 def test_answers_that_were_not_asked_for(clock: Clock) -> None:
     meter = Meter()
-    assert not meter.answered(1, 5.0)
+    assert not meter.on_answer(1, 5.0)
     number = meter.next_probe()
-    assert meter.answered(number, 1.0)
-    assert not meter.answered(number, 5.0)  # twice
+    assert meter.on_answer(number, 1.0)
+    assert not meter.on_answer(number, 5.0)  # twice
     assert meter.peer_bytes_per_s == 1.0
     numbers = [meter.next_probe() for _ in range(20)]
     assert len(set(numbers)) == 20
-    assert [meter.answered(number, 1.0) for number in numbers] == [False] * 12 + [True] * 8
+    assert [meter.on_answer(number, 1.0) for number in numbers] == [False] * 12 + [True] * 8
 
 
 def test_when_a_probe_is_due(clock: Clock) -> None:
@@ -125,7 +125,7 @@ def test_when_a_probe_is_due(clock: Clock) -> None:
 
 def test_seconds_never_become_zero(clock: Clock) -> None:
     meter = Meter()
-    for nbytes, seconds in itertools.product((LEAST_NBYTES, 40 * MIB), (1e-9, 1e3)):
+    for nbytes, seconds in itertools.product((MIN_NBYTES, 40 * MIB), (1e-9, 1e3)):
         for _ in range(3):
             _payload(meter, clock, nbytes, seconds)
             assert 0.0 < meter.received_bytes_per_s < float("inf")

@@ -487,7 +487,7 @@ def test_who_waits_for_a_turn_hears_of_the_end(socket_uri: str, serve: Serve, ga
             channel.close()
         else:
             (connection,) = server._connections
-            connection.wire.link.shutdown()
+            connection.wire.transport.shutdown()
         for thread in threads:
             thread.join(10)
             assert not thread.is_alive()
@@ -498,7 +498,7 @@ def test_who_waits_for_a_turn_hears_of_the_end(socket_uri: str, serve: Serve, ga
 def test_decoding_is_not_waiting_for_a_turn(socket_uri: str, serve: Serve, connect: Connect, gate: Gate) -> None:
     server = serve(socket_uri, _handlers(gate), arrays="numpy", limits=fastsplit.Limits(max_inflight=1))
     channel = connect(server.uri, arrays="numpy", call_timeout_s=20)
-    receive = channel._connection.link.receive
+    receive = channel._connection.transport.receive
 
     def slow(session: Any, *args: Any, **kwargs: Any) -> Any:
         events = receive(session, *args, **kwargs)
@@ -507,7 +507,7 @@ def test_decoding_is_not_waiting_for_a_turn(socket_uri: str, serve: Serve, conne
         return events
 
     channel.submit("gate")
-    channel._connection.link.receive = slow  # type: ignore[method-assign]
+    channel._connection.transport.receive = slow  # type: ignore[method-assign]
     threading.Timer(0.05, gate.opened.set).start()
     started = time.monotonic()
     future = channel.submit("echo")
@@ -577,7 +577,7 @@ def test_closing_lets_go_of_what_it_holds_wherever_it_is_interrupted(
         with contextlib.suppress(KeyboardInterrupt), Anywhere(n, _interrupt) as place:
             channel.close()
         channel.close()
-        assert not channel._sending.locked() and channel._connection.link.fileno() == -1, place.where
+        assert not channel._sending.locked() and channel._connection.transport.fileno() == -1, place.where
         n += 1
 
 

@@ -164,8 +164,8 @@ def test_a_deadline_before_the_first_byte_leaves_it_as_it_was(
 
     channel = connect(serve(TCP, gate.table(), arrays="numpy").uri, arrays="numpy", overlap=True)
     with monkeypatch.context() as patch:
-        patch.setattr(channel._connection.link, "send", lambda buffers, nbytes=-1: buffers)
-        patch.setattr(channel._connection.link, "wait", late)
+        patch.setattr(channel._connection.transport, "send", lambda buffers, nbytes=-1: buffers)
+        patch.setattr(channel._connection.transport, "wait", late)
         future = channel.submit("step", timeout_s=0.05)
         assert isinstance(future.exception(), DeadlineError)
         _until(lambda: not channel._sending.locked())

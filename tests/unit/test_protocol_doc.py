@@ -125,16 +125,16 @@ def test_codings() -> None:
         **{name: cast_bit(number) for name, number in CASTS.items()},
         **{name: codec_bit(number) for name, number in CODECS.items()},
     }
-    assert f"of {session.MAX_FILLER_NBYTES} bytes at most" in DOC.replace("\n", " ")
+    assert f"of {session.MAX_PADDING_NBYTES} bytes at most" in DOC.replace("\n", " ")
 
 
 def test_handshake_attributes() -> None:
     came: list[Any] = []
 
     class Recorder(Session):
-        def _greeted(self, message: Any) -> Any:
+        def _on_hello(self, message: Any) -> Any:
             came.append(message)
-            return super()._greeted(message)
+            return super()._on_hello(message)
 
     reader = Recorder(is_client=False, allocate=bytearray)
     offered = Offer(("memfd",), "", "", "glibc-64", "0" * 16)

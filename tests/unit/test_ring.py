@@ -18,9 +18,9 @@ from raw_peer import HELLO, REQUEST, frame, hello
 from fastsplit.errors import DeadlineError, FastsplitError, PeerLostError, RemoteProtocolError
 from fastsplit.wire.session import Failed, Session
 from fastsplit.wire.shm import ring
-from fastsplit.wire.shm.ring import RING_NBYTES, SLOT_NBYTES, SLOTS, RingLink, semaphores
+from fastsplit.wire.shm.ring import RING_NBYTES, SLOT_NBYTES, SLOTS, Ring, semaphores
 from fastsplit.wire.shm.segment import Memfd, why_no_memfd
-from fastsplit.wire.transport.stream import Link
+from fastsplit.wire.transport.stream import Stream
 
 _WHY_NOT = why_no_memfd() or (None if semaphores() else "no semaphores that are known")
 pytestmark = pytest.mark.skipif(_WHY_NOT is not None, reason=str(_WHY_NOT))
@@ -38,8 +38,8 @@ class Slots:
 
 
 class Pair(NamedTuple):
-    client: RingLink
-    server: RingLink
+    client: Ring
+    server: Ring
 
 
 @pytest.fixture(params=["strong", "weak"])
@@ -53,10 +53,10 @@ def fence(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
 def paired(spin_us: float = 0.0) -> Iterator[Pair]:
     first, second = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     memory, fd, _ = Memfd().create(RING_NBYTES)
-    RingLink.format(memory)
+    Ring.format(memory)
     other = Memfd().attach(fd, "", RING_NBYTES)
-    client = RingLink(Link(first, spin_us, with_descriptors=True), memory, is_client=True)
-    server = RingLink(Link(second, spin_us, with_descriptors=True), other, is_client=False)
+    client = Ring(Stream(first, spin_us, with_descriptors=True), memory, is_client=True)
+    server = Ring(Stream(second, spin_us, with_descriptors=True), other, is_client=False)
     del memory, other
     try:
         yield Pair(client, server)
@@ -72,7 +72,7 @@ def pair(fence: str) -> Iterator[Pair]:
         yield pair
 
 
-def receive(end: RingLink, timeout_s: float = 10.0, *, blocking: bool = True) -> bytes | None:
+def receive(end: Ring, timeout_s: float = 10.0, *, blocking: bool = True) -> bytes | None:
     slots = end.receive(Slots, time.monotonic() + timeout_s, blocking=blocking)  # type: ignore[arg-type]
     if slots is None:
         return None
@@ -88,7 +88,7 @@ def _until(condition: Callable[[], Any], timeout_s: float = 10.0) -> None:
         time.sleep(0.001)
 
 
-def _sleeps(end: RingLink) -> bool:
+def _sleeps(end: Ring) -> bool:
     return end._memory[end._asleep_at] != 0
 
 
@@ -351,9 +351,9 @@ def test_close_lets_the_memory_go() -> None:
     memory, fd, _ = Memfd().create(RING_NBYTES)
     inode = os.fstat(fd).st_ino
     os.close(fd)
-    RingLink.format(memory)
+    Ring.format(memory)
     first, second = socket.socketpair()
-    end = RingLink(Link(first), memory, is_client=True)
+    end = Ring(Stream(first), memory, is_client=True)
     del memory
     end.close()
     second.close()
@@ -397,14 +397,14 @@ def test_a_descriptor_that_woke_a_sleeper_is_kept(pair: Pair) -> None:
 def test_a_header_of_something_else(at: int) -> None:
     memory, fd, _ = Memfd().create(RING_NBYTES)
     os.close(fd)
-    RingLink.format(memory)
+    Ring.format(memory)
     memory[at] ^= 1
     first, second = socket.socketpair()
-    link = Link(first)
+    link = Stream(first)
     with pytest.raises(
         RemoteProtocolError, match=rf"ring: {RING_NBYTES} bytes, header .*, expected {RING_NBYTES} bytes"
     ):
-        RingLink(link, memory, is_client=False)
+        Ring(link, memory, is_client=False)
     link.close()
     second.close()
 
@@ -412,11 +412,11 @@ def test_a_header_of_something_else(at: int) -> None:
 def test_memory_of_another_size() -> None:
     memory, fd, _ = Memfd().create(RING_NBYTES + 4096)
     os.close(fd)
-    RingLink.format(memory)
+    Ring.format(memory)
     first, second = socket.socketpair()
-    link = Link(first)
+    link = Stream(first)
     with pytest.raises(RemoteProtocolError, match=f"ring: {RING_NBYTES + 4096} bytes"):
-        RingLink(link, memory, is_client=False)
+        Ring(link, memory, is_client=False)
     link.close()
     second.close()
 

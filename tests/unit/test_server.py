@@ -559,7 +559,9 @@ def test_how_long_a_connection_spins(
     monkeypatch.delenv("FASTSPLIT_SPIN_US", raising=False)
     if env is not None:
         monkeypatch.setenv("FASTSPLIT_SPIN_US", env)
-    server = serve(socket_uri, {"look": lambda call: seen.append(call._connection.wire.link.spin.spin_us)}, **options)
+    server = serve(
+        socket_uri, {"look": lambda call: seen.append(call._connection.wire.transport.spin.spin_us)}, **options
+    )
     connect(server.uri).call("look")
     assert seen == [expected]
 

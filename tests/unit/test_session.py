@@ -318,13 +318,13 @@ def test_abandoned_requests_are_read_and_dropped() -> None:
 
     for sizes in (2**30, 100):
         client = make(CLIENT, requests=3, allocate=allocate)
-        assert client.abandon(1) and client.abandon(2) and not client.abandon(9)
+        assert client.mark_cancelled(1) and client.mark_cancelled(2) and not client.mark_cancelled(9)
         data = frame(REPLY, 1, "", [(UINT8, (3_000_000,))], {}, bytes(3_000_000)) if sizes > 100 else b""
         data += frame(REPLY, 2, "", [(UINT8, (3,))], {}, b"123") + frame(REPLY, 3, "", [(UINT8, (1,))], {}, b"x")
         events = feed(client, data, lambda: sizes)  # noqa: B023
         assert events[-1] == ("reply", 3, "", [(UINT8, (1,))], {}, [b"x"], 0)
         assert all(event[5] == [] for event in events[:-1])
-        assert not client.abandon(2) and not client.abandon(3)
+        assert not client.mark_cancelled(2) and not client.mark_cancelled(3)
     assert allocated == [1, 1]
 
 
@@ -454,7 +454,7 @@ class Memory:
     def take_returns(self, at_most: int) -> list[int]:
         return [number for _ in range(min(at_most, len(self.returns))) for number in self.returns.popleft()]
 
-    def untake_returns(self, taken: Sequence[int]) -> None:
+    def requeue_returns(self, taken: Sequence[int]) -> None:
         self.returns.extendleft(reversed(list(zip(taken[::2], taken[1::2], strict=True))))
 
     def attach(self, segment_id: int, nbytes: int, name: str) -> None:
@@ -483,7 +483,7 @@ def sharing(is_client: bool, *, requests: int = 0, capabilities: int = 0) -> tup
         return memory
 
     session = Session(
-        is_client=is_client, allocate=Pool().allocate, limits=LIMITS, greeted=agree, capabilities=capabilities
+        is_client=is_client, allocate=Pool().allocate, limits=LIMITS, on_hello=agree, capabilities=capabilities
     )
     assert feed(session, hello(shm="tape", capabilities=capabilities)) == [("hello", Limits())] and greeted == [
         ("tape", Limits())
@@ -669,10 +669,10 @@ def test_what_nobody_waits_for_goes_back() -> None:
     """It is resolved, so that its lease dies, and with that returns."""
     for way in feeds(frame(REPLY, 1, "", [(UINT8, (2,))], placements=(2, 0, 2), returns=(1, 64))):
         session, memory = sharing(CLIENT, requests=1)
-        assert session.abandon(1)
+        assert session.mark_cancelled(1)
         assert len(way(session)) == 1 and session.inflight == 0
         assert memory.calls == [("resolve", 2, 0, 2), ("returned", 1, 64)]
-        assert not session.abandon(1)
+        assert not session.mark_cancelled(1)
 
 
 # ---- slots -----------------------------------------------------------------------------------------------------------
@@ -749,9 +749,9 @@ def test_so_many_returns_ride_on_a_frame() -> None:
     data = session.request("f", (), {}, 0)[1]
     assert _read(data) == [tuple(number for place in places[:MAX_RETURNS] for number in place)]
     assert list(memory.returns) == places[MAX_RETURNS:]
-    assert session.give_back() is None  # the rest rides on the next
-    assert _read(session.give_back(0)) == [tuple(number for place in places[MAX_RETURNS:] for number in place)]
-    assert session.give_back(0) is None
+    assert session.return_frame() is None  # the rest rides on the next
+    assert _read(session.return_frame(0)) == [tuple(number for place in places[MAX_RETURNS:] for number in place)]
+    assert session.return_frame(0) is None
 
 
 def test_too_many_returns_get_frames_of_their_own() -> None:
@@ -759,11 +759,11 @@ def test_too_many_returns_get_frames_of_their_own() -> None:
     session, memory = sharing(CLIENT)
     memory.returns.extend((2**32 - 2, 2**64 - 64) for _ in range(100))
     sizes = []
-    while (data := session.give_back()) is not None:
+    while (data := session.return_frame()) is not None:
         assert len(data) <= 1024
         sizes.append(len(_read(data)[0]) // 2)
     assert sum(sizes) + len(memory.returns) == 100 and len(memory.returns) <= MAX_RETURNS
-    assert make(CLIENT).give_back() is None and make(CLIENT).give_back(0) is None
+    assert make(CLIENT).return_frame() is None and make(CLIENT).return_frame(0) is None
 
 
 def test_returns_of_a_frame_that_was_not_sent_are_still_to_be_made() -> None:
@@ -771,13 +771,13 @@ def test_returns_of_a_frame_that_was_not_sent_are_still_to_be_made() -> None:
     memory.returns.extend([(2, 0), (2, 64)])
     request_id, _ = session.request("f", (), {}, 0)
     memory.returns.append((2, 128))  # meanwhile
-    session.retract(request_id)
+    session.discard(request_id)
     assert list(memory.returns) == [(2, 0), (2, 64), (2, 128)] and session.inflight == 0 and session.returns == []
-    session.take_back()
+    session.discard_last()
     assert list(memory.returns) == [(2, 0), (2, 64), (2, 128)]
     session.request("f", (), {}, 0)
-    session.take_back()
-    session.take_back()  # only once
+    session.discard_last()
+    session.discard_last()  # only once
     assert list(memory.returns) == [(2, 0), (2, 64), (2, 128)]
 
 
@@ -800,6 +800,6 @@ def test_the_offer_is_in_the_hello() -> None:
     def agree(attrs: dict[str, Any], limits: Limits) -> None:
         seen.append(({name: attrs[name] for name in ("shm", "other", "capabilities")}, limits))
 
-    server = Session(is_client=False, allocate=Pool().allocate, greeted=agree)
+    server = Session(is_client=False, allocate=Pool().allocate, on_hello=agree)
     assert feed(server, bytes(session.hello())) == [("hello", Limits())]
     assert seen == [({"shm": "memfd", "other": 5, "capabilities": 1}, Limits())] and server.shared is None

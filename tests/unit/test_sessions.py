@@ -516,7 +516,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 @pytest.mark.parametrize(
     "leave",
-    [fastsplit.Channel.close, lambda channel: channel._connection.link.shutdown()],
+    [fastsplit.Channel.close, lambda channel: channel._connection.transport.shutdown()],
     ids=["closed", "lost"],
 )
 def test_sessions_go_with_their_connection(

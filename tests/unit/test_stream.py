@@ -17,13 +17,13 @@ from fastsplit.errors import DeadlineError, PeerLostError, SettingError
 from fastsplit.wire.transport import spin as spin_module
 from fastsplit.wire.transport.base import remaining_s
 from fastsplit.wire.transport.spin import choose_spin_us, cores, spin_us_beside
-from fastsplit.wire.transport.stream import Link
+from fastsplit.wire.transport.stream import Stream
 
 
 @pytest.fixture
-def ends() -> Iterator[tuple[Link, socket.socket]]:
+def ends() -> Iterator[tuple[Stream, socket.socket]]:
     ours, theirs = socket.socketpair()
-    link = Link(ours)
+    link = Stream(ours)
     with theirs:
         yield link, theirs
     link.close()
@@ -41,7 +41,7 @@ def _read_all(sock: socket.socket, nbytes: int, out: bytearray) -> None:
         out += part
 
 
-def test_all_buffers_arrive_in_order_however_they_are_cut(ends: tuple[Link, socket.socket]) -> None:
+def test_all_buffers_arrive_in_order_however_they_are_cut(ends: tuple[Stream, socket.socket]) -> None:
     """More buffers than one system call takes, of every kind that is sent, more bytes than the socket takes at once."""
     link, theirs = ends
     rng = np.random.default_rng(3)
@@ -57,7 +57,7 @@ def test_all_buffers_arrive_in_order_however_they_are_cut(ends: tuple[Link, sock
     assert out == expected and link.bytes_sent == len(expected)
 
 
-def test_send_returns_what_is_left(ends: tuple[Link, socket.socket]) -> None:
+def test_send_returns_what_is_left(ends: tuple[Stream, socket.socket]) -> None:
     link, theirs = ends
     data = np.arange(5_000_000, dtype=np.uint8)
     left = link.send([b"ab", data], 2 + data.nbytes)
@@ -72,7 +72,7 @@ def test_send_returns_what_is_left(ends: tuple[Link, socket.socket]) -> None:
     assert out == b"ab" + data.tobytes()
 
 
-def test_reads_go_straight_into_the_buffers(ends: tuple[Link, socket.socket]) -> None:
+def test_reads_go_straight_into_the_buffers(ends: tuple[Stream, socket.socket]) -> None:
     link, theirs = ends
     theirs.sendall(b"abcdefghij")
     first, second = bytearray(4), bytearray(20)
@@ -85,7 +85,7 @@ def test_reads_go_straight_into_the_buffers(ends: tuple[Link, socket.socket]) ->
 
 
 @pytest.mark.parametrize("timeout_s", [-1.0, 0.0, 1e-9, 0.05, 1.2])
-def test_a_read_has_a_deadline_and_loses_nothing(ends: tuple[Link, socket.socket], timeout_s: float) -> None:
+def test_a_read_has_a_deadline_and_loses_nothing(ends: tuple[Stream, socket.socket], timeout_s: float) -> None:
     link, theirs = ends
     started = time.monotonic()
     with pytest.raises(DeadlineError):
@@ -96,13 +96,13 @@ def test_a_read_has_a_deadline_and_loses_nothing(ends: tuple[Link, socket.socket
     assert link.receive_into([memoryview(target)], started + timeout_s) == 4  # what is there is read, late or not
 
 
-def test_a_read_that_does_not_wait(ends: tuple[Link, socket.socket]) -> None:
+def test_a_read_that_does_not_wait(ends: tuple[Stream, socket.socket]) -> None:
     link, _ = ends
     with pytest.raises(DeadlineError, match="nothing to read"):
         link.receive_into([memoryview(bytearray(1))], None, blocking=False)
 
 
-def test_a_write_has_a_deadline(ends: tuple[Link, socket.socket]) -> None:
+def test_a_write_has_a_deadline(ends: tuple[Stream, socket.socket]) -> None:
     link, _ = ends
     started = time.monotonic()
     with pytest.raises(DeadlineError, match="the peer took too long to read"):
@@ -110,7 +110,7 @@ def test_a_write_has_a_deadline(ends: tuple[Link, socket.socket]) -> None:
     assert time.monotonic() - started < 1
 
 
-def test_wait_tells_reading_from_writing(ends: tuple[Link, socket.socket]) -> None:
+def test_wait_tells_reading_from_writing(ends: tuple[Stream, socket.socket]) -> None:
     link, theirs = ends
     assert link.wait(_soon(), reading=True) == (False, True)
     theirs.sendall(b"x")
@@ -123,7 +123,7 @@ def test_wait_tells_reading_from_writing(ends: tuple[Link, socket.socket]) -> No
         link.wait(_soon(), reading=False)
 
 
-def test_the_peers_end_and_its_death(ends: tuple[Link, socket.socket]) -> None:
+def test_the_peers_end_and_its_death(ends: tuple[Stream, socket.socket]) -> None:
     link, theirs = ends
     assert not link.peer_left()
     theirs.sendall(b"last")
@@ -140,7 +140,7 @@ def test_the_peers_end_and_its_death(ends: tuple[Link, socket.socket]) -> None:
 def test_a_reset_is_a_lost_peer() -> None:
     listener = socket.create_server(("127.0.0.1", 0))
     with listener:
-        link = Link(socket.create_connection(listener.getsockname()))
+        link = Stream(socket.create_connection(listener.getsockname()))
         theirs, _ = listener.accept()
         link.send([b"unread"])
         theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
@@ -151,7 +151,7 @@ def test_a_reset_is_a_lost_peer() -> None:
 
 
 @pytest.mark.parametrize("method", ["shutdown", "shutdown_reading"])
-def test_shutdown_wakes_a_reader(ends: tuple[Link, socket.socket], method: str) -> None:
+def test_shutdown_wakes_a_reader(ends: tuple[Stream, socket.socket], method: str) -> None:
     link, _ = ends
     got: list[int] = []
     thread = threading.Thread(target=lambda: got.append(link.receive_into([memoryview(bytearray(1))], None)))
@@ -167,7 +167,7 @@ def test_what_was_sent_last_survives_bytes_that_nobody_read() -> None:
     listener = socket.create_server(("127.0.0.1", 0))
     with listener:
         theirs = socket.create_connection(listener.getsockname())
-        link = Link(listener.accept()[0])
+        link = Stream(listener.accept()[0])
         theirs.sendall(bytes(100_000))
         time.sleep(0.05)
         link.send([b"last words"])
@@ -178,7 +178,7 @@ def test_what_was_sent_last_survives_bytes_that_nobody_read() -> None:
             assert theirs.recv(100) == b""  # the end, not a reset
 
 
-def test_linger_reads_on_until_the_peer_is_done(ends: tuple[Link, socket.socket]) -> None:
+def test_linger_reads_on_until_the_peer_is_done(ends: tuple[Stream, socket.socket]) -> None:
     link, theirs = ends
     out: list[bytes] = []
 
@@ -195,7 +195,7 @@ def test_linger_reads_on_until_the_peer_is_done(ends: tuple[Link, socket.socket]
     assert out == [b"why"]
 
 
-def test_linger_has_a_deadline(ends: tuple[Link, socket.socket]) -> None:
+def test_linger_has_a_deadline(ends: tuple[Stream, socket.socket]) -> None:
     link, theirs = ends
     stop = threading.Event()
 
@@ -218,7 +218,7 @@ def test_linger_has_a_deadline(ends: tuple[Link, socket.socket]) -> None:
 
 def test_everything_on_a_closed_link_says_so() -> None:
     ours, theirs = socket.socketpair()
-    link = Link(ours)
+    link = Stream(ours)
     with theirs:
         link.close()
         link.close()
@@ -238,9 +238,9 @@ def test_a_lost_peer_is_no_signal() -> None:
     """Programs that restored SIGPIPE's default must not die of a peer that went away."""
     program = (
         "import signal, socket; signal.signal(signal.SIGPIPE, signal.SIG_DFL)\n"
-        "from fastsplit.wire.transport.stream import Link; from fastsplit.errors import PeerLostError\n"
+        "from fastsplit.wire.transport.stream import Stream; from fastsplit.errors import PeerLostError\n"
         "ours, theirs = socket.socketpair(); theirs.close()\n"
-        "try:\n    Link(ours).send([b'x'])\nexcept PeerLostError:\n    raise SystemExit(42)\n"
+        "try:\n    Stream(ours).send([b'x'])\nexcept PeerLostError:\n    raise SystemExit(42)\n"
     )
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     assert subprocess.run([sys.executable, "-c", program], cwd=root, timeout=60).returncode == 42
@@ -254,7 +254,7 @@ def test_remaining_s() -> None:
 
 def test_a_reader_spins_before_it_sleeps_but_not_for_a_slow_peer() -> None:
     ours, theirs = socket.socketpair()
-    link = Link(ours, spin_us=2000)
+    link = Stream(ours, spin_us=2000)
     looks = _Looks(link)
     buffer = memoryview(bytearray(8))
     with theirs:
@@ -281,7 +281,7 @@ def test_a_reader_spins_before_it_sleeps_but_not_for_a_slow_peer() -> None:
 class _Looks:
     """Counts how often a link looks for bytes."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Stream) -> None:
         self._poll = link._readable
         self._count = 0
         link._readable = self  # type: ignore[assignment]
@@ -295,7 +295,7 @@ class _Looks:
         return count
 
 
-def test_a_link_that_must_not_spin_does_not(ends: tuple[Link, socket.socket]) -> None:
+def test_a_link_that_must_not_spin_does_not(ends: tuple[Stream, socket.socket]) -> None:
     link, theirs = ends
     looks = _Looks(link)
     theirs.send(b"x")
@@ -335,7 +335,7 @@ def test_how_long_to_spin_beside_threads_that_compute(monkeypatch: pytest.Monkey
     assert choose_spin_us(spin_us_beside(count)) == 12.5
 
 
-def test_how_long_a_link_spins_may_change(ends: tuple[Link, socket.socket]) -> None:
+def test_how_long_a_link_spins_may_change(ends: tuple[Stream, socket.socket]) -> None:
     link, theirs = ends
     looks = _Looks(link)
     link.spin.spin_us = 2000.0

@@ -47,7 +47,7 @@ from ..session import PROBES, Attached, Error, Event, Goodbye, Hello, Probe, Rep
 from ..shm.segment import Hook
 from ..stats import Stats
 from ..transport.address import Address, connect_socket, parse_address
-from ..transport.meter import HANDSHAKE_FILLER_NBYTES, LinkEstimate
+from ..transport.meter import HANDSHAKE_PADDING_NBYTES, LinkEstimate
 from .pump import AT_ONCE, Frame, Pump, settle_left, within
 
 __all__ = ["MAX_QUEUED_NBYTES", "Channel", "connect"]
@@ -157,7 +157,7 @@ class Channel(CallTimeout):
             limits=self._limits,
             spin_us=0.0,
             pool=self._pool,
-            relieve=self._relieve,
+            on_memory_pressure=self._on_memory_pressure,
             hook=self._on_segment,
             codec_threshold_nbytes=self._codec_threshold_nbytes,
         )
@@ -177,7 +177,7 @@ class Channel(CallTimeout):
             if not self.shm:
                 connection.coder.check(self._cast, self._codec)
             if self._session.capabilities & PROBES:
-                await self._measure(HANDSHAKE_FILLER_NBYTES, deadline)
+                await self._measure(HANDSHAKE_PADDING_NBYTES, deadline)
         except DeadlineError:
             self._end(ClosedError("the handshake failed"))
             raise DeadlineError(f"{self.uri}: connected, but no handshake within {self._timeout_s} s") from None
@@ -187,8 +187,8 @@ class Channel(CallTimeout):
             raise
         return self
 
-    def _relieve(self, deadline: float | None) -> None:
-        self._pump.relieve(deadline)
+    def _on_memory_pressure(self, deadline: float | None) -> None:
+        self._pump.on_memory_pressure(deadline)
 
     async def _step(self, deadline: float) -> None:
         """Waits for the next event of the handshake."""
@@ -402,7 +402,7 @@ class Channel(CallTimeout):
         started_ns: int,
     ) -> _Call:
         pump, connection, session = self._pump, self._connection, self._session
-        pump.queue_news()
+        pump.queue_control_frames()
         if connection.is_probe_due and pump.idle:
             pump.send_filled(connection.probe(0)[1])
         time_ns = 0 if deadline is None else max(int((deadline - time.monotonic()) * 1e9), 1)
@@ -496,8 +496,8 @@ class Channel(CallTimeout):
         if self._calls.pop(call.request_id, None) is None or call.frame is None:
             return False
         pump, session = self._pump, self._session
-        unsent = pump.retract(call.frame, call.request_id)
-        if not unsent and session.abandon(call.request_id) and not pump.loop.is_closed():
+        unsent = pump.discard(call.frame, call.request_id)
+        if not unsent and session.mark_cancelled(call.request_id) and not pump.loop.is_closed():
             pump.send(session.cancel(call.request_id))
         self._let_in()
         return unsent
@@ -522,11 +522,11 @@ class Channel(CallTimeout):
                     self._pump.use_ring()
                 self._stepped()
         elif isinstance(event, ReturnsWanted):
-            self._pump.give_back()
+            self._pump.send_returns()
         elif isinstance(event, Probe):
             meter = self._connection.meter
             if meter is not None:
-                meter.answered(event.number, event.bytes_per_s)
+                meter.on_answer(event.number, event.bytes_per_s)
             waiter = self._probes.pop(event.number, None)
             if waiter is not None and not waiter.done():
                 waiter.set_result(True)

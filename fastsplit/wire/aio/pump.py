@@ -28,16 +28,16 @@ from ...tensors import Outgoing
 from ..connection import Connection
 from ..session import MAX_RETURNS, Event, Failed
 from ..shm.blocks import OwnSegment
-from ..shm.ring import RingLink
+from ..shm.ring import Ring
 
 __all__ = ["AT_ONCE", "Frame", "Owner", "Pump", "settle_left", "within"]
 
 AT_ONCE = 0.0
 """A deadline that has passed: what cannot be done without waiting fails."""
 
-_MOST_READS = 64  # in one turn: slots of a ring, or reads of a socket
-_MOST_NBYTES = 4 * 1024**2  # in one turn, each way, about: a millisecond's worth
-_MOST_BATCHED = 48  # buffers of several frames in one system call
+_MAX_READS = 64  # in one turn: slots of a ring, or reads of a socket
+_MAX_NBYTES = 4 * 1024**2  # in one turn, each way, about: a millisecond's worth
+_MAX_BATCHED = 48  # buffers of several frames in one system call
 _BATCH_NBYTES = 1024**2
 _NAP_S = 0.001
 _ASK_EVERY_S = 0.02  # how often a side that is short of memory asks for returns
@@ -151,7 +151,7 @@ class Pump:
 
     def start(self) -> None:
         """Begins to read. Once, before anything else."""
-        self._fd = self.connection.link.fileno()
+        self._fd = self.connection.transport.fileno()
         self._watch_reading(True)
 
     @property
@@ -186,12 +186,12 @@ class Pump:
         self.queued_nbytes += frame.nbytes
         if not self._corked:
             self._flush()
-            if not isinstance(self.connection.link, RingLink):
+            if not isinstance(self.connection.transport, Ring):
                 self._corked = True
                 self._uncorking = self.loop.call_soon(self._uncork)
         return frame
 
-    def retract(self, frame: Frame, request_id: int) -> bool:
+    def discard(self, frame: Frame, request_id: int) -> bool:
         """Takes a request back of which no byte was sent, and forgets it. False if it is too late for that."""
         if frame.started or self.ended:
             return False
@@ -199,30 +199,30 @@ class Pump:
         self.queued_nbytes -= frame.nbytes
         session = self.connection.session
         session.returns = list(frame.returns)  # of this frame, not of the last one
-        session.retract(request_id)
+        session.discard(request_id)
         if self.connection.arena is not None and frame.out is not None:
             self.connection.arena.lend(frame.out.placements, -1)
         return True
 
-    def queue_news(self) -> None:
+    def queue_control_frames(self) -> None:
         """Queues what must go before the next frame: segments, and returns that are too many to ride on it."""
         arena, session = self.connection.arena, self.connection.session
-        if arena is None or (not arena.has_news and len(arena.returns) <= MAX_RETURNS):
+        if arena is None or (not arena.has_pending and len(arena.returns) <= MAX_RETURNS):
             return
-        news = arena.news()
-        if news is not None:
-            for segment in news[1]:  # first, since what is new may only fit the peer's cap without them
+        pending = arena.take_pending()
+        if pending is not None:
+            for segment in pending[1]:  # first, since what is new may only fit the peer's cap without them
                 self.send(session.retire(segment.id))
-            for segment in news[0]:
+            for segment in pending[0]:
                 frame = Frame([session.segment(segment.id, segment.nbytes, segment.name)], None, self._returns())
                 frame.segment = segment if segment.fd is not None else None
                 self._queue_frame(frame)
-        while (head := session.give_back()) is not None:
+        while (head := session.return_frame()) is not None:
             self.send(head)
 
-    def give_back(self) -> None:
+    def send_returns(self) -> None:
         """Sends all returns: the peer is short of memory."""
-        while not self.ended and (frame := self.connection.session.give_back(0)) is not None:
+        while not self.ended and (frame := self.connection.session.return_frame(0)) is not None:
             self.send(frame)
 
     def _uncork(self) -> None:
@@ -236,8 +236,8 @@ class Pump:
         if self._lost is not None or self.ended:
             return
         try:
-            if isinstance(self.connection.link, RingLink):
-                self._flush_ring(self.connection.link)
+            if isinstance(self.connection.transport, Ring):
+                self._flush_ring(self.connection.transport)
             else:
                 self._flush_socket()
         except FastsplitError as error:
@@ -249,14 +249,14 @@ class Pump:
             self._stalling = self.loop.call_later(self._send_timeout_s, self._look_for_progress)
 
     def _flush_socket(self) -> None:
-        link, queue = self.connection.link, self._queue
-        assert not isinstance(link, RingLink)
-        most = link.bytes_sent + _MOST_NBYTES
+        link, queue = self.connection.transport, self._queue
+        assert not isinstance(link, Ring)
+        most = link.bytes_sent + _MAX_NBYTES
         while queue and link.bytes_sent < most:
             batch: list[Any] = []
             nbytes = 0
             for frame in queue:
-                if batch and (frame.segment is not None or len(batch) >= _MOST_BATCHED or nbytes >= _BATCH_NBYTES):
+                if batch and (frame.segment is not None or len(batch) >= _MAX_BATCHED or nbytes >= _BATCH_NBYTES):
                     break
                 batch += frame.buffers
                 nbytes += frame.nbytes
@@ -280,7 +280,7 @@ class Pump:
                 break
         self._watch_writing(bool(queue))
 
-    def _flush_ring(self, link: RingLink) -> None:
+    def _flush_ring(self, link: Ring) -> None:
         queue = self._queue
         while queue:
             frame = queue[0]
@@ -339,7 +339,7 @@ class Pump:
         if paused == self._paused or self.ended:
             return
         self._paused = paused
-        if not isinstance(self.connection.link, RingLink):
+        if not isinstance(self.connection.transport, Ring):
             self._watch_reading(not paused)
         elif not paused and not self._in_turn:
             self._turn_soon()
@@ -349,11 +349,11 @@ class Pump:
         self._turn_soon()
 
     def _on_readable(self) -> None:
-        link = self.connection.link
+        link = self.connection.transport
         if self.ended:
             self._drop()
             return
-        if isinstance(link, RingLink):
+        if isinstance(link, Ring):
             try:
                 self._stream_ended = not link.drain()
             except FastsplitError as error:
@@ -393,16 +393,16 @@ class Pump:
             self._in_turn = False
 
     def _do_turn(self) -> None:
-        if isinstance(self.connection.link, RingLink):
-            self.connection.link.awake()
+        if isinstance(self.connection.transport, Ring):
+            self.connection.transport.awake()
         more = self._read_some()
         if self._queue:
             self._flush()
         if self._short:
             self._wake_short()
         self._progressed()
-        link = self.connection.link  # a ring, perhaps, by now
-        if isinstance(link, RingLink) and not self.ended and self._turning is None:
+        link = self.connection.transport  # a ring, perhaps, by now
+        if isinstance(link, Ring) and not self.ended and self._turning is None:
             if more:
                 self._turn_soon()
             else:
@@ -411,10 +411,10 @@ class Pump:
     def _read_some(self) -> bool:
         """Reads what is there and hands it out. True if there may be more."""
         session = self.connection.session
-        most = self.connection.link.bytes_received + _MOST_NBYTES
-        for _ in range(_MOST_READS):
-            link = self.connection.link
-            if isinstance(link, RingLink) and (self._paused or not link.readable):
+        most = self.connection.transport.bytes_received + _MAX_NBYTES
+        for _ in range(_MAX_READS):
+            link = self.connection.transport
+            if isinstance(link, Ring) and (self._paused or not link.readable):
                 if self._stream_ended:
                     self._owner.failed(session.end_of_stream(), tell=False)
                 return False
@@ -439,7 +439,7 @@ class Pump:
                     return False
         return True
 
-    def _rest(self, link: RingLink) -> None:
+    def _rest(self, link: Ring) -> None:
         """The loop may sleep now, if there is nothing to do in the ring."""
         sleep_s = link.prepare_to_sleep(for_items=not self._paused, for_space=bool(self._queue))
         if sleep_s is not None:
@@ -449,9 +449,9 @@ class Pump:
         assert self._lost is not None
         if self.ended:
             return
-        link = self.connection.link
+        link = self.connection.transport
         self._paused = False
-        if isinstance(link, RingLink):
+        if isinstance(link, Ring):
             with contextlib.suppress(FastsplitError):
                 self._stream_ended = not link.drain()
         self._read_some()
@@ -498,7 +498,7 @@ class Pump:
             self._asked_at = now
             self.send(self.connection.session.want_returns())
 
-    def relieve(self, _: float | None) -> None:
+    def on_memory_pressure(self, _: float | None) -> None:
         """Called by an arena that is full, in a thread that may wait."""
         with contextlib.suppress(RuntimeError):  # the loop is closed
             if time.monotonic() - self._asked_at > _ASK_EVERY_S:
@@ -545,7 +545,7 @@ class Pump:
         if not told or self._stream_ended:
             self.close()
             return
-        self.connection.link.shutdown_writing()
+        self.connection.transport.shutdown_writing()
         self._watch_reading(True)
         self._lingering = self.loop.call_later(linger_s, self.close)
 
@@ -553,12 +553,12 @@ class Pump:
         if self.ended or self._lost is not None or (self._queue and self._queue[0].started):
             return False
         with contextlib.suppress(FastsplitError):
-            return not self.connection.link.send([frame])
+            return not self.connection.transport.send([frame])
         return False
 
     def _drop(self) -> None:
         try:
-            going_on = self.connection.link.drain()
+            going_on = self.connection.transport.drain()
         except FastsplitError:
             going_on = False
         if not going_on:
@@ -572,7 +572,7 @@ class Pump:
         self._watch_reading(False)
         if self._lingering is not None:
             self._lingering.cancel()
-        self.connection.link.shutdown()
+        self.connection.transport.shutdown()
         self.connection.close()
         self._owner = _NOBODY  # a circle
         self.closed.set_result(True)

@@ -72,9 +72,9 @@ __all__ = ["Call", "Handler", "Server", "serve"]
 _logger = get_logger("fastsplit.server")
 
 _LINGER_S = 1.0  # how long an aborted peer's bytes are read and dropped, so that it can read why
-_MOST_ACCEPTED = 64  # in one turn of the loop
+_MAX_ACCEPTED = 64  # in one turn of the loop
 _ACCEPT_AGAIN_S = 0.01  # after an error, such as no descriptor left
-_MOST_WORK_NS = 1_000_000  # of plain handlers, before others get their turn
+_MAX_WORK_NS = 1_000_000  # of plain handlers, before others get their turn
 _UNWIND_S = 1.0  # how long cancelled tasks may take to clean up, where the server closes
 
 
@@ -317,7 +317,7 @@ class Server:
     def _accept(self) -> None:
         assert self._loop is not None and self._listener is not None and self._reserve is not None
         self._accepting = None
-        for _ in range(_MOST_ACCEPTED):
+        for _ in range(_MAX_ACCEPTED):
             try:
                 sock, refusal = self._reserve.accept(self._listener, self._address)
             except BlockingIOError:
@@ -366,7 +366,7 @@ class _Connection:
             limits=server.limits,
             spin_us=0.0,
             pool=server._pool,
-            relieve=self._relieve,
+            on_memory_pressure=self._on_memory_pressure,
             hook=server._on_segment,
             codec_threshold_nbytes=server._codec_threshold_nbytes,
         )
@@ -386,8 +386,8 @@ class _Connection:
         self._timer: asyncio.Handle | None = None  # for the handshake, then for looking after unused memory
         self._calls_before = 0  # when the timer looked last
 
-    def _relieve(self, deadline: float | None) -> None:
-        self.pump.relieve(deadline)
+    def _on_memory_pressure(self, deadline: float | None) -> None:
+        self.pump.on_memory_pressure(deadline)
 
     def start(self) -> None:
         self._timer = self.pump.loop.call_later(self.server.handshake_timeout_s, self._look_for_handshake)
@@ -429,7 +429,7 @@ class _Connection:
         return request_id in self.cancelled
 
     def has_left(self) -> bool:
-        return not self.server._closing.is_set() and self.wire.link.peer_left()
+        return not self.server._closing.is_set() and self.wire.transport.peer_left()
 
     # ---- for the pump ----
 
@@ -441,11 +441,11 @@ class _Connection:
         elif isinstance(event, RingOffered):
             self._attach_ring(event)
         elif isinstance(event, ReturnsWanted):
-            self.pump.give_back()
+            self.pump.send_returns()
         elif isinstance(event, Probe):
             if self.wire.meter is not None:
-                self.wire.meter.told(event.bytes_per_s, event.rtt_s)
-                self.pump.send_filled(self.wire.probed(event))
+                self.wire.meter.on_probe(event.bytes_per_s, event.rtt_s)
+                self.pump.send_filled(self.wire.probe_answer(event))
         elif isinstance(event, Goodbye):
             self._end(None)
 
@@ -500,7 +500,7 @@ class _Connection:
             return
         before, self._calls_before = self._calls_before, self._stats.calls
         if before == self._calls_before and arena.trim():
-            self.pump.queue_news()
+            self.pump.queue_control_frames()
         self._timer = self.pump.loop.call_later(IDLE_S, self._look_for_idle_memory)
 
     def stop_reading(self) -> None:
@@ -674,7 +674,7 @@ class _Connection:
     def _work(self) -> None:
         """Runs plain handlers on the loop, for a moment."""
         self._working = None
-        end_ns = perf_counter_ns() + _MOST_WORK_NS
+        end_ns = perf_counter_ns() + _MAX_WORK_NS
         while self._waiting:
             request, deadline = self._waiting.popleft()
             self._waiting_nbytes -= tensors_nbytes(request)
@@ -772,7 +772,7 @@ class _Connection:
         request_id = call._request_id
         if self.ended or request_id not in self._pending:
             return
-        self.pump.queue_news()
+        self.pump.queue_control_frames()
         try:
             head = self.session.reply(request_id, out.descs, out.nbytes, time_ns, call.reply_attrs, out.placements)
         except BaseException as error:  # noqa: BLE001 (attributes of the handler's that are no such thing, for example)

@@ -61,7 +61,7 @@ from ..connection import Connection, greeting
 from ..future import CallTimeout, Future, Result, remote_error, warn_of_discarded, why_closed
 from ..options import parse_count, parse_flag, parse_memory, parse_timeout
 from ..session import (
-    MAX_FILLER_NBYTES,
+    MAX_PADDING_NBYTES,
     MAX_RETURNS,
     PROBES,
     Attached,
@@ -78,7 +78,7 @@ from ..shm.segment import Hook
 from ..stats import Stats
 from ..transport.address import connect_socket, parse_address
 from ..transport.base import remaining_s
-from ..transport.meter import HANDSHAKE_FILLER_NBYTES, LinkEstimate
+from ..transport.meter import HANDSHAKE_PADDING_NBYTES, LinkEstimate
 from ..transport.spin import choose_spin_us
 from .watcher import Watcher
 
@@ -171,7 +171,7 @@ class Channel(CallTimeout):
         self._refusing = False  # closed, or about to be
         self._error: FastsplitError | None = None
         self._closed = False
-        self._greeted = False
+        self._has_hello = False
         self._answers: list[Attached] = []  # the one to the ring that was offered
         deadline = time.monotonic() + timeout_s
         spin_us = choose_spin_us(spin_us)
@@ -184,7 +184,7 @@ class Channel(CallTimeout):
             limits=limits,
             spin_us=spin_us,
             pool=pool,
-            relieve=self._relieve,
+            on_memory_pressure=self._on_memory_pressure,
             hook=on_segment,
             codec_threshold_nbytes=codec_threshold_nbytes,
         )
@@ -193,8 +193,8 @@ class Channel(CallTimeout):
         self._session = connection.session
         try:
             with contextlib.suppress(PeerLostError):  # refused at once: what the server said is still to be read
-                connection.link.send_all([self._session.hello()], deadline)
-            self._read_until(lambda: self._greeted, deadline)
+                connection.transport.send_all([self._session.hello()], deadline)
+            self._read_until(lambda: self._has_hello, deadline)
             answered = connection.offer_ring(deadline)
             if answered is not None:
                 self._read_until(lambda: bool(self._answers), deadline)
@@ -202,7 +202,7 @@ class Channel(CallTimeout):
             if not self.shm:
                 connection.coder.check(self._cast, self._codec)
             if self._session.capabilities & PROBES:
-                self._measure(HANDSHAKE_FILLER_NBYTES, timeout_s, deadline)
+                self._measure(HANDSHAKE_PADDING_NBYTES, timeout_s, deadline)
             assert self._session.peer_limits is not None
             self._most_inflight = self._session.peer_limits.max_inflight
             if overlap and not self.shm:
@@ -249,11 +249,11 @@ class Channel(CallTimeout):
     def spin_us(self) -> float:
         """How long a caller spins for its reply before it sleeps. May be set at any time: 0 where the server computes
         on the very cores that a caller would spin on."""
-        return self._connection.link.spin.spin_us
+        return self._connection.transport.spin.spin_us
 
     @spin_us.setter
     def spin_us(self, spin_us: float) -> None:
-        self._connection.link.spin.spin_us = choose_spin_us(spin_us)
+        self._connection.transport.spin.spin_us = choose_spin_us(spin_us)
 
     @property
     def shm(self) -> bool:
@@ -308,7 +308,7 @@ class Channel(CallTimeout):
         For when nothing else is in flight: what is shares the link with it. Raises DeadlineError, and what ends the
         connection.
         """
-        nbytes = parse_count("nbytes", nbytes, 0, MAX_FILLER_NBYTES)
+        nbytes = parse_count("nbytes", nbytes, 0, MAX_PADDING_NBYTES)
         deadline = time.monotonic() + parse_timeout("timeout_s", timeout_s)
         if self._closed:
             raise ClosedError(why_closed(self._error))
@@ -335,7 +335,7 @@ class Channel(CallTimeout):
                 raise fresh(self._error)
             number, frame = self._connection.probe(nbytes)
             self._probes.add(number)
-            self._send_news("a probe", timeout_s, deadline, [frame])
+            self._send_control_frames("a probe", timeout_s, deadline, [frame])
         finally:
             try:
                 if held:
@@ -495,12 +495,14 @@ class Channel(CallTimeout):
             if len(session.requests) >= self._most_inflight:  # another thread was faster
                 return None
             connection = self._connection
-            connection.link.wake_early()  # after what had to be copied, which may take longer than the server spins
+            connection.transport.wake_early()  # after the copies, which may take longer than the server spins
             arena = connection.arena
-            if arena is not None and (arena.has_news or len(arena.returns) > MAX_RETURNS):
-                self._send_news(op, timeout_s, deadline, ([frame] for frame in connection.news(deadline)))
+            if arena is not None and (arena.has_pending or len(arena.returns) > MAX_RETURNS):
+                self._send_control_frames(
+                    op, timeout_s, deadline, ([frame] for frame in connection.control_frames(deadline))
+                )
             if connection.is_probe_due:
-                self._send_news(op, timeout_s, deadline, [connection.probe(0)[1]])
+                self._send_control_frames(op, timeout_s, deadline, [connection.probe(0)[1]])
             flags = reply_flags(cast, number) if connection.can_code else 0
             next_id = session.next_id
             request_id, head = session.request(
@@ -593,7 +595,7 @@ class Channel(CallTimeout):
     def _forget(self, request_id: int) -> None:
         """A request of which not a byte was sent: the stream is as it was."""
         self._futures.pop(request_id, None)
-        self._session.retract(request_id)
+        self._session.discard(request_id)
         if self._turns:
             self._let_in()
 
@@ -653,7 +655,7 @@ class Channel(CallTimeout):
                 (held,) = map(sending.acquire, (True,), (0.0 if inside else 0.1,))
                 if held:  # if a send is stuck, the end of the stream must do
                     with contextlib.suppress(FastsplitError):
-                        self._connection.link.send([self._session.goodbye()])
+                        self._connection.transport.send([self._session.goodbye()])
             finally:
                 if held:
                     self._release(sending)
@@ -705,7 +707,7 @@ class Channel(CallTimeout):
             future._begun = True
             if out.placements and self._connection.arena is not None:
                 self._connection.arena.lend(out.placements)
-            left = self._connection.link.send(buffers, len(head) + out.nbytes)
+            left = self._connection.transport.send(buffers, len(head) + out.nbytes)
             while left:
                 left = self._send_rest(left, deadline)
         except DeadlineError:
@@ -734,7 +736,7 @@ class Channel(CallTimeout):
         sending = self._sending
         try:
             future._begun = True
-            left = self._connection.link.send(buffers, len(head) + out.nbytes)
+            left = self._connection.transport.send(buffers, len(head) + out.nbytes)
         except FastsplitError as error:
             self._read_last_words(future)
             raise self._end(error) from None
@@ -745,7 +747,7 @@ class Channel(CallTimeout):
             return False
 
         def send_rest() -> None:
-            link, rest = self._connection.link, left
+            link, rest = self._connection.transport, left
             try:
                 while rest:
                     link.wait(deadline, reading=False)
@@ -772,7 +774,7 @@ class Channel(CallTimeout):
             raise self._end(ClosedError("the channel was closed"))
         return True
 
-    def _send_news(
+    def _send_control_frames(
         self, op: str, timeout_s: float | None, deadline: float | None, frames: Iterable[Sequence[Any]]
     ) -> None:
         """Sends what must go before the next frame. The caller holds `_sending`."""
@@ -791,7 +793,7 @@ class Channel(CallTimeout):
             raise
 
     def _send_frame(self, frame: Sequence[Any], deadline: float | None) -> None:
-        left = self._connection.link.send(frame)
+        left = self._connection.transport.send(frame)
         while left:
             left = self._send_rest(left, deadline)
 
@@ -800,7 +802,7 @@ class Channel(CallTimeout):
             reading = self._take_reading()
             soon = None if reading else time.monotonic() + _RELIEF_S
             try:
-                readable, writable = self._connection.link.wait(
+                readable, writable = self._connection.transport.wait(
                     deadline if soon is None or (deadline is not None and deadline < soon) else soon, reading=reading
                 )
             except DeadlineError:
@@ -814,7 +816,7 @@ class Channel(CallTimeout):
                     raise fresh(self._error)
         finally:
             self._leave_reading()
-        return self._connection.link.send(left) if writable else left
+        return self._connection.transport.send(left) if writable else left
 
     def _read_last_words(self, future: Future) -> None:
         """Reads what is there already, or lets the thread that reads do so. What ends the connection is kept."""
@@ -833,7 +835,7 @@ class Channel(CallTimeout):
                 return False
             self._futures.pop(future._id, None)
             self._finish(future, error)
-        if self._session.abandon(future._id):
+        if self._session.mark_cancelled(future._id):
             # Best effort: the server may save some work; an answer that comes all the same is dropped.
             try:
                 self._send_if_free(lambda: self._connection.send_small(self._session.cancel(future._id)))
@@ -951,7 +953,7 @@ class Channel(CallTimeout):
             self._reading = get_ident()
             if self._watching:
                 self._watching = False
-                self._connection.link.awake()
+                self._connection.transport.awake()
                 assert self._watcher is not None
                 self._watcher.step_aside()
             return True
@@ -1001,7 +1003,7 @@ class Channel(CallTimeout):
             # what an interrupted read left comes first
             if (
                 not events
-                and self._connection.link.receive(session, deadline, blocking=blocking, events=events) is None
+                and self._connection.transport.receive(session, deadline, blocking=blocking, events=events) is None
             ):
                 self._end(session.end_of_stream())
                 return
@@ -1048,14 +1050,14 @@ class Channel(CallTimeout):
             if future is not None:
                 self._settle(future, remote_error(future.op, event))
         elif isinstance(event, Hello):
-            self._greeted = True
+            self._has_hello = True
         elif isinstance(event, Attached):
             self._answers.append(event)
         elif isinstance(event, ReturnsWanted):
-            self._give_back()
+            self._send_returns()
         elif isinstance(event, Probe):
             meter = self._connection.meter
-            if meter is not None and not meter.answered(event.number, event.bytes_per_s):
+            if meter is not None and not meter.on_answer(event.number, event.bytes_per_s):
                 _logger.debug("%s: an answer to probe %d, which nobody waits for", self.uri, event.number)
             self._probes.discard(event.number)
         elif isinstance(event, Goodbye):
@@ -1135,11 +1137,11 @@ class Channel(CallTimeout):
 
     # ---- shared memory ----
 
-    def _give_back(self) -> None:
+    def _send_returns(self) -> None:
         """The server is short of memory. Whoever sends at this moment takes returns along anyway."""
-        self._send_if_free(self._connection.give_back)
+        self._send_if_free(self._connection.send_returns)
 
-    def _relieve(self, deadline: float | None) -> None:
+    def _on_memory_pressure(self, deadline: float | None) -> None:
         """Our own memory is full: asks the server for returns, and reads for a moment if nobody else does."""
         self._send_if_free(self._connection.ask_for_returns)
         soon = time.monotonic() + _RELIEF_S
@@ -1160,12 +1162,12 @@ class Channel(CallTimeout):
             (held,) = map(sending.acquire, (False,))
             if held:
                 with contextlib.suppress(FastsplitError):
-                    self._connection.link.send([self._session.abort(error)])
+                    self._connection.transport.send([self._session.abort(error)])
         finally:
             if held:
                 self._release(sending)
         if held:
-            self._connection.link.linger(time.monotonic() + _LINGER_S)
+            self._connection.transport.linger(time.monotonic() + _LINGER_S)
 
     def _fail(self, error: FastsplitError) -> FastsplitError:
         """Nothing can be called any more, and every future gets the error; the first error stays. Returns that, to be
@@ -1185,7 +1187,7 @@ class Channel(CallTimeout):
     def _end(self, error: FastsplitError) -> FastsplitError:
         """Ends the connection. Returns the error that did so first."""
         error = self._fail(error)
-        self._connection.link.shutdown()
+        self._connection.transport.shutdown()
         self._close_when_unused()
         return error
 

@@ -259,13 +259,13 @@ class Server:
         deadline = time.monotonic() + timeout_s
         connections = list(self._connections)
         for connection in connections:
-            connection.wire.link.shutdown_reading()
+            connection.wire.transport.shutdown_reading()
         others = [connection for connection in connections if connection.thread is not threading.current_thread()]
         for connection in others:  # a handler that closes its server gets to answer first
             connection.thread.join(max(deadline - time.monotonic(), 0.0))
         for connection in others:
             if connection.thread.is_alive():
-                connection.wire.link.shutdown()
+                connection.wire.transport.shutdown()
                 connection.thread.join(0.1)
         if self._pool_of_workers is not None:
             self._pool_of_workers.shutdown(wait=False)
@@ -359,7 +359,7 @@ class _Connection:
             limits=server.limits,
             spin_us=0.0,
             pool=server._pool,
-            relieve=self._relieve,
+            on_memory_pressure=self._on_memory_pressure,
             hook=server._on_segment,
             codec_threshold_nbytes=server._codec_threshold_nbytes,
         )
@@ -388,8 +388,8 @@ class _Connection:
         """Says why, and closes. For a connection whose thread was never started."""
         del self.thread  # which holds this connection until it has run
         with contextlib.suppress(PeerLostError):
-            self.wire.link.send([self.session.abort(reason)])
-        self.wire.link.shutdown()
+            self.wire.transport.send([self.session.abort(reason)])
+        self.wire.transport.shutdown()
         self.wire.close()  # at once, since others wait to be accepted
 
     # ---- for a Call ----
@@ -409,7 +409,7 @@ class _Connection:
     def has_left(self) -> bool:
         if self.server._closing.is_set():  # this side ended the reading
             return False
-        return self._reader_end is not True or self.wire.link.peer_left()
+        return self._reader_end is not True or self.wire.transport.peer_left()
 
     def stats(self) -> Stats:
         """What was counted so far."""
@@ -453,7 +453,7 @@ class _Connection:
                 )
                 level = logging.WARNING if greeted else logging.DEBUG
                 _logger.log(level, "%s: a connection ended: %s", self.server.uri, str(error))
-            self.wire.link.shutdown()
+            self.wire.transport.shutdown()
             with self._idle:
                 self._waiting.clear()
                 self._pending.clear()
@@ -476,7 +476,7 @@ class _Connection:
         self.wire.serves_in(*only_one(self.server._pool_of_workers))
         greeting.add(get_ident())
         try:
-            self.wire.link.send_all([self.session.hello()], deadline)
+            self.wire.transport.send_all([self.session.hello()], deadline)
             while self.session.peer_limits is None:
                 if not self._read(self._dispatch, deadline):
                     return False
@@ -497,7 +497,7 @@ class _Connection:
             except DeadlineError:
                 if arena.trim():
                     with self._sending:
-                        self._send_news(time.monotonic() + self.server.send_timeout_s)
+                        self._send_control_frames(time.monotonic() + self.server.send_timeout_s)
         return self._read(self._dispatch)
 
     def _read(self, take: Callable[[Request], object], deadline: float | None = None, *, blocking: bool = True) -> bool:
@@ -514,7 +514,7 @@ class _Connection:
 
     def _receive(self, deadline: float | None, *, blocking: bool = True) -> list[Event] | None:
         """Reads once. None at the end of the stream."""
-        session, link, server = self.session, self.wire.link, self.server
+        session, link, server = self.session, self.wire.transport, self.server
         spins = len(server._connections) <= server._most_spinning and self._reader is None
         link.spin.spin_us = server._spin_us if spins else 0.0
         # What is in a ring already can be read for as long as the client goes on writing.
@@ -541,10 +541,10 @@ class _Connection:
                     raise PeerLostError("the client did not read the handshake") from None
         elif isinstance(event, ReturnsWanted):
             with self._sending:
-                self.wire.give_back()
+                self.wire.send_returns()
         elif isinstance(event, Probe):
             if self.wire.meter is not None:
-                self.wire.meter.told(event.bytes_per_s, event.rtt_s)
+                self.wire.meter.on_probe(event.bytes_per_s, event.rtt_s)
             self._probes.append(event)
             self._answer_probes(wait=len(self._probes) >= _MAX_PROBES)
         elif isinstance(event, Goodbye):
@@ -556,7 +556,7 @@ class _Connection:
             raise PeerLostError(str(event.error))
         return True
 
-    def _relieve(self, deadline: float | None) -> None:
+    def _on_memory_pressure(self, deadline: float | None) -> None:
         """Our memory is full: asks the client for returns, and reads for a moment if this is the thread that reads."""
         with self._sending:
             self.wire.ask_for_returns()
@@ -589,7 +589,7 @@ class _Connection:
         if self.server._closing.is_set() or self._sending.locked():  # a finalizer may ask in the middle of a send
             return
         for _ in range(_MAX_LOOKS):
-            if not (self._can_read and self.wire.link.has_bytes()):
+            if not (self._can_read and self.wire.transport.has_bytes()):
                 return
             self._read_in_handler(None, blocking=False)
             if self.wire.meter is not None:
@@ -624,7 +624,7 @@ class _Connection:
         if workers is None:
             self._running = request.request_id
             reads_itself = self._reader is None and self._reader_end is True
-            if reads_itself and self.wire.arena is None and self.wire.link.has_bytes():
+            if reads_itself and self.wire.arena is None and self.wire.transport.has_bytes():
                 self._read_ahead()
             self._run(request, deadline)
             self._running = None
@@ -754,7 +754,7 @@ class _Connection:
             with self._idle:
                 self._idle.wait_for(lambda: not self._pending, timeout=self.server.send_timeout_s)
         with self._sending:
-            self.wire.link.send([self.session.goodbye()])
+            self.wire.transport.send([self.session.goodbye()])
 
     def _abort(self, reason: FastsplitError) -> None:
         self.ended = True
@@ -763,10 +763,10 @@ class _Connection:
             return
         try:
             with contextlib.suppress(FastsplitError):
-                self.wire.link.send_all([self.session.abort(reason)], deadline)
+                self.wire.transport.send_all([self.session.abort(reason)], deadline)
         finally:
             self._sending.release()
-        self.wire.link.linger(deadline)
+        self.wire.transport.linger(deadline)
 
     # ---- requests ----
 
@@ -780,7 +780,7 @@ class _Connection:
         except FastsplitError as error:
             if not self.ended:
                 _logger.warning("%s: a reply could not be sent: %s", self.server.uri, str(error))
-            self.wire.link.shutdown()
+            self.wire.transport.shutdown()
         finally:
             self._done(request_id)
 
@@ -840,9 +840,9 @@ class _Connection:
         handed_over = False
         self._sending.acquire()
         try:
-            self.wire.link.wake_early()
-            if arena is not None and (arena.has_news or len(arena.returns) > MAX_RETURNS):
-                self._send_news(deadline)
+            self.wire.transport.wake_early()
+            if arena is not None and (arena.has_pending or len(arena.returns) > MAX_RETURNS):
+                self._send_control_frames(deadline)
             try:
                 head = self.session.reply(request_id, out.descs, out.nbytes, time_ns, call.reply_attrs, out.placements)
             except BaseException as error:  # noqa: BLE001 (attributes of the handler's that are no such thing, for example)
@@ -882,9 +882,9 @@ class _Connection:
         finally:
             self._release_sending()
 
-    def _send_news(self, deadline: float) -> None:
+    def _send_control_frames(self, deadline: float) -> None:
         """Sends what must go before the next frame. The caller holds `_sending`."""
-        for frame in self.wire.news(deadline):
+        for frame in self.wire.control_frames(deadline):
             self._send([frame], len(frame))
 
     def _send_behind(self, buffers: list[Any], nbytes: int) -> bool:
@@ -893,7 +893,7 @@ class _Connection:
         if self._reader is None or self._sender is None:
             self._send(buffers, nbytes)
             return False
-        left = self.wire.link.send(buffers, nbytes)
+        left = self.wire.transport.send(buffers, nbytes)
         if not left:
             return False
 
@@ -902,7 +902,7 @@ class _Connection:
                 self._send_left(left)
             except FastsplitError as error:
                 _logger.debug("%s: a reply could not be sent: %s", self.server.uri, str(error))
-                self.wire.link.shutdown()
+                self.wire.transport.shutdown()
             finally:
                 self._release_sending()
 
@@ -919,27 +919,27 @@ class _Connection:
         """Answers what was asked, or leaves it to whoever sends at this moment. `wait`: until that one is done."""
         while self._probes and self._sending.acquire(blocking=wait):
             try:
-                frame = self.wire.probed(self._probes.popleft())
+                frame = self.wire.probe_answer(self._probes.popleft())
                 self._send(frame, sum(map(len, frame)))
             except IndexError:
                 return  # another thread has answered it
             except FastsplitError as error:  # perhaps in the middle of the answer: nothing can follow it
                 _logger.debug("%s: a probe was not answered: %s", self.server.uri, str(error))
-                self.wire.link.shutdown()
+                self.wire.transport.shutdown()
                 return
             finally:
                 self._sending.release()
 
     def _send(self, buffers: list[Any], nbytes: int) -> None:
         """Sends a frame. The caller holds `_sending`."""
-        link = self.wire.link
+        link = self.wire.transport
         left = link.send(buffers, nbytes)
         if left:
             self._send_left(left)
 
     def _send_left(self, left: Sequence[Any]) -> None:
         try:
-            self.wire.link.send_all(left, time.monotonic() + self.server.send_timeout_s)
+            self.wire.transport.send_all(left, time.monotonic() + self.server.send_timeout_s)
         except DeadlineError:
             raise PeerLostError(f"the client did not take its reply within {self.server.send_timeout_s} s") from None
 

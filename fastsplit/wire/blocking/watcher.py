@@ -109,7 +109,7 @@ class Watcher:
         self._rung.register(bell.fd, select.POLLIN)
         self._readable = select.poll()
         self._readable.register(bell.fd, select.POLLIN)
-        self._readable.register(channel._connection.link.fileno(), select.POLLIN)
+        self._readable.register(channel._connection.transport.fileno(), select.POLLIN)
         self.thread = threading.Thread(target=self._run, name=f"fastsplit-watch {channel.uri}", daemon=True)
 
     def start(self) -> None:
@@ -276,7 +276,7 @@ class Watcher:
 
     def _begin_to_watch(self, channel: Channel) -> None:
         """Begins to poll, unless there is something to read or a caller wants to read."""
-        link = channel._connection.link
+        link = channel._connection.transport
         soon_s = link.prepare_to_sleep(for_items=True, for_space=False)
         with self._lock:
             if soon_s == 0.0 or not self._may_go_on(channel):
@@ -293,7 +293,7 @@ class Watcher:
             self.polling = False
             if (channel._watching or self._keeps) and channel._watcher is self:  # else a caller has taken the reading
                 channel._watching = False
-                channel._connection.link.awake()
+                channel._connection.transport.awake()
 
     def _rest(self, channel: Channel) -> tuple[float, bool]:
         """How many seconds to sleep, and whether the thread has nothing to do."""

@@ -50,8 +50,8 @@ _ENDED = "no shared memory: the connection has ended"
 class Arena:
     """Shared memory of one connection. Thread-safe, as the docstrings say.
 
-    `factory`: how segments are made and opened. `relieve(deadline)`: called when memory is short, to do something that
-    may bring returns in: it comes back after some milliseconds at most. `hook`: see segment.Hook.
+    `factory`: how segments are made and opened. `on_memory_pressure(deadline)`: called when memory is short, to do
+    something that may bring returns in: it comes back after some milliseconds at most. `hook`: see segment.Hook.
     """
 
     def __init__(
@@ -60,14 +60,14 @@ class Arena:
         is_client: bool,
         factory: Memfd | Named,
         take_descriptor: Callable[[], int | None],
-        relieve: Callable[[float | None], None],
+        on_memory_pressure: Callable[[float | None], None],
         limits: Limits,
         peer_limits: Limits,
         hook: Hook | None = None,
     ) -> None:
         self.factory = factory
         self._take_descriptor = take_descriptor
-        self._relieve = relieve
+        self._on_memory_pressure = on_memory_pressure
         self._hook = hook
         self._limits = limits
         self._max_nbytes = peer_limits.max_shared_nbytes
@@ -81,7 +81,7 @@ class Arena:
         self._dead: deque[Block] = deque()  # blocks of ours, once for each lease that died
         self.returns: deque[tuple[int, int]] = deque()
         """(segment, offset) of leases on the peer's memory that died, to be sent."""
-        self.has_news = False
+        self.has_pending = False
         """Whether there are segments to announce or to retire before the next frame."""
         self._unannounced: list[OwnSegment] = []
         self._retired: list[OwnSegment] = []
@@ -107,7 +107,7 @@ class Arena:
                 why, may_wait = refusal
                 if not may_wait or (deadline is not None and time.monotonic() >= deadline):
                     raise ArenaFull(why, may_wait=may_wait)
-                self._relieve(deadline)
+                self._on_memory_pressure(deadline)
             lease = self._take(size, nbytes)
         memory: Memory = np.ndarray(nbytes, _UINT8, lease)
         return memory
@@ -166,7 +166,7 @@ class Arena:
             self._blocks.add(segment)
             self._own[segment.id] = segment
             self._unannounced.append(segment)
-            self.has_news = True
+            self.has_pending = True
             self._remap()
         return None
 
@@ -200,7 +200,7 @@ class Arena:
                 else:
                     self._unannounced.remove(segment)
                     _close(segment)
-            self.has_news = bool(self._unannounced or self._retired)
+            self.has_pending = bool(self._unannounced or self._retired)
             self._remap()
         return sum(segment.nbytes for segment in unused)
 
@@ -251,17 +251,17 @@ class Arena:
                     assert block is not None
                 block.lent += count
 
-    def news(self) -> tuple[list[OwnSegment], list[OwnSegment]] | None:
+    def take_pending(self) -> tuple[list[OwnSegment], list[OwnSegment]] | None:
         """Segments to announce, and those to retire, before the next frame. Only the sender calls it."""
         if not self._unannounced and not self._retired:
             return None
         with self._lock:
-            news = (self._unannounced, self._retired)
+            pending = (self._unannounced, self._retired)
             self._unannounced, self._retired = [], []
-            for segment in news[0]:
+            for segment in pending[0]:
                 segment.announced = True  # now: another thread may want to trim it
-            self.has_news = False
-        return news
+            self.has_pending = False
+        return pending
 
     def take_returns(self, at_most: int) -> list[int]:
         """Segment and offset, flat, of leases on the peer's memory that died. Only the sender calls it."""
@@ -272,7 +272,7 @@ class Arena:
             at_most -= 1
         return taken
 
-    def untake_returns(self, taken: Sequence[int]) -> None:
+    def requeue_returns(self, taken: Sequence[int]) -> None:
         """For returns that could not be sent after all."""
         self.returns.extendleft(reversed(list(zip(taken[::2], taken[1::2]))))
 

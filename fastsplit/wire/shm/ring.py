@@ -42,9 +42,9 @@ from typing import Any
 
 from ...errors import DeadlineError, PeerLostError, RemoteProtocolError
 from ..session import Event, Session
-from ..transport.stream import SEND_FLAGS, Link, lost
+from ..transport.stream import SEND_FLAGS, Stream, lost
 
-__all__ = ["RING_NBYTES", "SLOTS", "SLOT_NBYTES", "RingLink", "semaphores"]
+__all__ = ["RING_NBYTES", "SLOTS", "SLOT_NBYTES", "Ring", "semaphores"]
 
 SLOTS = 64
 SLOT_NBYTES = 1024
@@ -125,13 +125,13 @@ def _other_libc() -> str:
         return ""
 
 
-class RingLink:
+class Ring:
     """A ring each way beside a socket. Takes the link over: same use, and it owns both.
 
     `memory`: RING_NBYTES of shared memory; the client's, who calls `format` on it first.
     """
 
-    def __init__(self, link: Link, memory: mmap.mmap, *, is_client: bool) -> None:
+    def __init__(self, link: Stream, memory: mmap.mmap, *, is_client: bool) -> None:
         """Raises RemoteProtocolError if the memory was not formatted as a ring of this version."""
         assert _semaphores is not None
         header = _HEADER.unpack_from(memory[: _HEADER.size])
@@ -172,7 +172,7 @@ class RingLink:
                 _semaphores.format(semaphore)
         _semaphores.init(_semaphores_at(memory, _FENCE_AT, 1)[0], 1)
 
-    # ---- what it has in common with a Link ----
+    # ---- what it has in common with a Stream ----
 
     @property
     def bytes_sent(self) -> int:
@@ -262,7 +262,7 @@ class RingLink:
     def receive(
         self, session: Session, deadline: float | None, *, blocking: bool = True, events: list[Event] | None = None
     ) -> list[Event] | None:
-        """Reads one slot and gives it to the session; returns what Link.receive does.
+        """Reads one slot and gives it to the session; returns what Stream.receive does.
 
         Raises DeadlineError (nothing is lost), PeerLostError.
         """
@@ -343,7 +343,7 @@ class RingLink:
         self._let_go()
 
     def leave(self) -> None:
-        """For a forked child: see Link.leave. Its thread may be about to take what is the parent's."""
+        """For a forked child: see Stream.leave. Its thread may be about to take what is the parent's."""
         self._link.leave()
         if self._memory is not _GONE:
             _keep_to_itself(self._memory)
@@ -364,7 +364,7 @@ class RingLink:
         return self._link.peer_left()
 
     def take_descriptor(self) -> int | None:
-        """As Link.take_descriptor, of those that came through the socket."""
+        """As Stream.take_descriptor, of those that came through the socket."""
         if not self._link.descriptors:
             self._link.receive_descriptors(self._bell)
         return self._link.take_descriptor()

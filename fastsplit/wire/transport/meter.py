@@ -17,13 +17,13 @@ from collections import deque
 from time import perf_counter
 from typing import NamedTuple
 
-__all__ = ["HANDSHAKE_FILLER_NBYTES", "LEAST_NBYTES", "LinkEstimate", "Meter"]
+__all__ = ["HANDSHAKE_PADDING_NBYTES", "MIN_NBYTES", "LinkEstimate", "Meter"]
 
-HANDSHAKE_FILLER_NBYTES = 64 * 1024
+HANDSHAKE_PADDING_NBYTES = 64 * 1024
 """Each way, when a connection is made: 5 ms at 100 Mbit/s. A first guess, since a link that has been idle takes some
 round trips to come up to its speed; larger payloads put it right."""
 
-LEAST_NBYTES = 32 * 1024
+MIN_NBYTES = 32 * 1024
 """Of a payload's part that is timed: less says more about wake-ups than about the link."""
 _WINDOW_NBYTES = 32 * 1024**2
 _ROUND_TRIPS = 8
@@ -93,7 +93,7 @@ class Meter:
             return
         elapsed_s = perf_counter() - self._started_s
         self._started_s = None
-        if self._timed_nbytes < LEAST_NBYTES or elapsed_s <= 0.0:
+        if self._timed_nbytes < MIN_NBYTES or elapsed_s <= 0.0:
             return
         self._samples.append((self._timed_nbytes, elapsed_s))
         self._nbytes += self._timed_nbytes
@@ -108,7 +108,7 @@ class Meter:
 
     # ---- probes ----
 
-    def told(self, bytes_per_s: float, rtt_s: float) -> None:
+    def on_probe(self, bytes_per_s: float, rtt_s: float) -> None:
         """Server: what the client says with a probe, 0 for what it does not know."""
         self.peer_bytes_per_s = bytes_per_s
         if rtt_s:
@@ -124,7 +124,7 @@ class Meter:
             self._asked[number] = perf_counter()
         return number
 
-    def answered(self, number: int, bytes_per_s: float) -> bool:
+    def on_answer(self, number: int, bytes_per_s: float) -> bool:
         """The answer to a probe is in. False if none of that number was asked, or long ago."""
         with self._lock:
             asked_s = self._asked.pop(number, math.inf)

@@ -43,12 +43,12 @@ from ...system.forked import renew
 from ...system.shortage import no_descriptor, shortage
 from ..session import Event, Session
 from .base import remaining_s
-from .meter import LEAST_NBYTES, Meter
+from .meter import MIN_NBYTES, Meter
 from .spin import Spin
 
 __all__ = [
     "SEND_FLAGS",
-    "Link",
+    "Stream",
     "lost",
 ]
 
@@ -71,7 +71,7 @@ _ANCILLARY_NBYTES = socket.CMSG_SPACE(4 * _MAX_DESCRIPTORS)
 _CLOSE_ON_EXEC = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
 
 
-class Link:
+class Stream:
     """One connected socket. Owns it. `spin_us`: how long a blocking read spins before it sleeps, see `_spin_for_bytes`.
 
     `with_descriptors`: the peer may send descriptors; they are collected in `descriptors`, whose owner closes them.
@@ -197,7 +197,7 @@ class Link:
         if before and before == received:
             self.meter.payload_ended()  # before it is decoded
         events = session.received(received, events)
-        if session.payload_left >= LEAST_NBYTES and not before:
+        if session.payload_left >= MIN_NBYTES and not before:
             self.meter.payload_begins(session.payload_left, self._waiting_nbytes())
         return events
 
@@ -228,11 +228,11 @@ class Link:
         """A socket's sleeper is only woken by bytes of a frame."""
 
     def prepare_to_sleep(self, *, for_items: bool, for_space: bool) -> float | None:
-        """As RingLink.prepare_to_sleep: a socket is readable when there is something to read."""
+        """As Ring.prepare_to_sleep: a socket is readable when there is something to read."""
         return None
 
     def awake(self) -> None:
-        """As RingLink.awake."""
+        """As Ring.awake."""
 
     def take_descriptor(self) -> int | None:
         """The next descriptor that came, the caller's to close; None if there is none.
@@ -273,7 +273,7 @@ class Link:
         return self._receive_into(buffers, deadline, 0 if blocking else _DONTWAIT)
 
     def _receive_into(
-        self, buffers: Sequence[memoryview], deadline: float | None, flags: int, sink: Session | Link | None = None
+        self, buffers: Sequence[memoryview], deadline: float | None, flags: int, sink: Session | Stream | None = None
     ) -> int:
         """Reads, and returns how many bytes; they are `sink.arrived` in the moment they have been read (session.py)."""
         sink = self if sink is None else sink
