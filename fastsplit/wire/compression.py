@@ -23,7 +23,6 @@ from ..schema.limits import ARRAYS, Limits
 from ..tensors import Cast, Outgoing, collect_cast, widen
 from ..tensors.pool import Pool, Tenant
 from . import codecs
-from .options import parse_count
 from .stats import Coded
 
 __all__ = [
@@ -31,10 +30,10 @@ __all__ = [
     "MIN_CAST_NBYTES",
     "OFF",
     "THRESHOLD_NBYTES",
+    "Codec",
     "Coder",
     "parse_cast",
     "parse_codec",
-    "parse_threshold",
 ]
 
 AUTO = None
@@ -75,16 +74,11 @@ def parse_codec(codec: object) -> Codec:
     return CODECS[codec]
 
 
-def parse_threshold(nbytes: Any) -> int:
-    """What a tensor must have to be compressed. Raises SettingError."""
-    return parse_count("codec_threshold_nbytes", nbytes, 1)
-
-
 class Coder:
     """One connection's. `threshold_nbytes`: what a tensor must have to be compressed, after its cast."""
 
     def __init__(self, pool: Pool | Tenant, threshold_nbytes: int = THRESHOLD_NBYTES) -> None:
-        self.threshold_nbytes = parse_threshold(threshold_nbytes)
+        self.threshold_nbytes = threshold_nbytes
         self.accepted: frozenset[int] = frozenset()
         """The codings that both sides know."""
         self.overlaps = False

@@ -39,10 +39,10 @@ from ...system.forked import watch
 from ...system.threads import Workers
 from ...tensors import Arrays, Outgoing, nbytes_of, parse_expect
 from ...tensors.pool import Pool, pool
-from ..compression import THRESHOLD_NBYTES, parse_cast, parse_codec, parse_threshold
+from ..compression import THRESHOLD_NBYTES, parse_cast, parse_codec
 from ..connection import Connection
 from ..future import CallTimeout, Result, remote_error, warn_of_discarded, why_closed
-from ..options import parse_count, parse_memory, parse_timeout
+from ..options import _parse_hook, _parse_pool, parse_count, parse_timeout
 from ..session import PROBES, Attached, Error, Event, Goodbye, Hello, Probe, Reply, ReturnsWanted
 from ..shm.segment import Hook
 from ..stats import Stats
@@ -108,8 +108,8 @@ class Channel(CallTimeout):
         self._address = parse_address(uri)
         self._timeout_s = timeout_s
         self._limits = parse_limits(limits)
-        self._pool, self._on_segment = parse_memory(pool, on_segment)
-        self._codec_threshold_nbytes = parse_threshold(codec_threshold_nbytes)
+        self._pool, self._on_segment = _parse_pool("pool", pool), _parse_hook("on_segment", on_segment)
+        self._codec_threshold_nbytes = parse_count("codec_threshold_nbytes", codec_threshold_nbytes, 1)
         self._stats = Stats()
         self._encode_ns = 0  # and what is made of replies
         self._calls: dict[int, _Call] = {}

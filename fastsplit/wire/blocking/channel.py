@@ -56,10 +56,10 @@ from ...system.forked import renew, watch
 from ...system.threads import Workers, call_safely
 from ...tensors import Arrays, Outgoing, parse_expect
 from ...tensors.pool import Pool, pool
-from ..compression import THRESHOLD_NBYTES, parse_cast, parse_codec, parse_threshold
+from ..compression import THRESHOLD_NBYTES, parse_cast, parse_codec
 from ..connection import Connection, greeting
 from ..future import CallTimeout, Future, Result, remote_error, warn_of_discarded, why_closed
-from ..options import parse_count, parse_flag, parse_memory, parse_timeout
+from ..options import _parse_hook, _parse_pool, parse_count, parse_flag, parse_timeout
 from ..session import (
     MAX_PADDING_NBYTES,
     MAX_RETURNS,
@@ -148,7 +148,7 @@ class Channel(CallTimeout):
         timeout_s = parse_timeout("timeout_s", timeout_s)
         limits = parse_limits(limits)
         overlap = parse_flag("overlap", overlap)
-        pool, on_segment = parse_memory(pool, on_segment)
+        pool, on_segment = _parse_pool("pool", pool), _parse_hook("on_segment", on_segment)
         self.uri = uri
         self.call_timeout_s = call_timeout_s
         self._arrays = tensors.parse_arrays(arrays)
@@ -175,7 +175,7 @@ class Channel(CallTimeout):
         self._answers: list[Attached] = []  # the one to the ring that was offered
         deadline = time.monotonic() + timeout_s
         spin_us = choose_spin_us(spin_us)
-        codec_threshold_nbytes = parse_threshold(codec_threshold_nbytes)
+        codec_threshold_nbytes = parse_count("codec_threshold_nbytes", codec_threshold_nbytes, 1)
         address = parse_address(uri)
         connection = self._connection = Connection(
             connect_socket(address, timeout_s),

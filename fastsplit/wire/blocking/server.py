@@ -60,9 +60,9 @@ from ..call import (
     too_many,
     wanted_coding,
 )
-from ..compression import THRESHOLD_NBYTES, Coder, parse_codec, parse_threshold
+from ..compression import THRESHOLD_NBYTES, Coder, parse_codec
 from ..connection import Connection, greeting
-from ..options import parse_count, parse_flag, parse_memory, parse_timeout
+from ..options import _parse_hook, _parse_pool, parse_count, parse_flag, parse_timeout
 from ..session import MAX_RETURNS, Cancel, Event, Failed, Goodbye, Probe, Request, ReturnsWanted, RingOffered
 from ..shm.arena import IDLE_S
 from ..shm.segment import Hook
@@ -123,10 +123,10 @@ class Server:
         self._uri = uri
         self._insecure = parse_flag("insecure", insecure)
         self._arrays = tensors.parse_arrays(arrays)
-        self._pool, self._on_segment = parse_memory(pool, on_segment)
+        self._pool, self._on_segment = _parse_pool("pool", pool), _parse_hook("on_segment", on_segment)
         self._workers = parse_count("workers", workers, 0)
         self._codec = parse_codec(codec)
-        self._codec_threshold_nbytes = parse_threshold(codec_threshold_nbytes)
+        self._codec_threshold_nbytes = parse_count("codec_threshold_nbytes", codec_threshold_nbytes, 1)
         self._past = Stats()  # of connections that have ended
         # While the pool's threads work, a reader that spins would only take the interpreter from them.
         self._spin_us = 0.0 if workers else choose_spin_us(spin_us)
