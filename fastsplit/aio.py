@@ -8,7 +8,7 @@
 
 The same protocol, sessions and shared memory as with `fastsplit.connect` and `fastsplit.Server`, and either end may be
 either of them; but any number of calls in any number of connections, on one thread. A blocking channel's single call is
-quicker: it can spin for its reply, and an event loop has its price (docs/design.md).
+quicker: it can spin for its reply, and an event loop has its price (docs/notes.md).
 
 Rules. Channels and servers belong to the loop that was running when they were opened, and to its thread.
 """
