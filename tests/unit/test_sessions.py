@@ -530,8 +530,7 @@ def test_sessions_go_with_their_connection(
                 fill(channel, opened(channel), 9)
             assert (len(executor.sessions), executor.sessions.nbytes) == (4, 8 * LEAST * POSITION)
             leave(channel)
-            wait_for(lambda: len(executor.sessions) == 1)
-        assert executor.sessions.nbytes == 2 * LEAST * POSITION
+            wait_for(lambda: (len(executor.sessions), executor.sessions.nbytes) == (1, 2 * LEAST * POSITION))
         staying.call("truncate", session=kept, length=1)
     wait_for(lambda: executor.sessions.nbytes == len(executor.sessions) == 0)
 
