@@ -19,7 +19,8 @@ from typing import Any
 
 from fastsplit.tensors import collect, parse_arrays
 from fastsplit.tensors.pool import pool
-from fastsplit.wire.session import STAGING_NBYTES, Failed, Request, Session
+from fastsplit.wire.events import Failed, Request
+from fastsplit.wire.session import STAGING_NBYTES, Session
 
 from .serializer import Message, Serializer, joined
 

@@ -37,10 +37,7 @@ from fastsplit.schema.descriptor import TensorDesc
 from fastsplit.schema.header import Kind
 from fastsplit.schema.limits import Limits
 from fastsplit.tensors.pool import Pool
-from fastsplit.wire.session import (
-    MAX_RETURNS,
-    STAGING_NBYTES,
-    TYPES,
+from fastsplit.wire.events import (
     Attached,
     Cancel,
     Error,
@@ -52,8 +49,10 @@ from fastsplit.wire.session import (
     Request,
     ReturnsWanted,
     RingOffered,
-    Session,
 )
+from fastsplit.wire.frames import MAX_RETURNS
+from fastsplit.wire.rules import TYPES
+from fastsplit.wire.session import STAGING_NBYTES, Session
 
 UINT8 = 2
 LIMITS = Limits(max_message_nbytes=2**22, max_tensors=4, max_dims=3)
