@@ -84,7 +84,7 @@ class NewShape(Frames):
     """A message of a shape that neither side remembers. To empty what they know takes some 50 ns of each."""
 
     def encode(self, message: Message) -> list[Any]:
-        self._client._encoder._templates.clear()
+        self._client.encoder._templates.clear()
         return super().encode(message)
 
     def decode(self, received: tuple[bytes, int, list[Any]]) -> Message:
