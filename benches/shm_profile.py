@@ -165,12 +165,12 @@ class _Connected:
         address, nbytes = tensor.data_ptr(), tensor.nbytes
         shared = share([tensor], arena, None)
         descs, placements = shared.descs, shared.placements
-        encoder = session._encoder
+        encoder = session.encoder
         frame = bytearray(self.frames["request"])
 
         def request() -> None:
             request_id, _ = session.request("echo", descs, {}, 0, 10**9, None, placements)
-            del session._open[request_id]
+            del session.requests[request_id]
 
         return [
             Step("where the tensor is: share", self._best_ns(lambda: share([tensor], arena, None)), 2),
@@ -247,7 +247,7 @@ class _Connected:
         assert near.arena is not None and far.arena is not None
         self._make_up_loans(far.session, near.session)
         reply_id = parse_header(reply, 0, Limits())[1]
-        waiting, near_session, far_session = near.session._open, near.session, far.session
+        waiting, near_session, far_session = near.session.requests, near.session, far.session
 
         def take_reply() -> None:
             waiting[reply_id] = None

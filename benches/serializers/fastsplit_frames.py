@@ -19,7 +19,8 @@ from typing import Any
 
 from fastsplit.tensors import collect, parse_arrays
 from fastsplit.tensors.pool import pool
-from fastsplit.wire.session import STAGING_NBYTES, Failed, Request, Session
+from fastsplit.wire.events import Failed, Request
+from fastsplit.wire.session import STAGING_NBYTES, Session
 
 from .serializer import Message, Serializer, joined
 
@@ -83,7 +84,7 @@ class NewShape(Frames):
     """A message of a shape that neither side remembers. To empty what they know takes some 50 ns of each."""
 
     def encode(self, message: Message) -> list[Any]:
-        self._client._encoder._templates.clear()
+        self._client.encoder._templates.clear()
         return super().encode(message)
 
     def decode(self, received: tuple[bytes, int, list[Any]]) -> Message:

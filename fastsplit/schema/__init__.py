@@ -1,1 +1,1 @@
-"""What is said about tensors: dtypes, limits, descriptors. Imports numpy, flatbuffers and the errors, nothing else."""
+"""What a message is: header, metadata, dtypes, codings, limits. Imports numpy, flatbuffers and the errors alone."""

@@ -1,7 +1,7 @@
-"""What an attribute of a message may be: its value in Python's own types, and which part of it is the message's shape.
+"""Attributes of a message: their values in Python's own types, and the part of them that belongs to its shape.
 
 Rules. A value that cannot be sent is a SettingError that names the attribute, raised before anything is sent; so is an
-exception of the value's own methods. A value is converted once, and only the converted one is used from then on.
+exception of the value's own methods. A value is converted once, and only the converted value is used afterwards.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
 
 
 class Packed(NamedTuple):
-    """A list of floats or bools as bytes of a message: as tuples (1, 0), (1.0, -0.0), (True, False) would be equal."""
+    """A list of floats or bools as bytes of a message. As tuples, (1, 0), (1.0, -0.0) and (True, False) are equal."""
 
     kind: int
     data: bytes
@@ -52,8 +52,10 @@ def as_dict(field: str, attrs: Any) -> dict[Any, Any]:
 
 
 def call_attrs(attrs: Any, keywords: dict[str, Any]) -> dict[str, Any]:
-    """A call's attributes, given as the argument `attrs` and as keywords. Raises SettingError if `attrs` is no mapping,
-    or a name is in both."""
+    """A call's attributes, from the argument `attrs` and from keywords.
+
+    Raises SettingError if `attrs` is no mapping, or a name is in both.
+    """
     given = as_dict("attrs", attrs)
     for name in given:
         if name in keywords:
@@ -77,9 +79,9 @@ def check_names(op: str, names: Iterable[object]) -> None:
 
 
 def split(attrs: Mapping[str, Any], typed: bool) -> tuple[tuple[Any, ...], list[int], list[float]]:
-    """The part of the attributes that belongs to the message's shape, and their numbers: ints (and bools), floats.
+    """The attributes' signature, which belongs to the message's shape, and their ints (with the bools) and floats.
 
-    The shape has the type of each number, and the value of anything else; a list is a tuple or Packed there.
+    The signature has the type of each number and the value of anything else; a list is a tuple or Packed in it.
     `typed`: whether bools stay bools, and lists of floats and of bools can be sent. Raises SettingError.
     """
     signature: list[Any] = []
@@ -121,7 +123,7 @@ def _plain(name: object, value: Any, typed: bool) -> Any:
 
 
 def _expected(value: Any, typed: bool) -> str:
-    """What an error says was expected instead of a value that cannot be sent."""
+    """What the error for a value that cannot be sent says was expected."""
     is_list = isinstance(value, (list, tuple))
     items = value if is_list else (value,)
     if any(hasattr(type(item), "__dlpack__") for item in items):
@@ -157,8 +159,11 @@ def _plain_list(value: Sequence[Any], typed: bool) -> tuple[Any, ...] | None:
 
 
 def _scalar(value: Any, typed: bool) -> int | float | str | bytes | None:
-    """A number, text or bytes (numpy's scalars and enum members, too) in Python's own types. None for anything else and
-    for a number that would change: one with a unit, or beyond a float's range. Methods of subclasses are not called."""
+    """A number, text or bytes (also a numpy scalar or an enum member) in Python's own types.
+
+    None for anything else, and for a number that would change: one with a unit, or beyond a float's range. Methods that
+    subclasses override are not called.
+    """
     if isinstance(value, str):
         return str.__str__(value)  # an enum overrides __str__
     if isinstance(value, bytes):
@@ -183,7 +188,7 @@ def _scalar(value: Any, typed: bool) -> int | float | str | bytes | None:
 
 
 def min_nbytes(name: str, value: Any) -> int:
-    """How many bytes of metadata an attribute takes at least: its name, and its value as `split` gives it."""
+    """The least bytes of metadata that an attribute takes. `value`: as in the signature of `split`."""
     nbytes = len(name)
     if isinstance(value, Packed):
         return nbytes + len(value.data)
@@ -193,14 +198,14 @@ def min_nbytes(name: str, value: Any) -> int:
 
 
 def check_texts(name: str, value: Any) -> None:
-    """Raises SettingError for an attribute with a text that is not Unicode. `value`: as `split` gives it."""
+    """Raises SettingError for a text that is not Unicode. `value`: as in the signature of `split`."""
     for text in value if isinstance(value, tuple) else (value,):
         if isinstance(text, str) and not is_unicode(text):
             raise SettingError(f"attribute {shown(name)}: {shown(text)}, expected valid Unicode")
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text can be encoded as UTF-8: it has no surrogates."""
+    """Whether a text can be encoded as UTF-8, that is, has no surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -211,7 +216,7 @@ def is_unicode(text: str) -> bool:
 def number_error(
     attrs: Mapping[str, Any], signature: Sequence[Any], ints: Sequence[int]
 ) -> SettingError | LocalProtocolError:
-    """Why the numbers of a message do not fit their fields."""
+    """The error for numbers of a message that do not fit their fields."""
     names = [name for name, kind in zip(attrs, signature) if kind is int or kind is bool]
     for name, number in zip(names, ints):
         if not _INT64_MIN <= number <= _INT64_MAX:

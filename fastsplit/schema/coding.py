@@ -1,10 +1,10 @@
-"""How a tensor's bytes may differ in a frame's payload from what they are in memory: the byte `codec` of a placement.
+"""Codings: how a tensor's bytes in a payload differ from its bytes in memory. The byte `codec` of a placement.
 
-Two steps, either of which may be missing: a cast of float32 to a dtype of 16 bits (the upper four bits), and after it
-compression (the lower four). What arrives has the description's dtype again.
+A coding has two steps, each optional: a cast of float32 to a dtype of 16 bits (the upper four bits), then compression
+(the lower four). After decoding a tensor has its description's dtype again.
 
-Rules. The numbers are the wire's (docs/protocol.md). A cast halves the bytes exactly, and compression takes at least
-one byte away, so that no coding can make a payload larger than the description says.
+Rules. The numbers are the protocol's (docs/protocol.md). A cast halves the bytes exactly, and compression removes at
+least one byte, so that no coding makes a payload larger than its description says.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ FLOAT32 = BY_NAME["float32"].code
 
 
 def cast_bit(cast: int) -> int:
-    """The capability of a cast."""
+    """The capability bit of a cast."""
     return 1 << 7 + cast
 
 
 def codec_bit(codec: int) -> int:
-    """The capability of a codec."""
+    """The capability bit of a codec."""
     return 1 << 15 + codec
 
 
 def coded_nbytes(nbytes: int, coding: int) -> int:
-    """The bytes of a tensor of `nbytes` after its cast, before it is compressed."""
+    """The bytes of a tensor of `nbytes` bytes after the cast of `coding`, before compression."""
     return nbytes // 2 if coding >> 4 else nbytes
 
 
 def coding_name(coding: int) -> str:
-    """For people: "float16", "zstd", or both with a + between them."""
+    """A coding's name in reports: "float16", "zstd", or "float16+zstd"."""
     names = (CAST_NAMES.get(coding >> 4), CODEC_NAMES.get(coding & 15))
     return "+".join(name for name in names if name is not None)

@@ -1,10 +1,9 @@
 """Reads and validates metadata from the peer (descriptor.py says how it lies and why).
 
-Rules. Nothing from the peer is believed: every offset, length, count, string and number is checked against the buffer
-and the limits before it is used, and an error names the field, what came and what was expected. (flat.py reads
-FlatBuffers' primitives, this module what our schema makes of them.) A cached head is only trusted if no part of what it
-describes lies in the bytes that vary, so a hit means what a full decode would have meant. Caches are bounded; each
-connection has its own.
+Rules. Every offset, length, count, string and number from the peer is checked against the buffer and the limits before
+it is used, and an error names the field, what came and what was expected. (flat.py reads FlatBuffers' primitives, this
+module the tables of our schema.) A head is cached only if no part of what it describes lies in the bytes that vary, so
+that a hit means what a full decode would mean. Caches are bounded; each connection has its own.
 """
 
 from __future__ import annotations
@@ -41,13 +40,11 @@ _AMONG_INTS = (gen.AttrType.Int, gen.AttrType.Bool)
 class _Known(NamedTuple):
     """A head (all bytes before the numbers) that was validated, and what it means."""
 
-    message: Message  # as it is if all tensors are inline; its attrs are empty
-    plain: (
-        bytes | None
-    )  # the numbers, if all of them are placements, inline, and there are no attrs: then it is the same
+    message: Message  # the result if all tensors are inline and there are no attributes
+    plain: bytes | None  # the numbers with which `message` is the result, None if there are attributes or returns
     nbytes: int  # of the whole metadata
     slots: tuple[tuple[str, int | None, Any], ...]  # attr name, index into the unpacked numbers or None, fixed value
-    bools: tuple[tuple[str, int], ...]  # attr name, index into the unpacked numbers: of those in `slots` that are bools
+    bools: tuple[tuple[str, int], ...]  # those in `slots` that are bools: attr name, index into the unpacked numbers
     tail: Tail
     gaps: list[tuple[int, int]]
     inline: tuple[int, ...]
@@ -57,14 +54,14 @@ class _Known(NamedTuple):
 class Decoder:
     """Reads and validates metadata from the peer. One for each connection; not thread-safe (one thread reads).
 
-    Raises RemoteProtocolError for anything that is not exactly as it must be, and never allocates more than a small
-    multiple of the metadata's own size, which the frame header's cap bounds. Whether a segment exists is not for it to
-    know: it checks that what lies in the payload lies there in order, and that each placement has its tensor's size.
+    Allocates at most a small multiple of the metadata's own size, which the header's cap bounds. Placements are checked
+    as far as the message goes: tensors in the payload lie there in order, and each placement has its tensor's size.
+    The arena checks segments. Raises RemoteProtocolError.
     """
 
     def __init__(self, limits: Limits) -> None:
         self.codings: frozenset[int] = frozenset()
-        """What tensors in the payload may be coded with (coding.py), beside not at all."""
+        """Codings that tensors in the payload may have (coding.py), beside none."""
         self.typed = False
         """Whether attributes may be of the types Bool, Floats and Bools."""
         self._limits = limits
@@ -73,7 +70,7 @@ class Decoder:
     def decode(self, metadata: bytes, varying_nbytes: int) -> Message:
         """The message that `metadata` holds.
 
-        `varying_nbytes` is the sender's hint of how many bytes at the end are numbers; a wrong one only costs time.
+        `varying_nbytes`: bytes of numbers at its end, the sender's hint. A wrong one costs time and changes nothing.
         """
         cut = len(metadata) - varying_nbytes
         known = self._known.get(metadata[:cut]) if cut > 0 else None
@@ -147,7 +144,7 @@ class Decoder:
 
 
 def _check_placements(flat: Sequence[int], tensors: Sequence[TensorDesc], codings: frozenset[int]) -> int:
-    """Checks placements against the tensors, and returns how many bytes of them the frame's payload holds."""
+    """Checks placements against the tensors. Returns the bytes that the frame's payload must have."""
     payload_nbytes = 0
     for index, desc in enumerate(tensors):
         segment, offset, nbytes = flat[3 * index : 3 * index + 3]
@@ -180,9 +177,9 @@ def _check_coded(
         raise Reader.error(f"{field} offset", str(offset), str(payload_nbytes))
     if coding >> 4 and desc.dtype.code != FLOAT32:
         raise Reader.error(f"{field} codec", f"{coding}, a cast, of {desc.dtype.name}", "a cast of float32 alone")
-    most = coded_nbytes(desc.nbytes, coding)
-    if not (1 <= nbytes < most if coding & 15 else nbytes == most > 0):
-        expected = f"1 to {most - 1}" if coding & 15 else str(most)
+    uncompressed = coded_nbytes(desc.nbytes, coding)
+    if not (1 <= nbytes < uncompressed if coding & 15 else nbytes == uncompressed > 0):
+        expected = f"1 to {uncompressed - 1}" if coding & 15 else str(uncompressed)
         raise Reader.error(f"{field} nbytes", str(nbytes), f"{expected} with codec {coding}")
 
 
@@ -199,7 +196,7 @@ def _check_returns(flat: Sequence[int]) -> None:
 
 
 class _MessageReader:
-    """One full decode. After `read`, `slots`, `ints` and `floats` say how the attributes were laid out."""
+    """One full decode. After `read`, `slots`, `ints` and `floats` say how the attributes lie in the buffer."""
 
     def __init__(self, metadata: bytes, limits: Limits, codings: frozenset[int], typed: bool) -> None:
         self._codings = codings
@@ -229,7 +226,7 @@ class _MessageReader:
         return Message(op, tensors, attrs, payload_nbytes, placements, self._read_returns(root))
 
     def is_canonical(self, tail: Tail) -> bool:
-        """Whether the numbers lie last, as `Tail` says, and nothing else was read from among them."""
+        """Whether the numbers lie last, as `Tail` says, and nothing else was read from their bytes."""
         return (
             (not self._returns.count or self._returns.at == self._nbytes - tail.returns_back)
             and (not self._placements.count or self._placements.at == self._nbytes - tail.placements_back)
@@ -239,7 +236,7 @@ class _MessageReader:
         )
 
     def _varying(self, root: Table, slot: int, element_nbytes: int, field: str) -> Vector:
-        # The length word may stand among the bytes that vary; the Decoder compares it itself (gap, rest).
+        # The length word may stand among the bytes that vary: the Decoder compares it (`gaps`).
         extent = self._reader.extent
         vector = root.vector(slot, element_nbytes, 8, field)
         self._reader.extent = extent

@@ -1,13 +1,12 @@
-"""What is said about tensors: the types that metadata is made of, and how it lies in a frame.
+"""The types that a frame's metadata is made of, and how its numbers lie in the buffer.
 
-Why templates. Building a FlatBuffers message field by field in Python costs tens of microseconds, and nearly all
-messages of a connection have one of a few shapes. So an Encoder (encoder.py) builds each *shape* (op, tensor dtypes and
-dims, attribute names and texts) once with the generated code, keeps the bytes, and per message only patches the
-numbers. A Decoder (decoder.py) does the same in reverse: what stands before the numbers is looked up as one byte string
-that was fully validated when it came first; only the numbers are read anew. Measured on a two-tensor message (benches/
-bench_descriptor.py): encode + decode take 1 us, 2.8 us with three attributes; Builder + accessors 72 and 138 us.
+Why templates. Building a FlatBuffers message field by field takes Python tens of microseconds, and nearly all messages
+of a connection have one of a few shapes. An Encoder (encoder.py) builds each *shape* (op, tensor dtypes and dims,
+attribute names and texts) once with the generated code, keeps the bytes, and patches the numbers of each message. A
+Decoder (decoder.py) does the reverse: it looks up the bytes before the numbers, which were validated in full when they
+first came, and reads the numbers anew. Encoding and decoding together take 1 to 3 us in place of 70 to 140.
 
-Rules. Nothing but these three modules and attrs.py touches the generated code. All here is immutable.
+Rules. The generated code is used by these three modules and attrs.py alone. All values here are immutable.
 """
 
 from __future__ import annotations
@@ -37,14 +36,14 @@ AttrValue = int | bool | float | str | bytes | Sequence[int] | Sequence[bool] | 
 Attrs = Mapping[str, AttrValue]
 
 FILE_IDENTIFIER = b"FSM1"
-CACHED_SHAPES = 512  # per connection and direction; a few hundred bytes each, as a rule
-MAX_CACHED_NBYTES = 8 * 1024  # of metadata: larger ones are rare, and a hostile peer could make us keep many
+CACHED_SHAPES = 512  # per connection and direction; usually a few hundred bytes each
+MAX_CACHED_NBYTES = 8 * 1024  # of metadata: larger ones are rare, and a hostile peer could fill the cache with them
 PLACEMENT_NBYTES = 24
 RETURN_NBYTES = 16
 
 
 class TensorDesc(NamedTuple):
-    """What one tensor is: dtype, shape in elements, bytes in row-major order. Immutable."""
+    """One tensor: dtype, shape in elements, and bytes in row-major order."""
 
     dtype: DType
     shape: tuple[int, ...]
@@ -52,7 +51,7 @@ class TensorDesc(NamedTuple):
 
     @classmethod
     def of(cls, dtype: DType, shape: Sequence[int]) -> TensorDesc:
-        """The description of a tensor of ours: `shape` is taken as it is."""
+        """The description of a tensor of ours, whose shape needs no check."""
         return cls(dtype, tuple(shape), math.prod(shape) * dtype.itemsize)
 
     def __str__(self) -> str:
@@ -60,11 +59,11 @@ class TensorDesc(NamedTuple):
 
 
 class Message(NamedTuple):
-    """The metadata of one frame, decoded. `attrs` is the receiver's own, but for an empty one, which may be shared.
+    """The metadata of one frame, decoded. `attrs` belongs to the receiver, unless it is empty: then it may be shared.
 
     `placements`: segment (with its coding, see coding.py, in the upper half), offset and nbytes of each tensor, flat;
-    empty if all of them are in the frame's own payload as they are in memory, one after the other. `returns`: segment
-    and offset of each loan that the peer gives back, flat.
+    empty if all tensors are in the frame's own payload, uncoded, one after the other. `returns`: segment and offset of
+    each lease that ended, flat.
     """
 
     op: str
@@ -76,7 +75,7 @@ class Message(NamedTuple):
 
 
 def inline_placements(sizes: Sequence[int]) -> tuple[int, ...]:
-    """Placements of tensors of these bytes in a frame's own payload, one after the other: (0, offset, nbytes), flat."""
+    """Placements of tensors that lie in a frame's own payload, one after the other: (0, offset, nbytes), flat."""
     flat: list[int] = []
     offset = 0
     for nbytes in sizes:
@@ -86,18 +85,18 @@ def inline_placements(sizes: Sequence[int]) -> tuple[int, ...]:
 
 
 class Tail:
-    """Where the numbers lie when ints, floats, placements and returns are the last four vectors, in this order.
+    """Where the numbers lie if ints, floats, placements and returns are the last four vectors, in this order.
 
-    Each vector is a uint32 length right before 8-aligned elements, so between two of them stand 8 bytes: four of
-    padding and the length. Read as one uint64 that is `length << 32`. A placement is three uint64 (its codec is the
-    upper half of the first), a return two.
+    Each vector is a uint32 length right before 8-aligned elements, so that 8 bytes stand between two of them: four of
+    padding and the length, `length << 32` as one uint64. A placement is three uint64 (its codec is in the upper half of
+    the first), a return is two.
     """
 
     def __init__(self, ints: int, floats: int, placements: int, returns: int) -> None:
         layout = "<"
         index = 0
         self.gaps: list[tuple[int, int]] = []
-        """(index among the unpacked numbers, value) of each length between two vectors."""
+        """For each length between two vectors: its index among the unpacked numbers, its value."""
         spans: list[slice] = []
         starts: list[int] = []  # bytes from the start of the tail
         for count, words, kind in ((ints, 1, "q"), (floats, 1, "d"), (placements, 3, "Q"), (returns, 2, "Q")):
@@ -110,7 +109,7 @@ class Tail:
             layout += f"{words * count}{kind}"
             index += words * count
         self.ints, self.floats, self.placements, self.returns = spans
-        """Where each vector's numbers are among the unpacked ones."""
+        """Each vector's numbers among the unpacked ones."""
         self.nbytes = 8 * index
         self.numbers: struct.Struct | None = struct.Struct(layout) if index else None
         self.ints_back, self.floats_back, self.placements_back, self.returns_back = (

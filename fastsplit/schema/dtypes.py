@@ -1,11 +1,10 @@
-"""THE dtype table: wire code, name, numpy dtype, item size.
+"""The dtype table: the protocol's code, name, numpy dtype, item size.
 
-Rules: a name here is torch's name of the dtype, so that `getattr(torch, name)` is the torch column (tensors.py does
-that; this module does not know torch). numpy has no bfloat16 and no float8. Where the ml_dtypes package is installed,
-its dtypes stand for them, and numpy's operations keep or refuse these. Without it such tensors are unsigned integers of
-the same width, and the dtype's metadata carries the name, so that a received array can be sent on unchanged; numpy's
-operations may drop the metadata. ml_dtypes' arrays have no buffer that others can read: it is had by a view as
-`buffer_dtype`.
+Rules. A name is torch's name of the dtype, so that `getattr(torch, name)` is the torch column (tensors/arrays.py adds
+it; this module does not import torch). numpy has no bfloat16 and no float8. Where the ml_dtypes package is installed,
+its dtypes stand for them; their arrays have no buffer of their own, and are read through a view as `buffer_dtype`.
+Without ml_dtypes such tensors are unsigned integers of the same width, whose dtype has the name in its metadata: a
+received array can be sent on unchanged, and operations of numpy may drop the metadata.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ _NAME_KEY = "fastsplit.dtype"
 
 
 class DType(NamedTuple):
-    """One row of the table. `numpy` is what a numpy receiver gets; `buffer_dtype` has the same width and is numpy's
-    own: the same object where numpy has the dtype itself."""
+    """One row of the table. `numpy`: the dtype of a received numpy array. `buffer_dtype`: numpy's own dtype of the same
+    width, the same object as `numpy` where numpy has the dtype itself."""
 
     code: int
     name: str
@@ -89,12 +88,12 @@ def lookup(name: str) -> DType:
 
 
 def dtype_of_numpy(dtype: np.dtype) -> DType:
-    """The row for an array's dtype. Raises TensorError for one that has no wire code (object, strings, dates, ...)."""
+    """The row of a numpy dtype. Raises TensorError for one without a code (object, strings, dates, ...)."""
     if dtype.metadata is not None and _NAME_KEY in dtype.metadata:
         return lookup(dtype.metadata[_NAME_KEY])
     row = _BY_NUMPY.get(dtype)
     if row is None and dtype.isnative:
-        row = BY_NAME.get(dtype.name)  # ml_dtypes, imported from elsewhere
+        row = BY_NAME.get(dtype.name)  # ml_dtypes, imported after this module
     if row is None:
         order = "" if dtype.isnative else ", in this machine's byte order"
         raise TensorError(f"numpy dtype {dtype!r}, expected one of {_NAMES}{order}")

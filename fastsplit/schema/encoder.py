@@ -1,7 +1,7 @@
 """Writes metadata: FlatBuffers by template and patch (descriptor.py says why).
 
-Rules. What goes out keeps to the peer's limits, by the functions that the peer itself would refuse it by (limits.py).
-Errors are ours, and are raised before anything is sent.
+Rules. What goes out keeps to the peer's limits, checked by the same functions that the peer uses (limits.py). Errors
+are raised before anything is sent.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ __all__ = ["Encoder"]
 class _Template(NamedTuple):
     metadata: bytes
     varying_nbytes: int  # bytes at the end that hold ints, floats, placements and returns
-    numbers: struct.Struct | None  # these with what stands between them; None if there are none
-    at: int
-    is_final: bool  # whether there is nothing to patch where all tensors are inline
+    numbers: struct.Struct | None  # of these bytes, None if there are none
+    at: int  # where they begin
+    is_final: bool  # whether nothing is to be patched if all tensors are inline
     inline: tuple[int, ...]
     gaps: tuple[tuple[int, ...], ...]  # the length words before floats, placements and returns; () for none
 
 
 class Encoder:
-    """Writes metadata. One for each connection and direction; not thread-safe (the sender's lock covers it).
+    """Writes metadata. One for each connection; not thread-safe (the sender's lock covers it).
 
-    `headroom` zero bytes are left at the front of each result, for the frame header. `typed`: whether the peer knows
-    attributes of the types Bool, Floats and Bools; else a bool goes as an int, and lists of floats are refused.
+    `headroom`: zero bytes at the front of each result, for the frame's header. `typed`: whether the peer knows
+    attributes of the types Bool, Floats and Bools; if not, a bool goes as an int and a list of floats is refused.
     """
 
     def __init__(self, limits: Limits, headroom: int = 0, *, typed: bool = False) -> None:
@@ -57,17 +57,18 @@ class Encoder:
     ) -> tuple[bytearray, int]:
         """The metadata of one message, and how many bytes at its end vary between messages of this shape.
 
-        `tensors` are (dtype code, shape) pairs, valid ones: they come from arrays that exist. `placements`: segment
-        (its coding in the upper half), offset and nbytes of each, flat; empty if all are in the frame's payload as they
-        are in memory. `returns`: segment and offset, flat.
-        Raises LimitError over the peer's caps, SettingError for an op or an attribute that cannot travel.
+        `tensors`: (dtype code, shape) of arrays that exist, so that they are valid. `placements`: segment (its coding
+        in the upper half), offset and nbytes of each tensor, flat; empty if all are in the frame's payload, uncoded.
+        `returns`: segment and offset, flat.
+
+        Raises LimitError over the peer's caps, SettingError for an op or an attribute that cannot be sent.
         """
         key: tuple[Any, ...]
         signature: Sequence[Any]
         ints: Sequence[int]
         floats: Sequence[float]
         if attrs:
-            if type(attrs) is not dict:  # a handler may set its reply's to anything
+            if type(attrs) is not dict:  # a handler may have set its reply's to anything
                 attrs = as_dict("attributes", attrs)
             signature, ints, floats = split(attrs, self._typed)
             key = (op, tuple(tensors), len(returns), tuple(attrs), signature)
@@ -76,7 +77,7 @@ class Encoder:
             key = (op, tuple(tensors), len(returns))
         try:
             template = self._templates.get(key)
-        except TypeError:  # of all that is in the key, only `op` may be no such thing
+        except TypeError:  # not hashable: only `op` can be that
             raise _op_error(op) from None
         if template is None:
             template = self._build(op, tensors, tuple(attrs), signature, len(returns) // 2)
@@ -173,7 +174,7 @@ class Encoder:
             limits.check_shape(f"tensor {index}", shape, itemsize, excess)
             nbytes += math.prod(shape) * itemsize
         limits.check_nbytes(nbytes, excess)
-        # what is sure to be too long is not built first: a Builder has limits of its own
+        # before the Builder sees them: it has limits of its own
         sizes = list(map(min_nbytes, names, signature))
         for name, size in zip(names, sizes):
             limits.check_metadata(f"attribute {shown(name)}", size, excess)
@@ -183,7 +184,7 @@ class Encoder:
 
 
 def _over(op: str, field: str, came: str, accepted: str) -> LimitError:
-    return over(f"{op!r}, {field}" if op else field, came, accepted)  # a reply names none
+    return over(f"{op!r}, {field}" if op else field, came, accepted)  # a reply has no op
 
 
 def _op_error(op: object) -> SettingError:

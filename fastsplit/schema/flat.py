@@ -1,8 +1,8 @@
-"""FlatBuffers' primitives, read with every bound checked. Python's flatbuffers package has no verifier: this is ours.
+"""FlatBuffers' primitives, read with every bound checked: the verifier that Python's flatbuffers package lacks.
 
-Rules. Nothing is believed: an offset, a length or a vtable is compared with the buffer before it is followed, and an
-error names the field. Bytes become objects only through `read` and `charge`, which bound how often they may: in a
-hostile buffer many parts share the same few bytes.
+Rules. An offset, a length or a vtable is compared with the buffer before it is followed, and an error names the field.
+Bytes become objects only through `read` and `charge`, which bound the total: in a hostile buffer many parts share the
+same few bytes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NO_VECTOR = Vector(0, 0)
 
 
 class Reader:
-    """Bounds-checked reads of FlatBuffers' primitives. `extent` is the end of the furthest byte that was read."""
+    """Bounds-checked reads. `extent`: the end of the furthest byte that was read. Raises RemoteProtocolError."""
 
     def __init__(self, buffer: bytes) -> None:
         self._buffer = buffer
@@ -68,13 +68,13 @@ class Reader:
         return Vector(start, count)
 
     def read(self, at: int, nbytes: int) -> bytes:
-        """Bytes of a vector that `vector` has checked."""
+        """The bytes of a vector that `vector` has checked."""
         self.charge(nbytes)
         self.extent = max(self.extent, at + nbytes)
         return self._buffer[at : at + nbytes]
 
     def charge(self, nbytes: int) -> None:
-        """Takes note of bytes that are about to become objects: in a hostile buffer many parts share the same bytes."""
+        """Counts bytes that are about to become objects against the buffer's budget."""
         self._budget_nbytes -= nbytes
         if self._budget_nbytes < 0:
             raise self.error("overlaps", "parts that share their bytes too often", f"{_MAX_REREADS} times on average")
@@ -103,7 +103,7 @@ class Table(NamedTuple):
     name: str
 
     def field(self, slot: int, nbytes: int) -> int:
-        """The place of a field's inline part, 0 if it is absent."""
+        """The offset of a field's inline part in the buffer, 0 if the field is absent."""
         entry = 4 + 2 * slot
         if entry + 2 > self.vtable_nbytes:
             return 0

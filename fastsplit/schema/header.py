@@ -1,7 +1,7 @@
 """The fixed header of every frame: 40 bytes, little-endian. docs/protocol.md has it as a byte table.
 
-Rules: a frame is this header, then `metadata_nbytes` of FlatBuffers metadata, then `payload_nbytes` of tensor bytes. A
-header is checked in full before anything that it says is used.
+Rules. A frame is this header, then `metadata_nbytes` bytes of FlatBuffers metadata, then `payload_nbytes` bytes of
+tensors. A header is checked in full before any of its fields is used.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ HEADER_NBYTES = _HEADER.size
 
 
 class Kind(IntEnum):
-    """What a frame is. Requests and cancellations go from client to server, replies and errors back.
+    """The kinds of frames; wire/rules.py says when each may come.
 
-    SEGMENT to RETURN are about shared memory: a segment to map, the answer where that is a ring, a segment to forget,
-    and returns that do not wait for another frame. PROBE measures the link.
+    Requests and cancellations go from client to server, replies and errors back. SEGMENT to RETURN are about shared
+    memory: a segment to map, the answer if that is a ring, a segment to unmap, and returns in a frame of their own.
+    PROBE measures the link.
     """
 
     HELLO = 1
@@ -60,9 +61,10 @@ _NO_CODEC = 15
 
 
 Header = tuple[int, int, int, int, int, int, int]
-"""kind, request_id, metadata_nbytes, varying_nbytes, payload_nbytes, time_ns, flags. `time_ns` is in a request the
-time left to its deadline (0: none), in a reply the time that the handler took. `flags`: of a request, how its reply is
-wanted; see `reply_flags`. A plain tuple: this is made for every frame."""
+"""kind, request_id, metadata_nbytes, varying_nbytes, payload_nbytes, time_ns, flags.
+
+`time_ns`: in a request the time left to its deadline (0 for none), in a reply the time that the handler took. `flags`:
+how the reply to a request is wanted, see `reply_flags`. A plain tuple, since every frame makes one."""
 
 
 def pack_header(
@@ -74,7 +76,7 @@ def pack_header(
     time_ns: int = 0,
     flags: int = 0,
 ) -> None:
-    """Writes the header into the first 40 bytes of `out`, whose rest is the metadata."""
+    """Writes the header into the first 40 bytes of `out`; the rest of `out` is the metadata."""
     _HEADER.pack_into(
         out,
         0,
@@ -91,21 +93,21 @@ def pack_header(
 
 
 def reply_flags(cast: int, codec: int | None) -> int:
-    """How a request's reply is wanted: with which cast (coding.py; 0: none), and with which codec (0: none; None: as
-    the server likes)."""
+    """The flags of a request: its reply's cast (coding.py; 0 for none) and codec (0 for none, None for the server's
+    choice)."""
     return cast | (0 if codec is None else (codec or _NO_CODEC) << 4)
 
 
 def wanted_reply(flags: int) -> tuple[int, int | None]:
-    """The cast and the codec that `reply_flags` was given."""
+    """The cast and the codec of a request's flags: the arguments of `reply_flags`."""
     codec = flags >> 4
     return flags & 15, None if not codec else 0 if codec == _NO_CODEC else codec
 
 
 def parse_header(buffer: bytes | bytearray | memoryview, at: int, limits: Limits, known_flags: int = 0) -> Header:
-    """The header at `at`. Raises RemoteProtocolError if it is not ours, of another version, or over a limit.
+    """The header at byte `at` of `buffer`. `known_flags`: bits that may be set in a request's `flags`.
 
-    `known_flags`: bits that may be set in a request's `flags`.
+    Raises RemoteProtocolError for another magic or version, an unknown kind or flag, and a size over a limit.
     """
     magic, version, kind, flags, request_id, metadata_nbytes, varying_nbytes, payload_nbytes, time_ns = (
         _HEADER.unpack_from(buffer, at)

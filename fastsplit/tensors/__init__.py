@@ -1,23 +1,13 @@
-"""Arrays of torch and numpy, in and out of memory that tensors travel from and arrive in. Knows no link."""
+"""Arrays of torch and numpy, in and out of memory: how they are described, sent, cast, and made of received memory.
+
+The package's face: other rooms import from here, and from `pool` what concerns memory. It knows no connection.
+"""
 
 from __future__ import annotations
 
-from .outgoing import (
-    Arrays,
-    Cast,
-    Desc,
-    Outgoing,
-    SharedMemory,
-    collect,
-    collect_cast,
-    dtype_of,
-    nbytes_of,
-    parse_arrays,
-    parse_expect,
-    parse_shape,
-    share,
-    widen,
-)
+from .arrays import Arrays, Desc, dtype_of, parse_arrays, parse_expect, parse_shape
+from .casts import Cast, collect_cast, widen
+from .outgoing import Outgoing, SharedMemory, collect, nbytes_of, share
 from .pool import Lease, Memory, Pool, Slab, Tenant
 
 __all__ = [

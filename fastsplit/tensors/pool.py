@@ -1,20 +1,19 @@
 """Private memory for tensors that arrive or are about to be sent: aligned, writable, reused.
 
-Why. Fresh pages are the hidden cost of receiving: the kernel zeroes each one and takes a fault for it, which for
-128 MiB costs more than half of the transfer itself. So large blocks are kept and handed out again.
+Why. The kernel zeroes every fresh page and takes a fault for it. So large blocks are kept and handed out again, which
+saves more than half of a large transfer.
 
-How long. What was not used for 15 s goes back to the system within 5 s. A thread sees to that, since afterwards nothing
-of ours may be called for hours, and a plain client has no thread that would wait anyway. It only lives while there is
-idle memory: it starts with the first idle block, and ends with the last. It is a bare `_thread`: never joined, nothing
-that an exit has to wait for. A forked child has no such thread; it drops the idle blocks, and starts its own with the
-next one. When a connection ends, at most a quarter of a GiB stays; what of its memory comes back later is only kept
-within that.
+How long. A block that was idle for 15 s is released to the system within 5 s. A thread does that: the program may call
+nothing of this package for hours, and a plain client has no other thread. It starts with the first idle block and ends
+with the last. It is a bare `_thread`, so that an exit does not wait for it. A forked child has no such thread; it drops
+the idle blocks, and starts its own with the next one. When a connection ends, at most MAX_LEFT_NBYTES stay idle; its
+blocks that come back later are kept only within that.
 
-Rules. What `allocate` returns belongs to the caller until the last view of it (numpy or torch) dies; then the block
-comes back by itself. Nothing is ever handed out twice. Memory is not touched before its bytes arrive, so a length that
-a peer only claims costs address space, not memory. All of it is thread-safe without locks: list and dict operations
-are atomic, and a block can come back from any thread at any moment (`__del__`). So is the start of the thread: a pool
-has one token, `_unwatched`, which the thread takes when it begins and puts back before it looks for the last time.
+Rules. Memory from `allocate` belongs to the caller until the last view of it (numpy or torch) dies; then the block
+comes back by itself. No block is handed out twice. Memory is not touched before its bytes arrive, so that a length that
+a peer claims costs address space alone. Everything is thread-safe without locks: list and dict operations are atomic,
+and a block can come back from any thread at any moment (`__del__`). So is the start of the thread: a pool has one
+token, `_unwatched`, which the thread takes when it begins and puts back before it looks for the last time.
 """
 
 from __future__ import annotations
@@ -37,31 +36,31 @@ from ..system.shortage import why
 __all__ = ["ALIGNMENT", "MAX_LEFT_NBYTES", "Lease", "Memory", "Pool", "Slab", "Tenant", "pool"]
 
 ALIGNMENT = 64
-"""Bytes: a cache line, and what the widest vector units want."""
+"""Bytes: a cache line, and the width of the widest vector units."""
 
 _CELLS_NBYTES = 4096
 _MAX_CELL_NBYTES = 512
-"""Up to here a tensor is a cell of a 4 KiB slab, which lives as long as any of its cells: half the cost of an
-allocation of its own (aligning that takes 1 us), and nobody who keeps a small tensor keeps more than a page."""
+"""Up to here a tensor is a cell of a 4 KiB slab, which lives as long as any of its cells: half the time of an aligned
+allocation, and a small tensor that is kept keeps at most a page."""
 _SMALL_NBYTES = 64 * 1024  # below this malloc reuses memory well, and a pooled block would waste a page or more
 _HUGE_PAGE_NBYTES = 2 * 1024**2
 _IDLE_S = 15.0  # how long an idle block is kept
 _LOOK_EVERY_S = 5.0
 
 MAX_LEFT_NBYTES = 256 * 1024**2
-"""Idle bytes that are kept when a connection has ended."""
+"""The most idle bytes that are kept when a connection has ended."""
 
 
 Memory = np.ndarray[Any, np.dtype[np.uint8]]
-"""Flat, writable, aligned."""
+"""A flat array, writable, aligned to 64 bytes."""
 
 
 class Lease(np.ndarray):
-    """The right to use a piece of shared memory; what is made of it (numpy or torch) keeps it alive.
+    """The right to use a part of shared memory. Views of it (numpy or torch) keep it alive.
 
-    At its death `token` goes to `home`, which knows what to do with it (wire/arena.py); `segment` is what must stay
-    mapped. A subclass of ndarray, since that is the cheapest object with a buffer and `__del__` (0.3 us), and torch
-    takes it as it is. numpy does not look for the owner behind an array of another class, so views keep the lease.
+    At its death `token` is appended to `home`, a deque of the arena's (wire/shm/arena.py); `segment` is the memory that
+    must stay mapped. It is an ndarray, the cheapest object that has a buffer and `__del__` and that torch takes
+    directly. As a subclass: numpy does not look for an owner behind an array of another class, so views keep the lease.
     """
 
     __slots__ = ("home", "segment", "token")
@@ -71,17 +70,17 @@ class Lease(np.ndarray):
     segment: Any
 
     def __del__(self) -> None:
-        try:  # noqa: SIM105 (contextlib.suppress would cost more than all the rest)
+        try:  # noqa: SIM105 (contextlib.suppress costs more than the rest)
             self.home.append(self.token)
         except AttributeError:
-            pass  # a copy that numpy made of a lease, which holds nothing
+            pass  # numpy's copy of a lease, which has no token
 
 
 class _Lease(ctypes.Array):  # type: ignore[type-arg]
-    """One loan of one block. numpy and torch views keep it alive; its death gives the block back.
+    """The use of one block. numpy and torch views keep it alive; its death returns the block to the pool.
 
-    A ctypes array, since that is the one object in the standard library that has the buffer protocol, `__del__`, and
-    stays referenced by every memoryview of it (a memoryview does not keep the memoryview that it was made from).
+    A ctypes array, the one object of the standard library that has the buffer protocol and `__del__`, and that every
+    memoryview of it refers to (a memoryview does not keep the memoryview that it was made from).
     """
 
     _type_ = ctypes.c_ubyte
@@ -95,7 +94,7 @@ class _Lease(ctypes.Array):  # type: ignore[type-arg]
 
 
 class Tenant:
-    """What one connection takes from a pool."""
+    """One connection's use of a pool."""
 
     __slots__ = ("_allocate", "_trim", "ended")
 
@@ -115,13 +114,13 @@ class Tenant:
         return memory
 
     def close(self) -> None:
-        """The connection has ended: at most MAX_LEFT_NBYTES stay idle, and no more come to that from this one."""
+        """The connection has ended: at most MAX_LEFT_NBYTES stay idle, and its later blocks do not exceed them."""
         self.ended = True
         self._trim(MAX_LEFT_NBYTES)
 
 
 class Pool:
-    """Blocks of memory by size class. `max_idle_nbytes` bounds what is kept for reuse, not what is handed out."""
+    """Blocks of memory by size class. `max_idle_nbytes` bounds the blocks kept for reuse, not those handed out."""
 
     def __init__(self, max_idle_nbytes: int = 1024**3) -> None:
         self.max_idle_nbytes = max_idle_nbytes
@@ -134,11 +133,11 @@ class Pool:
 
     @property
     def idle_nbytes(self) -> int:
-        """Bytes that are kept for reuse."""
+        """Bytes of the blocks that are kept for reuse."""
         return sum(size * len(blocks) for size, blocks in list(self._idle.items()))
 
     def allocate(self, nbytes: int) -> Memory:
-        """`nbytes` of writable memory, aligned to 64 bytes, content undefined, as a flat uint8 array.
+        """A flat uint8 array of `nbytes` bytes: writable, aligned to 64 bytes, content undefined.
 
         The memory is the caller's until the last view of the array dies. Raises ArenaFull if the system has none.
         """
@@ -162,7 +161,7 @@ class Pool:
             except ArenaFull:
                 if not self._idle:
                     raise
-                self.trim()  # what is kept for other sizes may be what is missing
+                self.trim()  # idle blocks of other sizes may hold the memory that is missing
                 block = _map(size)
         lease_type = self._lease_types.get(size)
         if lease_type is None:
@@ -174,7 +173,7 @@ class Pool:
         return memory
 
     def trim(self, max_idle_nbytes: int = 0) -> None:
-        """Gives idle blocks back to the system until at most `max_idle_nbytes` are left, least recently used first."""
+        """Releases idle blocks to the system until at most `max_idle_nbytes` are left, least recently used first."""
         for size in list(self._idle):
             while self.idle_nbytes > max_idle_nbytes:
                 try:
@@ -189,8 +188,7 @@ class Pool:
         if tenant is not None and tenant.ended and self.idle_nbytes + size > MAX_LEFT_NBYTES:
             return
         # Out and in again, so that the class is now the most recently used. Two threads here at the same moment may
-        # lose each other's list: then its blocks go back to the system instead of being kept, and nothing is handed out
-        # twice.
+        # lose each other's list: then its blocks go back to the system, and no block is handed out twice.
         blocks = self._idle.pop(size, None) or []
         blocks.append((time.monotonic(), block))
         self._idle[size] = blocks
@@ -202,7 +200,7 @@ class Pool:
     # ---- idle blocks ----
 
     def _watch(self) -> None:
-        """Has a thread look after the idle blocks, unless one does. Without a thread, nothing is kept."""
+        """Starts the thread for idle blocks, unless it runs. If no thread can start, no block is kept."""
         if self._take_watch():
             try:
                 _thread.start_new_thread(_watch, (weakref.ref(self),))
@@ -217,16 +215,16 @@ class Pool:
             return False
 
     def _look(self) -> bool:
-        """Drops what was not used for long. Whether to look again; if not, the next idle block starts a thread."""
+        """Drops old idle blocks. Whether to look again; if not, the next idle block starts a thread."""
         self._drop_unused(time.monotonic() - _IDLE_S)
         if self.idle_nbytes:
             return True
         self._unwatched.append(True)
-        # A block may have come back a moment ago, and found itself watched.
+        # A block may have come back a moment ago, and found the token taken.
         return self.idle_nbytes > 0 and self._take_watch()
 
     def _drop_unused(self, before: float) -> None:
-        """Gives back to the system what has been idle since `before` (time.monotonic())."""
+        """Releases blocks that have been idle since `before` (time.monotonic() seconds)."""
         for size, blocks in list(self._idle.items()):
             with contextlib.suppress(IndexError):  # another thread took the last one
                 while blocks[0][0] < before:
@@ -262,18 +260,18 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 class Slab(np.ndarray):
-    """Memory of this module's own, which is never resized: views of it need no check (tensors.py)."""
+    """Memory of this module's own, which is never resized: views of it need no check (checks.py)."""
 
     __slots__ = ()
 
 
 def _aligned(nbytes: int) -> Memory:
-    raw = Slab(nbytes + ALIGNMENT, np.uint8)  # not empty().view(): numpy would look for the owner behind it
+    raw = Slab(nbytes + ALIGNMENT, np.uint8)  # not empty().view(), whose views would refer to the owner behind it
     return np.ndarray(nbytes, np.uint8, raw, -raw.ctypes.data % ALIGNMENT)
 
 
 def _size_class(nbytes: int) -> int:
-    """The next of four steps to each power of two: at most a quarter is unused, and few distinct sizes exist."""
+    """The size of a block: one of four steps for each power of two. At most a quarter is unused, and sizes are few."""
     step = max(1 << (nbytes.bit_length() - 3), mmap.PAGESIZE)
     return -(-nbytes // step) * step
 
@@ -286,10 +284,10 @@ def _map(size: int) -> mmap.mmap:
     except OverflowError as error:
         raise ArenaFull(f"no memory for a tensor of {size} bytes: {error}") from None
     if size >= _HUGE_PAGE_NBYTES and hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without huge pages: smaller pages do, more slowly
+        with contextlib.suppress(OSError):  # a kernel without huge pages uses smaller ones
             block.madvise(mmap.MADV_HUGEPAGE)
     return block
 
 
 pool = Pool()
-"""The process's own pool, used where no other is given."""
+"""The process's pool, the default of all connections."""

@@ -23,7 +23,7 @@ from ..system.threads import call_safely, is_interrupt
 from ..tensors import Arrays
 from .compression import Coder
 from .connection import Connection
-from .session import Request
+from .events import Request
 from .transport.base import remaining_s
 
 __all__ = [

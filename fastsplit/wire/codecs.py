@@ -1,21 +1,21 @@
-"""Compression of a tensor's bytes, for links that are slower than it: what a codec makes of them, and whether it pays.
+"""Compression of a tensor's bytes, for links that are slower than it, and the estimate of whether it pays.
 
-    zlib      in the standard library, slow; run lengths and Huffman codes alone, which floating-point numbers want
-    lz4       an LZ4 frame: finds what repeats, which is the zeros behind a softmax, and hardly anything else
+    zlib      in the standard library, slow; run lengths and Huffman codes alone, which suit floating-point numbers
+    lz4       an LZ4 frame: finds repetitions, such as the zeros behind a softmax, and little else
     zstd      a Zstandard frame: Huffman codes for the exponents as well
     blosc2    bytes of the same significance side by side, then Zstandard in blocks that fit the cache
 
-Rules. No codec is needed: lz4, zstandard and blosc2 are imported when they are first asked for, and what is not
-installed is not offered (`installed`). What is compressed is always shorter than it was, or it is not compressed.
-Several threads may compress and decompress at once; the libraries let others run meanwhile.
+Rules. All codecs are optional: lz4, zstandard and blosc2 are imported when they are first asked for, and only what is
+installed is offered (`installed`). Bytes that compression does not shorten are sent uncompressed. Several threads may
+compress and decompress at once; the libraries release the interpreter's lock.
 
-What comes from the peer is hostile until it is unpacked: the size that it declares must be the one that is expected,
-before a byte is unpacked; nothing is ever written behind it; nothing may follow it. It must lie in private memory,
-which the peer cannot change between a check and its use. blosc2 trusts its header, which can name other sizes, filters,
-files and plugins: only the headers that we could have written ourselves are given to it.
+Compressed bytes from the peer are hostile: the size that they declare is compared with the expected one before a byte
+is unpacked, no byte is written behind that, and none may follow the stream. They must lie in private memory, which the
+peer cannot change between a check and its use. blosc2 trusts its header, which can name other sizes, filters, files and
+plugins: it gets only headers that this module could have written.
 
-What fails for lack of memory is an ArenaFull, not the peer's fault. blosc2 does not tell the two apart, so after an
-error it is tried whether there is memory.
+A lack of memory is an ArenaFull, not the peer's fault. blosc2 reports both alike, so that after an error this module
+tries whether there is memory.
 """
 
 from __future__ import annotations
@@ -47,22 +47,22 @@ __all__ = [
 ]
 
 DECOMPRESS_OVER_COMPRESS: dict[int, float] = {1: 1.5, 2: 2.0, 3: 1.2, 4: 3.0}
-"""How many times as fast a codec unpacks what it packed: activations of a model, on one core (benches/codecs.py)."""
+"""Speed of unpacking over speed of packing, for activations of a model on one core (benches/codecs.py)."""
 
 _PREFERRED = ("blosc2", "zstd", "lz4", "zlib")
 _MODULES = {"blosc2": "blosc2", "zstd": "zstandard", "lz4": "lz4.frame"}
 
 _CALL_S = 50e-6
-"""What a message costs beside its bytes, both sides together."""
+"""The time of a message beside its bytes, both sides together."""
 
 _CHUNK_NBYTES = 256 * 1024
-"""What is unpacked at a time where a library cannot unpack into our memory: it stays in the cache."""
+"""Bytes that are unpacked at a time where a library cannot unpack into our memory: they stay in the cache."""
 
 _ZSTD_LEVEL = 1  # the negative ones store floating-point numbers as they are; 3 takes twice the time for 1 %
 _ZSTD_MIN_BLOCK_NBYTES = 1024
 
 _ZLIB_LEVEL = 1
-# Floating-point numbers do not repeat: to look for it takes two thirds of the time, and finds less than run lengths do.
+# Floating-point numbers do not repeat: a search for repetitions takes longer, and finds less than run lengths.
 _ZLIB_STRATEGY = zlib.Z_RLE
 _ZLIB_WBITS, _ZLIB_MEM_LEVEL = 15, 9
 
@@ -70,7 +70,7 @@ _BLOSC2_STREAM_NBYTES = 64 * 1024
 """Bytes of one significance in a block."""
 _BLOSC2_HEADER = struct.Struct("<4B3i6s2B6s2B")
 _BLOSC2_FLAGS = {0x85: 5, 0x95: 5, 0x25: 1, 0x35: 1}
-"""Zstandard and LZ4, each with blocks split by significance or not -> the number of the codec, which comes again."""
+"""Flags of Zstandard and LZ4, with blocks split by significance or not -> the number of the codec, a later field."""
 _BLOSC2_FILTERS = (bytes([1, 0, 0, 0, 0, 0]), bytes([2, 0, 0, 0, 0, 0]))  # shuffled by bytes, or by bits
 _BLOSC2_NO_META = bytes(6)
 _BLOSC2_ZEROS = 0x10
@@ -79,16 +79,16 @@ _BLOSC2_MAX_NBYTES = 2**31 - 1 - _BLOSC2_HEADER.size
 _SAMPLE_PIECES = 4
 _MIN_PIECE_NBYTES, _MAX_PIECE_NBYTES = 1024, 16 * 1024
 _MIN_S = 1e-7  # a clock may not have moved
-_NO_MEMORY = ("llocation", "Error -4 ")  # zstd's and lz4's words, and zlib's Z_MEM_ERROR
+_NO_MEMORY = ("llocation", "Error -4 ")  # in errors of zstd and lz4, and zlib's Z_MEM_ERROR
 _SCRATCH_BLOCKS, _SCRATCH_NBYTES = 4, 16 * 1024**2
-"""What a library may want beside its input and output: Blosc2 four of its blocks, and all of them something."""
-_NOTHING_MUCH = memoryview(bytes(64))
+"""Memory that a library may need beside its input and output: four blocks (blosc2), and a constant."""
+_FEW_BYTES = memoryview(bytes(64))
 
 Allocate = Callable[[int], Memory]
 
 
 class Estimate(NamedTuple):
-    """What a codec is expected to make of some bytes. `ratio`: compressed to uncompressed, 1 if it does not help."""
+    """What a codec is expected to do to some bytes. `ratio`: compressed over uncompressed, 1 if it does not help."""
 
     ratio: float
     compress_bytes_per_s: float
@@ -96,10 +96,10 @@ class Estimate(NamedTuple):
     """Both of uncompressed bytes."""
 
     def seconds(self, nbytes: int, bytes_per_s: float) -> float:
-        """How long it takes to compress `nbytes`, send and unpack them: n / c + n * ratio / B + n / d + t.
+        """Seconds to compress, send and unpack `nbytes` bytes: n / c + n * ratio / B + n / d + t.
 
-        With n = nbytes, B = bytes_per_s of the link, c = the rate of compressing, d = that of unpacking, t = what a
-        message costs beside.
+        n = nbytes, B = bytes_per_s of the link, c and d = the speeds of compressing and of unpacking, t = the time of a
+        message beside its bytes.
         """
         work_s = nbytes / self.compress_bytes_per_s + nbytes / self.decompress_bytes_per_s
         return work_s + nbytes * self.ratio / bytes_per_s + _CALL_S
@@ -107,9 +107,9 @@ class Estimate(NamedTuple):
 
 @functools.cache
 def installed() -> tuple[str, ...]:
-    """The codecs that can be used here, in the order in which tensors want them. Imports none: blosc2 takes 0.2 s.
+    """The codecs that are installed here, best for tensors first. Imports none of them.
 
-    Raises ResourceError if the first look for them finds no descriptor left.
+    Raises ResourceError if there is no descriptor left for the first look.
     """
     try:
         return tuple(name for name in _PREFERRED if _is_there(name))
@@ -118,9 +118,10 @@ def installed() -> tuple[str, ...]:
 
 
 def compress(codec: int, data: memoryview, itemsize: int, allocate: Allocate) -> memoryview | None:
-    """The compressed bytes of `data`, flat, contiguous, and of one byte each; None if they would not be fewer.
+    """The compressed bytes of `data`, None if they would not be fewer.
 
-    `itemsize`: of the tensor's dtype. They lie in memory from `allocate`, or in the library's. Raises ArenaFull.
+    `data` and the result are flat, contiguous, and of one byte for each item. `itemsize`: of the tensor's dtype. The
+    result lies in memory from `allocate`, or of the library. Raises ArenaFull.
     """
     if data.nbytes < 2:
         return None
@@ -134,10 +135,10 @@ def compress(codec: int, data: memoryview, itemsize: int, allocate: Allocate) ->
 
 
 def decompress(codec: int, data: memoryview, out: memoryview, itemsize: int) -> None:
-    """Fills `out`, flat, writable, and of one byte each, with what `data` was compressed from.
+    """Unpacks `data` into `out`, which is flat, writable, of one byte for each item, and as long as the result.
 
-    Raises RemoteProtocolError unless `data` is exactly one such stream, fewer bytes than `out` has, and ArenaFull if
-    there is no memory to unpack it; then `out` may hold anything.
+    Raises RemoteProtocolError unless `data` is exactly one stream of that result, and shorter than it; ArenaFull if
+    there is no memory to unpack it. After an error the content of `out` is undefined.
     """
     name = CODEC_NAMES.get(codec)
     if name not in installed():
@@ -154,15 +155,15 @@ def decompress(codec: int, data: memoryview, out: memoryview, itemsize: int) -> 
 
 
 def probe(codec: int, data: memoryview, itemsize: int) -> Estimate:
-    """Compresses some of `data`, and times it: 4 pieces of 16 KiB or less, 2 % of it where these are 1 KiB or more.
+    """The estimate for `data`, from compressing a sample: 2 % of it in four pieces, of 1 to 16 KiB each.
 
-    Takes less than 1 ms once a thread has used the codec before. How fast it unpacks is taken from that.
+    Takes less than 1 ms once the thread has used the codec. The speed of unpacking is derived from that of packing.
     """
     size = data.nbytes // (50 * _SAMPLE_PIECES)
     size = min(max(size, _MIN_PIECE_NBYTES), _MAX_PIECE_NBYTES) // itemsize * itemsize
     if size * _SAMPLE_PIECES < data.nbytes:
         quarter = data.nbytes // _SAMPLE_PIECES
-        middle = (quarter - size) // 2  # what is at the very beginning is often not like the rest
+        middle = (quarter - size) // 2  # the very beginning is often unlike the rest
         starts = [(quarter * piece + middle) // itemsize * itemsize for piece in range(_SAMPLE_PIECES)]
         data = memoryview(b"".join([data[start : start + size] for start in starts]))
     if data.nbytes < 2:
@@ -174,7 +175,7 @@ def probe(codec: int, data: memoryview, itemsize: int) -> Estimate:
 
 
 def _is_shortage(error: Exception, block_nbytes: int) -> bool:
-    """Whether a codec failed since there is no memory: it says so, or there is not what it may want for its blocks."""
+    """Whether a codec failed for lack of memory: its error says so, or there is no memory for its blocks."""
     if isinstance(error, MemoryError) or any(text in str(error) for text in _NO_MEMORY):
         return True
     try:
@@ -199,7 +200,7 @@ def _private(nbytes: int) -> Memory:
 # ---- libraries -------------------------------------------------------------------------------------------------------
 
 _local = threading.local()
-"""A thread's own contexts: a Zstandard context must not be used by two at once, and takes 20 us or more to make."""
+"""A thread's own contexts: a Zstandard context is for one thread at a time, and slow to make (20 us)."""
 
 
 def _is_there(name: str) -> bool:
@@ -212,7 +213,7 @@ def _library(name: str) -> Any:
     module = _MODULES.get(name)
     try:
         library = zlib if module is None else importlib.import_module(module)
-    except (ImportError, OSError) as error:  # one of its own libraries is not there, perhaps
+    except (ImportError, OSError) as error:  # perhaps one of its own libraries is missing
         short = import_shortage(error)
         if short is not None:
             raise ResourceError(f"codec: {name!r} cannot be imported: {short}") from None
@@ -224,7 +225,7 @@ def _library(name: str) -> Any:
 
 @functools.cache
 def _errors(codec: int) -> tuple[type[Exception], ...]:
-    """What a library raises for data that it cannot unpack, and without memory."""
+    """The errors of a library, for data that it cannot unpack and for a lack of memory."""
     name = CODEC_NAMES[codec]
     if name == "zlib":
         return (MemoryError, zlib.error)
@@ -234,18 +235,18 @@ def _errors(codec: int) -> tuple[type[Exception], ...]:
 
 
 def _start_s(codec: int) -> float:
-    """How long this thread takes to begin with a codec, and to end, with nothing in between."""
+    """Seconds that this thread takes for a few bytes: the constant part of a codec's time."""
     known: dict[int, float] | None = getattr(_local, "start_s", None)
     if known is None:
         known = _local.start_s = {}
     if codec not in known:
-        # The first makes what a thread needs once.
-        known[codec] = min(_timed(codec, _NOTHING_MUCH, 1)[0] for _ in range(4))
+        # The first run makes the thread's context.
+        known[codec] = min(_timed(codec, _FEW_BYTES, 1)[0] for _ in range(4))
     return known[codec]
 
 
 def _timed(codec: int, data: memoryview, itemsize: int) -> tuple[float, int]:
-    """How long it takes to compress, and how many bytes it becomes."""
+    """Seconds to compress, and the compressed bytes."""
     start_s = time.perf_counter()
     packed = _COMPRESS[codec](data, itemsize, _private)
     return time.perf_counter() - start_s, data.nbytes if packed is None else min(packed.nbytes, data.nbytes)
@@ -280,7 +281,7 @@ def _zlib_decompress(data: memoryview, out: memoryview, itemsize: int) -> None:
             start += rest.nbytes
             if not rest:
                 raise _wrong(codec, f"the end after {end} bytes", f"{out.nbytes} bytes")
-        # One byte more than there is room for shows that there are too many.
+        # One byte more than there is room for shows an excess.
         part = unpacker.decompress(rest, min(_CHUNK_NBYTES, out.nbytes - end + 1))
         rest = unpacker.unconsumed_tail
         if end + len(part) > out.nbytes:
@@ -309,7 +310,7 @@ def _lz4_decompress(data: memoryview, out: memoryview, itemsize: int) -> None:
     start = end = 0
     ended = False
     while not ended:
-        # One byte more than there is room for lets the frame end, and shows that there are too many.
+        # One byte more than there is room for lets the frame end, and shows an excess.
         room = min(_CHUNK_NBYTES, out.nbytes - end + 1)
         part, read, ended = library.decompress_chunk(context, data[start:], max_length=room)
         if end + len(part) > out.nbytes:
@@ -352,7 +353,7 @@ def _zstd_decompress(data: memoryview, out: memoryview, itemsize: int) -> None:
         raise _wrong(
             codec, f"a frame of {frame.content_size} bytes, dictionary {frame.dict_id}", f"{out.nbytes} bytes, none"
         )
-    # The reader does not say where the frame ends, and a frame that is all there is unpacked without a second buffer.
+    # The library does not report where the frame ends.
     size = _zstd_frame_nbytes(
         data, library.frame_header_size(data), frame.has_checksum, 16 + out.nbytes // _ZSTD_MIN_BLOCK_NBYTES
     )
@@ -363,11 +364,11 @@ def _zstd_decompress(data: memoryview, out: memoryview, itemsize: int) -> None:
         raise _wrong(codec, f"{found} bytes", f"{out.nbytes}")
 
 
-def _zstd_frame_nbytes(data: memoryview, header_nbytes: int, has_checksum: bool, most_blocks: int) -> int:
-    """Of the frame at the beginning of `data`, more than there are if it is cut off. RFC 8878, 3.1.1.2."""
+def _zstd_frame_nbytes(data: memoryview, header_nbytes: int, has_checksum: bool, max_blocks: int) -> int:
+    """Bytes of the frame at the start of `data`; more than `data` has if it is cut off. RFC 8878, 3.1.1.2."""
     codec = CODECS["zstd"]
     end = header_nbytes
-    for _ in range(most_blocks):
+    for _ in range(max_blocks):
         header = data[end : end + 3]
         if header.nbytes < 3:
             return data.nbytes + 1
@@ -378,7 +379,7 @@ def _zstd_frame_nbytes(data: memoryview, header_nbytes: int, has_checksum: bool,
         end += 3 + (1 if kind == 1 else size)
         if last:
             return end + (4 if has_checksum else 0)
-    raise _wrong(codec, f"more than {most_blocks} blocks", "blocks of 1 KiB or more")
+    raise _wrong(codec, f"more than {max_blocks} blocks", "blocks of 1 KiB or more")
 
 
 # ---- Blosc2 ----------------------------------------------------------------------------------------------------------
@@ -404,13 +405,13 @@ def _blosc2_compress(data: memoryview, itemsize: int, allocate: Allocate) -> mem
 
 
 def _blosc2_itemsize(nbytes: int, itemsize: int) -> int:
-    """What is shuffled by: Blosc2 4.14 loses what is behind the last whole item where these have 16 bytes."""
+    """Bytes of an item for the shuffle: blosc2 4.14 loses the bytes behind the last whole item of 16 bytes."""
     return 1 if nbytes % itemsize else itemsize
 
 
 def _blosc2_decompress(data: memoryview, out: memoryview, itemsize: int) -> None:
     _check_blosc2_header(data, out.nbytes, _blosc2_itemsize(out.nbytes, itemsize))
-    # It takes the size of `out` from the header, which is why that was compared.
+    # The library takes the size of `out` from the header, which was compared with it.
     _library("blosc2").decompress2(data, dst=out, nthreads=1)
 
 

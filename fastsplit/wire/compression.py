@@ -1,11 +1,11 @@
-"""Casts and compression on one connection: what both sides can do, what is done to a message, and what it brought.
+"""Casts and compression on one connection: what both sides can do, what is done to a message, and what it saved.
 
-A cast is asked for by the caller, for a connection or a call: it changes numbers. Compression changes nothing, so that
-it may be chosen here: "auto" compresses what is large enough, where the link's speed is known and a sample of the very
-bytes says that the whole takes less time so. A name compresses all that is large enough, wherever bytes travel.
+A cast changes numbers, so that the caller asks for it, for a connection or a call. Compression changes no number, and
+may be chosen here: "auto" compresses a large tensor if the link's speed is known and a sample of its bytes predicts a
+shorter time. A codec's name compresses all large tensors.
 
-Rules. Nothing is coded where memory is shared: there nothing travels. Each side decides on what it sends; what it
-accepts was agreed on in the handshake. The same tensor decodes to the same bits, whatever compressed it.
+Rules. Tensors in shared memory are never coded. Each side decides about what it sends; what it accepts was agreed on in
+the handshake. A tensor decodes to the same bits with every codec.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ Codec = int | None
 
 THRESHOLD_NBYTES = 1024**2
 MIN_CAST_NBYTES = 64 * 1024
-"""Of float32 that is cast: to cast what is smaller takes longer than to send all of it (at 1 Gbit/s), and it may be a
-scale that much depends on."""
-_ASK_AGAIN = 16  # messages of an operation that go by one sample's word
+"""The smallest float32 tensor that is cast. A smaller one is sent faster than it is cast (at 1 Gbit/s), and may be a
+scale whose precision matters."""
+_SAMPLE_EVERY = 16  # messages of an operation that use one sample's result
 _MAX_KNOWN = 256
 _KEEPS_UP, _WORTH = 1.5, 0.9
-"""While one message travels another can be compressed, which then takes no time but a core's: a codec has to be so many
-times as fast as the link, and to leave no more than this of the bytes."""
+"""While one message travels, another can be compressed on a core that is idle. For that a codec must be at least
+_KEEPS_UP times as fast as the link, and leave at most _WORTH of the bytes."""
 
 
 def parse_cast(wire_dtype: object) -> int:
-    """The number of a cast, 0 for none. Raises SettingError."""
+    """The argument `wire_dtype`: the number of a cast, 0 for none. Raises SettingError."""
     if wire_dtype is None:
         return 0
     if not isinstance(wire_dtype, str) or wire_dtype not in CASTS:
@@ -62,7 +62,8 @@ def parse_cast(wire_dtype: object) -> int:
 
 
 def parse_codec(codec: object) -> Codec:
-    """ "auto", "off", or a codec's name. Raises SettingError for another, or one that is not installed."""
+    """The argument `codec`: "auto", "off", or a codec's name. Raises SettingError also for one that is not
+    installed."""
     if isinstance(codec, str) and codec == "auto":
         return AUTO
     if isinstance(codec, str) and codec == "off":
@@ -75,7 +76,7 @@ def parse_codec(codec: object) -> Codec:
 
 
 class Coder:
-    """One connection's. `threshold_nbytes`: what a tensor must have to be compressed, after its cast."""
+    """One connection's codings. `threshold_nbytes`: bytes of the smallest tensor that is compressed, after its cast."""
 
     def __init__(self, pool: Pool | Tenant, threshold_nbytes: int = THRESHOLD_NBYTES) -> None:
         self.threshold_nbytes = threshold_nbytes
@@ -85,22 +86,20 @@ class Coder:
         """Whether several messages are under way at once, so that one travels while another is compressed."""
         self.stats: dict[str, Coded] = {}
         self.too_large = 0
-        self.lock = (
-            threading.RLock()
-        )  # requests of one connection may be answered by several threads, or by a finalizer
+        self.lock = threading.RLock()  # several threads may send for one connection, and a finalizer inside of one
         self._allocate = pool.allocate
         self._codecs: tuple[int, ...] = ()  # both sides', best first
-        self._known: dict[tuple[str, int], tuple[int, int]] = {}  # op, index -> what to do, and how often yet
+        self._known: dict[tuple[str, int], tuple[int, int]] = {}  # op, index -> codec, and messages since the sample
 
     # ---- the handshake ----
 
     @staticmethod
     def capabilities() -> int:
-        """What this side knows, as a HELLO has it."""
+        """The codings that this side knows, as capability bits of a HELLO."""
         return sum(map(cast_bit, CASTS.values())) + sum(codec_bit(CODECS[name]) for name in codecs.installed())
 
     def agree(self, capabilities: int) -> None:
-        """Takes the capabilities of both sides."""
+        """Sets the codings from the capabilities that both sides have."""
         numbers = [CODECS[name] for name in codecs.installed()]
         self._codecs = tuple(number for number in numbers if capabilities & codec_bit(number))
         casts = [number for number in CASTS.values() if capabilities & cast_bit(number)]
@@ -109,7 +108,7 @@ class Coder:
         )
 
     def check(self, cast: int, codec: Codec) -> None:
-        """Raises SettingError if the peer cannot take what is asked for."""
+        """Raises SettingError for a cast or a codec that the peer does not know."""
         if cast and cast << 4 not in self.accepted:
             raise SettingError(f"wire_dtype: {CAST_NAMES[cast]!r}, which the peer does not know")
         if codec and codec not in self.accepted:
@@ -127,13 +126,13 @@ class Coder:
         bytes_per_s: float | None,
         limits: Limits = ARRAYS,
     ) -> Outgoing:
-        """What is needed to send tensors, coded. `bytes_per_s`: the link's, None if it is not known. `limits`: the
-        peer's.
+        """Prepares tensors for a stream, as tensors.collect does, and codes them.
 
-        Raises TensorError, LimitError, ArenaFull.
+        `bytes_per_s`: the link's speed, None if it is not known. `limits`: the peer's. Raises TensorError, LimitError,
+        ArenaFull.
         """
         if codec and codec not in self.accepted:
-            codec = OFF  # a server's own choice, for all of its clients: this one does not have it
+            codec = OFF  # the server's choice for all of its clients, and this one does not have it
         found = collect_cast(tensors, cast, self._allocate, MIN_CAST_NBYTES, limits)
         if found.cast_s:
             self._count_casts(found)
@@ -177,11 +176,11 @@ class Coder:
         return packed
 
     def _choose(self, key: tuple[str, int], data: memoryview, itemsize: int, bytes_per_s: float | None) -> int:
-        """The codec that takes the whole over in the least time, OFF if none does in less than as it is."""
+        """The codec with which the whole takes the least time, OFF if none is faster than no codec."""
         if not bytes_per_s or not self._codecs:
             return OFF
-        number, times = self._known.get(key, (OFF, _ASK_AGAIN))
-        if times >= _ASK_AGAIN:
+        number, times = self._known.get(key, (OFF, _SAMPLE_EVERY))
+        if times >= _SAMPLE_EVERY:
             best_s = len(data) / bytes_per_s
             number = times = 0
             for candidate in self._codecs:
@@ -201,7 +200,8 @@ class Coder:
     def decode(self, coding: int, data: Any, desc: TensorDesc) -> Any:
         """The memory of a tensor whose coded bytes are in `data`, flat uint8.
 
-        Raises RemoteProtocolError, ArenaFull."""
+        Raises RemoteProtocolError, ArenaFull.
+        """
         cast, number = coding >> 4, coding & 15
         if number:
             started_s = perf_counter()
@@ -226,7 +226,7 @@ class Coder:
             counted = self.stats.get(name)
             if counted is None:
                 counted = Coded()
-                self.stats = {**self.stats, name: counted}  # a new one, since somebody may be reading the old one
+                self.stats = {**self.stats, name: counted}  # a new dict: another thread may be reading the old one
             counted.tensors += tensors
             counted.raw_nbytes += raw
             counted.wire_nbytes += wire

@@ -33,10 +33,13 @@ from ..errors import (
 from ..schema.limits import Limits
 from ..system.forked import renew, watch
 from ..system.shortage import why as why_failed
-from ..tensors import Outgoing, collect, share
+from ..tensors import Outgoing, collect
 from ..tensors.pool import Memory, Pool, Tenant
+from .backend import share
 from .compression import AUTO, OFF, THRESHOLD_NBYTES, Codec, Coder
-from .session import CODES, MAX_PADDING_NBYTES, PROBES, SHARES, TYPES, Probe, RingOffered, Session
+from .events import Probe, RingOffered
+from .rules import CODES, MAX_PADDING_NBYTES, PROBES, SHARES, TYPES
+from .session import Session
 from .shm.arena import Arena
 from .shm.negotiation import Offer, Sharing, agree, offer
 from .shm.ring import RING_NBYTES, Ring

@@ -22,8 +22,8 @@ from ..printable import get_logger
 from ..system.forked import renew
 from ..system.threads import call_safely
 from ..tensors import Arrays
+from .events import Error, Reply
 from .options import parse_timeout
-from .session import Error, Reply
 
 if TYPE_CHECKING:
     from .blocking.channel import Channel

@@ -18,7 +18,9 @@ from fastsplit.schema.limits import Limits
 from fastsplit.tensors.pool import Pool
 from fastsplit.wire import codecs
 from fastsplit.wire.compression import Coder
-from fastsplit.wire.session import CODES, Failed, Request, Session
+from fastsplit.wire.events import Failed, Request
+from fastsplit.wire.rules import CODES
+from fastsplit.wire.session import Session
 
 modest = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 LIMITS = Limits(max_message_nbytes=2**16)

@@ -20,7 +20,9 @@ from fastsplit.schema.dtypes import BY_CODE
 from fastsplit.schema.encoder import Encoder
 from fastsplit.schema.header import HEADER_NBYTES, Kind, pack_header, parse_header
 from fastsplit.schema.limits import Limits
-from fastsplit.wire.session import TYPES, Failed, Reply, Request, Session
+from fastsplit.wire.events import Failed, Reply, Request
+from fastsplit.wire.rules import TYPES
+from fastsplit.wire.session import Session
 
 LIMITS = Limits(max_message_nbytes=2**16, max_tensors=8, max_dims=5, max_attrs=16, max_metadata_nbytes=8192)
 modest = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -19,7 +19,7 @@ from fastsplit.tensors.pool import Pool
 from fastsplit.wire import codecs
 from fastsplit.wire import compression as coder
 from fastsplit.wire.compression import Coder
-from fastsplit.wire.session import CODES
+from fastsplit.wire.rules import CODES
 from fastsplit.wire.transport.meter import Meter
 
 torch = pytest.importorskip("torch")

@@ -153,7 +153,7 @@ def _interrupt() -> None:
 
 
 SENDS = {"_send", "_send_behind", "_send_rest", "_send_control_frames"}
-TAKES_EFFECT = {"received", "received_slot", "_read_staged", "_read_frame", "_complete", "_take_references"}
+TAKES_EFFECT = {"received", "received_slot", "_read_staged", "_read_frame", "_complete", "take"}
 
 
 @pytest.mark.parametrize("link", ["shm", "unix", "tcp", "overlap", "shm watched", "unix watched"])

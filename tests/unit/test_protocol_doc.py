@@ -20,7 +20,7 @@ from fastsplit.schema.coding import CASTS, CODECS, cast_bit, codec_bit
 from fastsplit.schema.dtypes import BY_CODE
 from fastsplit.schema.encoder import Encoder
 from fastsplit.schema.limits import Limits
-from fastsplit.wire import session
+from fastsplit.wire import rules
 from fastsplit.wire.session import Session
 from fastsplit.wire.shm import ring
 from fastsplit.wire.shm.negotiation import Offer
@@ -118,23 +118,23 @@ def test_codings() -> None:
     assert {name: int(number) for number, name, _ in _table("number | codec")} == CODECS
     bits = {name: int(bit) for name, bit, _ in _table("capability | bit")}
     assert bits == {
-        "shared memory": session.SHARES,
-        "codings": session.CODES,
-        "probes": session.PROBES,
-        "attribute types": session.TYPES,
+        "shared memory": rules.SHARES,
+        "codings": rules.CODES,
+        "probes": rules.PROBES,
+        "attribute types": rules.TYPES,
         **{name: cast_bit(number) for name, number in CASTS.items()},
         **{name: codec_bit(number) for name, number in CODECS.items()},
     }
-    assert f"of {session.MAX_PADDING_NBYTES} bytes at most" in DOC.replace("\n", " ")
+    assert f"of {rules.MAX_PADDING_NBYTES} bytes at most" in DOC.replace("\n", " ")
 
 
 def test_handshake_attributes() -> None:
     came: list[Any] = []
 
     class Recorder(Session):
-        def _on_hello(self, message: Any) -> Any:
+        def open(self, message: Any) -> Any:
             came.append(message)
-            return super()._on_hello(message)
+            return super().open(message)
 
     reader = Recorder(is_client=False, allocate=bytearray)
     offered = Offer(("memfd",), "", "", "glibc-64", "0" * 16)
@@ -198,7 +198,7 @@ def test_example_reply_is_what_a_server_sends() -> None:
 
 def test_codes_of_an_abort() -> None:
     rows = {code: error for code, _, error in _table("abort | meaning")}
-    assert rows.keys() == {session._BROKEN, session._SHORTAGE, session._REFUSED}
+    assert rows.keys() == {rules.BROKEN, rules.SHORTAGE, rules.REFUSED}
     for code, name in rows.items():
         client = Session(is_client=True, allocate=bytearray)
         data = frame_of(ABORT, op="", attrs={"code": code, "text": "why"})

@@ -16,7 +16,8 @@ import pytest
 from raw_peer import HELLO, REQUEST, frame, hello
 
 from fastsplit.errors import DeadlineError, FastsplitError, PeerLostError, RemoteProtocolError
-from fastsplit.wire.session import Failed, Session
+from fastsplit.wire.events import Failed
+from fastsplit.wire.session import Session
 from fastsplit.wire.shm import ring
 from fastsplit.wire.shm.ring import RING_NBYTES, SLOT_NBYTES, SLOTS, Ring, semaphores
 from fastsplit.wire.shm.segment import Memfd, why_no_memfd

@@ -7,8 +7,6 @@ which side reads, what state it is in first (a list of earlier frames and reques
 from __future__ import annotations
 
 import random
-from collections import deque
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,85 +28,17 @@ from raw_peer import (
     hello,
     raw_frame,
 )
+from session_ends import CLIENT, LIMITS, SERVER, UINT8, feed, feed_slots, feeds, make, plain, sharing
 
-from fastsplit.errors import LimitError, LocalProtocolError, PeerLostError, RemoteProtocolError, SettingError
+from fastsplit.errors import PeerLostError, SettingError
 from fastsplit.schema.decoder import Decoder
-from fastsplit.schema.descriptor import TensorDesc
 from fastsplit.schema.header import Kind
 from fastsplit.schema.limits import Limits
 from fastsplit.tensors.pool import Pool
-from fastsplit.wire.session import (
-    MAX_RETURNS,
-    STAGING_NBYTES,
-    TYPES,
-    Attached,
-    Cancel,
-    Error,
-    Event,
-    Failed,
-    Goodbye,
-    Hello,
-    Reply,
-    Request,
-    ReturnsWanted,
-    RingOffered,
-    Session,
-)
+from fastsplit.wire.rules import TYPES
+from fastsplit.wire.session import STAGING_NBYTES, Session
 
-UINT8 = 2
-LIMITS = Limits(max_message_nbytes=2**22, max_tensors=4, max_dims=3)
 BIG = bytes(range(256)) * 100
-
-
-def make(
-    is_client: bool, *, requests: int = 0, greeted: bool = True, allocate: Callable[[int], Any] | None = None
-) -> Session:
-    session = Session(is_client=is_client, allocate=allocate or Pool().allocate, limits=LIMITS)
-    if greeted:
-        assert feed(session, hello()) == [("hello", Limits())]
-    for _ in range(requests):
-        session.request("f", (), {}, 0)
-    return session
-
-
-def plain(event: Event) -> Any:
-    """An event as values that can be compared: buffers become bytes, errors their text."""
-    if isinstance(event, (Request, Reply)):
-        kind = "request" if isinstance(event, Request) else "reply"
-        buffers = [bytes(buffer) for buffer in event.buffers]
-        shapes = [(desc.dtype.code, desc.shape) for desc in event.message.tensors]
-        return kind, event.request_id, event.message.op, shapes, dict(event.message.attrs), buffers, event.time_ns
-    if isinstance(event, Error):
-        return "error", event.request_id, event.code, event.text
-    if isinstance(event, Cancel):
-        return "cancel", event.request_id
-    if isinstance(event, Hello):
-        return "hello", event.limits
-    if isinstance(event, Goodbye):
-        return ("goodbye",)
-    if isinstance(event, RingOffered):
-        return "ring", event.nbytes, event.name
-    if isinstance(event, Attached):
-        return "attached", event.text
-    if isinstance(event, ReturnsWanted):
-        return ("returns wanted",)
-    assert isinstance(event, Failed) and type(event.error) is RemoteProtocolError
-    return "failed", str(event.error), event.tell
-
-
-def feed(session: Session, data: bytes, sizes: Callable[[], int] = lambda: 2**30) -> list[Any]:
-    """Reads as a link would, `sizes()` bytes at most each time, and stops where the stream is dead."""
-    events: list[Any] = []
-    at = 0
-    while at < len(data):
-        target = session.receive_buffers()[0]
-        part = data[at : at + min(len(target), sizes())]
-        target[: len(part)] = part
-        at += len(part)
-        events += map(plain, session.received(len(part)))
-        if events and events[-1][0] == "failed":
-            break
-    return events
 
 
 class Row(NamedTuple):
@@ -120,7 +50,6 @@ class Row(NamedTuple):
     greeted: bool = True
 
 
-SERVER, CLIENT = False, True
 REQUEST_1 = frame(REQUEST, 1, "add", [(FLOAT32, (2,)), (FLOAT32, ())], {"by": 2}, bytes(range(12)), time_ns=5)
 EVENT_1 = ("request", 1, "add", [(FLOAT32, (2,)), (FLOAT32, ())], {"by": 2}, [bytes(range(8)), bytes(range(8, 12))], 5)
 
@@ -239,74 +168,6 @@ def test_with_trailing_bytes(row: Row) -> None:
         session = make(row.is_client, requests=row.requests, greeted=row.greeted)
         assert feed(session, row.data + rest[:cut]) == row.events
         assert feed(session, rest[cut:]) == [failed]
-
-
-# ---- out: the writer's bytes are what the reader's table has ---------------------------------------------------------
-
-
-def both() -> tuple[Session, Session]:
-    client, server = (Session(is_client=is_client, allocate=Pool().allocate) for is_client in (True, False))
-    assert feed(server, bytes(client.hello())) == feed(client, bytes(server.hello())) == [("hello", Limits())]
-    return client, server
-
-
-def test_a_conversation() -> None:
-    client, server = both()
-    first, head = client.request("add", [(FLOAT32, (2,)), (FLOAT32, ())], {"by": 2}, 12, 5)
-    assert bytes(head) + bytes(range(12)) == REQUEST_1
-    assert feed(server, bytes(head) + bytes(range(12))) == [EVENT_1]
-    second, head = client.request("f", (), {}, 0)
-    assert (first, second, client.inflight) == (1, 2, 2)
-    assert feed(server, bytes(head)) == [("request", 2, "f", [], {}, [], 0)]
-    assert feed(server, bytes(client.cancel(1))) == [("cancel", 1)]
-    reply = bytes(server.reply(2, [(UINT8, (2,))], 2, 7, {"n": 1})) + b"ok"
-    assert feed(client, reply) == [("reply", 2, "", [(UINT8, (2,))], {"n": 1}, [b"ok"], 7)]
-    assert feed(client, bytes(server.error(1, "cancelled", "t"))) == [("error", 1, "cancelled", "t")]
-    assert client.inflight == 0
-    assert feed(server, bytes(client.goodbye())) == [("goodbye",)]
-    with pytest.raises(LocalProtocolError, match="'f': a request before the handshake or after the end"):
-        client.request("f", (), {}, 0)
-    assert feed(client, bytes(server.abort("r"))) == [("failed", "the peer ended the connection: r", False)]
-
-
-def test_replies_still_count_after_our_goodbye() -> None:
-    client, server = both()
-    client.request("f", (), {}, 0)
-    client.goodbye()
-    assert feed(client, bytes(server.reply(1, (), 0, 0))) == [("reply", 1, "", [], {}, [], 0)]
-
-
-def test_a_request_before_the_handshake() -> None:
-    with pytest.raises(LocalProtocolError, match="before the handshake"):
-        make(CLIENT, greeted=False).request("f", (), {}, 0)
-
-
-def test_caps_of_the_peer_are_honoured_before_anything_changes() -> None:
-    client = make(CLIENT, greeted=False)
-    feed(client, hello(Limits(max_tensors=2, max_dims=2, max_attrs=16, max_inflight=1, max_message_nbytes=100)))
-    for tensors, attrs, text in [
-        ([(UINT8, (1,))] * 3, {}, "'f', tensors: 3, the peer accepts at most 2"),
-        ([(UINT8, (1, 1, 1))], {}, "'f', tensor 0 dimensions: 3, the peer accepts at most 2"),
-        ([(FLOAT32, (26,))], {}, "'f', tensor 0 shape: [26], 104 bytes, the peer accepts at most 100 bytes"),
-        ([], {str(n): n for n in range(17)}, "'f', attrs: 17, the peer accepts at most 16"),
-        ([], {"b": bytes(70_000)}, "'f', attribute 'b': 70001 bytes, the peer accepts at most 65536 bytes"),
-    ]:
-        with pytest.raises(LimitError) as caught:
-            client.request("f", tensors, attrs, 0)
-        assert str(caught.value) == text
-        assert client.inflight == 0
-    client.request("f", [(FLOAT32, (25,))], {}, 100)
-    with pytest.raises(LimitError, match="'f': 1 requests in flight, the peer accepts 1"):
-        client.request("f", (), {}, 0)
-
-
-def test_texts_of_errors_always_fit_and_always_encode() -> None:
-    client, server = make(CLIENT, requests=1), make(SERVER, greeted=False)
-    feed(server, hello(Limits(max_metadata_nbytes=4096)))
-    head = bytes(server.error(1, "failed", "\udc80" + "\U0001f600" * 10_000))
-    assert len(head) <= 40 + 4096
-    (event,) = feed(client, head)
-    assert event[:3] == ("error", 1, "failed") and event[3].startswith("?\U0001f600") and len(event[3]) > 800
 
 
 def test_abandoned_requests_are_read_and_dropped() -> None:
@@ -441,75 +302,6 @@ def test_all_kinds_are_in_the_table() -> None:
 
 
 # ---- shared memory ---------------------------------------------------------------------------------------------------
-
-
-class Memory:
-    """What a session needs of an arena: one segment, number 2 or 1, whose bytes count up, and notes of all calls."""
-
-    def __init__(self) -> None:
-        self.returns: deque[tuple[int, int]] = deque()
-        self.calls: list[tuple[Any, ...]] = []
-        self.bytes = np.arange(4096).astype(np.uint8)
-
-    def take_returns(self, at_most: int) -> list[int]:
-        return [number for _ in range(min(at_most, len(self.returns))) for number in self.returns.popleft()]
-
-    def requeue_returns(self, taken: Sequence[int]) -> None:
-        self.returns.extendleft(reversed(list(zip(taken[::2], taken[1::2], strict=True))))
-
-    def attach(self, segment_id: int, nbytes: int, name: str) -> None:
-        self.calls.append(("attach", segment_id, nbytes, name))
-
-    def retire(self, segment_id: int) -> None:
-        self.calls.append(("retire", segment_id))
-
-    def resolve(self, segment_id: int, offset: int, desc: TensorDesc) -> Any:
-        if segment_id > 2:
-            raise RemoteProtocolError("placement: nowhere")
-        self.calls.append(("resolve", segment_id, offset, desc.nbytes))
-        return self.bytes[offset : offset + desc.nbytes]
-
-    def returned(self, returns: Sequence[int]) -> None:
-        self.calls.append(("returned", *returns))
-
-
-def sharing(is_client: bool, *, requests: int = 0, capabilities: int = 0) -> tuple[Session, Memory]:
-    """An open session with shared memory."""
-    memory = Memory()
-    greeted: list[Any] = []
-
-    def agree(attrs: dict[str, Any], limits: Limits) -> Memory:
-        greeted.append((attrs["shm"], limits))
-        return memory
-
-    session = Session(
-        is_client=is_client, allocate=Pool().allocate, limits=LIMITS, on_hello=agree, capabilities=capabilities
-    )
-    assert feed(session, hello(shm="tape", capabilities=capabilities)) == [("hello", Limits())] and greeted == [
-        ("tape", Limits())
-    ]
-    for _ in range(requests):
-        session.request("f", (), {}, 0)
-    return session, memory
-
-
-def feed_slots(session: Session, data: bytes, slot_nbytes: int = 1024) -> list[Any]:
-    """One frame, slot by slot, the last one filled up with what was there before."""
-    events: list[Any] = []
-    for at in range(0, len(data), slot_nbytes):
-        slot = data[at : at + slot_nbytes]
-        events += map(plain, session.received_slot(slot + b"\xff" * (slot_nbytes - len(slot))))
-    return events
-
-
-def feeds(data: bytes) -> list[Callable[[Session], list[Any]]]:
-    """The ways that a frame can come in."""
-    return [
-        lambda session: feed(session, data),
-        lambda session: feed(session, data, lambda: 1),
-        lambda session: feed_slots(session, data),
-        lambda session: feed_slots(session, data, 64),
-    ]
 
 
 PAIR = [(FLOAT32, (2,)), (UINT8, (3,))]
@@ -712,94 +504,3 @@ def test_a_stream_that_ends_between_slots() -> None:
 def test_slots_that_hold_no_frame(slot: bytes, text: str) -> None:
     session, _ = sharing(SERVER)
     assert [plain(event) for event in session.received_slot(slot)] == [("failed", text, True)]
-
-
-# ---- returns that go out ---------------------------------------------------------------------------------------------
-
-
-def _read(data: bytes | None) -> Any:
-    """What a session with shared memory takes from a frame of ours: its returns."""
-    assert data is not None
-    session, memory = sharing(SERVER)
-    feed(session, bytes(data))
-    return [call[1:] for call in memory.calls if call[0] == "returned"]
-
-
-def test_returns_ride_along_with_whatever_goes_out() -> None:
-    for make_frame in (
-        lambda session: session.request("f", (), {}, 0)[1],
-        lambda session: session.cancel(1),
-        lambda session: session.segment(1, 64, ""),
-        lambda session: session.retire(1),
-        lambda session: session.want_returns(),
-        lambda session: session.goodbye(),
-    ):
-        session, memory = sharing(CLIENT)
-        assert _read(make_frame(session)) == []
-        session, memory = sharing(CLIENT)
-        memory.returns.extend([(2, 0), (2, 64)])
-        assert _read(make_frame(session)) == [(2, 0, 2, 64)]
-        assert not memory.returns and session.returns == [2, 0, 2, 64]
-
-
-def test_so_many_returns_ride_on_a_frame() -> None:
-    session, memory = sharing(CLIENT)
-    places = [(2, 64 * number) for number in range(MAX_RETURNS + 3)]
-    memory.returns.extend(places)
-    data = session.request("f", (), {}, 0)[1]
-    assert _read(data) == [tuple(number for place in places[:MAX_RETURNS] for number in place)]
-    assert list(memory.returns) == places[MAX_RETURNS:]
-    assert session.return_frame() is None  # the rest rides on the next
-    assert _read(session.return_frame(0)) == [tuple(number for place in places[MAX_RETURNS:] for number in place)]
-    assert session.return_frame(0) is None
-
-
-def test_too_many_returns_get_frames_of_their_own() -> None:
-    """Each fits a ring's slot, so that it is sent whole or not at all."""
-    session, memory = sharing(CLIENT)
-    memory.returns.extend((2**32 - 2, 2**64 - 64) for _ in range(100))
-    sizes = []
-    while (data := session.return_frame()) is not None:
-        assert len(data) <= 1024
-        sizes.append(len(_read(data)[0]) // 2)
-    assert sum(sizes) + len(memory.returns) == 100 and len(memory.returns) <= MAX_RETURNS
-    assert make(CLIENT).return_frame() is None and make(CLIENT).return_frame(0) is None
-
-
-def test_returns_of_a_frame_that_was_not_sent_are_still_to_be_made() -> None:
-    session, memory = sharing(CLIENT)
-    memory.returns.extend([(2, 0), (2, 64)])
-    request_id, _ = session.request("f", (), {}, 0)
-    memory.returns.append((2, 128))  # meanwhile
-    session.discard(request_id)
-    assert list(memory.returns) == [(2, 0), (2, 64), (2, 128)] and session.inflight == 0 and session.returns == []
-    session.discard_last()
-    assert list(memory.returns) == [(2, 0), (2, 64), (2, 128)]
-    session.request("f", (), {}, 0)
-    session.discard_last()
-    session.discard_last()  # only once
-    assert list(memory.returns) == [(2, 0), (2, 64), (2, 128)]
-
-
-def test_a_frame_that_fits_only_without_returns_goes_without() -> None:
-    session, memory = sharing(CLIENT)
-    room = 65536 - 40 - 8 * 12
-    memory.returns.extend((2, 64 * number) for number in range(MAX_RETURNS))
-    data = session.request("f", (), {"b": bytes(room)}, 0)[1]
-    assert _read(data) == [] and len(memory.returns) == MAX_RETURNS
-    for attrs, error in (({"b": bytes(70_000)}, LimitError), ({"a": None}, SettingError)):
-        with pytest.raises(error):
-            session.request("f", (), attrs, 0)
-        assert len(memory.returns) == MAX_RETURNS and memory.returns[0] == (2, 0)
-
-
-def test_the_offer_is_in_the_hello() -> None:
-    session = Session(is_client=True, allocate=Pool().allocate, capabilities=1, offer={"shm": "memfd", "other": 5})
-    seen: list[Any] = []
-
-    def agree(attrs: dict[str, Any], limits: Limits) -> None:
-        seen.append(({name: attrs[name] for name in ("shm", "other", "capabilities")}, limits))
-
-    server = Session(is_client=False, allocate=Pool().allocate, on_hello=agree)
-    assert feed(server, bytes(session.hello())) == [("hello", Limits())]
-    assert seen == [({"shm": "memfd", "other": 5, "capabilities": 1}, Limits())] and server.shared is None

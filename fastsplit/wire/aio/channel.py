@@ -41,9 +41,10 @@ from ...tensors import Arrays, Outgoing, nbytes_of, parse_expect
 from ...tensors.pool import Pool, pool
 from ..compression import THRESHOLD_NBYTES, parse_cast, parse_codec
 from ..connection import Connection
+from ..events import Attached, Error, Event, Goodbye, Hello, Probe, Reply, ReturnsWanted
 from ..future import CallTimeout, Result, remote_error, warn_of_discarded, why_closed
 from ..options import _parse_hook, _parse_pool, parse_count, parse_timeout
-from ..session import PROBES, Attached, Error, Event, Goodbye, Hello, Probe, Reply, ReturnsWanted
+from ..rules import PROBES
 from ..shm.segment import Hook
 from ..stats import Stats
 from ..transport.address import Address, connect_socket, parse_address

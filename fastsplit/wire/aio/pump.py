@@ -26,7 +26,8 @@ from typing import Any, Protocol
 from ...errors import ArenaFull, ClosedError, DeadlineError, FastsplitError, PeerLostError, RemoteProtocolError, fresh
 from ...tensors import Outgoing
 from ..connection import Connection
-from ..session import MAX_RETURNS, Event, Failed
+from ..events import Event, Failed
+from ..frames import MAX_RETURNS
 from ..shm.blocks import OwnSegment
 from ..shm.ring import Ring
 

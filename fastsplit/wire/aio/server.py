@@ -58,8 +58,8 @@ from ..call import (
 )
 from ..compression import THRESHOLD_NBYTES, Coder, parse_codec
 from ..connection import Connection
+from ..events import Cancel, Event, Goodbye, Probe, Request, ReturnsWanted, RingOffered
 from ..options import _parse_hook, _parse_pool, parse_count, parse_flag, parse_timeout
-from ..session import Cancel, Event, Goodbye, Probe, Request, ReturnsWanted, RingOffered
 from ..shm.arena import IDLE_S
 from ..shm.segment import Hook
 from ..stats import Stats

@@ -58,22 +58,11 @@ from ...tensors import Arrays, Outgoing, parse_expect
 from ...tensors.pool import Pool, pool
 from ..compression import THRESHOLD_NBYTES, parse_cast, parse_codec
 from ..connection import Connection, greeting
+from ..events import Attached, Error, Event, Failed, Goodbye, Hello, Probe, Reply, ReturnsWanted
+from ..frames import MAX_RETURNS
 from ..future import CallTimeout, Future, Result, remote_error, warn_of_discarded, why_closed
 from ..options import _parse_hook, _parse_pool, parse_count, parse_flag, parse_timeout
-from ..session import (
-    MAX_PADDING_NBYTES,
-    MAX_RETURNS,
-    PROBES,
-    Attached,
-    Error,
-    Event,
-    Failed,
-    Goodbye,
-    Hello,
-    Probe,
-    Reply,
-    ReturnsWanted,
-)
+from ..rules import MAX_PADDING_NBYTES, PROBES
 from ..shm.segment import Hook
 from ..stats import Stats
 from ..transport.address import connect_socket, parse_address

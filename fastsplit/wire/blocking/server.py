@@ -62,8 +62,9 @@ from ..call import (
 )
 from ..compression import THRESHOLD_NBYTES, Coder, parse_codec
 from ..connection import Connection, greeting
+from ..events import Cancel, Event, Failed, Goodbye, Probe, Request, ReturnsWanted, RingOffered
+from ..frames import MAX_RETURNS
 from ..options import _parse_hook, _parse_pool, parse_count, parse_flag, parse_timeout
-from ..session import MAX_RETURNS, Cancel, Event, Failed, Goodbye, Probe, Request, ReturnsWanted, RingOffered
 from ..shm.arena import IDLE_S
 from ..shm.segment import Hook
 from ..stats import Stats

@@ -29,7 +29,8 @@ from ...schema.descriptor import TensorDesc
 from ...schema.limits import Limits
 from ...system.forked import renew
 from ...system.shortage import shortage
-from ...tensors.pool import Lease, Memory
+from ...tensors.pool import Memory
+from ..backend import Lease
 from .blocks import Block, Blocks, OwnSegment, block_nbytes
 from .segment import Hook, Memfd, Named, Segment
 

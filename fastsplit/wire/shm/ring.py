@@ -41,7 +41,8 @@ from time import perf_counter_ns
 from typing import Any
 
 from ...errors import DeadlineError, PeerLostError, RemoteProtocolError
-from ..session import Event, Session
+from ..events import Event
+from ..session import Session
 from ..transport.stream import SEND_FLAGS, Stream, lost
 
 __all__ = ["RING_NBYTES", "SLOTS", "SLOT_NBYTES", "Ring", "semaphores"]

@@ -41,7 +41,8 @@ from ...errors import (
 )
 from ...system.forked import renew
 from ...system.shortage import no_descriptor, shortage
-from ..session import Event, Session
+from ..events import Event
+from ..session import Session
 from .base import remaining_s
 from .meter import MIN_NBYTES, Meter
 from .spin import Spin

@@ -1,0 +1,32 @@
+"""The names that can be compiled: what they are now, and that wire/ takes them from one module."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+from fastsplit import tensors
+from fastsplit.schema import decoder, encoder, header
+from fastsplit.wire import backend
+
+WIRE = Path(backend.__file__).parent
+
+
+def test_every_name_has_a_contract_and_is_the_python_code_itself() -> None:
+    assert backend.__doc__ is not None
+    assert sorted(re.findall(r"^    (\w+) +\S", backend.__doc__, re.MULTILINE)) == sorted(backend.__all__)
+    for module in (decoder, encoder, header, tensors):
+        for name in set(backend.__all__) & set(vars(module)):
+            assert getattr(backend, name) is getattr(module, name)
+
+
+def test_wire_takes_them_from_there() -> None:
+    elsewhere = []
+    for path in WIRE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and path.name != "backend.py":
+                names = {alias.name for alias in node.names} & set(backend.__all__)
+                if names and node.module != "backend":
+                    elsewhere.append((path.name, node.module, names))
+    assert elsewhere == []
