@@ -76,7 +76,7 @@ from ..session import (
 )
 from ..shm.segment import Hook
 from ..stats import Stats
-from ..transport.address import connect_socket, parse_address
+from ..transport.address import parse_address
 from ..transport.base import remaining_s
 from ..transport.meter import HANDSHAKE_PADDING_NBYTES, LinkEstimate
 from ..transport.spin import choose_spin_us
@@ -178,7 +178,7 @@ class Channel(CallTimeout):
         codec_threshold_nbytes = parse_threshold(codec_threshold_nbytes)
         address = parse_address(uri)
         connection = self._connection = Connection(
-            connect_socket(address, timeout_s),
+            address.connect(timeout_s),
             address,
             is_client=True,
             limits=limits,
