@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import SHM_PREFIX
 
 import fastsplit
 from fastsplit.errors import AddressError, ConnectError, DeadlineError, ListenError, fresh
+from fastsplit.wire.shm.negotiation import offer
 from fastsplit.wire.transport.address import TcpAddress, UnixAddress, VsockAddress, parse_address
 
 
@@ -306,6 +308,48 @@ def test_a_client_of_a_star_is_as_near_as_one_of_its_address(serve: Callable[...
         (connection,) = server._connections
         assert connection.wire.is_peer_local
         assert re.fullmatch(r"127\.0\.0\.1:\d+", connection.wire.transport.peer_name())
+
+
+class _Connected:
+    """A socket whose peer has an address, or none any more."""
+
+    def __init__(self, *address: object) -> None:
+        self._address = address
+
+    def getpeername(self) -> tuple[object, ...]:
+        if not self._address:
+            raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
+        return self._address
+
+
+@pytest.mark.parametrize(
+    ("uri", "peer", "is_local"),
+    [
+        ("unix:///s", _Connected(), True),  # it cannot be elsewhere, whatever became of it
+        ("tcp://h:1", _Connected("127.0.0.1", 5), True),
+        ("tcp://h:1", _Connected("127.3.4.5", 5), True),
+        ("tcp://h:1", _Connected("::1", 5, 0, 0), True),
+        ("tcp://h:1", _Connected("::ffff:127.0.0.1", 5, 0, 0), True),
+        ("tcp://h:1", _Connected("192.0.2.7", 5), False),
+        ("tcp://h:1", _Connected("::ffff:192.0.2.7", 5, 0, 0), False),
+        ("tcp://h:1", _Connected("fe80::1%eth0", 5, 0, 2), False),
+        ("tcp://h:1", _Connected(), False),
+        ("vsock://1:1", _Connected(1, 5), False),
+    ],
+)
+def test_whether_the_peer_is_on_this_host(uri: str, peer: _Connected, is_local: bool) -> None:
+    """One answer, for shared memory, `near` and codecs. A peer that is gone is nowhere: nothing is offered to it."""
+    address = parse_address(uri)
+    assert address.is_peer_local(peer) is is_local
+    made = offer(address, address.is_peer_local(peer), is_client=False)
+    assert bool(made.kinds) is is_local and (is_local or made.note == "the two sides may be on different hosts")
+
+
+def test_shared_memory_for_a_client_of_a_star(serve: Callable[..., Any]) -> None:
+    """Its server sees ::ffff:127.0.0.1, and shares memory with that as with 127.0.0.1."""
+    server = serve(f"tcp://*:0?shm={SHM_PREFIX}", {"echo": lambda call: call.tensors}, insecure=True)
+    with fastsplit.connect(f"tcp://127.0.0.1:{parse_address(server.uri).port}?shm={SHM_PREFIX}") as channel:
+        assert channel.shm and channel.near and channel.call("echo") == ()
 
 
 @pytest.mark.parametrize("order", [1, -1])
