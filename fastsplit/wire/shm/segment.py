@@ -80,7 +80,7 @@ class Memfd:
     kind = "memfd"
 
     def create(self, nbytes: int) -> tuple[mmap.mmap, int, str]:
-        """New memory, its descriptor (the caller's, to send and close), and no name. Raises ArenaFull."""
+        """New memory, its descriptor (the caller's, to send and close), and an empty name. Raises ArenaFull."""
         try:
             fd = os.memfd_create("fastsplit", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         except OSError as error:
@@ -115,10 +115,10 @@ class Memfd:
             os.close(fd)
 
     def close(self) -> None:
-        """There is nothing to clean up."""
+        """As Named.close: nothing to remove."""
 
     def leave(self) -> None:
-        """There is nothing to leave."""
+        """As Named.leave: nothing to close."""
 
 
 def new_token() -> str:
@@ -141,7 +141,7 @@ class Named:
         self._peer_token = peer_token
 
     def create(self, nbytes: int) -> tuple[mmap.mmap, None, str]:
-        """New memory, no descriptor to send, and its path. Raises ArenaFull."""
+        """New memory, None instead of a descriptor, and its path. Raises ArenaFull."""
         self._settle()
         path = f"{self.prefix}-{self._peer_token}{new_token()}"
         try:
