@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import select
 import socket
 import threading
 import time
@@ -22,7 +23,7 @@ from fastsplit.wire.shm import semaphores as locks
 from fastsplit.wire.shm.ring import RING_NBYTES, SLOT_NBYTES, SLOTS, Ring
 from fastsplit.wire.shm.segment import Memfd, why_no_memfd
 from fastsplit.wire.shm.semaphores import semaphores
-from fastsplit.wire.transport.stream import Stream
+from fastsplit.wire.transport.stream import SEND_FLAGS, Stream
 
 _WHY_NOT = why_no_memfd() or (None if semaphores() else "no semaphores that are known")
 pytestmark = pytest.mark.skipif(_WHY_NOT is not None, reason=str(_WHY_NOT))
@@ -379,6 +380,30 @@ def test_descriptors_go_through_the_socket(pair: Pair) -> None:
         assert os.read(reading, 10) == b"through"
         os.close(reading)
     assert pair.server.take_descriptor() is None
+
+
+def test_a_descriptor_goes_with_its_frame_or_not_at_all(pair: Pair) -> None:
+    """A full socket makes no descriptor readable: there is room in the ring, and still this side may sleep a little."""
+    client, server = pair
+    frame = bytearray(b"announced")
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            client._link.send_now(b"w" * 4096, SEND_FLAGS)
+    assert client.send_with_descriptor_now(frame, 0) == (False, [frame])
+    assert not server.has_bytes()
+    assert client.prepare_to_sleep(for_items=True, for_space=True) == ring._NAP_S
+    client.awake()
+    while select.select([server.fileno()], [], [], 0)[0]:
+        server.drain()
+    assert client.send_with_descriptor_now(frame, 0) == (True, ())
+    assert client.prepare_to_sleep(for_items=True, for_space=True) == 0.0
+    slot, fd = receive(server), server.take_descriptor()
+    assert slot is not None and slot[: len(frame)] == frame and fd is not None
+    os.close(fd)
+    while not client.send([bytes(SLOT_NBYTES)]):
+        pass
+    assert client.send_with_descriptor_now(frame, 0) == (False, [frame])  # no room in the ring
+    assert server.take_descriptor() is None
 
 
 def test_a_descriptor_that_woke_a_sleeper_is_kept(pair: Pair) -> None:

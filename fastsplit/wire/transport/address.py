@@ -6,11 +6,11 @@
 
 Each may say `?shm=off` (no shared memory), `?shm=/dev/shm/NAME` (segments with names that start so), or `?shm=auto`.
 
-Where would TLS go? Into a file tls.py with a class that derives from TcpAddress: its `connect` and `accept` do the
-handshake of TLS, its `_to_listen_on` may allow listeners that other hosts can reach, and its `transport` makes a
-Transport over the encrypted stream (base.py), which derives from Stream as far as an SSLSocket can do what a socket
-can. Its line in `SCHEMES` is the other half: nothing else in the package names a scheme. Authentication goes into the
-same class if it belongs to one scheme, and into a base class of several if it does not.
+Where would TLS go? Into one file, tls.py, and one line of `SCHEMES`. The file has a class `TlsAddress(TcpAddress)`: its
+`connect` and `accept` do TLS's handshake, its `_to_listen_on` may allow listeners that other hosts can reach, its
+`carries_ring` is False, and its `transport` makes a Transport (base.py) of the encrypted socket. No other module of the
+package names a scheme. Where would authentication go? To the check of a new client: `_check_peer` of a scheme, where
+unix.py compares user ids. (tests/memory_transport.py is a complete scheme in one file.)
 """
 
 from __future__ import annotations
