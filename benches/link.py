@@ -39,7 +39,7 @@ from dataclasses import dataclass
 
 from benches.processes import process
 from fastsplit.errors import ConnectError, DeadlineError
-from fastsplit.wire.transport.address import TcpAddress, connect_socket, listen_socket, parse_address
+from fastsplit.wire.transport.address import TcpAddress, parse_address
 
 __all__ = ["LINKS", "LinkKind", "main", "relay", "relay_arguments", "through"]
 
@@ -342,7 +342,7 @@ def _serve(listener: socket.socket, target: TcpAddress, rate_bit_per_s: float, d
             continue
         near, _ = listener.accept()
         try:
-            far = connect_socket(target, _CONNECT_S)
+            far = target.connect(_CONNECT_S)
         except (ConnectError, DeadlineError) as error:
             print(f"{error}", file=sys.stderr, flush=True)
             _close_by_reset(near)
@@ -401,7 +401,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not (0 <= args.rate_mbit < math.inf and 0 <= args.delay_ms < math.inf):
         parser.error("--rate-mbit and --delay-ms must be 0 or more")
-    listener, address = listen_socket(args.listen)
+    listener, address = args.listen.listen()
     assert isinstance(address, TcpAddress)
     _wake_on_time()
     if args.rate_mbit or args.delay_ms:

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from .errors import SettingError
 from .models import ModelConfig
 from .ops import MAX_LANES, PLANS, Traffic, choose_plan, traffic
-from .wire.transport.address import UnixAddress, parse_address
+from .wire.transport.address import parse_address
 
 if TYPE_CHECKING:
     from .wire.blocking.channel import Channel
@@ -142,7 +142,7 @@ def look(channel: Channel, timeout_s: float | None = None) -> LinkEstimate | Non
     Takes a few round trips and up to half a second for bytes, going by what the handshake found. Raises DeadlineError,
     and what ends the connection.
     """
-    if channel.shm or isinstance(parse_address(channel.uri), UnixAddress):
+    if channel.shm or parse_address(channel.uri).is_local:
         return None
     speeds = [speed for speed in channel.link[1:] if speed]
     nbytes = int(min([_PROBE_NBYTES, *(_PROBE_S / 2 * speed for speed in speeds)]))
@@ -157,7 +157,7 @@ def may_overlap(uri: str, lanes: int | None = None) -> bool:
     """
     if lanes is not None:
         return lanes > 1
-    return not isinstance(parse_address(uri), UnixAddress)
+    return not parse_address(uri).is_local
 
 
 def choose(

@@ -24,7 +24,7 @@ from fastsplit.schema.decoder import Decoder
 from fastsplit.schema.descriptor import Message
 from fastsplit.schema.encoder import Encoder
 from fastsplit.schema.limits import Limits
-from fastsplit.wire.shm.ring import semaphores
+from fastsplit.wire.shm.semaphores import semaphores
 from fastsplit.wire.transport.address import UnixAddress, parse_address
 
 HELLO, REQUEST, REPLY, ERROR, CANCEL, GOODBYE, ABORT, SEGMENT, ATTACHED, RETIRE, RETURN, PROBE = range(1, 13)

@@ -12,14 +12,12 @@ is called back (by the session, by the arena) is called through a weak reference
 from __future__ import annotations
 
 import inspect
-import ipaddress
 import os
-import socket
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from ..errors import (
     ArenaFull,
@@ -45,9 +43,11 @@ from .shm.negotiation import Offer, Sharing, agree, offer
 from .shm.ring import RING_NBYTES, Ring
 from .shm.segment import Hook, Memfd
 from .stats import Stats
-from .transport.address import Address, UnixAddress
 from .transport.meter import LinkEstimate, Meter
-from .transport.stream import Stream
+from .transport.scheme import Address, End
+
+if TYPE_CHECKING:
+    from .transport.stream import Stream
 
 __all__ = ["Connection", "greeting"]
 
@@ -83,24 +83,13 @@ def _weakly(method: _Callback) -> _Callback:
     return call  # type: ignore[return-value]
 
 
-def _is_loopback(sock: socket.socket) -> bool:
-    """Whether the peer is on this host, as far as its address says; a relay may be there, too."""
-    if sock.family not in (socket.AF_INET, socket.AF_INET6):
-        return False
-    try:
-        ip = ipaddress.ip_address(sock.getpeername()[0].partition("%")[0])
-        return (getattr(ip, "ipv4_mapped", None) or ip).is_loopback  # of a listener for both, IPv4 comes as IPv6
-    except OSError:  # gone already
-        return True
-
-
 class Connection:
-    """Owns the socket, also if it cannot be made of it. `on_memory_pressure(deadline)`: see Arena. `hook`: see
-    segment.Hook."""
+    """Owns `end`, which `address` gave, also if the constructor fails. `on_memory_pressure(deadline)`: see Arena.
+    `hook`: see segment.Hook."""
 
     def __init__(
         self,
-        sock: socket.socket,
+        end: End,
         address: Address,
         *,
         is_client: bool,
@@ -114,7 +103,7 @@ class Connection:
         try:
             can_code = Coder.capabilities()
         except ResourceError:
-            sock.close()
+            end.close()
             raise
         self.is_client = is_client
         self._memory = Tenant(pool)
@@ -133,13 +122,14 @@ class Connection:
         self._hook = hook
         self._sharing: Sharing | None = None
         self.coder = Coder(self._memory, codec_threshold_nbytes)
-        self.meter = None if isinstance(address, UnixAddress) else Meter()
+        self.meter = None if address.is_local else Meter()
         """Measures the link, where it may lead to another host and nothing is shared."""
-        self._is_loopback = _is_loopback(sock)
-        self._offer = offer(address, sock, is_client=is_client)
-        self.transport: Stream | Ring = Stream(
-            sock, spin_us, with_descriptors=Memfd.kind in self._offer.kinds, meter=self.meter
-        )
+        self.is_peer_local = address.is_peer_local(end)
+        self._offer = offer(address, self.is_peer_local, is_client=is_client)
+        transport = self.transport = address.transport(end)
+        transport.spin.spin_us = spin_us
+        transport.meter = self.meter
+        transport.passes_descriptors = Memfd.kind in self._offer.kinds
         self.session = Session(
             is_client=is_client,
             allocate=self._memory.allocate,
@@ -208,7 +198,7 @@ class Connection:
     @property
     def is_near(self) -> bool:
         """Whether the peer is on this host: on a loopback address a relay would take longer to answer."""
-        return self.meter is None or (self._is_loopback and self.meter.is_near)
+        return self.meter is None or (self.is_peer_local and self.meter.is_near)
 
     @property
     def can_code(self) -> bool:
@@ -255,7 +245,7 @@ class Connection:
 
     # ---- what goes before a frame ----
 
-    def control_frames(self, deadline: float | None) -> Iterator[bytearray]:
+    def control_frames(self, deadline: float | None) -> Iterator[Any]:
         """Frames that must go out before the next one: segments, and returns that are too many to ride on it.
 
         Descriptors are sent here, through the socket, each just before its frame: the peer takes only a few ahead. The
@@ -274,14 +264,10 @@ class Connection:
                 if segment.fd is None:
                     yield frame
                     continue
-                if isinstance(link, Ring):
-                    link.send_descriptor(segment.fd, deadline)
-                else:
-                    link.send_with_descriptor(frame, segment.fd, deadline)
+                left = link.send_with_descriptor(frame, segment.fd, deadline)
                 fd, segment.fd = segment.fd, None  # first: interrupted, nobody may close it twice
                 os.close(fd)
-                if isinstance(link, Ring):
-                    yield frame
+                yield from left
         while (frame_or_none := session.return_frame()) is not None:
             yield frame_or_none
 
@@ -333,8 +319,7 @@ class Connection:
                 self.coder.agree(self.session.capabilities)
             return None
         self.meter = None
-        if isinstance(self.transport, Stream):
-            self.transport.meter = None
+        self.transport.meter = None
         if not isinstance(sharing.factory, Memfd) and self._offer.prefix:  # not where the peer says
             sharing.factory.sweep()
         self.arena = Arena(
@@ -354,7 +339,7 @@ class Connection:
     def offer_ring(self, deadline: float | None) -> Callable[[str], None] | None:
         """Client: makes the ring and announces it. Returns what to call with the server's answer; None for no ring."""
         sharing, link = self._sharing, self.transport
-        if sharing is None or sharing.factory is None or not sharing.ring or isinstance(link, Ring):
+        if sharing is None or sharing.factory is None or not sharing.ring or link.whole_frames:
             return None
         try:
             memory, fd, name = sharing.factory.create(RING_NBYTES)
@@ -367,7 +352,9 @@ class Connection:
             if fd is None:
                 link.send_all([frame], deadline)
             else:
-                link.send_with_descriptor(frame, fd, deadline)
+                left = link.send_with_descriptor(frame, fd, deadline)
+                if left:
+                    link.send_all(left, deadline)
         except ResourceError as error:  # nothing was sent
             self._without_ring(str(error))
             return None
@@ -379,7 +366,7 @@ class Connection:
             if text:
                 self._without_ring(text)
             else:
-                self.transport = Ring(link, memory, is_client=True)
+                self.transport = Ring(cast("Stream", link), memory, is_client=True)
 
         return on_attached
 
@@ -389,7 +376,7 @@ class Connection:
         Raises RemoteProtocolError.
         """
         sharing, link = self._sharing, self.transport
-        if sharing is None or sharing.factory is None or not sharing.ring or isinstance(link, Ring):
+        if sharing is None or sharing.factory is None or not sharing.ring or link.whole_frames:
             raise RemoteProtocolError("SEGMENT, id: 0, expected no ring, or no other one")
         try:
             fd = link.take_descriptor() if not event.name else None
@@ -400,7 +387,7 @@ class Connection:
             self._without_ring(why)
             link.send_all([self.session.attached(why)], deadline)
             return
-        ring = Ring(link, memory, is_client=False)
+        ring = Ring(cast("Stream", link), memory, is_client=False)
         link.send_all([self.session.attached("")], deadline)
         self.transport = ring
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import os
 import re
@@ -16,19 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import SHM_PREFIX
 
 import fastsplit
 from fastsplit.errors import AddressError, ConnectError, DeadlineError, ListenError, fresh
-from fastsplit.wire.transport.address import (
-    TcpAddress,
-    UnixAddress,
-    VsockAddress,
-    accept_socket,
-    connect_socket,
-    listen_socket,
-    parse_address,
-    remove_socket_file,
-)
+from fastsplit.wire.shm.negotiation import offer
+from fastsplit.wire.transport.address import TcpAddress, UnixAddress, VsockAddress, parse_address
 
 
 @pytest.mark.parametrize(
@@ -82,33 +76,33 @@ def test_parse_names_what_is_wrong(uri: str, text: str) -> None:
 @pytest.mark.parametrize("host", ["0.0.0.0", "[::]", "192.0.2.1", "10.0.0.1"])
 def test_a_listener_off_loopback_is_refused(host: str) -> None:
     with pytest.raises(AddressError, match="refused to listen: links are not authenticated, so a listener may only"):
-        listen_socket(parse_address(f"tcp://{host}:0"))
+        parse_address(f"tcp://{host}:0").listen()
 
 
 def test_a_vsock_listener_for_others_is_refused() -> None:
     with pytest.raises(AddressError, match=r"vsock://2:5: refused to listen: .* may only be local \(cid 1\)"):
-        listen_socket(parse_address("vsock://2:5"))
+        parse_address("vsock://2:5").listen()
 
 
 def test_a_host_that_does_not_exist() -> None:
     with pytest.raises(AddressError, match="cannot resolve the host"):
-        listen_socket(parse_address("tcp://name.invalid:1"))
+        parse_address("tcp://name.invalid:1").listen()
     with pytest.raises(ConnectError, match=r"tcp://name\.invalid:1: cannot connect"):
-        connect_socket(parse_address("tcp://name.invalid:1"), 5)
+        parse_address("tcp://name.invalid:1").connect(5)
 
 
 def test_localhost_becomes_a_number_and_port_zero_a_port() -> None:
-    sock, address = listen_socket(parse_address("tcp://localhost:0"))
+    sock, address = parse_address("tcp://localhost:0").listen()
     with sock:
         assert address.host in ("127.0.0.1", "::1") and address.port > 0
-        connect_socket(address, 5).close()
+        address.connect(5).close()
 
 
 def test_unix_socket_is_private(unix_uri: str) -> None:
     address = parse_address(unix_uri)
     before = os.umask(0)
     try:
-        sock, _ = listen_socket(address)
+        sock, _ = address.listen()
     finally:
         os.umask(before)
     with sock:
@@ -117,50 +111,51 @@ def test_unix_socket_is_private(unix_uri: str) -> None:
 
 def test_a_stale_socket_file_is_replaced_and_a_live_one_is_not(unix_uri: str) -> None:
     address = parse_address(unix_uri)
-    listen_socket(address)[0].close()  # as a crash leaves it
+    address.listen()[0].close()  # as a crash leaves it
     assert Path(address.path).is_socket()
-    sock, _ = listen_socket(address)
+    sock, _ = address.listen()
     with sock:
         with pytest.raises(OSError, match="cannot listen: Address already in use"):
-            listen_socket(address)
-        connect_socket(address, 5).close()  # the live one still listens
+            address.listen()
+        address.connect(5).close()  # the live one still listens
 
 
 def test_what_is_no_socket_is_never_removed(unix_uri: str) -> None:
     address = parse_address(unix_uri)
     Path(address.path).write_text("precious")
     with pytest.raises(OSError, match="cannot listen"):
-        listen_socket(address)
+        address.listen()
     assert Path(address.path).read_text() == "precious"
 
 
 def test_a_port_in_use() -> None:
-    sock, address = listen_socket(parse_address("tcp://127.0.0.1:0"))
+    sock, address = parse_address("tcp://127.0.0.1:0").listen()
     with sock, pytest.raises(OSError, match=f"{address}: cannot listen: Address already in use"):
-        listen_socket(address)
+        address.listen()
 
 
 def test_a_directory_that_does_not_exist() -> None:
     with pytest.raises(OSError, match="unix:///nowhere/s: cannot listen: No such file or directory"):
-        listen_socket(parse_address("unix:///nowhere/s"))
+        parse_address("unix:///nowhere/s").listen()
 
 
 def test_only_the_own_socket_file_is_removed(unix_uri: str) -> None:
     address = parse_address(unix_uri)
-    sock, _ = listen_socket(address)
+    sock, bound = address.listen()
     with sock:
-        inode = os.stat(address.path).st_ino
-        remove_socket_file(address.path, inode + 1)
+        assert bound.inode == os.stat(address.path).st_ino
+        dataclasses.replace(bound, inode=bound.inode + 1).unlink()
+        address.unlink()  # has bound nothing
         assert Path(address.path).exists()
-        remove_socket_file(address.path, inode)
+        bound.unlink()
         assert not Path(address.path).exists()
-        remove_socket_file(address.path, inode)  # gone already: fine
+        bound.unlink()  # gone already: fine
 
 
 @pytest.mark.parametrize("uri", ["unix:///nowhere/s", "tcp://127.0.0.1:1", "tcp://[::1]:1"])
 def test_nobody_there(uri: str) -> None:
     with pytest.raises(ConnectError, match="cannot connect"):
-        connect_socket(parse_address(uri), 5)
+        parse_address(uri).connect(5)
 
 
 def test_a_socket_that_was_connected_to_itself_is_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,9 +167,9 @@ def test_a_socket_that_was_connected_to_itself_is_nobody(monkeypatch: pytest.Mon
         sock.connect(sock.getsockname())
         return sock
 
-    monkeypatch.setattr("fastsplit.wire.transport.address._connect_to_any", to_itself)
+    monkeypatch.setattr(TcpAddress, "_connect_to_any", to_itself)
     with pytest.raises(ConnectError, match="cannot connect: Connection refused"):
-        connect_socket(TcpAddress("127.0.0.1", 40_000), 5)
+        TcpAddress("127.0.0.1", 40_000).connect(5)
 
 
 @contextlib.contextmanager
@@ -199,10 +194,10 @@ def test_all_addresses_of_a_host_share_the_time(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
         started_s = time.monotonic()
         with pytest.raises(DeadlineError, match="no connection within"):
-            connect_socket(TcpAddress("several.example", 1), 0.3)
+            TcpAddress("several.example", 1).connect(0.3)
         assert time.monotonic() - started_s < 0.8
         found[-1] = (*found[-1][:4], listener.getsockname())
-        connect_socket(TcpAddress("several.example", 1), 0.3).close()  # one that stalls leaves time for the others
+        TcpAddress("several.example", 1).connect(0.3).close()  # one that stalls leaves time for the others
 
 
 def test_a_unix_socket_where_too_many_wait(unix_uri: str) -> None:
@@ -210,22 +205,23 @@ def test_a_unix_socket_where_too_many_wait(unix_uri: str) -> None:
     address = parse_address(unix_uri)
     with _full_listener(socket.AF_UNIX, address.path) as listener:
         with pytest.raises(DeadlineError, match="no connection within"):
-            connect_socket(address, 0.1)
+            address.connect(0.1)
         with pytest.raises(OSError, match="cannot listen: Address already in use"):
-            listen_socket(address)
+            address.listen()
         timer = threading.Timer(0.05, lambda: listener.accept()[0].close())  # noqa: PLW0108 (it accepts when it is time)
         timer.start()
-        connect_socket(address, 5).close()
+        address.connect(5).close()
         timer.join()
 
 
 def test_sockets_are_tuned(socket_uri: str) -> None:
-    listener, address = listen_socket(parse_address(socket_uri))
+    listener, address = parse_address(socket_uri).listen()
     with listener:
+        listener.setblocking(True)
         made: list[socket.socket] = []
-        thread = threading.Thread(target=lambda: made.append(accept_socket(listener, address)))
+        thread = threading.Thread(target=lambda: made.append(address.accept(listener)))
         thread.start()
-        with connect_socket(address, 5) as client:
+        with address.connect(5) as client:
             thread.join()
             with made[0] as server:
                 for sock in (client, server):
@@ -252,14 +248,14 @@ def test_peers_of_other_users(unix_uri: str, monkeypatch: pytest.MonkeyPatch, pe
 
     monkeypatch.setattr(os, "getuid", lambda: 4242)
     if welcome:
-        accept_socket(Listener(), parse_address(unix_uri)).close()
+        parse_address(unix_uri).accept(Listener()).close()
     else:
         with pytest.raises(PermissionError, match="a peer of uid 4243, expected 4242"):
-            accept_socket(Listener(), parse_address(unix_uri))
+            parse_address(unix_uri).accept(Listener())
 
 
 def test_an_insecure_listener_may_be_anywhere() -> None:
-    sock, address = listen_socket(parse_address("tcp://0.0.0.0:0"), insecure=True)
+    sock, address = parse_address("tcp://0.0.0.0:0").listen(insecure=True)
     with sock:
         assert str(address) == f"tcp://0.0.0.0:{sock.getsockname()[1]}"
 
@@ -272,13 +268,13 @@ def _reachable(port: int) -> set[str]:
     found = set()
     for host in ("127.0.0.1", "::1", "localhost"):
         with contextlib.suppress(ConnectError):
-            connect_socket(TcpAddress(host, port), 5).close()
+            TcpAddress(host, port).connect(5).close()
             found.add(host)
     return found
 
 
 def test_a_star_is_every_address_of_both_kinds() -> None:
-    sock, address = listen_socket(parse_address("tcp://*:0"), insecure=True)
+    sock, address = parse_address("tcp://*:0").listen(insecure=True)
     with sock:
         assert str(address) == f"tcp://*:{sock.getsockname()[1]}"  # what was asked for, with the real port
         ipv6 = {"::1"} if socket.has_dualstack_ipv6() else set()
@@ -286,12 +282,12 @@ def test_a_star_is_every_address_of_both_kinds() -> None:
         with pytest.raises(
             AddressError, match=rf"^tcp://\*:{address.port}: cannot connect: expected one host, such as"
         ):
-            connect_socket(address, 5)
+            address.connect(5)
 
 
 def test_a_star_where_there_is_no_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "has_dualstack_ipv6", lambda: False)
-    sock, address = listen_socket(parse_address("tcp://*:0"), insecure=True)
+    sock, address = parse_address("tcp://*:0").listen(insecure=True)
     with sock:
         assert sock.getsockname() == ("0.0.0.0", address.port)
         assert _reachable(address.port) == {"127.0.0.1", "localhost"}
@@ -301,7 +297,7 @@ def test_a_star_is_off_loopback() -> None:
     with pytest.raises(
         AddressError, match=r"^tcp://\*:0: refused to listen: .*, and this is every address of this host$"
     ):
-        listen_socket(parse_address("tcp://*:0"))
+        parse_address("tcp://*:0").listen()
 
 
 def test_a_client_of_a_star_is_as_near_as_one_of_its_address(serve: Callable[..., Any]) -> None:
@@ -310,8 +306,50 @@ def test_a_client_of_a_star_is_as_near_as_one_of_its_address(serve: Callable[...
     with fastsplit.connect(f"tcp://127.0.0.1:{parse_address(server.uri).port}") as channel:
         assert channel.call("echo") == ()
         (connection,) = server._connections
-        assert connection.wire._is_loopback
+        assert connection.wire.is_peer_local
         assert re.fullmatch(r"127\.0\.0\.1:\d+", connection.wire.transport.peer_name())
+
+
+class _Connected:
+    """A socket whose peer has an address, or none any more."""
+
+    def __init__(self, *address: object) -> None:
+        self._address = address
+
+    def getpeername(self) -> tuple[object, ...]:
+        if not self._address:
+            raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
+        return self._address
+
+
+@pytest.mark.parametrize(
+    ("uri", "peer", "is_local"),
+    [
+        ("unix:///s", _Connected(), True),  # it cannot be elsewhere, whatever became of it
+        ("tcp://h:1", _Connected("127.0.0.1", 5), True),
+        ("tcp://h:1", _Connected("127.3.4.5", 5), True),
+        ("tcp://h:1", _Connected("::1", 5, 0, 0), True),
+        ("tcp://h:1", _Connected("::ffff:127.0.0.1", 5, 0, 0), True),
+        ("tcp://h:1", _Connected("192.0.2.7", 5), False),
+        ("tcp://h:1", _Connected("::ffff:192.0.2.7", 5, 0, 0), False),
+        ("tcp://h:1", _Connected("fe80::1%eth0", 5, 0, 2), False),
+        ("tcp://h:1", _Connected(), False),
+        ("vsock://1:1", _Connected(1, 5), False),
+    ],
+)
+def test_whether_the_peer_is_on_this_host(uri: str, peer: _Connected, is_local: bool) -> None:
+    """One answer, for shared memory, `near` and codecs. A peer that is gone is nowhere: nothing is offered to it."""
+    address = parse_address(uri)
+    assert address.is_peer_local(peer) is is_local
+    made = offer(address, address.is_peer_local(peer), is_client=False)
+    assert bool(made.kinds) is is_local and (is_local or made.note == "the two sides may be on different hosts")
+
+
+def test_shared_memory_for_a_client_of_a_star(serve: Callable[..., Any]) -> None:
+    """Its server sees ::ffff:127.0.0.1, and shares memory with that as with 127.0.0.1."""
+    server = serve(f"tcp://*:0?shm={SHM_PREFIX}", {"echo": lambda call: call.tensors}, insecure=True)
+    with fastsplit.connect(f"tcp://127.0.0.1:{parse_address(server.uri).port}?shm={SHM_PREFIX}") as channel:
+        assert channel.shm and channel.near and channel.call("echo") == ()
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -320,7 +358,7 @@ def test_a_name_of_both_kinds_is_its_ipv4_address(monkeypatch: pytest.MonkeyPatc
     kinds = [(socket.AF_INET6, 1, 6, "", ("::1", 0, 0, 0)), (socket.AF_INET, 1, 6, "", ("127.0.0.1", 0))]
     with monkeypatch.context() as patch:
         patch.setattr(socket, "getaddrinfo", lambda *_, **__: kinds[::order])
-        sock, address = listen_socket(parse_address("tcp://localhost:0"))
+        sock, address = parse_address("tcp://localhost:0").listen()
     with sock:
         assert address.host == "127.0.0.1"
         assert _reachable(address.port) == {"127.0.0.1", "localhost"}
@@ -330,23 +368,23 @@ def test_a_name_of_both_kinds_is_its_ipv4_address(monkeypatch: pytest.MonkeyPatc
 def test_names_that_no_host_can_have(host: str) -> None:
     address = parse_address(f"tcp://{host}:1")
     with pytest.raises(AddressError, match="cannot resolve the host: the name is not a valid host name"):
-        listen_socket(address)
+        address.listen()
     with pytest.raises(ConnectError, match="cannot connect: the name is not a valid host name"):
-        connect_socket(address, 5)
+        address.connect(5)
 
 
 @pytest.mark.parametrize(
     ("listen", "code"),
     [
-        (listen_socket, errno.EADDRINUSE),
-        (lambda taken: listen_socket(parse_address("unix:///nowhere/s")), errno.ENOENT),
-        (lambda taken: listen_socket(parse_address("unix:///proc/s")), None),
-        (lambda taken: listen_socket(parse_address("tcp://192.0.2.1:0"), insecure=True), errno.EADDRNOTAVAIL),
+        (lambda taken: taken.listen(), errno.EADDRINUSE),
+        (lambda taken: parse_address("unix:///nowhere/s").listen(), errno.ENOENT),
+        (lambda taken: parse_address("unix:///proc/s").listen(), None),
+        (lambda taken: parse_address("tcp://192.0.2.1:0").listen(insecure=True), errno.EADDRNOTAVAIL),
     ],
     ids=["in use", "no directory", "not permitted", "no address of this host"],
 )
 def test_what_cannot_be_listened_on_now(unix_uri: str, listen: Callable[[Any], Any], code: int | None) -> None:
-    sock, taken = listen_socket(parse_address(unix_uri))
+    sock, taken = parse_address(unix_uri).listen()
     with sock, pytest.raises(ListenError) as caught:
         listen(taken)
     error = caught.value

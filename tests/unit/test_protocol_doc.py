@@ -24,6 +24,7 @@ from fastsplit.wire import rules
 from fastsplit.wire.session import Session
 from fastsplit.wire.shm import ring
 from fastsplit.wire.shm.negotiation import Offer
+from fastsplit.wire.shm.semaphores import STRIDE
 
 DOC = (Path(__file__).resolve().parents[2] / "docs" / "protocol.md").read_text()
 
@@ -152,8 +153,8 @@ def test_ring_table() -> None:
     nbytes = ring.SLOTS * ring.SLOT_NBYTES
     assert list(places) == [0, *ring._ASLEEP_AT, ring._FENCE_AT, *spaces, *items, slots, slots + nbytes]
     assert places[0] == str(ring._HEADER.size)
-    assert {places[at] for at in spaces} == {f"2 x {ring._STRIDE}"}
-    assert {places[at] for at in items} == {f"{ring.SLOTS} x {ring._STRIDE}"}
+    assert {places[at] for at in spaces} == {f"2 x {STRIDE}"}
+    assert {places[at] for at in items} == {f"{ring.SLOTS} x {STRIDE}"}
     assert {places[at] for at in (slots, slots + nbytes)} == {f"{ring.SLOTS} x {ring.SLOT_NBYTES}"}
     assert slots + 2 * nbytes == ring.RING_NBYTES and f"{ring.RING_NBYTES} bytes" in DOC.replace("\n", " ")
 

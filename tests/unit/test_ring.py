@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import select
 import socket
 import threading
 import time
@@ -19,9 +20,11 @@ from fastsplit.errors import DeadlineError, FastsplitError, PeerLostError, Remot
 from fastsplit.wire.events import Failed
 from fastsplit.wire.session import Session
 from fastsplit.wire.shm import ring
-from fastsplit.wire.shm.ring import RING_NBYTES, SLOT_NBYTES, SLOTS, Ring, semaphores
+from fastsplit.wire.shm import semaphores as locks
+from fastsplit.wire.shm.ring import RING_NBYTES, SLOT_NBYTES, SLOTS, Ring
 from fastsplit.wire.shm.segment import Memfd, why_no_memfd
-from fastsplit.wire.transport.stream import Stream
+from fastsplit.wire.shm.semaphores import semaphores
+from fastsplit.wire.transport.stream import SEND_FLAGS, Stream
 
 _WHY_NOT = why_no_memfd() or (None if semaphores() else "no semaphores that are known")
 pytestmark = pytest.mark.skipif(_WHY_NOT is not None, reason=str(_WHY_NOT))
@@ -56,8 +59,8 @@ def paired(spin_us: float = 0.0) -> Iterator[Pair]:
     memory, fd, _ = Memfd().create(RING_NBYTES)
     Ring.format(memory)
     other = Memfd().attach(fd, "", RING_NBYTES)
-    client = Ring(Stream(first, spin_us, with_descriptors=True), memory, is_client=True)
-    server = Ring(Stream(second, spin_us, with_descriptors=True), other, is_client=False)
+    client = Ring(Stream(first, spin_us, passes_descriptors=True), memory, is_client=True)
+    server = Ring(Stream(second, spin_us, passes_descriptors=True), other, is_client=False)
     del memory, other
     try:
         yield Pair(client, server)
@@ -369,7 +372,7 @@ def test_descriptors_go_through_the_socket(pair: Pair) -> None:
     assert pair.server.take_descriptor() is None
     for _ in range(3):
         reading, writing = os.pipe()
-        pair.client.send_descriptor(writing, time.monotonic() + 5)
+        pair.client.send_with_descriptor(b"left", writing, time.monotonic() + 5)
         os.close(writing)
         fd = pair.server.take_descriptor()
         assert fd is not None and not os.get_inheritable(fd)
@@ -380,10 +383,34 @@ def test_descriptors_go_through_the_socket(pair: Pair) -> None:
     assert pair.server.take_descriptor() is None
 
 
+def test_a_descriptor_goes_with_its_frame_or_not_at_all(pair: Pair) -> None:
+    """A full socket makes no descriptor readable: there is room in the ring, and still this side may sleep a little."""
+    client, server = pair
+    frame = bytearray(b"announced")
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            client._link.send_now(b"w" * 4096, SEND_FLAGS)
+    assert client.send_with_descriptor_now(frame, 0) == (False, [frame])
+    assert not server.has_bytes()
+    assert client.prepare_to_sleep(for_items=True, for_space=True) == ring._NAP_S
+    client.awake()
+    while select.select([server.fileno()], [], [], 0)[0]:
+        server.drain()
+    assert client.send_with_descriptor_now(frame, 0) == (True, ())
+    assert client.prepare_to_sleep(for_items=True, for_space=True) == 0.0
+    slot, fd = receive(server), server.take_descriptor()
+    assert slot is not None and slot[: len(frame)] == frame and fd is not None
+    os.close(fd)
+    while not client.send([bytes(SLOT_NBYTES)]):
+        pass
+    assert client.send_with_descriptor_now(frame, 0) == (False, [frame])  # no room in the ring
+    assert server.take_descriptor() is None
+
+
 def test_a_descriptor_that_woke_a_sleeper_is_kept(pair: Pair) -> None:
     with _thread(lambda: receive(pair.server, 20)) as out:
         _until(lambda: _sleeps(pair.server))
-        pair.client.send_descriptor(0, time.monotonic() + 5)
+        pair.client.send_with_descriptor(b"left", 0, time.monotonic() + 5)
         pair.client.send([b"announced"])
     assert out[0][:9] == b"announced"
     fd = pair.server.take_descriptor()
@@ -463,10 +490,10 @@ def test_a_frame_through_a_ring_has_no_payload(pair: Pair) -> None:
 def test_semaphores(monkeypatch: pytest.MonkeyPatch) -> None:
     known = semaphores()
     assert known.split("-")[0] in ("glibc", "musl") and known.split("-")[-1] in ("32", "64")
-    monkeypatch.setattr(ring.os, "confstr", lambda name: "glibc 2.20")
+    monkeypatch.setattr(locks.os, "confstr", lambda name: "glibc 2.20")
     assert semaphores() == ""  # too old
-    monkeypatch.setattr(ring.os, "confstr", lambda name: None)
+    monkeypatch.setattr(locks.os, "confstr", lambda name: None)
     assert semaphores() == ""  # no glibc, and no musl either
     monkeypatch.undo()
-    monkeypatch.setattr(ring, "_semaphores", None)
+    monkeypatch.setattr(locks, "_loaded", None)
     assert semaphores() == ""

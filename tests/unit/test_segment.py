@@ -21,7 +21,8 @@ from conftest import SHM_PREFIX
 
 from fastsplit.errors import AddressError, ArenaFull, RemoteProtocolError
 from fastsplit.wire.shm import segment as module
-from fastsplit.wire.shm.segment import Memfd, Named, Segment, check_prefix, new_token, why_no_memfd
+from fastsplit.wire.shm.segment import Memfd, Named, Segment, new_token, why_no_memfd
+from fastsplit.wire.transport.scheme import check_prefix
 
 NBYTES = 64 * 1024
 TOKEN, PEER_TOKEN = "0123456789abcdef", "fedcba9876543210"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -108,6 +109,27 @@ def test_a_write_has_a_deadline(ends: tuple[Stream, socket.socket]) -> None:
     with pytest.raises(DeadlineError, match="the peer took too long to read"):
         link.send_all([bytes(20_000_000)], _soon())
     assert time.monotonic() - started < 1
+
+
+def test_a_descriptor_goes_with_the_first_byte(ends: tuple[Stream, socket.socket]) -> None:
+    link, theirs = ends
+    frame = bytes(range(256)) * 20_000  # more than the socket takes at once
+    left = link.send_with_descriptor(frame, 0, _soon(5))
+    sent = len(frame) - len(left[0])
+    assert 0 < sent == link.bytes_sent
+    assert link.send_with_descriptor_now(frame, 0) == (False, [frame])
+    with pytest.raises(DeadlineError):
+        link.send_with_descriptor(frame, 0, _soon())
+    data, ancillary, _, _ = theirs.recvmsg(len(frame), socket.CMSG_SPACE(64))
+    assert frame.startswith(data) and len(ancillary) == 1
+    (fd,) = struct.unpack("i", ancillary[0][2])
+    os.close(fd)
+    out = bytearray(data)
+    thread = threading.Thread(target=_read_all, args=(theirs, len(frame), out))
+    thread.start()
+    link.send_all(left, _soon(20))
+    thread.join()
+    assert out == frame
 
 
 def test_wait_tells_reading_from_writing(ends: tuple[Stream, socket.socket]) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 import time
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
@@ -47,8 +46,9 @@ from ..options import _parse_hook, _parse_pool, parse_count, parse_timeout
 from ..rules import PROBES
 from ..shm.segment import Hook
 from ..stats import Stats
-from ..transport.address import Address, connect_socket, parse_address
+from ..transport.address import parse_address
 from ..transport.meter import HANDSHAKE_PADDING_NBYTES, LinkEstimate
+from ..transport.scheme import Address, End
 from .pump import AT_ONCE, Frame, Pump, settle_left, within
 
 __all__ = ["MAX_QUEUED_NBYTES", "Channel", "connect"]
@@ -150,9 +150,9 @@ class Channel(CallTimeout):
             raise ClosedError("a channel is opened once")
         self._opened = True
         deadline = time.monotonic() + self._timeout_s
-        sock = await _connect(self._address, self._timeout_s)
+        end = await _connect(self._address, self._timeout_s)
         connection = self._connection = Connection(
-            sock,
+            end,
             self._address,
             is_client=True,
             limits=self._limits,
@@ -612,34 +612,34 @@ async def allocate(pump: Pump, arrays: Arrays, shape: Any, dtype: Any, deadline:
             return tensor
 
 
-async def _connect(address: Address, timeout_s: float) -> socket.socket:
-    """A connected socket, by a thread of its own. Raises what `connect_socket` does."""
+async def _connect(address: Address, timeout_s: float) -> End:
+    """A connected end, by a thread of its own. Raises what `Address.connect` does."""
     loop = asyncio.get_running_loop()
-    connected: asyncio.Future[socket.socket] = loop.create_future()
+    connected: asyncio.Future[End] = loop.create_future()
 
     def connect() -> None:
         try:
-            sock = connect_socket(address, timeout_s)
+            end = address.connect(timeout_s)
         except BaseException as error:  # noqa: BLE001 (it is the task's)
             tell(None, error)
         else:
-            if not tell(sock, None):
-                sock.close()
+            if not tell(end, None):
+                end.close()
 
-    def tell(sock: socket.socket | None, error: BaseException | None) -> bool:
+    def tell(end: End | None, error: BaseException | None) -> bool:
         try:
-            loop.call_soon_threadsafe(settle, sock, error)
+            loop.call_soon_threadsafe(settle, end, error)
         except RuntimeError:  # the loop is closed
             return False
         return True
 
-    def settle(sock: socket.socket | None, error: BaseException | None) -> None:
+    def settle(end: End | None, error: BaseException | None) -> None:
         if error is not None and not connected.done():
             connected.set_exception(error)
-        elif sock is not None and not connected.done():
-            connected.set_result(sock)
-        elif sock is not None:  # nobody waits any more
-            sock.close()
+        elif end is not None and not connected.done():
+            connected.set_result(end)
+        elif end is not None:  # nobody waits any more
+            end.close()
 
     workers = Workers(1, "fastsplit-connect")
     workers.submit(connect)

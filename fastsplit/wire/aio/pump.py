@@ -29,7 +29,7 @@ from ..connection import Connection
 from ..events import Event, Failed
 from ..frames import MAX_RETURNS
 from ..shm.blocks import OwnSegment
-from ..shm.ring import Ring
+from ..transport.base import Transport
 
 __all__ = ["AT_ONCE", "Frame", "Owner", "Pump", "settle_left", "within"]
 
@@ -187,7 +187,7 @@ class Pump:
         self.queued_nbytes += frame.nbytes
         if not self._corked:
             self._flush()
-            if not isinstance(self.connection.transport, Ring):
+            if not self.connection.transport.whole_frames:
                 self._corked = True
                 self._uncorking = self.loop.call_soon(self._uncork)
         return frame
@@ -237,7 +237,7 @@ class Pump:
         if self._lost is not None or self.ended:
             return
         try:
-            if isinstance(self.connection.transport, Ring):
+            if self.connection.transport.whole_frames:
                 self._flush_ring(self.connection.transport)
             else:
                 self._flush_socket()
@@ -251,7 +251,6 @@ class Pump:
 
     def _flush_socket(self) -> None:
         link, queue = self.connection.transport, self._queue
-        assert not isinstance(link, Ring)
         most = link.bytes_sent + _MAX_NBYTES
         while queue and link.bytes_sent < most:
             batch: list[Any] = []
@@ -266,9 +265,8 @@ class Pump:
             segment = queue[0].segment
             left: Sequence[Any]
             if segment is not None and segment.fd is not None:
-                rest = link.send_with_descriptor_now(batch[0], segment.fd)
-                left = [rest] if rest else ()
-                if len(rest) < nbytes:
+                sent, left = link.send_with_descriptor_now(batch[0], segment.fd)
+                if sent:
                     self._sent_descriptor(queue[0])
             else:
                 left = link.send(batch, nbytes)
@@ -281,18 +279,17 @@ class Pump:
                 break
         self._watch_writing(bool(queue))
 
-    def _flush_ring(self, link: Ring) -> None:
+    def _flush_ring(self, link: Transport) -> None:
         queue = self._queue
         while queue:
             frame = queue[0]
             if frame.segment is not None and frame.segment.fd is not None:
-                if not link.writable:
+                sent, left = link.send_with_descriptor_now(frame.buffers[0], frame.segment.fd)
+                if not sent:
                     break
-                if not link.send_descriptor_now(frame.segment.fd):  # the peer has many bells to read yet
-                    self._turn_soon(_NAP_S)
-                    return
                 self._sent_descriptor(frame)
-            left = link.send(frame.buffers)
+            else:
+                left = link.send(frame.buffers)
             if left:
                 self._sent_part(left)
                 break
@@ -340,7 +337,7 @@ class Pump:
         if paused == self._paused or self.ended:
             return
         self._paused = paused
-        if not isinstance(self.connection.transport, Ring):
+        if not self.connection.transport.whole_frames:
             self._watch_reading(not paused)
         elif not paused and not self._in_turn:
             self._turn_soon()
@@ -354,7 +351,7 @@ class Pump:
         if self.ended:
             self._drop()
             return
-        if isinstance(link, Ring):
+        if link.whole_frames:
             try:
                 self._stream_ended = not link.drain()
             except FastsplitError as error:
@@ -394,8 +391,7 @@ class Pump:
             self._in_turn = False
 
     def _do_turn(self) -> None:
-        if isinstance(self.connection.transport, Ring):
-            self.connection.transport.awake()
+        self.connection.transport.awake()
         more = self._read_some()
         if self._queue:
             self._flush()
@@ -403,7 +399,7 @@ class Pump:
             self._wake_short()
         self._progressed()
         link = self.connection.transport  # a ring, perhaps, by now
-        if isinstance(link, Ring) and not self.ended and self._turning is None:
+        if link.whole_frames and not self.ended and self._turning is None:
             if more:
                 self._turn_soon()
             else:
@@ -415,7 +411,7 @@ class Pump:
         most = self.connection.transport.bytes_received + _MAX_NBYTES
         for _ in range(_MAX_READS):
             link = self.connection.transport
-            if isinstance(link, Ring) and (self._paused or not link.readable):
+            if link.whole_frames and (self._paused or not link.has_bytes()):
                 if self._stream_ended:
                     self._owner.failed(session.end_of_stream(), tell=False)
                 return False
@@ -440,7 +436,7 @@ class Pump:
                     return False
         return True
 
-    def _rest(self, link: Ring) -> None:
+    def _rest(self, link: Transport) -> None:
         """The loop may sleep now, if there is nothing to do in the ring."""
         sleep_s = link.prepare_to_sleep(for_items=not self._paused, for_space=bool(self._queue))
         if sleep_s is not None:
@@ -452,7 +448,7 @@ class Pump:
             return
         link = self.connection.transport
         self._paused = False
-        if isinstance(link, Ring):
+        if link.whole_frames:
             with contextlib.suppress(FastsplitError):
                 self._stream_ended = not link.drain()
         self._read_some()

@@ -17,8 +17,6 @@ import contextlib
 import functools
 import inspect
 import logging
-import os
-import socket
 import threading
 import time
 from collections import deque
@@ -63,7 +61,8 @@ from ..options import _parse_hook, _parse_pool, parse_count, parse_flag, parse_t
 from ..shm.arena import IDLE_S
 from ..shm.segment import Hook
 from ..stats import Stats
-from ..transport.address import Reserve, UnixAddress, listen_socket, parse_address, remove_socket_file
+from ..transport.address import Reserve, parse_address
+from ..transport.scheme import End
 from .channel import MAX_QUEUED_NBYTES, allocate
 from .pump import AT_ONCE, Pump, settle_left, within
 
@@ -149,8 +148,7 @@ class Server:
         self._codec_threshold_nbytes = parse_count("codec_threshold_nbytes", codec_threshold_nbytes, 1)
         self._past = Stats()  # of connections that have ended
         self._pool_of_workers: Workers | None = None
-        self._listener: socket.socket | None = None
-        self._inode = 0
+        self._listener: Any = None
         self._reserve: Reserve | None = None
         self._connections: set[_Connection] = set()
         self._ending: set[asyncio.Future[bool]] = set()  # of connections that are read out before they are closed
@@ -217,7 +215,7 @@ class Server:
             Coder.capabilities()  # looks for codecs now: when a client comes there may be no descriptor left
             if self._workers:
                 workers = Workers(self._workers, "fastsplit-worker")
-            listener, address = listen_socket(self._address, insecure=self._insecure)
+            listener, address = self._address.listen(insecure=self._insecure)
         except BaseException:
             reserve.close()
             if workers is not None:
@@ -225,11 +223,8 @@ class Server:
             raise
         self._pool_of_workers = workers
         self._reserve = reserve
-        listener.setblocking(False)
         self._loop, self._closed = loop, loop.create_future()
         self._listener, self._address, self._uri = listener, address, str(address)
-        if isinstance(address, UnixAddress):
-            self._inode = os.stat(address.path).st_ino
         loop.add_reader(listener.fileno(), self._accept)
         watch(self)
         return self
@@ -311,15 +306,14 @@ class Server:
         self._listener.close()
         if self._reserve is not None:
             self._reserve.close()
-        if isinstance(self._address, UnixAddress):
-            remove_socket_file(self._address.path, self._inode)
+        self._address.unlink()
 
     def _accept(self) -> None:
         assert self._loop is not None and self._listener is not None and self._reserve is not None
         self._accepting = None
         for _ in range(_MAX_ACCEPTED):
             try:
-                sock, refusal = self._reserve.accept(self._listener, self._address)
+                end, refusal = self._reserve.accept(self._listener, self._address)
             except BlockingIOError:
                 return
             except OSError as error:
@@ -328,7 +322,7 @@ class Server:
                 self._loop.remove_reader(self._listener.fileno())
                 self._accepting = self._loop.call_later(_ACCEPT_AGAIN_S, self._accept_again)
                 return
-            connection = _Connection(self, sock)
+            connection = _Connection(self, end)
             if refusal is not None:
                 _logger.warning("%s: a connection was not accepted: %s", self._uri, refusal)
                 connection.refuse(refusal)
@@ -357,10 +351,10 @@ class Server:
 class _Connection:
     """One client: its requests, and the tasks that answer them."""
 
-    def __init__(self, server: Server, sock: socket.socket) -> None:
+    def __init__(self, server: Server, end: End) -> None:
         self.server = server
         self.wire = Connection(
-            sock,
+            end,
             server._address,
             is_client=False,
             limits=server.limits,

@@ -65,7 +65,7 @@ from ..options import _parse_hook, _parse_pool, parse_count, parse_flag, parse_t
 from ..rules import MAX_PADDING_NBYTES, PROBES
 from ..shm.segment import Hook
 from ..stats import Stats
-from ..transport.address import connect_socket, parse_address
+from ..transport.address import parse_address
 from ..transport.base import remaining_s
 from ..transport.meter import HANDSHAKE_PADDING_NBYTES, LinkEstimate
 from ..transport.spin import choose_spin_us
@@ -167,7 +167,7 @@ class Channel(CallTimeout):
         codec_threshold_nbytes = parse_count("codec_threshold_nbytes", codec_threshold_nbytes, 1)
         address = parse_address(uri)
         connection = self._connection = Connection(
-            connect_socket(address, timeout_s),
+            address.connect(timeout_s),
             address,
             is_client=True,
             limits=limits,

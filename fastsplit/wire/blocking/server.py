@@ -22,7 +22,6 @@ import functools
 import logging
 import os
 import select
-import socket
 import threading
 import time
 from collections import deque
@@ -68,7 +67,8 @@ from ..options import _parse_hook, _parse_pool, parse_count, parse_flag, parse_t
 from ..shm.arena import IDLE_S
 from ..shm.segment import Hook
 from ..stats import Stats
-from ..transport.address import Reserve, UnixAddress, listen_socket, parse_address, remove_socket_file
+from ..transport.address import Reserve, parse_address
+from ..transport.scheme import End
 from ..transport.spin import choose_spin_us, cores
 
 __all__ = ["Call", "Client", "Handler", "Server"]
@@ -134,8 +134,7 @@ class Server:
         # As soon as clients are as many as cores, a core that spins for one of them is taken from another.
         self._most_spinning = max(cores(), 2) - 1
         self._pool_of_workers: Workers | None = None
-        self._listener: socket.socket | None = None
-        self._inode = 0
+        self._listener: Any = None
         self._wake: tuple[int, int] | None = None
         self._reserve: Reserve | None = None
         self._accepting: threading.Thread | None = None
@@ -179,11 +178,8 @@ class Server:
             if self._closing.is_set():
                 raise ClosedError(self._left or "the server was closed")
             if self._listener is None:
-                listener, address = listen_socket(self._address, insecure=self._insecure)
-                listener.setblocking(False)  # a client may be gone again between poll and accept
+                listener, address = self._address.listen(insecure=self._insecure)
                 self._listener, self._address, self._uri = listener, address, str(address)
-                if isinstance(address, UnixAddress):
-                    self._inode = os.stat(address.path).st_ino
                 watch(self)
         return self
 
@@ -255,8 +251,7 @@ class Server:
         if self._reserve is not None:
             self._reserve.close()
         self._listener.close()
-        if isinstance(self._address, UnixAddress):
-            remove_socket_file(self._address.path, self._inode)
+        self._address.unlink()
         deadline = time.monotonic() + timeout_s
         connections = list(self._connections)
         for connection in connections:
@@ -309,11 +304,11 @@ class Server:
                 return
             self._take_in(self._listener)
 
-    def _take_in(self, listener: socket.socket) -> None:
+    def _take_in(self, listener: Any) -> None:
         """Accepts one client, or refuses it. Not in the loop, whose locals would hold it until the next one comes."""
         assert self._reserve is not None
         try:
-            sock, refusal = self._reserve.accept(listener, self._address)
+            end, refusal = self._reserve.accept(listener, self._address)
         except BlockingIOError:  # gone again
             return
         except OSError as error:
@@ -321,7 +316,7 @@ class Server:
             _logger.warning("%s: a connection was not accepted: %s", self._uri, why(error))
             time.sleep(0.01)
             return
-        connection = _Connection(self, sock)
+        connection = _Connection(self, end)
         if refusal is not None:
             _logger.warning("%s: a connection was not accepted: %s", self._uri, refusal)
             connection.refuse(refusal)
@@ -351,10 +346,10 @@ class Server:
 class _Connection:
     """One client: its thread, its session, its requests."""
 
-    def __init__(self, server: Server, sock: socket.socket) -> None:
+    def __init__(self, server: Server, end: End) -> None:
         self.server = server
         self.wire = Connection(
-            sock,
+            end,
             server._address,
             is_client=False,
             limits=server.limits,

@@ -1,15 +1,15 @@
-"""The shared memory of one connection: our segments, the peer's, and who holds what of them.
+"""The shared memory of one connection: our segments, the peer's, and what is held of them.
 
 How ownership moves. Each side cuts blocks out of segments of its own. A tensor that lies in any segment of the
-connection is sent as (segment, offset): a loan, if the block is ours. What arrives so is a view that holds a lease;
-the death of its last view (numpy or torch) puts (segment, offset) on the list of returns, which go out with the next
-frame. The owner uses a block again when its own views are dead and every loan of it was returned. A side may send the
-other's memory back while it holds a lease on it; since the return can only follow, the owner has its own lease by then.
+connection is sent as (segment, offset): a loan, if the block is ours. The receiver gets a view that holds a lease; the
+death of its last view (numpy or torch) puts (segment, offset) on the list of returns, which go out with the next frame.
+The owner uses a block again when its own views are dead and every loan of it was returned. A side may send the other's
+memory back while it holds a lease on it; its return can only follow, and by then the owner has a lease of its own.
 
 Rules. What the peer says is checked against our own tables: a place must lie in a segment that is mapped; a place in
-our own memory must be one that we have lent, and so must a return. Nothing here waits for a lock in a destructor:
-leases die into deques, which are emptied by whoever comes by. A full arena waits for returns until a deadline, then
-is an ArenaFull. Leases outlive the connection: their memory stays mapped and valid.
+our own memory must be one that we have lent, and so must a return. No destructor waits for a lock: leases die into
+deques, which later calls empty. A full arena waits for returns until a deadline, then raises ArenaFull. Leases outlive
+the connection: their memory stays mapped and valid.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .segment import Hook, Memfd, Named, Segment
 __all__ = ["IDLE_S", "Arena"]
 
 IDLE_S = 30.0
-"""How long a segment must have been unused before it is given back to the system."""
+"""How long a segment must have been unused before it is released to the system."""
 
 _FIRST_SEGMENT_NBYTES = 1024**2
 _MAX_STEP_NBYTES = 256 * 1024**2  # segments double the arena, up to this at a time
@@ -49,10 +49,11 @@ _ENDED = "no shared memory: the connection has ended"
 
 
 class Arena:
-    """Shared memory of one connection. Thread-safe, as the docstrings say.
+    """Shared memory of one connection.
 
-    `factory`: how segments are made and opened. `on_memory_pressure(deadline)`: called when memory is short, to do
-    something that may bring returns in: it comes back after some milliseconds at most. `hook`: see segment.Hook.
+    Every thread may allocate. The methods under "out" are the sender's, but for `place`; those under "in" are the
+    reader's. `factory`: makes and opens segments. `on_memory_pressure(deadline)`: called when memory is short; it does
+    something that may bring returns in, and comes back after some milliseconds at most. `hook`: see segment.Hook.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class Arena:
         lease = self._take(size, nbytes)
         while lease is None:
             refusal = self._grow(size)
-            # What nobody uses may be in segments of the wrong size.
+            # Free memory may lie in segments that are too small: `trim` makes room for a larger one.
             if refusal is not None and not self.trim(0.0):
                 why, may_wait = refusal
                 if not may_wait or (deadline is not None and time.monotonic() >= deadline):
@@ -136,8 +137,8 @@ class Arena:
         return lease
 
     def _grow(self, size: int) -> tuple[str, bool] | None:
-        """Makes another segment. If it cannot: why, and whether waiting may help, since there is something to come back
-        (as of the same moment: a little later all of it may be back, and taken again)."""
+        """Makes another segment. If it cannot: why, and whether waiting may help, since something may be returned. Both
+        are found under one lock: a moment later all of it may have been returned, and be taken again."""
         with self._lock:
             if self.closed:
                 return _ENDED, False
@@ -172,7 +173,7 @@ class Arena:
         return None
 
     def _sort_out(self) -> None:
-        """Frees the blocks that nobody holds any more. The caller holds the lock."""
+        """Frees the blocks whose leases have died. The caller holds the lock."""
         dead = self._dead
         while dead and not self.closed:
             block = dead.popleft()
@@ -185,9 +186,9 @@ class Arena:
             self._blocks.free(block)
 
     def trim(self, idle_s: float = IDLE_S) -> int:
-        """Gives segments back to the system that nobody has used for `idle_s` seconds. Returns their bytes.
+        """Releases the segments that have been unused for `idle_s` seconds. Returns their bytes.
 
-        The peer hears of it with the next frame, and unmaps them too.
+        The peer is told before the next frame, and unmaps them too.
         """
         now = self._trimmed_at = time.monotonic()
         self._check_reentrant()
@@ -221,9 +222,9 @@ class Arena:
     # ---- out: places, loans, returns ----
 
     def place(self, address: int, nbytes: int) -> tuple[int, int] | None:
-        """(segment, offset) of memory that lies in a segment of this connection, None for other memory.
+        """(segment, offset) of memory that lies in a segment of this connection; None for other memory.
 
-        For a tensor that the caller keeps alive until `lend` was called for it.
+        The caller keeps the tensor alive until `lend` was called for it.
         """
         addresses, segments = self._map
         index = bisect_right(addresses, address) - 1
@@ -236,10 +237,7 @@ class Arena:
         return segment.id, offset
 
     def lend(self, placements: Sequence[int], count: int = 1) -> None:
-        """Takes note of what is about to be sent: `placements`, flat as in a Message. Only the sender calls it.
-
-        `count` of -1 takes it back, for what was not sent after all.
-        """
+        """Counts loans that are about to be sent: `placements`, flat as in a Message. `count` -1: they were not."""
         own = self._own
         for at in range(0, len(placements), 3):
             segment = own.get(placements[at])
@@ -253,7 +251,7 @@ class Arena:
                 block.lent += count
 
     def take_pending(self) -> tuple[list[OwnSegment], list[OwnSegment]] | None:
-        """Segments to announce, and those to retire, before the next frame. Only the sender calls it."""
+        """The segments to announce, and those to retire, before the next frame; None if there are neither."""
         if not self._unannounced and not self._retired:
             return None
         with self._lock:
@@ -265,7 +263,7 @@ class Arena:
         return pending
 
     def take_returns(self, at_most: int) -> list[int]:
-        """Segment and offset, flat, of leases on the peer's memory that died. Only the sender calls it."""
+        """Segment and offset, flat, of leases on the peer's memory that died; `at_most` of them."""
         returns = self.returns
         taken: list[int] = []
         while returns and at_most:
@@ -274,7 +272,7 @@ class Arena:
         return taken
 
     def requeue_returns(self, taken: Sequence[int]) -> None:
-        """For returns that could not be sent after all."""
+        """Puts back returns that were not sent."""
         self.returns.extendleft(reversed(list(zip(taken[::2], taken[1::2]))))
 
     # ---- in: only the reader calls these ----
@@ -313,7 +311,7 @@ class Arena:
             )
 
     def retire(self, segment_id: int) -> None:
-        """Forgets a segment that the peer no longer uses. What still lies in it stays valid."""
+        """Forgets a segment that the peer no longer uses. Views of it stay valid."""
         with self._lock:
             if self._peers.pop(segment_id, None) is None:
                 raise RemoteProtocolError(f"segment, id: {segment_id}, expected one of the peer's that is mapped")
@@ -361,7 +359,8 @@ class Arena:
         return lease
 
     def returned(self, returns: Sequence[int]) -> None:
-        """Takes loans back: segment and offset, flat. Raises RemoteProtocolError for one that was not lent."""
+        """Counts loans that the peer returned: segment and offset, flat. Raises RemoteProtocolError for one that was
+        not lent."""
         for at in range(0, len(returns), 2):
             block = self._lent_block(returns[at], returns[at + 1], "returns")
             block.returned += 1
@@ -395,7 +394,7 @@ class Arena:
                 if reentrant:
                     continue  # the collector will find them
                 for block in segment.blocks.values():
-                    del block.segment  # the circle is broken: what nobody holds is unmapped now
+                    del block.segment  # breaks a circle: segments without leases are unmapped now
                 segment.blocks = {}
             self._blocks = Blocks()
             self._own = {}
@@ -412,7 +411,7 @@ class Arena:
             )
 
     def leave(self) -> None:
-        """For a forked child: forgets the segments, which are the parent's. What the child has in them stays mapped."""
+        """For a forked child: forgets the segments, which are the parent's. The child's views of them stay mapped."""
         renew(self._lock)
         self.closed = True
         for segment in self._own.values():

@@ -1,15 +1,14 @@
-"""Blocks: how one side's segments are cut up, handed out and taken back.
+"""Blocks: how one side's segments are divided, handed out and freed.
 
 Rules. Sizes are rounded up so that few distinct ones exist: to 64 bytes below 4 KiB, else to one of eight steps to each
-power of two (at most an eighth is unused). A freed block waits in a bin for the next one of its size, without being
-merged with its neighbours; bins are emptied, and neighbours merged, only when nothing else is left or memory is to be
-given back to the system. Not thread-safe: the arena's lock covers it. This is arithmetic on offsets; it never touches
-the memory.
+power of two (at most an eighth is unused). A freed block waits in a bin for the next request of its size, and is not
+merged with its neighbours; bins are emptied, and neighbours merged, only when nothing else is left or segments are to
+be released. Not thread-safe: the arena's lock covers it. All of it is arithmetic on offsets; the memory is not touched.
 
-Who holds a block. On this side, leases (one for each tensor made of it, `leases` made and `dead`); on the peer's,
-loans (one for each time that it was sent, `lent` and `returned`). Each of the four counters is only ever written by one
-thread at a time, so none of them needs a lock: `leases` and `returned` by whoever reads, `lent` by whoever sends,
-`dead` under the arena's lock. A block is free when both pairs are equal.
+What holds a block. On this side, leases (one for each tensor made of it, `leases` made and `dead`); on the peer's,
+loans (one for each time that it was sent, `lent` and `returned`). Each of the four counters is written by one thread at
+a time, so none of them needs a lock: `leases` and `returned` by the reader, `lent` by the sender, `dead` under the
+arena's lock. A block is free when both pairs are equal.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ class OwnSegment(Segment):
 
     def __del__(self) -> None:
         fd = getattr(self, "fd", None)
-        if fd is not None:  # it was never announced, and nobody closed the arena
+        if fd is not None:  # it was never announced, and the arena was not closed
             with contextlib.suppress(OSError):
                 os.close(fd)
         super().__del__()
@@ -92,7 +91,7 @@ class Blocks:
         self.segments.append(segment)
 
     def take(self, size: int) -> Block | None:
-        """A block of `size` bytes (one that `block_nbytes` gave), None if there is none."""
+        """A block of `size` bytes (a result of `block_nbytes`); None if there is no room."""
         waiting = self._bins.get(size)
         if waiting:
             return waiting.pop()
@@ -113,7 +112,7 @@ class Blocks:
         return block if offset < block.offset + block.nbytes else None
 
     def remove_unused(self, before: float) -> list[OwnSegment]:
-        """Takes out the segments that hold no block and have not been used since `before` (time.monotonic())."""
+        """Removes the segments that hold no block and have not been used since `before` (time.monotonic() seconds)."""
         self._empty_bins()
         unused = [segment for segment in self.segments if not segment.blocks and segment.used_at < before]
         self.segments = [segment for segment in self.segments if segment not in unused]
@@ -121,11 +120,11 @@ class Blocks:
 
     @property
     def in_use_nbytes(self) -> int:
-        """Bytes of blocks that somebody holds."""
+        """Bytes of blocks that are held."""
         return sum(block.nbytes for segment in self.segments for block in segment.blocks.values() if block.in_use)
 
     def _carve(self, size: int) -> Block | None:
-        """The smallest extent that is large enough loses its first `size` bytes."""
+        """A block of the first `size` bytes of the smallest extent that is large enough."""
         best: tuple[int, OwnSegment, int] | None = None
         for segment in self.segments:
             for start, end in segment.extents.items():
@@ -144,7 +143,7 @@ class Blocks:
         return block
 
     def _empty_bins(self) -> bool:
-        """Turns all waiting blocks into extents, and merges these with their neighbours. False if none waited."""
+        """Turns all blocks in bins into extents, and merges these with their neighbours. False if there were none."""
         bins, self._bins = self._bins, {}
         waited = False
         for waiting in bins.values():

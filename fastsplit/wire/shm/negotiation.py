@@ -1,21 +1,19 @@
 """Whether two sides share memory, and how: what each offers in its HELLO, and what follows from both.
 
-Rules. Both sides come to the same result, since it is a function of the two offers alone. Whatever is not used has a
-reason in words, for people to read; the reason for what is used, too.
+Rules. Both sides come to the same result, since it is a function of the two offers alone. Each result has a reason in
+words, for people to read.
 """
 
 from __future__ import annotations
 
-import ipaddress
 import re
-import socket
 from dataclasses import dataclass
 from typing import Any
 
 from ...errors import AddressError, RemoteProtocolError
-from ..transport.address import SHM_AUTO, SHM_OFF, Address, TcpAddress, UnixAddress
-from .ring import semaphores
-from .segment import Memfd, Named, check_prefix, new_token, why_no_memfd
+from ..transport.scheme import SHM_AUTO, SHM_OFF, Address, check_prefix
+from .segment import Memfd, Named, new_token, why_no_memfd
+from .semaphores import semaphores
 
 __all__ = ["Offer", "Sharing", "agree", "offer"]
 
@@ -24,8 +22,12 @@ _MEMFD, _NAMED = Memfd.kind, Named.kind
 
 @dataclass(frozen=True)
 class Offer:
-    """What one side can do. `kinds`: of segments, the preferred one first. `note`: why there are none. `token`: of this
-    side of this connection, new for each."""
+    """What one side can do.
+
+    `kinds`: of segments, the preferred one first. `prefix`: the path that names of segments start with. `note`: why
+    there are no kinds. `semaphores`: the name of those that a ring would use, empty if there can be no ring. `token`:
+    names this side of this connection.
+    """
 
     kinds: tuple[str, ...]
     prefix: str
@@ -62,36 +64,38 @@ class Offer:
 
 @dataclass(frozen=True)
 class Sharing:
-    """What was agreed on. `factory`: None for no shared memory. `ring`: whether control goes through it, too."""
+    """What was agreed on. `factory`: makes segments; None for no shared memory. `ring`: whether control goes through
+    shared memory, too. `reason`: in words."""
 
     factory: Memfd | Named | None
     ring: bool
     reason: str
 
 
-def offer(address: Address, sock: socket.socket, *, is_client: bool) -> Offer:
-    """What this side of a connection offers."""
+def offer(address: Address, is_peer_local: bool, *, is_client: bool) -> Offer:
+    """What this side of a connection offers. `is_peer_local`: Address.is_peer_local of this connection."""
     kinds: tuple[str, ...] = ()
     prefix = note = ""
     explicit = address.shm not in (SHM_AUTO, SHM_OFF)
     if address.shm == SHM_OFF:
         note = f"the {'client' if is_client else 'server'}'s URI says shm=off"
-    elif isinstance(address, UnixAddress):
+    elif not is_peer_local:
+        note = "the two sides may be on different hosts"
+    elif address.passes_descriptors:
         no_memfd = why_no_memfd()
         kinds = (_NAMED,) if explicit or no_memfd else (_MEMFD, _NAMED)
         prefix = address.shm if explicit else ""
         note = no_memfd or ""
-    elif not isinstance(address, TcpAddress) or not _is_loopback(sock):
-        note = "the two sides may be on different hosts"
     elif explicit or not is_client:
         kinds, prefix = (_NAMED,), address.shm if explicit else ""
     else:
-        note = "over tcp it must be asked for, with ?shm=/dev/shm/NAME"
-    return Offer(kinds, prefix, note, semaphores() if kinds else "", new_token())
+        scheme = str(address).partition(":")[0]
+        note = f"over {scheme} it must be asked for, with ?shm=/dev/shm/NAME"
+    return Offer(kinds, prefix, note, semaphores() if kinds and address.carries_ring else "", new_token())
 
 
 def agree(client: Offer, server: Offer, *, is_client: bool) -> Sharing:
-    """What follows from both offers; `is_client` says which of them is ours."""
+    """What follows from both offers. `is_client`: ours is the client's."""
     own, peer = (client, server) if is_client else (server, client)
     for kind in client.kinds:
         if kind not in server.kinds:
@@ -111,10 +115,3 @@ def agree(client: Offer, server: Offer, *, is_client: bool) -> Sharing:
         return Sharing(None, False, f"off: the client wants {asked[0]}, the server {asked[1]}{notes}")
     note = client.note or server.note or "a side has no shared memory"
     return Sharing(None, False, f"off: {note}")
-
-
-def _is_loopback(sock: socket.socket) -> bool:
-    try:
-        return ipaddress.ip_address(sock.getpeername()[0].partition("%")[0]).is_loopback
-    except (OSError, ValueError):
-        return False

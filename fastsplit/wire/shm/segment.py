@@ -2,12 +2,12 @@
 
 Two kinds. `Memfd`: memory without a name, whose descriptor crosses the unix socket; sealed against shrinking, gone with
 the last process that has it. `Named`: a file in /dev/shm, for hosts without memfd or descriptor passing; its name is
-random, its mode 0600, and whoever opens it removes the name at once, so that it only exists between these two moments.
+random, its mode 0600, and the receiver removes the name as soon as it has opened the file.
 
 Rules. A segment's memory is reserved when it is made, so that shortage is an ArenaFull here and never a SIGBUS later. A
-receiver believes nothing: the descriptor must be of memory that cannot shrink (a named file: of our own user, with
-nobody else's permissions), at least as large as was announced, and reserved. A mapping lives as long as anything that
-lies in it, whatever happens to the connection.
+receiver checks everything: the descriptor must be of memory that cannot shrink (a named file: of our own user, with
+mode 0600), of the announced size, and reserved. A mapping lives as long as anything that lies in it, whatever happens
+to the connection.
 """
 
 from __future__ import annotations
@@ -25,20 +25,21 @@ import sys
 import time
 from collections.abc import Callable
 
-from ...errors import AddressError, ArenaFull, RemoteProtocolError
+from ...errors import ArenaFull, RemoteProtocolError
 from ...system.shortage import shortage, why
+from ..transport.scheme import SHM_DIRECTORY, check_prefix
 
-__all__ = ["Hook", "Memfd", "Named", "Segment", "check_prefix", "new_token", "why_no_memfd"]
+__all__ = ["Hook", "Memfd", "Named", "Segment", "make_private", "new_token", "why_no_memfd"]
 
 Hook = Callable[[int, int], Callable[[], None] | None]
-"""`hook(address, nbytes)` is called for each segment that was mapped, and may give a function to call before it is
-unmapped."""
+"""`hook(address, nbytes)` is called for each segment that was mapped. It may return a function, which is called before
+the segment is unmapped."""
 
-_DIRECTORY = "/dev/shm"
 _MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23  # Linux 5.14; not in the mmap module
 _HUGE_PAGE_NBYTES = 2 * 1024**2
+_MAP_FIXED = 0x10  # not in the mmap module
 _STALE_S = 1.0
-"""A name without a lock and older than this has lost its owner. Younger, it may be about to be locked."""
+"""A file without a lock and older than this has lost its owner. A younger one may be about to be locked."""
 
 
 class Segment:
@@ -58,7 +59,7 @@ class Segment:
 
     def __del__(self) -> None:
         unmapping = getattr(self, "_unmapping", None)
-        if unmapping is not None and os.getpid() == self._pid:  # a forked child has not told anybody of it
+        if unmapping is not None and os.getpid() == self._pid:  # the hook was called in the parent alone
             unmapping()
 
 
@@ -79,7 +80,7 @@ class Memfd:
     kind = "memfd"
 
     def create(self, nbytes: int) -> tuple[mmap.mmap, int, str]:
-        """New memory, its descriptor (the caller's, to send and close), and no name. Raises ArenaFull."""
+        """New memory, its descriptor (the caller's, to send and close), and an empty name. Raises ArenaFull."""
         try:
             fd = os.memfd_create("fastsplit", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         except OSError as error:
@@ -114,29 +115,21 @@ class Memfd:
             os.close(fd)
 
     def close(self) -> None:
-        """There is nothing to clean up."""
+        """As Named.close: nothing to remove."""
 
     def leave(self) -> None:
-        """There is nothing to leave."""
-
-
-def check_prefix(prefix: str) -> str:
-    """A path that names of segments may start with, as it is. Raises AddressError for any other text."""
-    directory, _, name = prefix.rpartition("/")
-    if directory != _DIRECTORY or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        raise AddressError(f"shm: {prefix!r}, expected {_DIRECTORY}/NAME with letters, digits and . _ - in NAME")
-    return prefix
+        """As Named.leave: nothing to close."""
 
 
 def new_token() -> str:
-    """16 hexadecimal digits that nobody can guess."""
+    """16 hexadecimal digits that cannot be guessed."""
     return secrets.token_hex(8)
 
 
 class Named:
     """Makes and opens segments with names: `prefix`, a dash, a token of the receiver's, 16 random digits.
 
-    The token is what the receiver chose for this connection, so that nobody can name it a file of somebody else's.
+    The receiver chose the token for this connection: a peer cannot make it open a file of another connection.
     """
 
     kind = "named"
@@ -148,23 +141,23 @@ class Named:
         self._peer_token = peer_token
 
     def create(self, nbytes: int) -> tuple[mmap.mmap, None, str]:
-        """New memory, no descriptor to send, and its path. Raises ArenaFull."""
+        """New memory, None instead of a descriptor, and its path. Raises ArenaFull."""
         self._settle()
         path = f"{self.prefix}-{self._peer_token}{new_token()}"
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise _full(nbytes, error, _DIRECTORY) from None
+            raise _full(nbytes, error, SHM_DIRECTORY) from None
         self._made[path] = fd
         try:
             with contextlib.suppress(OSError):  # without locks stale names are not swept, see `sweep`
                 fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            os.fchmod(fd, 0o600)  # whatever the umask took away
+            os.fchmod(fd, 0o600)  # the umask may have taken some away
             os.ftruncate(fd, nbytes)
             return _map_reserved(fd, nbytes), None, path
         except OSError as error:
             self._forget(path)
-            raise _full(nbytes, error, _DIRECTORY) from None
+            raise _full(nbytes, error, SHM_DIRECTORY) from None
         except BaseException:
             self._forget(path)
             raise
@@ -215,7 +208,7 @@ class Named:
             os.close(self._made.popitem()[1])
 
     def sweep(self) -> int:
-        """Removes names that dead owners left behind, and says how many. Whoever lives holds a lock on its file."""
+        """Removes the names that dead owners left behind. Returns how many. A living owner holds a lock on its file."""
         swept = 0
         directory, _, name = self.prefix.rpartition("/")
         pattern = re.compile(re.escape(name) + "-[0-9a-f]{32}")
@@ -245,9 +238,20 @@ class Named:
             os.close(fd)
 
 
+def make_private(memory: mmap.mmap) -> None:
+    """Puts a private copy, with the present content, in the place of shared memory."""
+    content = memory[:]
+    replace = ctypes.PyDLL(None).mmap
+    replace.restype, word = ctypes.c_void_p, ctypes.c_ssize_t
+    at = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(memory)))
+    flags = _MAP_FIXED | mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    if replace(at, word(len(memory)), mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, word(0)) == at.value:
+        memory[:] = content
+
+
 def _full(nbytes: int, error: OSError, directory: str) -> ArenaFull:
     """`directory`: of the file system that the segment was to lie in, empty for a memfd."""
-    if error.errno in (errno.ENOSPC, errno.EFAULT):  # EFAULT: said of a page that cannot be filled
+    if error.errno in (errno.ENOSPC, errno.EFAULT):  # EFAULT: a page that cannot be filled
         reason, may_wait = f"{os.strerror(errno.ENOSPC)}: {_left(directory)}", True
     else:
         reason, may_wait = why(error), error.errno == errno.ENOMEM
@@ -255,7 +259,7 @@ def _full(nbytes: int, error: OSError, directory: str) -> ArenaFull:
 
 
 def _left(directory: str) -> str:
-    """What is left where segments are made."""
+    """How much memory is left where segments are made."""
     if not directory:
         return "the system has no memory left for it, or this process's control group may have no more"
     try:
@@ -280,8 +284,8 @@ def _map(fd: int, nbytes: int) -> mmap.mmap:
 def _map_reserved(fd: int, nbytes: int) -> mmap.mmap:
     """Maps new memory, with all its pages there. Raises OSError if there are not enough."""
     memory = _map(fd, nbytes)
-    # By faults first, since only these give huge pages; then for certain, whatever the kernel's age. Both are errors,
-    # not signals, where memory is short.
+    # Page faults first, since only these give huge pages; then posix_fallocate, which older kernels have, too. Both are
+    # errors, not signals, where memory is short.
     _populate(memory, _MADV_POPULATE_WRITE)
     os.posix_fallocate(fd, 0, nbytes)
     return memory
@@ -292,7 +296,7 @@ def _map_checked(fd: int, nbytes: int) -> mmap.mmap:
     if found.st_size != nbytes or nbytes <= 0:
         raise RemoteProtocolError(f"segment, size: {found.st_size} bytes, expected {nbytes}, as announced")
     if found.st_blocks * 512 < nbytes:
-        # Else touching it could take memory on our account, or fail by a signal.
+        # Touching it could take memory of our own control group, or end this process by a signal.
         raise RemoteProtocolError(f"segment, size: {found.st_blocks * 512} bytes are reserved, expected {nbytes}")
     memory = _map(fd, nbytes)
     _populate(memory, _MADV_POPULATE_READ)

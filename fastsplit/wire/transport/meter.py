@@ -1,12 +1,12 @@
 """How good a link is: its round trip, and how many bytes a second it carries each way.
 
 How it is measured. A PROBE asks the server to answer at once: that is a round trip, at the handshake and now and then
-later. Both sides time how fast payloads come in, and tell each other. What counts of a payload is what arrives after
-its head was read: what was waiting in the kernel by then says nothing about the link.
+later. Both sides time how fast payloads come in, and tell each other. The part of a payload that is timed arrives after
+its head was read: the rest was waiting in the kernel by then, and tells nothing of the link.
 
-Rules. Estimates only decide how something is sent, never whether. What a peer says about itself is believed, since it
-could as well be slow. Loopback's payloads are there before anybody can look: nothing is known then, which is as good as
-infinitely fast.
+Rules. Estimates only decide how something is sent, never whether. What a peer says about its own speed is believed: it
+could just as well be that slow. Payloads over loopback have arrived before they can be timed: then nothing is known,
+which is treated as infinitely fast.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from typing import NamedTuple
 __all__ = ["HANDSHAKE_PADDING_NBYTES", "MIN_NBYTES", "LinkEstimate", "Meter"]
 
 HANDSHAKE_PADDING_NBYTES = 64 * 1024
-"""Each way, when a connection is made: 5 ms at 100 Mbit/s. A first guess, since a link that has been idle takes some
-round trips to come up to its speed; larger payloads put it right."""
+"""Each way, when a connection is made: 5 ms at 100 Mbit/s. A first guess, since an idle link takes some round trips to
+come up to its speed; larger payloads correct it."""
 
 MIN_NBYTES = 32 * 1024
-"""Of a payload's part that is timed: less says more about wake-ups than about the link."""
+"""Of a payload's timed part: the time of a smaller one depends on wake-ups more than on the link."""
 _WINDOW_NBYTES = 32 * 1024**2
 _ROUND_TRIPS = 8
 _NEAR_S = 0.002
-"""On a busy host a round trip over loopback may take long once, hardly eight times in a row."""
+"""On a busy host one round trip over loopback may take longer, but hardly eight in a row."""
 _PROBE_EVERY_S = 1.0
 _PROBE_EVERY_NBYTES = 4 * 1024**2
 
 
 class LinkEstimate(NamedTuple):
-    """What is known of a link; None for what is not, or for what is too fast to tell."""
+    """What is known of a link. None: not measured, or too fast to measure."""
 
     rtt_s: float | None = None
     """A round trip of a small frame."""
@@ -43,11 +43,11 @@ class LinkEstimate(NamedTuple):
 
 
 class Meter:
-    """What one side of a connection has measured. The reader reports what it reads; anybody may ask."""
+    """What one side of a connection has measured. Its reader reports payloads; every thread may ask."""
 
     def __init__(self) -> None:
         self.peer_bytes_per_s = 0.0
-        """How fast the peer receives, as it says; 0: it does not know."""
+        """How fast the peer receives, as it reports; 0 if it does not know."""
         self._samples: deque[tuple[int, float]] = deque()
         self._nbytes = 0
         self._seconds = 0.0
@@ -55,23 +55,23 @@ class Meter:
         self._timed_nbytes = 0
         self._rtts: deque[float] = deque(maxlen=_ROUND_TRIPS)
         self._asked: dict[int, float] = {}
-        self._lock = threading.Lock()  # guards the probes that are asked, and their number
+        self._lock = threading.Lock()  # guards `_asked` and `_number`
         self._number = 0
         self._probed_at: tuple[float, int] = (0.0, 0)
 
     @property
     def received_bytes_per_s(self) -> float:
-        """How fast payloads came in lately, 0 where it is not known."""
+        """How fast payloads came in lately; 0 if it is not known."""
         return self._nbytes / self._seconds if self._seconds else 0.0
 
     @property
     def is_near(self) -> bool:
-        """Whether the peer answers so soon that it must be on this host, or round trips are not known."""
+        """Whether the peer answers as soon as one on this host does. True if no round trip is known."""
         return (self.rtt_s or 0.0) < _NEAR_S
 
     @property
     def rtt_s(self) -> float | None:
-        """The shortest of the last round trips."""
+        """The shortest of the last round trips; None if none is known."""
         return min(list(self._rtts), default=None)
 
     def estimate(self) -> LinkEstimate:
@@ -85,7 +85,7 @@ class Meter:
         self._timed_nbytes = left - waiting
 
     def payload_waits(self) -> None:
-        """Nothing is read for a while: how long the payload takes that is under way says nothing about the link."""
+        """This side pauses reading: the payload that is under way is not timed."""
         self._started_s = None
 
     def payload_ended(self) -> None:
@@ -98,7 +98,7 @@ class Meter:
         self._samples.append((self._timed_nbytes, elapsed_s))
         self._nbytes += self._timed_nbytes
         self._seconds += elapsed_s
-        # Those before the last few megabytes are old, and those at the start were small.
+        # Samples before the last few megabytes are old, and those at the start were small.
         while len(self._samples) > 1 and self._nbytes - self._samples[0][0] >= min(
             _WINDOW_NBYTES, 4 * self._samples[-1][0]
         ):
@@ -109,7 +109,7 @@ class Meter:
     # ---- probes ----
 
     def on_probe(self, bytes_per_s: float, rtt_s: float) -> None:
-        """Server: what the client says with a probe, 0 for what it does not know."""
+        """Server: what the client reports with a probe; 0 for what it does not know."""
         self.peer_bytes_per_s = bytes_per_s
         if rtt_s:
             self._rtts.append(rtt_s)
@@ -119,13 +119,13 @@ class Meter:
         with self._lock:
             self._number += 1
             number = self._number
-            while len(self._asked) >= _ROUND_TRIPS:  # a peer need not answer
+            while len(self._asked) >= _ROUND_TRIPS:  # the peer has not answered these
                 del self._asked[next(iter(self._asked))]
             self._asked[number] = perf_counter()
         return number
 
     def on_answer(self, number: int, bytes_per_s: float) -> bool:
-        """The answer to a probe is in. False if none of that number was asked, or long ago."""
+        """The answer to a probe came in. False if no probe of that number waits for one."""
         with self._lock:
             asked_s = self._asked.pop(number, math.inf)
         if asked_s == math.inf:
@@ -135,7 +135,7 @@ class Meter:
         return True
 
     def is_probe_due(self, total_nbytes: int) -> bool:
-        """Whether so much has passed, of `total_nbytes` in all, that it pays to ask again."""
+        """Whether enough time and bytes have passed since the last True. `total_nbytes`: of the connection so far."""
         now = perf_counter()
         then, before = self._probed_at
         if total_nbytes - before < _PROBE_EVERY_NBYTES or now - then < _PROBE_EVERY_S:

@@ -1,4 +1,7 @@
-"""Spinning: looking for what is to come again and again before sleeping, for as long as that pays."""
+"""Spinning: how long a reader polls for the next message before it sleeps, and when that pays.
+
+A link whose peer is slower than the spin stops spinning, and tries again now and then (`Spin`).
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,8 @@ from ...errors import SettingError, shown
 __all__ = ["Spin", "choose_spin_us", "cores", "spin_us_beside"]
 
 _SPIN_US = 50.0
-_MAX_MISSES = 4  # waits in a row that outlasted their spin, after which a link spins no more ...
-_RETRY_AFTER = 32  # ... but for one wait in so many, to see whether the peer has become quick
+_MAX_MISSES = 4  # after this many waits in a row that outlasted their spin, a link stops spinning ...
+_RETRY_AFTER = 32  # ... except in one wait of this many: the peer may have become quick
 
 
 def cores() -> int:
@@ -21,9 +24,9 @@ def cores() -> int:
 
 
 def choose_spin_us(spin_us: Any) -> float:
-    """Microseconds that a reader spins before it sleeps: as given, else FASTSPLIT_SPIN_US, else 50, 0 on one core.
+    """Microseconds that a reader spins before it sleeps: as given, else FASTSPLIT_SPIN_US, else 50, or 0 on one core.
 
-    Raises SettingError for what is not a number from 0 to 1e6.
+    Raises SettingError for anything but a number from 0 to 1e6.
     """
     if spin_us is None:
         text = os.environ.get("FASTSPLIT_SPIN_US")
@@ -40,17 +43,17 @@ def choose_spin_us(spin_us: Any) -> float:
 
 
 def spin_us_beside(threads: int) -> float | None:
-    """How long to spin for messages beside somebody who computes with so many threads on the same cores: 0 if these are
-    all there are, None for as long as ever. FASTSPLIT_SPIN_US wins.
+    """Spin time when the peer computes on `threads` of this machine's cores: 0 if it uses them all, else None (keep the
+    default). FASTSPLIT_SPIN_US wins.
 
-    Who spins takes a core from OpenMP's threads, which spin for it, too. SmolLM2 in fp32, both sides on two cores, plan
-    folded, a token: 67 ms, with 50 us 75 ms.
+    A spinning reader takes a core from OpenMP's threads, which spin for it, too: tokens take a tenth longer
+    (docs/notes.md).
     """
     return 0.0 if "FASTSPLIT_SPIN_US" not in os.environ and threads >= cores() else None
 
 
 class Spin:
-    """Whether it pays to spin before sleeping: not while the peer is slower than that."""
+    """Whether to spin before sleeping: not while the peer is slower than the spin. `spin_us` may be set at any time."""
 
     __slots__ = ("_misses", "_skipped", "spin_us")
 
@@ -59,7 +62,7 @@ class Spin:
         self._misses = self._skipped = 0
 
     def begin(self) -> bool:
-        """Whether to spin now. Afterwards say `hit` or `miss`."""
+        """Whether to spin now. Afterwards call `hit` (something came in time) or `miss`."""
         if self._misses >= _MAX_MISSES:
             self._skipped += 1
             if self._skipped < _RETRY_AFTER:
