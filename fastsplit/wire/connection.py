@@ -16,17 +16,14 @@ import ipaddress
 import os
 import socket
 import threading
-import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from ..errors import (
     ArenaFull,
     ClosedError,
-    DeadlineError,
     LimitError,
-    PeerLostError,
     RemoteProtocolError,
     ResourceError,
 )
@@ -36,6 +33,7 @@ from ..system.shortage import why as why_failed
 from ..tensors import Outgoing, collect, share
 from ..tensors.pool import Memory, Pool, Tenant
 from .compression import AUTO, OFF, THRESHOLD_NBYTES, Codec, Coder
+from .outbox import Outbox
 from .session import CODES, MAX_PADDING_NBYTES, PROBES, SHARES, TYPES, Probe, RingOffered, Session
 from .shm.arena import Arena
 from .shm.negotiation import Offer, Sharing, agree, offer
@@ -56,9 +54,6 @@ greeting: set[int] = set()
 
 _Callback = TypeVar("_Callback", bound=Callable[..., Any])
 _PADDING = os.urandom(MAX_PADDING_NBYTES // 16)  # nothing on the way can compress it, but by its repetition
-
-_ASK_EVERY_S = 0.02  # how often a side that is short of memory asks for returns
-_SMALL_S = 0.005  # how long the rest of a frame may take that the socket took only a part of
 
 
 def _padding(nbytes: int) -> bytes:
@@ -125,7 +120,6 @@ class Connection:
         """In a forked child: why this connection cannot be used."""
         self.lent_nbytes = 0
         """Tensor bytes that went out by reference. The sender counts them."""
-        self._asked_at = 0.0
         self._on_memory_pressure = _weakly(on_memory_pressure)
         self._hook = hook
         self._sharing: Sharing | None = None
@@ -148,6 +142,7 @@ class Connection:
             offer=self._offer.attrs(),
             on_hello=_weakly(self._on_hello),
         )
+        self.outbox = Outbox(self.session, self.transport)
         if is_client:
             _clients[self._offer.token] = self
         self._inside_there: set[int] | None = None  # server: the client side's `inside`, if that is in this process
@@ -250,69 +245,6 @@ class Connection:
         stats.casts_widened, stats.codecs = self.coder.too_large, self.coder.stats
         stats.bytes_shared = self.lent_nbytes + (0 if self.arena is None else self.arena.shared_nbytes)
 
-    # ---- what goes before a frame ----
-
-    def control_frames(self, deadline: float | None) -> Iterator[bytearray]:
-        """Frames that must go out before the next one: segments, and returns that are too many to ride on it.
-
-        Descriptors are sent here, through the socket, each just before its frame: the peer takes only a few ahead. The
-        caller sends each frame before it asks for the next, or ends the connection. Raises PeerLostError, DeadlineError
-        (then the stream is in doubt).
-        """
-        arena, link, session = self.arena, self.transport, self.session
-        if arena is None:
-            return
-        pending = arena.take_pending()
-        if pending is not None:
-            for segment in pending[1]:  # first, since what is new may only fit the peer's cap without them
-                yield session.retire(segment.id)
-            for segment in pending[0]:
-                frame = session.segment(segment.id, segment.nbytes, segment.name)
-                if segment.fd is None:
-                    yield frame
-                    continue
-                if isinstance(link, Ring):
-                    link.send_descriptor(segment.fd, deadline)
-                else:
-                    link.send_with_descriptor(frame, segment.fd, deadline)
-                fd, segment.fd = segment.fd, None  # first: interrupted, nobody may close it twice
-                os.close(fd)
-                if isinstance(link, Ring):
-                    yield frame
-        while (frame_or_none := session.return_frame()) is not None:
-            yield frame_or_none
-
-    def send_small(self, frame: bytearray) -> bool:
-        """Sends a frame that fits a slot if there is room for it now; False if nothing of it was sent.
-
-        Raises PeerLostError, then nothing more can be sent.
-        """
-        link = self.transport
-        left = link.send([frame])
-        if left and len(left[0]) == len(frame):
-            self.session.discard_last()
-            return False
-        if left:
-            try:
-                link.send_all(left, time.monotonic() + _SMALL_S)
-            except DeadlineError:
-                link.shutdown()  # the stream is in doubt
-                raise PeerLostError("the connection is lost: the peer took only a part of a frame") from None
-        return True
-
-    def ask_for_returns(self) -> None:
-        """Our memory is full: asks the peer for returns, now and then. Raises what `send_small` does."""
-        now = time.monotonic()
-        if now - self._asked_at > _ASK_EVERY_S:
-            self._asked_at = now
-            self.send_small(self.session.want_returns())
-
-    def send_returns(self) -> None:
-        """Sends all returns, as far as there is room for them now. Raises what `send_small` does."""
-        while (frame := self.session.return_frame(0)) is not None:
-            if not self.send_small(frame):
-                return  # the peer asks again
-
     # ---- the handshake ----
 
     def _on_hello(self, attrs: dict[str, Any], peer_limits: Limits) -> Arena | None:
@@ -343,6 +275,7 @@ class Connection:
             peer_limits=peer_limits,
             hook=self._hook,
         )
+        self.outbox.arena = self.arena
         return self.arena
 
     def _take_descriptor(self) -> int | None:
@@ -376,7 +309,7 @@ class Connection:
             if text:
                 self._without_ring(text)
             else:
-                self.transport = Ring(link, memory, is_client=True)
+                self._use(Ring(link, memory, is_client=True))
 
         return on_attached
 
@@ -399,7 +332,10 @@ class Connection:
             return
         ring = Ring(link, memory, is_client=False)
         link.send_all([self.session.attached("")], deadline)
-        self.transport = ring
+        self._use(ring)
+
+    def _use(self, ring: Ring) -> None:
+        self.transport = self.outbox.transport = ring
 
     def _without_ring(self, why: str) -> None:
         self.shm_reason = f"{self.shm_reason.partition(',')[0]}, control over the socket: {why}"
@@ -413,6 +349,7 @@ class Connection:
             self.inside.clear()
             self.sending = threading.Lock()  # a new one: this very thread may hold the old one, and will release it
             renew(self.coder.lock)
+            self.outbox.close()
             self.transport.leave()
             if self.arena is not None:
                 self.arena.leave()
@@ -423,6 +360,7 @@ class Connection:
         Nobody may be sending or reading. Idempotent.
         """
         self.transport.close()
+        self.outbox.close()
         self.session.close()
         if self.arena is not None:
             self.arena.close()

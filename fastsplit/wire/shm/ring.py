@@ -131,6 +131,10 @@ class Ring:
     `memory`: RING_NBYTES of shared memory; the client's, who calls `format` on it first.
     """
 
+    whole_frames = True
+    """A frame is one buffer, whose tensors lie in shared memory; the socket is only a bell."""
+    passes_descriptors = True
+
     def __init__(self, link: Stream, memory: mmap.mmap, *, is_client: bool) -> None:
         """Raises RemoteProtocolError if the memory was not formatted as a ring of this version."""
         assert _semaphores is not None
@@ -229,13 +233,11 @@ class Ring:
             self.wait(deadline, reading=False)
             left = self.send(left)
 
-    def send_descriptor(self, fd: int, deadline: float | None) -> None:
-        """Sends a descriptor through the socket, for a segment's announcement that follows in the ring."""
-        self._link.send_with_descriptor(_DESCRIPTOR, fd, deadline)
-
-    def send_descriptor_now(self, fd: int) -> bool:
-        """The same without waiting: False if the socket has no room for it now. Raises PeerLostError."""
-        return not self._link.send_with_descriptor_now(_DESCRIPTOR, fd)
+    def send_with_descriptor_now(self, data: Any, fd: int) -> tuple[bool, Sequence[Any]]:
+        """Sends a descriptor through the socket, and `data` through the ring. Returns whether the descriptor went (the
+        peer may have many bells to read yet), and what is left of `data`. Raises PeerLostError."""
+        sent, _ = self._link.send_with_descriptor_now(_DESCRIPTOR, fd)
+        return (True, self.send([data])) if sent else (False, [data])
 
     def wait(self, deadline: float | None, *, reading: bool) -> tuple[bool, bool]:
         """Waits until there is (something to read, room to write), the first only if `reading`.

@@ -78,6 +78,10 @@ class Stream:
     `meter`: is told how fast payloads come in.
     """
 
+    whole_frames = False
+    """A frame's bytes may be sent in parts, and several frames together."""
+    passes_descriptors = True
+
     def __init__(
         self,
         sock: socket.socket,
@@ -138,15 +142,16 @@ class Stream:
 
     def send_with_descriptor(self, data: Any, fd: int, deadline: float | None) -> None:
         """Sends `data`, and with its first byte a descriptor. Raises PeerLostError, DeadlineError."""
-        left = self.send_with_descriptor_now(data, fd)
-        while len(left) == len(data):
+        sent, left = self.send_with_descriptor_now(data, fd)
+        while not sent:
             self.wait(deadline, reading=False)
-            left = self.send_with_descriptor_now(data, fd)
+            sent, left = self.send_with_descriptor_now(data, fd)
         if left:
-            self.send_all([left], deadline)
+            self.send_all(left, deadline)
 
-    def send_with_descriptor_now(self, data: Any, fd: int) -> memoryview:
-        """As much of `data` as the kernel takes now, and with its first byte a descriptor; returns what is left.
+    def send_with_descriptor_now(self, data: Any, fd: int) -> tuple[bool, Sequence[Any]]:
+        """Sends as much of `data` as the kernel takes now, and with its first byte a descriptor. Returns whether the
+        descriptor went, and what is left of `data`.
 
         Raises PeerLostError, ResourceError (nothing was sent: too many descriptors are under way).
         """
@@ -154,13 +159,13 @@ class Stream:
         try:
             sent = self._sock.sendmsg([data], ancillary, SEND_FLAGS)
         except BlockingIOError:
-            return memoryview(data)
+            return False, [data]
         except OSError as error:
             if error.errno == errno.ETOOMANYREFS:
                 raise ResourceError(f"a descriptor cannot be sent: {shortage(error)}") from None
             raise lost(error) from None
         self.bytes_sent += sent
-        return memoryview(data)[sent:]
+        return True, [memoryview(data)[sent:]] if sent < len(data) else ()
 
     def wait(self, deadline: float | None, *, reading: bool) -> tuple[bool, bool]:
         """Waits until the socket is (readable, writable); readable only if `reading`. Raises DeadlineError, also where
