@@ -1,8 +1,8 @@
-"""One end of a connection: its link, its session, its shared memory. What a Channel and a Server have in common.
+"""One end of a connection: transport, session, outbox and shared memory. What a Channel and a Server have in common.
 
-Rules. `sending` covers the link's writing side and the session's outgoing side; whoever calls a method that sends holds
-it. The arena exists from the peer's HELLO on, if both sides agreed on one; the ring replaces the link during the
-handshake, before any request.
+Rules. `sending` covers the transport's writing side, the session's outgoing side and the outbox; the caller of a method
+that sends holds it. The arena exists from the peer's HELLO on, if both sides agreed on one; the ring replaces the link
+during the handshake, before any request.
 
 What a connection holds is gone with its `close`, at once: the frame that is half received is dropped, even if an
 error's traceback still leads to it. Nor is there a circle for the collector, not even of one that nobody closed: what
@@ -57,7 +57,7 @@ _PADDING = os.urandom(MAX_PADDING_NBYTES // 16)  # nothing on the way can compre
 
 
 def _padding(nbytes: int) -> bytes:
-    """Bytes that say nothing."""
+    """Padding of a probe."""
     return (_PADDING * -(-nbytes // len(_PADDING)))[:nbytes]
 
 

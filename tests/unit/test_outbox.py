@@ -373,6 +373,8 @@ def test_after_the_end_nothing_is_queued() -> None:
     assert all(frame.out is None and not frame.buffers for frame in frames)
     assert not any(outbox.discard(frame, n + 1) for n, frame in enumerate(frames))
     assert outbox.flush() and len(transport.calls) == 1
+    transport.room.append(5)
+    assert outbox.send([b"too late"], 8) is not None and outbox.idle and outbox.queued_nbytes == 0
 
 
 # ---- control frames --------------------------------------------------------------------------------------------------

@@ -332,21 +332,21 @@ class Pump:
     # ---- the end ----
 
     def goodbye(self) -> None:
-        """Says that this side will say nothing more, unless a frame is half sent. Close next."""
+        """Sends the frame that is the last of this side, unless another one is half sent. Close next."""
         if not self.ended and self._lost is None:
             self.outbox.send_last(self.connection.session.goodbye())
 
     def abort(self, reason: FastsplitError | str, linger_s: float) -> None:
-        """Tells the peer how it broke the protocol, or what is short here; drops what it still says, and closes.
+        """Sends why the connection ends (what the peer did wrong, or what is short here), unless a frame is half sent.
 
-        Nothing can be told in the middle of a frame. All that after this call, for `linger_s` seconds at most: so that
-        the peer can read why.
+        Then, after this call, bytes of the peer's are dropped until it closes, for `linger_s` seconds at most, so that
+        it can read why.
         """
         if self.ended:
             return
-        told = self._lost is None and self.outbox.send_last(self.connection.session.abort(reason))
+        sent = self._lost is None and self.outbox.send_last(self.connection.session.abort(reason))
         self._stop()
-        if not told or self._stream_ended:
+        if not sent or self._stream_ended:
             self.close()
             return
         self.connection.transport.shutdown_writing()
@@ -376,7 +376,7 @@ class Pump:
     def _stop(self) -> None:
         """Nothing is sent or handed out from now on."""
         self.ended = True
-        self._owner = _NO_OWNER  # a circle
+        self._owner = _NO_OWNER  # breaks the circle of owner and pump
         self._watch.writing(None)
         for handle in (self._turning, self._uncorking, self._stalling):
             if handle is not None:
