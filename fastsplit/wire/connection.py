@@ -1,8 +1,8 @@
-"""One end of a connection: its link, its session, its shared memory. What a Channel and a Server have in common.
+"""One end of a connection: transport, session, outbox and shared memory. What a Channel and a Server have in common.
 
-Rules. `sending` covers the link's writing side and the session's outgoing side; whoever calls a method that sends holds
-it. The arena exists from the peer's HELLO on, if both sides agreed on one; the ring replaces the link during the
-handshake, before any request.
+Rules. `sending` covers the transport's writing side, the session's outgoing side and the outbox; the caller of a method
+that sends holds it. The arena exists from the peer's HELLO on, if both sides agreed on one; the ring replaces the transport
+during the handshake, before any request.
 
 What a connection holds is gone with its `close`, at once: the frame that is half received is dropped, even if an
 error's traceback still leads to it. Nor is there a circle for the collector, not even of one that nobody closed: what
@@ -14,17 +14,14 @@ from __future__ import annotations
 import inspect
 import os
 import threading
-import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from ..errors import (
     ArenaFull,
     ClosedError,
-    DeadlineError,
     LimitError,
-    PeerLostError,
     RemoteProtocolError,
     ResourceError,
 )
@@ -36,6 +33,7 @@ from ..tensors.pool import Memory, Pool, Tenant
 from .backend import share
 from .compression import AUTO, OFF, THRESHOLD_NBYTES, Codec, Coder
 from .events import Probe, RingOffered
+from .outbox import Outbox
 from .rules import CODES, MAX_PADDING_NBYTES, PROBES, SHARES, TYPES
 from .session import Session
 from .shm.arena import Arena
@@ -60,12 +58,9 @@ greeting: set[int] = set()
 _Callback = TypeVar("_Callback", bound=Callable[..., Any])
 _PADDING = os.urandom(MAX_PADDING_NBYTES // 16)  # nothing on the way can compress it, but by its repetition
 
-_ASK_EVERY_S = 0.02  # how often a side that is short of memory asks for returns
-_SMALL_S = 0.005  # how long the rest of a frame may take that the socket took only a part of
-
 
 def _padding(nbytes: int) -> bytes:
-    """Bytes that say nothing."""
+    """Padding of a probe."""
     return (_PADDING * -(-nbytes // len(_PADDING)))[:nbytes]
 
 
@@ -117,13 +112,12 @@ class Connection:
         """In a forked child: why this connection cannot be used."""
         self.lent_nbytes = 0
         """Tensor bytes that went out by reference. The sender counts them."""
-        self._asked_at = 0.0
         self._on_memory_pressure = _weakly(on_memory_pressure)
         self._hook = hook
         self._sharing: Sharing | None = None
         self.coder = Coder(self._memory, codec_threshold_nbytes)
         self.meter = None if address.is_local else Meter()
-        """Measures the link, where it may lead to another host and nothing is shared."""
+        """Measures the transport, where it may lead to another host and nothing is shared."""
         self.is_peer_local = address.is_peer_local(end)
         self._offer = offer(address, self.is_peer_local, is_client=is_client)
         transport = self.transport = address.transport(end)
@@ -141,6 +135,7 @@ class Connection:
             offer=self._offer.attrs(),
             on_hello=_weakly(self._on_hello),
         )
+        self.outbox = Outbox(self.session, self.transport)
         if is_client:
             _clients[self._offer.token] = self
         self._inside_there: set[int] | None = None  # server: the client side's `inside`, if that is in this process
@@ -207,7 +202,7 @@ class Connection:
 
     @property
     def estimate(self) -> LinkEstimate:
-        """What is known of the link; nothing where it cannot lead to another host."""
+        """What is known of the transport; nothing where it cannot lead to another host."""
         return LinkEstimate() if self.meter is None else self.meter.estimate()
 
     def probe(self, nbytes: int) -> tuple[int, list[Any]]:
@@ -236,71 +231,12 @@ class Connection:
         )
 
     def fill(self, stats: Stats) -> None:
-        """Writes what the link, the session and the arena count into `stats`."""
-        link = self.transport
-        stats.bytes_sent, stats.bytes_received = link.bytes_sent, link.bytes_received
+        """Writes what the transport, the session and the arena count into `stats`."""
+        transport = self.transport
+        stats.bytes_sent, stats.bytes_received = transport.bytes_sent, transport.bytes_received
         stats.bytes_staged = self.session.staged_nbytes
         stats.casts_widened, stats.codecs = self.coder.too_large, self.coder.stats
         stats.bytes_shared = self.lent_nbytes + (0 if self.arena is None else self.arena.shared_nbytes)
-
-    # ---- what goes before a frame ----
-
-    def control_frames(self, deadline: float | None) -> Iterator[Any]:
-        """Frames that must go out before the next one: segments, and returns that are too many to ride on it.
-
-        Descriptors are sent here, through the socket, each just before its frame: the peer takes only a few ahead. The
-        caller sends each frame before it asks for the next, or ends the connection. Raises PeerLostError, DeadlineError
-        (then the stream is in doubt).
-        """
-        arena, link, session = self.arena, self.transport, self.session
-        if arena is None:
-            return
-        pending = arena.take_pending()
-        if pending is not None:
-            for segment in pending[1]:  # first, since what is new may only fit the peer's cap without them
-                yield session.retire(segment.id)
-            for segment in pending[0]:
-                frame = session.segment(segment.id, segment.nbytes, segment.name)
-                if segment.fd is None:
-                    yield frame
-                    continue
-                left = link.send_with_descriptor(frame, segment.fd, deadline)
-                fd, segment.fd = segment.fd, None  # first: interrupted, nobody may close it twice
-                os.close(fd)
-                yield from left
-        while (frame_or_none := session.return_frame()) is not None:
-            yield frame_or_none
-
-    def send_small(self, frame: bytearray) -> bool:
-        """Sends a frame that fits a slot if there is room for it now; False if nothing of it was sent.
-
-        Raises PeerLostError, then nothing more can be sent.
-        """
-        link = self.transport
-        left = link.send([frame])
-        if left and len(left[0]) == len(frame):
-            self.session.discard_last()
-            return False
-        if left:
-            try:
-                link.send_all(left, time.monotonic() + _SMALL_S)
-            except DeadlineError:
-                link.shutdown()  # the stream is in doubt
-                raise PeerLostError("the connection is lost: the peer took only a part of a frame") from None
-        return True
-
-    def ask_for_returns(self) -> None:
-        """Our memory is full: asks the peer for returns, now and then. Raises what `send_small` does."""
-        now = time.monotonic()
-        if now - self._asked_at > _ASK_EVERY_S:
-            self._asked_at = now
-            self.send_small(self.session.want_returns())
-
-    def send_returns(self) -> None:
-        """Sends all returns, as far as there is room for them now. Raises what `send_small` does."""
-        while (frame := self.session.return_frame(0)) is not None:
-            if not self.send_small(frame):
-                return  # the peer asks again
 
     # ---- the handshake ----
 
@@ -331,15 +267,16 @@ class Connection:
             peer_limits=peer_limits,
             hook=self._hook,
         )
+        self.outbox.arena = self.arena
         return self.arena
 
     def _take_descriptor(self) -> int | None:
-        return self.transport.take_descriptor()  # of the link that is there by then
+        return self.transport.take_descriptor()  # of the transport that is there by then
 
     def offer_ring(self, deadline: float | None) -> Callable[[str], None] | None:
         """Client: makes the ring and announces it. Returns what to call with the server's answer; None for no ring."""
-        sharing, link = self._sharing, self.transport
-        if sharing is None or sharing.factory is None or not sharing.ring or link.whole_frames:
+        sharing, transport = self._sharing, self.transport
+        if sharing is None or sharing.factory is None or not sharing.ring or transport.whole_frames:
             return None
         try:
             memory, fd, name = sharing.factory.create(RING_NBYTES)
@@ -350,11 +287,11 @@ class Connection:
             Ring.format(memory)
             frame = self.session.segment(0, RING_NBYTES, name)
             if fd is None:
-                link.send_all([frame], deadline)
+                transport.send_all([frame], deadline)
             else:
-                left = link.send_with_descriptor(frame, fd, deadline)
+                left = transport.send_with_descriptor(frame, fd, deadline)
                 if left:
-                    link.send_all(left, deadline)
+                    transport.send_all(left, deadline)
         except ResourceError as error:  # nothing was sent
             self._without_ring(str(error))
             return None
@@ -366,7 +303,7 @@ class Connection:
             if text:
                 self._without_ring(text)
             else:
-                self.transport = Ring(cast("Stream", link), memory, is_client=True)
+                self._use(Ring(cast("Stream", transport), memory, is_client=True))
 
         return on_attached
 
@@ -375,21 +312,24 @@ class Connection:
 
         Raises RemoteProtocolError.
         """
-        sharing, link = self._sharing, self.transport
-        if sharing is None or sharing.factory is None or not sharing.ring or link.whole_frames:
+        sharing, transport = self._sharing, self.transport
+        if sharing is None or sharing.factory is None or not sharing.ring or transport.whole_frames:
             raise RemoteProtocolError("SEGMENT, id: 0, expected no ring, or no other one")
         try:
-            fd = link.take_descriptor() if not event.name else None
+            fd = transport.take_descriptor() if not event.name else None
             memory = sharing.factory.attach(fd, event.name, event.nbytes)
         except (OSError, ResourceError) as error:
             reason = why_failed(error) if isinstance(error, OSError) else error
             why = f"the server cannot map the ring: {reason}"
             self._without_ring(why)
-            link.send_all([self.session.attached(why)], deadline)
+            transport.send_all([self.session.attached(why)], deadline)
             return
-        ring = Ring(cast("Stream", link), memory, is_client=False)
-        link.send_all([self.session.attached("")], deadline)
-        self.transport = ring
+        ring = Ring(cast("Stream", transport), memory, is_client=False)
+        transport.send_all([self.session.attached("")], deadline)
+        self._use(ring)
+
+    def _use(self, ring: Ring) -> None:
+        self.transport = self.outbox.transport = ring
 
     def _without_ring(self, why: str) -> None:
         self.shm_reason = f"{self.shm_reason.partition(',')[0]}, control over the socket: {why}"
@@ -403,16 +343,18 @@ class Connection:
             self.inside.clear()
             self.sending = threading.Lock()  # a new one: this very thread may hold the old one, and will release it
             renew(self.coder.lock)
+            self.outbox.close()
             self.transport.leave()
             if self.arena is not None:
                 self.arena.leave()
 
     def close(self) -> None:
-        """Closes the link, and forgets what is half received and the shared memory; what lies in that lives on.
+        """Closes the transport, and forgets what is half received and the shared memory; what lies in that lives on.
 
         Nobody may be sending or reading. Idempotent.
         """
         self.transport.close()
+        self.outbox.close()
         self.session.close()
         if self.arena is not None:
             self.arena.close()

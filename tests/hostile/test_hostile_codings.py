@@ -359,7 +359,7 @@ def test_a_measurement_that_is_stuck_ends_the_connection(monkeypatch: pytest.Mon
             return [memoryview(buffers[-1])[send([buffers[0][:10]]) or 10 :]] if len(buffers) > 1 else send(buffers)
 
         monkeypatch.setattr(channel._connection.transport, "send", send_a_part)
-        monkeypatch.setattr(channel, "_send_rest", lambda left, deadline: (_ for _ in ()).throw(DeadlineError("late")))
+        monkeypatch.setattr(channel, "_send_rest", lambda deadline: (_ for _ in ()).throw(DeadlineError("late")))
         with pytest.raises(DeadlineError, match="a probe: what goes before it was not sent within 2 s"):
             channel.measure(1000, timeout_s=2)
         assert channel.closed

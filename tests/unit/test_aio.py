@@ -270,12 +270,12 @@ def test_what_was_not_sent_is_retracted_and_what_is_half_sent_is_sent(unix_uri: 
                 calls = [asyncio.ensure_future(channel.call("take", x, timeout_s=30)) for _ in range(3)]
                 calls.append(asyncio.ensure_future(channel.call("take", x[:10], timeout_s=0.05)))
                 await asyncio.sleep(0.02)
-                assert channel.inflight == 4 and channel._pump.queued_nbytes > 32 * MIB
+                assert channel.inflight == 4 and channel._pump.outbox.queued_nbytes > 32 * MIB
                 calls[0].cancel()  # half sent
                 calls[2].cancel()  # waits in the queue
                 with pytest.raises(DeadlineError, match=r"^take: not sent within 0\.05 s$"):
                     await calls[3]
-                assert channel.inflight == 2 and channel._pump.queued_nbytes < 32 * MIB
+                assert channel.inflight == 2 and channel._pump.outbox.queued_nbytes < 32 * MIB
                 go.set()
                 assert await calls[1] == ()
                 await channel.call("end")
@@ -357,7 +357,7 @@ def test_bytes_that_wait_to_be_sent_are_bounded(unix_uri: str) -> None:
                 async def watch() -> None:
                     nonlocal most
                     while True:
-                        most = max(most, channel._pump.queued_nbytes)
+                        most = max(most, channel._pump.outbox.queued_nbytes)
                         await asyncio.sleep(0)
 
                 watcher = asyncio.ensure_future(watch())
@@ -367,7 +367,7 @@ def test_bytes_that_wait_to_be_sent_are_bounded(unix_uri: str) -> None:
                 go.set()
                 await asyncio.gather(*calls)
                 watcher.cancel()
-                assert MIB < most <= 3 * MIB and channel._pump.queued_nbytes == 0
+                assert MIB < most <= 3 * MIB and channel._pump.outbox.queued_nbytes == 0
                 await channel.call("take", np.zeros(16 * MIB, np.uint8))  # more than that by itself goes alone
 
     run(main())
@@ -496,7 +496,7 @@ def test_the_loop_ticks_while_a_peer_reads_slowly(unix_uri: str) -> None:
                 ticking = asyncio.ensure_future(tick())
                 call = asyncio.ensure_future(channel.call("take", np.zeros(64 * MIB, np.uint8)))
                 while not call.done():
-                    before = channel._pump.queued_nbytes
+                    before = channel._pump.outbox.queued_nbytes
                     await asyncio.sleep(0.01)
                     assert not before or ticks
                 assert await call == ()

@@ -372,7 +372,7 @@ def test_descriptors_go_through_the_socket(pair: Pair) -> None:
     assert pair.server.take_descriptor() is None
     for _ in range(3):
         reading, writing = os.pipe()
-        pair.client.send_with_descriptor(b"left", writing, time.monotonic() + 5)
+        assert pair.client.send_with_descriptor_now(b"announced", writing) == (True, ())
         os.close(writing)
         fd = pair.server.take_descriptor()
         assert fd is not None and not os.get_inheritable(fd)
@@ -410,8 +410,7 @@ def test_a_descriptor_goes_with_its_frame_or_not_at_all(pair: Pair) -> None:
 def test_a_descriptor_that_woke_a_sleeper_is_kept(pair: Pair) -> None:
     with _thread(lambda: receive(pair.server, 20)) as out:
         _until(lambda: _sleeps(pair.server))
-        pair.client.send_with_descriptor(b"left", 0, time.monotonic() + 5)
-        pair.client.send([b"announced"])
+        assert pair.client.send_with_descriptor_now(b"announced", 0) == (True, ())
     assert out[0][:9] == b"announced"
     fd = pair.server.take_descriptor()
     assert fd is not None

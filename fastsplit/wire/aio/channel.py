@@ -43,13 +43,15 @@ from ..connection import Connection
 from ..events import Attached, Error, Event, Goodbye, Hello, Probe, Reply, ReturnsWanted
 from ..future import CallTimeout, Result, remote_error, warn_of_discarded, why_closed
 from ..options import _parse_hook, _parse_pool, parse_count, parse_timeout
+from ..outbox import Frame
 from ..rules import PROBES
 from ..shm.segment import Hook
 from ..stats import Stats
 from ..transport.address import parse_address
 from ..transport.meter import HANDSHAKE_PADDING_NBYTES, LinkEstimate
 from ..transport.scheme import Address, End
-from .pump import AT_ONCE, Frame, Pump, settle_left, within
+from .pump import AT_ONCE, Pump
+from .waiting import settle_left, within
 
 __all__ = ["MAX_QUEUED_NBYTES", "Channel", "connect"]
 
@@ -170,7 +172,7 @@ class Channel(CallTimeout):
             pump.start()
             pump.send(self._session.hello())
             await self._step(deadline)
-            if not pump.idle:  # what follows must not overtake the HELLO
+            if not pump.outbox.idle:  # what follows must not overtake the HELLO
                 raise PeerLostError(f"{self.uri}: the server did not read the handshake")
             self._answered = connection.offer_ring(AT_ONCE)  # some hundred bytes: there is room for them
             if self._answered is not None:
@@ -189,7 +191,7 @@ class Channel(CallTimeout):
         return self
 
     def _on_memory_pressure(self, deadline: float | None) -> None:
-        self._pump.on_memory_pressure(deadline)
+        self._pump.memory.on_memory_pressure(deadline)
 
     async def _step(self, deadline: float) -> None:
         """Waits for the next event of the handshake."""
@@ -376,7 +378,7 @@ class Channel(CallTimeout):
                     self._check_open()
                     self._let_in()  # while this one waits, others may have what they need
                     waited_ns -= perf_counter_ns()
-                    if not await self._pump.memory(full, deadline, again=again):
+                    if not await self._pump.memory.wait(full, deadline, again=again):
                         self._check_open()
                         raise
                     again = True
@@ -384,7 +386,7 @@ class Channel(CallTimeout):
                         await self._turn(op, nbytes, timeout_s, deadline, first=True)
                     waited_ns += perf_counter_ns()
             if again:
-                self._pump.found_memory()
+                self._pump.memory.wake()
             return self._request(op, out, timeout_s, deadline, expected, cast, number, attrs, started_ns + waited_ns)
         except BaseException:
             self._let_in()
@@ -404,7 +406,7 @@ class Channel(CallTimeout):
     ) -> _Call:
         pump, connection, session = self._pump, self._connection, self._session
         pump.queue_control_frames()
-        if connection.is_probe_due and pump.idle:
+        if connection.is_probe_due and pump.outbox.idle:
             pump.send_filled(connection.probe(0)[1])
         time_ns = 0 if deadline is None else max(int((deadline - time.monotonic()) * 1e9), 1)
         flags = reply_flags(cast, codec) if connection.can_code else 0
@@ -440,7 +442,7 @@ class Channel(CallTimeout):
 
     def _has_room(self, nbytes: int) -> bool:
         limits = self._session.peer_limits
-        queued_nbytes = self._pump.queued_nbytes + self._reserved_nbytes
+        queued_nbytes = self._pump.outbox.queued_nbytes + self._reserved_nbytes
         return (
             limits is not None
             and self._session.inflight + self._reserved < limits.max_inflight
@@ -497,7 +499,7 @@ class Channel(CallTimeout):
         if self._calls.pop(call.request_id, None) is None or call.frame is None:
             return False
         pump, session = self._pump, self._session
-        unsent = pump.discard(call.frame, call.request_id)
+        unsent = pump.outbox.discard(call.frame, call.request_id)
         if not unsent and session.mark_cancelled(call.request_id) and not pump.loop.is_closed():
             pump.send(session.cancel(call.request_id))
         self._let_in()
@@ -603,12 +605,12 @@ async def allocate(pump: Pump, arrays: Arrays, shape: Any, dtype: Any, deadline:
         try:
             tensor = arrays.empty(shape, dtype, lambda nbytes: pump.connection.allocate(nbytes, AT_ONCE))
         except ArenaFull as full:
-            if not await pump.memory(full, deadline, again=again):
+            if not await pump.memory.wait(full, deadline, again=again):
                 raise
             again = True
         else:
             if again:
-                pump.found_memory()
+                pump.memory.wake()
             return tensor
 
 

@@ -64,7 +64,8 @@ from ..stats import Stats
 from ..transport.address import Reserve, parse_address
 from ..transport.scheme import End
 from .channel import MAX_QUEUED_NBYTES, allocate
-from .pump import AT_ONCE, Pump, settle_left, within
+from .pump import AT_ONCE, Pump
+from .waiting import settle_left, within
 
 __all__ = ["Call", "Handler", "Server", "serve"]
 
@@ -381,7 +382,7 @@ class _Connection:
         self._calls_before = 0  # when the timer looked last
 
     def _on_memory_pressure(self, deadline: float | None) -> None:
-        self.pump.on_memory_pressure(deadline)
+        self.pump.memory.on_memory_pressure(deadline)
 
     def start(self) -> None:
         self._timer = self.pump.loop.call_later(self.server.handshake_timeout_s, self._look_for_handshake)
@@ -461,16 +462,16 @@ class _Connection:
         """Reads on, or not; and says whether all is done."""
         limit = self.server.max_queued_nbytes
         if not self.ended:
-            self.pump.pause(self._stopped or self.pump.queued_nbytes > limit or self._waiting_nbytes > limit)
+            self.pump.pause(self._stopped or self.pump.outbox.queued_nbytes > limit or self._waiting_nbytes > limit)
         if self._draining is not None and not self._draining.done() and self._is_drained:
             self._draining.set_result(True)
 
     @property
     def _is_drained(self) -> bool:
-        return self.ended or (not self._pending and self.pump.idle)
+        return self.ended or (not self._pending and self.pump.outbox.idle)
 
     def _attach_ring(self, event: RingOffered) -> None:
-        if not self.pump.idle or self._pending:
+        if not self.pump.outbox.idle or self._pending:
             raise RemoteProtocolError("SEGMENT, id: 0, expected before any request")
         try:
             self.wire.attach_ring(event, AT_ONCE)  # its answer has some hundred bytes: there is room for them
@@ -655,12 +656,12 @@ class _Connection:
             try:
                 out = self.wire.prepare(call.op, result, AT_ONCE, *coding)
             except ArenaFull as full:
-                if not await self.pump.memory(full, deadline, again=again):
+                if not await self.pump.memory.wait(full, deadline, again=again):
                     raise
                 again = True
             else:
                 if again:
-                    self.pump.found_memory()
+                    self.pump.memory.wake()
                 return out
 
     # ---- plain functions ----

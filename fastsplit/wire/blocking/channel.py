@@ -28,7 +28,7 @@ import operator
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from threading import get_ident
 from time import monotonic, perf_counter_ns
@@ -62,6 +62,7 @@ from ..events import Attached, Error, Event, Failed, Goodbye, Hello, Probe, Repl
 from ..frames import MAX_RETURNS
 from ..future import CallTimeout, Future, Result, remote_error, warn_of_discarded, why_closed
 from ..options import _parse_hook, _parse_pool, parse_count, parse_flag, parse_timeout
+from ..outbox import Frame
 from ..rules import MAX_PADDING_NBYTES, PROBES
 from ..shm.segment import Hook
 from ..stats import Stats
@@ -69,6 +70,7 @@ from ..transport.address import parse_address
 from ..transport.base import remaining_s
 from ..transport.meter import HANDSHAKE_PADDING_NBYTES, LinkEstimate
 from ..transport.spin import choose_spin_us
+from .flush import ask_for_returns, flush_in, send_returns, send_small, wait_for_room
 from .watcher import Watcher
 
 __all__ = ["Channel", "Future", "Result"]
@@ -324,7 +326,7 @@ class Channel(CallTimeout):
                 raise fresh(self._error)
             number, frame = self._connection.probe(nbytes)
             self._probes.add(number)
-            self._send_control_frames("a probe", timeout_s, deadline, [frame])
+            self._send_control_frames("a probe", timeout_s, deadline, frame)
         finally:
             try:
                 if held:
@@ -487,11 +489,9 @@ class Channel(CallTimeout):
             connection.transport.wake_early()  # after the copies, which may take longer than the server spins
             arena = connection.arena
             if arena is not None and (arena.has_pending or len(arena.returns) > MAX_RETURNS):
-                self._send_control_frames(
-                    op, timeout_s, deadline, ([frame] for frame in connection.control_frames(deadline))
-                )
+                self._send_control_frames(op, timeout_s, deadline)
             if connection.is_probe_due:
-                self._send_control_frames(op, timeout_s, deadline, [connection.probe(0)[1]])
+                self._send_control_frames(op, timeout_s, deadline, connection.probe(0)[1])
             flags = reply_flags(cast, number) if connection.can_code else 0
             next_id = session.next_id
             request_id, head = session.request(
@@ -690,20 +690,19 @@ class Channel(CallTimeout):
 
     def _send(self, future: Future, out: Outgoing, head: bytearray, deadline: float | None) -> None:
         """Sends a frame, reading meanwhile if there is no room for it. The caller holds `_sending`."""
-        buffers: Sequence[Any] = [head, *out.buffers]
-        left = buffers
+        outbox = self._connection.outbox
+        frame: Frame | None = None
         try:
             future._begun = True
             if out.placements and self._connection.arena is not None:
                 self._connection.arena.lend(out.placements)
-            left = self._connection.transport.send(buffers, len(head) + out.nbytes)
-            while left:
-                left = self._send_rest(left, deadline)
+            frame = outbox.send([head, *out.buffers], len(head) + out.nbytes, out)
+            if frame is not None:
+                while not outbox.idle:
+                    self._send_rest(deadline)
         except DeadlineError:
-            if left is buffers:
+            if frame is not None and outbox.discard(frame, future._id):
                 self._forget(future._id)
-                if self._connection.arena is not None:
-                    self._connection.arena.lend(out.placements, -1)
                 raise DeadlineError(f"{future.op}: not sent within {future._timeout_s} s") from None
             raise self._end(
                 DeadlineError(f"{future.op}: not sent within {future._timeout_s} s; the connection is closed")
@@ -721,36 +720,31 @@ class Channel(CallTimeout):
     ) -> bool:
         """Has the sender's thread send what the kernel does not take at once; then that thread releases `_sending`:
         frames stay whole, and at most one waits. Returns whether it was handed over."""
-        buffers: Sequence[Any] = [head, *out.buffers]
-        sending = self._sending
+        outbox, sending = self._connection.outbox, self._sending
         try:
             future._begun = True
-            left = self._connection.transport.send(buffers, len(head) + out.nbytes)
+            frame = outbox.send([head, *out.buffers], len(head) + out.nbytes, out)
         except FastsplitError as error:
             self._read_last_words(future)
             raise self._end(error) from None
         except BaseException:
             self._end(ClosedError("the connection was closed: a send was interrupted"))
             raise
-        if not left:
+        if frame is None:
             return False
 
-        def send_rest() -> None:
-            link, rest = self._connection.transport, left
+        def sent(failure: FastsplitError | None) -> None:
             try:
-                while rest:
-                    link.wait(deadline, reading=False)
-                    rest = link.send(rest)
-            except DeadlineError:
-                late = f"{future.op}: not sent within {future._timeout_s} s"
-                if rest is buffers:
-                    self._forget(future._id)
-                    self._settle(future, DeadlineError(late))
-                else:
-                    self._end(DeadlineError(f"{late}; the connection is closed"))
-            except FastsplitError as error:
-                self._read_last_words(future)
-                self._end(error)
+                if isinstance(failure, DeadlineError):
+                    late = f"{future.op}: not sent within {future._timeout_s} s"
+                    if outbox.discard(frame, future._id):
+                        self._forget(future._id)
+                        self._settle(future, DeadlineError(late))
+                    else:
+                        self._end(DeadlineError(f"{late}; the connection is closed"))
+                elif failure is not None:
+                    self._read_last_words(future)
+                    self._end(failure)
             finally:
                 self._release(sending)
             watcher = self._watcher
@@ -759,17 +753,24 @@ class Channel(CallTimeout):
             elif self._callbacks:  # not here: a callback may call, and wait for what this thread is to send
                 watcher.step_aside()
 
-        if not sender.submit(send_rest):  # closed at this moment
+        if not flush_in(sender, outbox, deadline, sent):  # closed at this moment
             raise self._end(ClosedError("the channel was closed"))
         return True
 
     def _send_control_frames(
-        self, op: str, timeout_s: float | None, deadline: float | None, frames: Iterable[Sequence[Any]]
+        self, op: str, timeout_s: float | None, deadline: float | None, probe: Sequence[Any] = ()
     ) -> None:
-        """Sends what must go before the next frame. The caller holds `_sending`."""
+        """Sends what must go before the next frame: a probe, or all that the outbox knows of. The caller holds
+        `_sending`."""
+        outbox = self._connection.outbox
         try:
-            for frame in frames:
-                self._send_frame(frame, deadline)
+            if probe:
+                outbox.put(probe, sum(map(len, probe)))
+            else:
+                outbox.put_control_frames()
+            outbox.flush()
+            while not outbox.idle:
+                self._send_rest(deadline)
         except DeadlineError:
             late = DeadlineError(
                 f"{op}: what goes before it was not sent within {timeout_s} s; the connection is closed"
@@ -781,23 +782,20 @@ class Channel(CallTimeout):
             self._end(ClosedError("the connection was closed: a send was interrupted"))
             raise
 
-    def _send_frame(self, frame: Sequence[Any], deadline: float | None) -> None:
-        left = self._connection.transport.send(frame)
-        while left:
-            left = self._send_rest(left, deadline)
-
-    def _send_rest(self, left: Sequence[Any], deadline: float | None) -> Sequence[Any]:
+    def _send_rest(self, deadline: float | None) -> None:
+        """Waits until there is room for what waits to be sent, reads meanwhile, and sends some of it."""
+        outbox = self._connection.outbox
+        writable = False
         try:
             reading = self._take_reading()
             soon = None if reading else time.monotonic() + _RELIEF_S
             try:
-                readable, writable = self._connection.transport.wait(
-                    deadline if soon is None or (deadline is not None and deadline < soon) else soon, reading=reading
-                )
+                until = deadline if soon is None or (deadline is not None and deadline < soon) else soon
+                readable, writable = wait_for_room(outbox, until, reading=reading)
             except DeadlineError:
                 if soon is None or (deadline is not None and time.monotonic() >= deadline):
                     raise
-                return left
+                return
             if readable:
                 with contextlib.suppress(DeadlineError):  # nothing to read after all
                     self._read_once(deadline, blocking=False)
@@ -805,7 +803,8 @@ class Channel(CallTimeout):
                     raise fresh(self._error)
         finally:
             self._leave_reading()
-        return self._connection.transport.send(left) if writable else left
+        if writable:
+            outbox.flush()
 
     def _read_last_words(self, future: Future) -> None:
         """Reads what is there already, or lets the thread that reads do so. What ends the connection is kept."""
@@ -827,7 +826,8 @@ class Channel(CallTimeout):
         if self._session.mark_cancelled(future._id):
             # Best effort: the server may save some work; an answer that comes all the same is dropped.
             try:
-                self._send_if_free(lambda: self._connection.send_small(self._session.cancel(future._id)))
+                outbox = self._connection.outbox
+                self._send_if_free(lambda: send_small(outbox, self._session.cancel(future._id)))
             except FastsplitError as lost:
                 self._end(lost)
             self._attend()  # for the answer
@@ -1128,11 +1128,11 @@ class Channel(CallTimeout):
 
     def _send_returns(self) -> None:
         """The server is short of memory. Whoever sends at this moment takes returns along anyway."""
-        self._send_if_free(self._connection.send_returns)
+        self._send_if_free(partial(send_returns, self._connection.outbox))
 
     def _on_memory_pressure(self, deadline: float | None) -> None:
         """Our own memory is full: asks the server for returns, and reads for a moment if nobody else does."""
-        self._send_if_free(self._connection.ask_for_returns)
+        self._send_if_free(partial(ask_for_returns, self._connection.outbox))
         soon = time.monotonic() + _RELIEF_S
         if not self._read_a_while(soon if deadline is None else min(soon, deadline)):
             time.sleep(0.001)

@@ -25,7 +25,7 @@ import select
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from threading import get_ident
 from time import perf_counter_ns
 from typing import Any
@@ -70,6 +70,7 @@ from ..stats import Stats
 from ..transport.address import Reserve, parse_address
 from ..transport.scheme import End
 from ..transport.spin import choose_spin_us, cores
+from .flush import ask_for_returns, flush, flush_in, send_returns
 
 __all__ = ["Call", "Client", "Handler", "Server"]
 
@@ -537,7 +538,7 @@ class _Connection:
                     raise PeerLostError("the client did not read the handshake") from None
         elif isinstance(event, ReturnsWanted):
             with self._sending:
-                self.wire.send_returns()
+                send_returns(self.wire.outbox)
         elif isinstance(event, Probe):
             if self.wire.meter is not None:
                 self.wire.meter.on_probe(event.bytes_per_s, event.rtt_s)
@@ -555,7 +556,7 @@ class _Connection:
     def _on_memory_pressure(self, deadline: float | None) -> None:
         """Our memory is full: asks the client for returns, and reads for a moment if this is the thread that reads."""
         with self._sending:
-            self.wire.ask_for_returns()
+            ask_for_returns(self.wire.outbox)
         if get_ident() != self.thread.ident:
             time.sleep(0.001)
             return
@@ -880,8 +881,10 @@ class _Connection:
 
     def _send_control_frames(self, deadline: float) -> None:
         """Sends what must go before the next frame. The caller holds `_sending`."""
-        for frame in self.wire.control_frames(deadline):
-            self._send([frame], len(frame))
+        outbox = self.wire.outbox
+        outbox.put_control_frames()
+        if not outbox.flush():
+            self._send_left()
 
     def _send_behind(self, buffers: list[Any], nbytes: int) -> bool:
         """As `_send`; but while another thread reads, a third one sends what the kernel does not take at once, and then
@@ -889,21 +892,21 @@ class _Connection:
         if self._reader is None or self._sender is None:
             self._send(buffers, nbytes)
             return False
-        left = self.wire.transport.send(buffers, nbytes)
-        if not left:
+        outbox = self.wire.outbox
+        if outbox.send(buffers, nbytes) is None:
             return False
 
-        def send_rest() -> None:
-            try:
-                self._send_left(left)
-            except FastsplitError as error:
-                _logger.debug("%s: a reply could not be sent: %s", self.server.uri, str(error))
+        def sent(failure: FastsplitError | None) -> None:
+            if failure is not None:
+                if isinstance(failure, DeadlineError):
+                    failure = self._late()
+                _logger.debug("%s: a reply could not be sent: %s", self.server.uri, str(failure))
                 self.wire.transport.shutdown()
-            finally:
-                self._release_sending()
+            self._release_sending()
 
-        if not self._sender.submit(send_rest):  # the connection has ended
-            send_rest()
+        if not flush_in(self._sender, outbox, time.monotonic() + self.server.send_timeout_s, sent):
+            self._send_left()  # the connection has ended
+            return False
         return True
 
     def _release_sending(self) -> None:
@@ -928,16 +931,17 @@ class _Connection:
 
     def _send(self, buffers: list[Any], nbytes: int) -> None:
         """Sends a frame. The caller holds `_sending`."""
-        link = self.wire.transport
-        left = link.send(buffers, nbytes)
-        if left:
-            self._send_left(left)
+        if self.wire.outbox.send(buffers, nbytes) is not None:
+            self._send_left()
 
-    def _send_left(self, left: Sequence[Any]) -> None:
+    def _send_left(self) -> None:
         try:
-            self.wire.transport.send_all(left, time.monotonic() + self.server.send_timeout_s)
+            flush(self.wire.outbox, time.monotonic() + self.server.send_timeout_s)
         except DeadlineError:
-            raise PeerLostError(f"the client did not take its reply within {self.server.send_timeout_s} s") from None
+            raise self._late() from None
+
+    def _late(self) -> PeerLostError:
+        return PeerLostError(f"the client did not take its reply within {self.server.send_timeout_s} s")
 
 
 def _pipe() -> tuple[int, int]:
