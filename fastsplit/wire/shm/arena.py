@@ -50,9 +50,10 @@ _ENDED = "no shared memory: the connection has ended"
 class Arena:
     """Shared memory of one connection.
 
-    Every thread may call `allocate`, `trim` and `place`. The other methods under "out" are the sender's, those under "in"
-    the reader's. `factory`: makes and opens segments. `on_memory_pressure(deadline)`: called when memory is short; it does
-    something that may bring returns in, and comes back after some milliseconds at most. `hook`: see segment.Hook.
+    Every thread may call `allocate`, `trim` and `place`. The other methods under "out" are the sender's, those under
+    "in" the reader's. `factory`: makes and opens segments. `on_memory_pressure(deadline)`: called when memory is short;
+    it does something that may bring returns in, and comes back after some milliseconds at most. `hook`: see
+    segment.Hook.
     """
 
     def __init__(

@@ -48,8 +48,8 @@ _CLOSE_ON_EXEC = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
 class Stream(Transport):
     """One connected socket, which it owns. `spin_us`: how long a blocking read spins before it sleeps.
 
-    `passes_descriptors`: the peer may send descriptors. `meter` measures how fast payloads come in. Both may be set until
-    the peer's HELLO is read.
+    `passes_descriptors`: the peer may send descriptors. `meter` measures how fast payloads come in. Both may be set
+    until the peer's HELLO is read.
     """
 
     bytes_sent = 0
