@@ -51,9 +51,10 @@ _ENDED = "no shared memory: the connection has ended"
 class Arena:
     """Shared memory of one connection.
 
-    Every thread may allocate. The methods under "out" are the sender's, but for `place`; those under "in" are the
-    reader's. `factory`: makes and opens segments. `on_memory_pressure(deadline)`: called when memory is short; it does
-    something that may bring returns in, and comes back after some milliseconds at most. `hook`: see segment.Hook.
+    Every thread may call `allocate`, `trim` and `place`. The other methods under "out" are the sender's, those under
+    "in" the reader's. `factory`: makes and opens segments. `on_memory_pressure(deadline)`: called when memory is short;
+    it does something that may bring returns in, and comes back after some milliseconds at most. `hook`: see
+    segment.Hook.
     """
 
     def __init__(
@@ -188,7 +189,7 @@ class Arena:
     def trim(self, idle_s: float = IDLE_S) -> int:
         """Releases the segments that have been unused for `idle_s` seconds. Returns their bytes.
 
-        The peer is told before the next frame, and unmaps them too.
+        A RETIRE frame goes before the next frame, and the peer unmaps them too.
         """
         now = self._trimmed_at = time.monotonic()
         self._check_reentrant()

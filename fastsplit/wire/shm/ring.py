@@ -69,7 +69,7 @@ _STRONGLY_ORDERED = platform.machine() in ("x86_64", "AMD64", "i686", "i386")
 class Ring(Beside):
     """A ring each way beside a socket.
 
-    `memory`: RING_NBYTES of shared memory; the client's, who calls `format` on it first.
+    `memory`: RING_NBYTES of shared memory that the client made, and on which it called `format`.
     """
 
     def __init__(self, link: Stream, memory: mmap.mmap, *, is_client: bool) -> None:

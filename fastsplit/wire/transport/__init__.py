@@ -1,1 +1,1 @@
-"""How bytes move: the transport interface, URI schemes and their registry, sockets, spinning, and how good a link is."""
+"""How bytes move: the transport interface, URI schemes and their registry, sockets, spinning, the speed of a link."""

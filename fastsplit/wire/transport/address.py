@@ -57,7 +57,7 @@ def parse_address(uri: str) -> Address:
 class Reserve:
     """A descriptor that is kept for the moment when there is none left.
 
-    A client that waits can then still be accepted, told why it cannot stay, and closed. Without the reserve it would
+    A client that waits can then still be accepted, read why it cannot stay, and be closed. Without the reserve it would
     wait for a handshake until its deadline.
     """
 

@@ -2,7 +2,7 @@
 
 A transport is one end of a connection. `Stream` (a kernel socket) and `Ring` (shm/ring.py, in shared memory beside a
 socket) are the two that fastsplit has; a new one derives from `Transport`, fills in the abstract methods and inherits
-the rest. The wire's other modules use nothing but what stands here.
+the rest. The other modules of wire use only what stands here.
 
 The contract, for every implementation.
 
@@ -88,7 +88,7 @@ class Transport(ABC):
     """Whether descriptors cross, and those that come are collected."""
 
     meter: Meter | None = None
-    """Is told how fast payloads come in."""
+    """Measures how fast payloads come in."""
 
     spin: Spin
     """How long a blocking `receive` spins before it sleeps."""

@@ -1,7 +1,7 @@
 """Descriptors that came along with a socket's bytes, until they are taken.
 
-A descriptor that comes while this process has none left is dropped by the kernel. Its place in the order is kept, so
-that the one who takes it raises a ResourceError: the shortage is ours, and no fault of the peer's.
+The kernel drops a descriptor that comes while this process has none left. Its place in the order is kept, and taking it
+raises ResourceError: the shortage is ours, and no fault of the peer's.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ accept, and make a Transport of the end that these give. `SocketAddress` has wha
 
 Rules. Links are neither authenticated nor encrypted. So a listener may only be where other users and other hosts cannot
 reach it: unix sockets (mode 0600), loopback tcp, the local vsock cid. `listen` refuses every other address before it
-binds it, unless it is told `insecure`: that the network itself keeps strangers out.
+binds it, unless `insecure` is set, which states that the network itself keeps strangers out.
 """
 
 from __future__ import annotations

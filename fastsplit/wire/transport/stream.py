@@ -48,7 +48,7 @@ _CLOSE_ON_EXEC = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
 class Stream(Transport):
     """One connected socket, which it owns. `spin_us`: how long a blocking read spins before it sleeps.
 
-    `passes_descriptors`: the peer may send descriptors, and `meter` is told how fast payloads come in; both may be set
+    `passes_descriptors`: the peer may send descriptors. `meter` measures how fast payloads come in. Both may be set
     until the peer's HELLO is read.
     """
 
@@ -146,14 +146,15 @@ class Stream(Transport):
         received = self._receive_into(sink.receive_buffers(), deadline, 0 if blocking else _DONTWAIT, sink)
         if not received:
             return None
-        if self.meter is None:
+        meter = self.meter  # a HELLO may take it away meanwhile
+        if meter is None:
             return sink.received(received, events)
         before = sink.payload_left
         if before and before == received:
-            self.meter.payload_ended()  # before it is decoded
+            meter.payload_ended()  # before it is decoded
         events = sink.received(received, events)
         if sink.payload_left >= MIN_NBYTES and not before:
-            self.meter.payload_begins(sink.payload_left, self._waiting_nbytes())
+            meter.payload_begins(sink.payload_left, self._waiting_nbytes())
         return events
 
     def _waiting_nbytes(self) -> int:
