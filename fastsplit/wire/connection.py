@@ -1,8 +1,8 @@
 """One end of a connection: transport, session, outbox and shared memory. What a Channel and a Server have in common.
 
-Rules. `sending` covers the transport's writing side, the session's outgoing side and the outbox; the caller of a method
-that sends holds it. The arena exists from the peer's HELLO on, if both sides agreed on one; the ring replaces the transport
-during the handshake, before any request.
+Rules. `sending` covers the transport's writing side, the session's outgoing side and the outbox; the caller of a
+method that sends holds it. The arena exists from the peer's HELLO on, if both sides agreed on one; the ring replaces
+the transport during the handshake, before any request.
 
 What a connection holds is gone with its `close`, at once: the frame that is half received is dropped, even if an
 error's traceback still leads to it. Nor is there a circle for the collector, not even of one that nobody closed: what
@@ -117,7 +117,7 @@ class Connection:
         self._sharing: Sharing | None = None
         self.coder = Coder(self._memory, codec_threshold_nbytes)
         self.meter = None if address.is_local else Meter()
-        """Measures the transport, where it may lead to another host and nothing is shared."""
+        """Measures the link, where it may lead to another host and nothing is shared."""
         self.is_peer_local = address.is_peer_local(end)
         self._offer = offer(address, self.is_peer_local, is_client=is_client)
         transport = self.transport = address.transport(end)
@@ -202,7 +202,7 @@ class Connection:
 
     @property
     def estimate(self) -> LinkEstimate:
-        """What is known of the transport; nothing where it cannot lead to another host."""
+        """What is known of the link; nothing where it cannot lead to another host."""
         return LinkEstimate() if self.meter is None else self.meter.estimate()
 
     def probe(self, nbytes: int) -> tuple[int, list[Any]]:
