@@ -66,13 +66,13 @@ async def nothing_is_held(channels: list[aio.Channel], server: aio.Server) -> No
     if not channels[0].shm:
         return
     arenas = [channel._connection.arena for channel in channels]
-    arenas += [connection.wire.arena for connection in server._connections]
+    arenas += [client.connection.arena for client in server._service.clients]
     for _ in range(3):  # what goes back rides on these, there, and back
         await asyncio.gather(*(channel.call("nothing") for channel in channels for _ in range(2)))
     for channel in channels:
         channel._pump.send_returns()
-    for connection in server._connections:
-        connection.pump.send_returns()
+    for client in server._service.clients:
+        client.pump.send_returns()
     await until(lambda: not any(arena.in_use_nbytes for arena in arenas if arena is not None))
 
 
@@ -539,15 +539,15 @@ def test_a_server_that_dies_with_calls_in_flight(socket_uri: str) -> None:
         async with serve(socket_uri, {"gate": gate}) as server, connect(server.uri) as channel:
             calls = [asyncio.ensure_future(channel.call("gate", X)) for _ in range(50)]
             await until(lambda: gate.came == 50)
-            (connection,) = server._connections
-            connection.pump.close()  # as if its process had ended
+            (client,) = server._service.clients
+            client.pump.close()  # as if its process had ended
             results = await asyncio.gather(*calls, return_exceptions=True)
             assert {type(result) for result in results} == {PeerLostError}
             assert len({id(result) for result in results}) == 50  # each its own, with its own traceback
             assert channel.closed
             with pytest.raises(ClosedError, match="the channel is closed: the peer closed the connection"):
                 await channel.call("gate")
-            connection._end(None)
+            client._end(None)
             await until(lambda: gate.cancelled == 50)
 
     run(main())

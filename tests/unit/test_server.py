@@ -560,7 +560,7 @@ def test_how_long_a_connection_spins(
     if env is not None:
         monkeypatch.setenv("FASTSPLIT_SPIN_US", env)
     server = serve(
-        socket_uri, {"look": lambda call: seen.append(call._connection.wire.transport.spin.spin_us)}, **options
+        socket_uri, {"look": lambda call: seen.append(call._served.core.connection.transport.spin.spin_us)}, **options
     )
     connect(server.uri).call("look")
     assert seen == [expected]
@@ -792,8 +792,8 @@ def test_deadline_error_from_the_server_is_one_here(unix_uri: str, serve: Serve,
     channel = connect(server.uri)
     slow = channel.submit("slow")
     late = channel.submit("echo", timeout_s=0.05)
-    (connection,) = server._connections
-    _until(lambda: len(connection._pending) == 2)  # the server counts from a request's arrival
+    (client,) = server._service.clients
+    _until(lambda: len(client.core.pending) == 2)  # the server counts from a request's arrival
     time.sleep(0.1)
     gate.set()
     assert slow.result(5) == ()
