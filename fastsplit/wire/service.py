@@ -347,15 +347,22 @@ class ServiceCore:
         """Why a client that sends no HELLO is refused."""
         return RemoteProtocolError(f"no handshake within {self.service.options.handshake_timeout_s} s")
 
+    def ended_by(self, error: FastsplitError, *, tell: bool) -> FastsplitError | None:
+        """What ended the connection, for `end`: None if the client has only left, between frames and with every request
+        answered. `tell`: whether the client is told of the error; else it is the client's own word, or its loss."""
+        if isinstance(error, RemoteProtocolError) and not tell:
+            error = PeerLostError(str(error))
+        has_left = isinstance(error, PeerLostError) and self.session.at_frame_boundary and not self.session.aborted
+        return None if has_left and not self.inflight else error
+
     def end_stream(self) -> None:
         """The client has closed its stream, or this server has stopped reading it.
 
         Raises PeerLostError in the middle of a frame.
         """
-        is_whole = self.session.at_frame_boundary
-        error = self.session.end_of_stream()
-        if not is_whole:
-            raise error
+        if not self.session.at_frame_boundary:
+            raise self.session.end_of_stream()  # no local variable: it would keep this frame, and that the error
+        self.session.end_of_stream()
         self.ended = not self.service.closing
 
     def end(self, error: FastsplitError | None) -> None:

@@ -11,7 +11,7 @@ import asyncio
 import socket
 from typing import TYPE_CHECKING
 
-from ...errors import FastsplitError, PeerLostError, RemoteProtocolError
+from ...errors import FastsplitError
 from ...system.threads import only_one
 from ..service import ServiceCore
 from ..session import Cancel, Event, Probe, Request, RingOffered
@@ -82,13 +82,9 @@ class ServedClient:
             self._end(None)
 
     def failed(self, error: FastsplitError, *, tell: bool) -> None:
-        if isinstance(error, RemoteProtocolError) and not tell:
-            error = PeerLostError(str(error))
         if tell:
             self.pump.abort(error, LINGER_S)
-        session = self.core.session
-        has_left = isinstance(error, PeerLostError) and session.at_frame_boundary and not session.aborted
-        self._end(None if has_left and not self.inflight else error)
+        self._end(self.core.ended_by(error, tell=tell))
 
     def progressed(self) -> None:
         self._requests.work()
