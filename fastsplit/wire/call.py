@@ -2,8 +2,8 @@
 
 The same for both servers.
 
-Rules. A Call belongs to its handler for as long as that runs; a Client lives as long as its connection, and longer if
-somebody keeps it.
+Rules. A Call belongs to its handler for as long as that runs. A Client lives as long as its connection; a
+handler that stores it keeps it longer.
 """
 
 from __future__ import annotations

@@ -14,9 +14,9 @@ aio) wait, and run handlers: they read events, ask the core about each, and send
     the connection has ended     end         the log
 
 Rules. Every request is answered exactly once. A handler's exception is an answer (ERROR), never the end of a
-connection; a peer that breaks the protocol is told how (ABORT), and its connection ends. An exception of a handler is
-logged: a FastsplitError, which says what is wrong with a request, in one line (WARNING), so that no client can fill a
-log; any other with its traceback (ERROR).
+connection. A peer that breaks the protocol gets an ABORT that says how, and its connection ends. An exception of a
+handler is logged: a FastsplitError, which says what is wrong with a request, in one line (WARNING), so that no client
+can fill a log; any other with its traceback (ERROR).
 
 Calls of one core must not overlap where they change the same thing: a front whose handlers run in several threads holds
 a lock of its own for the table (`admit`, `cancel`, `done`), and one for what is sent (`reply`, `error`).
@@ -127,9 +127,9 @@ class Service:
         if shortage is not None:
             self.log_not_accepted(str(shortage))
             return shortage
-        most = self.options.max_connections
-        if len(self.clients) >= most:
-            return ConnectError(f"{most} connections already, the server accepts no more")
+        limit = self.options.max_connections
+        if len(self.clients) >= limit:
+            return ConnectError(f"{limit} connections already, the server accepts no more")
         self.clients.add(client)
         return None
 
@@ -202,9 +202,9 @@ class ServiceCore:
         """Counts a request as in flight. `kept`: what stands in `pending`. Raises RemoteProtocolError."""
         if request_id in self.pending:
             raise RemoteProtocolError(f"header, request_id: {request_id}, which is in flight already")
-        inflight, most = self.inflight, self.service.options.limits.max_inflight
-        if inflight >= most:
-            raise RemoteProtocolError(f"{inflight + 1} requests in flight, expected at most {most}")
+        inflight, limit = self.inflight, self.service.options.limits.max_inflight
+        if inflight >= limit:
+            raise RemoteProtocolError(f"{inflight + 1} requests in flight, expected at most {limit}")
         self.pending[request_id] = kept
 
     def cancel(self, request_id: int, *, is_here: bool = False) -> bool:
@@ -312,8 +312,8 @@ class ServiceCore:
     def take(self, event: Event, front: Front) -> bool:
         """Acts on an event that concerns no request. False if it is the client's last.
 
-        Raises what ended the connection: RemoteProtocolError or ResourceError if the client is to be told,
-        PeerLostError if not.
+        Raises what ended the connection: RemoteProtocolError or ResourceError if the client does not know of it,
+        PeerLostError if it does.
         """
         if isinstance(event, ReturnsWanted):
             front.send_returns()
@@ -349,7 +349,7 @@ class ServiceCore:
 
     def ended_by(self, error: FastsplitError, *, tell: bool) -> FastsplitError | None:
         """What ended the connection, for `end`: None if the client has only left, between frames and with every request
-        answered. `tell`: whether the client is told of the error; else it is the client's own word, or its loss."""
+        answered. `tell`: whether the client gets an ABORT for the error; else the client has sent one, or is lost."""
         if isinstance(error, RemoteProtocolError) and not tell:
             error = PeerLostError(str(error))
         has_left = isinstance(error, PeerLostError) and self.session.at_frame_boundary and not self.session.aborted

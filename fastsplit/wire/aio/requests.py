@@ -5,8 +5,8 @@ they are done. A plain function runs on the loop, one after another, and for a m
 `workers`, in a pool of threads, and the loop then sends what a thread has prepared.
 
 Rules. Everything but a handler in a worker runs in the loop's thread. A CANCEL cancels the task of its request, and the
-end of the connection all of its tasks. Whatever a task, a thread or a handler does, a request is answered once: who
-finds it in the core's table answers it.
+end of the connection all of its tasks. A request is answered while it stands in the core's table, and so once,
+whatever a task, a thread or a handler does.
 """
 
 from __future__ import annotations

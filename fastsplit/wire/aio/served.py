@@ -107,9 +107,9 @@ class ServedClient:
 
     def _regulate(self) -> None:
         """Reads on, or not; and says whether all is done."""
-        most = self._options.max_queued_nbytes
+        limit = self._options.max_queued_nbytes
         if not self.core.ended:
-            self.pump.pause(self._stopped or self.pump.queued_nbytes > most or self._requests.waiting_nbytes > most)
+            self.pump.pause(self._stopped or self.pump.queued_nbytes > limit or self._requests.waiting_nbytes > limit)
         if self._draining is not None and not self._draining.done() and self._is_drained:
             self._draining.set_result(True)
 

@@ -145,9 +145,9 @@ class ReadAhead:
 
     def queue(self, request: Request) -> bool:
         """Queues a request, as soon as there is room. Returns whether the connection's thread had nothing to do."""
-        nbytes, most = self._held_nbytes(request), self._max_requests
+        nbytes, limit = self._held_nbytes(request), self._max_requests
         with self.idle:
-            while self.waiting and (self.nbytes + nbytes > _MAX_AHEAD_NBYTES or len(self.waiting) >= most):
+            while self.waiting and (self.nbytes + nbytes > _MAX_AHEAD_NBYTES or len(self.waiting) >= limit):
                 if self._core.ended or self._core.service.closing:
                     break
                 self.idle.wait(1.0)

@@ -42,7 +42,7 @@ __all__ = ["ServedClient"]
 _logger = get_logger("fastsplit.server")
 
 _MAX_LOOKS = 16  # reads of what is there already, for a handler that asks whether it is cancelled
-_RELIEF_S = 0.005  # how long a thread that waits for memory reads before it looks again
+_READ_S = 0.005  # how long a thread that waits for memory reads before it looks again
 
 
 class ServedClient:
@@ -218,7 +218,7 @@ class ServedClient:
             return
         ahead = self._ahead
         if ahead.can_read:
-            soon = time.monotonic() + _RELIEF_S
+            soon = time.monotonic() + _READ_S
             self._read_in_handler(soon if deadline is None else min(soon, deadline))
         elif ahead.end is True:
             time.sleep(0.001)
