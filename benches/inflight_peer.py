@@ -62,9 +62,9 @@ async def _serve_aio(uri: str) -> None:
         print("READY", server.uri, flush=True)
         while await asyncio.to_thread(sys.stdin.readline):
             released.clear()
-            for connection in server._connections:
+            for connection in server._service.clients:
                 connection.pump.give_back()
-            arenas = [connection.wire.arena for connection in server._connections]
+            arenas = [client.connection.arena for client in server._service.clients]
             print(json.dumps({**state(arenas), "holding": holding, "inflight": server.inflight}), flush=True)
 
 
@@ -73,7 +73,7 @@ def _serve_blocking(uri: str) -> None:
     with fastsplit.Server(uri, handlers, arrays="numpy", workers=WORKERS, limits=_LIMITS) as server:
         print("READY", server.uri, flush=True)
         while sys.stdin.readline():
-            arenas = [connection.wire.arena for connection in server._connections]
+            arenas = [client.connection.arena for client in server._service.clients]
             print(json.dumps(state(arenas)), flush=True)
 
 

@@ -1,64 +1,41 @@
-"""What a handler sees of a request: the Call, and the Client that makes it; the check of handlers, and the log of their
-failures. The same for both servers.
+"""What a handler sees of a request: the Call, and the Client that makes it; and the check of handlers.
 
-Rules. A Call belongs to its handler for as long as that runs; a Client lives as long as its connection, and longer if
-somebody keeps it. An exception of a handler is logged: a FastsplitError, which says what is wrong with a request, in
-one line (WARNING), so that no client can fill a log; any other with its traceback (ERROR).
+The same for both servers.
+
+Rules. A Call belongs to its handler for as long as that runs. A Client lives as long as its connection; a
+handler that stores it keeps it longer.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from ..errors import CancelledError, ConnectError, FastsplitError, PeerLostError, SettingError, shown
-from ..printable import get_logger
-from ..schema.header import wanted_reply
+from ..errors import SettingError, shown
 from ..system.forked import renew
-from ..system.threads import call_safely, is_interrupt
-from ..tensors import Arrays
-from .compression import Coder
-from .connection import Connection
-from .events import Request
+from ..system.threads import call_safely
 from .transport.base import remaining_s
 
-__all__ = [
-    "Call",
-    "Caller",
-    "Client",
-    "Handler",
-    "describe",
-    "is_coroutine",
-    "log_failure",
-    "parse_handlers",
-    "tensors_nbytes",
-    "too_many",
-    "wanted_coding",
-]
+if TYPE_CHECKING:
+    from .service import ServiceCore
 
-_logger = get_logger("fastsplit.server")
+__all__ = ["Call", "Client", "Handler", "Served", "describe", "is_coroutine", "parse_handlers"]
 
 
-class Caller(Protocol):
-    """What a Call needs to know of its connection."""
-
-    wire: Connection
-    client: Client
-    ended: bool
-    """Whether nobody waits for answers any more."""
+class Served(Protocol):
+    """What a Call asks the front about its client."""
 
     @property
-    def arrays(self) -> Arrays: ...
+    def core(self) -> ServiceCore: ...
 
-    def reply_deadline(self, deadline: float | None) -> float:
-        """Until when a reply is worth waiting for, where the client waits until `deadline`."""
+    def memory_deadline(self, deadline: float | None) -> float:
+        """Until when this thread may wait for memory for a reply that the client awaits until `deadline`."""
 
     def is_cancelled(self, request_id: int) -> bool:
-        """Whether the client has given this request up. Reads what has arrived first, if no other thread reads."""
+        """Whether the client has cancelled this request. Reads what has arrived first, if no other thread reads."""
 
     def has_left(self) -> bool:
         """Whether the client has left, or can get no more answers. Takes a system call."""
@@ -72,60 +49,60 @@ class Call:
     of the types that Channel.call takes.
     """
 
-    __slots__ = ("_connection", "_deadline", "_request_id", "attrs", "op", "reply_attrs", "tensors")
+    __slots__ = ("_deadline", "_flags", "_request_id", "_served", "attrs", "op", "reply_attrs", "tensors")
 
     def __init__(
         self,
-        connection: Caller,
+        served: Served,
         request_id: int,
         op: str,
         tensors: tuple[Any, ...],
         attrs: dict[str, Any],
         deadline: float | None,
+        flags: int = 0,
     ) -> None:
         self.op = op
         self.tensors = tensors
         self.attrs = attrs
         self.reply_attrs: dict[str, Any] = {}
-        self._connection = connection
+        self._served = served
         self._request_id = request_id
         self._deadline = deadline
+        self._flags = flags
 
     def empty(self, shape: int | Sequence[int], dtype: Any = "float32") -> Any:
         """A tensor of undefined content in the memory that replies are sent from fastest, for the handler to return.
 
-        Where memory is shared it lies there. Waits for room as long as the caller does for its reply. Raises
-        TensorError for a dtype or a shape that no tensor has, ArenaFull.
+        Where memory is shared it lies there. Waits for room as long as the caller does for its reply; in the thread of
+        an event loop it never waits. Raises TensorError for a dtype or a shape that no tensor has, ArenaFull.
         """
-        connection = self._connection
-        deadline = connection.reply_deadline(self._deadline)
-        return connection.arrays.empty(shape, dtype, lambda nbytes: connection.wire.allocate(nbytes, deadline))
+        served = self._served
+        deadline, connection = served.memory_deadline(self._deadline), served.core.connection
+        return served.core.arrays.empty(shape, dtype, lambda nbytes: connection.allocate(nbytes, deadline))
 
     @property
     def client(self) -> Client:
-        """Who calls: the same object for all calls of one connection."""
-        return self._connection.client
+        """The caller: the same object for all calls of one connection."""
+        return self._served.core.client
 
     @property
     def remaining_s(self) -> float | None:
-        """Seconds until the caller gives up, at least 0; None if it never does."""
+        """Seconds until the caller stops waiting, at least 0; None if it has no deadline."""
         return remaining_s(self._deadline)
 
     @property
     def cancelled(self) -> bool:
-        """Whether the caller has given up, its deadline has passed, or its connection has ended. A long handler may ask
-        now and then, in its own thread: it takes some microseconds.
+        """Whether the caller has cancelled the call, its deadline has passed, or its connection has ended.
+
+        A long handler may ask now and then, in its own thread: it takes some microseconds.
 
         If no other thread reads, this reads what the client has sent; requests among it are queued. (Nothing more is
         read once `max_inflight` of them are queued, or 256 MiB of their tensors.) A plain function on the loop of
         fastsplit.aio sees only the deadline and the connection's end: no CANCEL is read before it returns.
         """
-        connection = self._connection
+        served = self._served
         return (
-            connection.is_cancelled(self._request_id)
-            or self.remaining_s == 0.0
-            or connection.ended
-            or connection.has_left()
+            served.is_cancelled(self._request_id) or self.remaining_s == 0.0 or served.core.ended or served.has_left()
         )
 
 
@@ -160,7 +137,7 @@ class Client:
             call_safely("what was to run at a connection's end", callback)
 
     def leave(self) -> None:
-        """For a forked child, where the connection's end is nobody's business."""
+        """For a forked child: see forked.py. The parent's connection goes on, so that no callback runs here."""
         renew(self._lock)
         self._ended = True
         self._callbacks = []
@@ -201,45 +178,8 @@ def _is(kind: Callable[[Any], bool], handler: Any) -> bool:
     return kind(handler) or kind(type(handler).__call__)
 
 
-def log_failure(connection: Caller, uri: str, op: str, error: BaseException, *, is_cancelled: bool = False) -> None:
-    """Logs that a handler has failed, by the module's rules.
-
-    At level DEBUG if the caller has left or cancelled, or the program ends. `is_cancelled`: the error is asyncio's
-    CancelledError.
-    """
-    level, trace = logging.ERROR, error if not isinstance(error, FastsplitError) else None
-    if is_cancelled or is_interrupt(error) or isinstance(error, CancelledError):
-        level = logging.DEBUG
-    elif isinstance(error, FastsplitError):
-        is_about_the_caller = isinstance(error, PeerLostError) and (connection.ended or connection.has_left())
-        level = logging.DEBUG if is_about_the_caller else logging.WARNING
-    if _logger.isEnabledFor(level):
-        peer, text = connection.wire.transport.peer_name(), "%s: the handler of %r failed for %s: %s"
-        _logger.log(level, text, uri, op, peer, describe(error), exc_info=trace)
-
-
-def too_many(max_connections: int) -> ConnectError:
-    """Why a server refuses a client."""
-    return ConnectError(f"{max_connections} connections already, the server accepts no more")
-
-
-def wanted_coding(coder: Coder, flags: int, own_codec: int | None) -> tuple[int, int | None]:
-    """The cast and the codec of a reply: as the request's flags want it, else the server's own codec."""
-    cast, codec = wanted_reply(flags)
-    if cast and cast << 4 not in coder.accepted:
-        cast = 0  # a number that this version does not know; what is not cast is right, too
-    if codec and codec not in coder.accepted:
-        codec = None
-    return cast, own_codec if codec is None else codec
-
-
-def tensors_nbytes(request: Request) -> int:
-    """Bytes of a request's tensors, wherever they are."""
-    return sum(desc.nbytes for desc in request.message.tensors)
-
-
 def describe(error: BaseException) -> str:
-    """A handler's error, as its caller is told."""
+    """A handler's error, as the text of the answer to its caller."""
     try:
         return f"{type(error).__name__}: {error}"
     except BaseException:  # noqa: BLE001 (its own __str__ fails)

@@ -14,7 +14,7 @@ from raw_peer import CANCEL, ERROR, GOODBYE, REPLY, REQUEST, RawPeer, connected,
 
 import fastsplit
 from fastsplit.errors import CancelledError
-from fastsplit.wire.blocking import server as server_module
+from fastsplit.wire.blocking import readahead
 
 Serve = Callable[..., fastsplit.Server]
 
@@ -52,9 +52,9 @@ def _handlers(poll: Poll) -> dict[str, Any]:
     return {"poll": poll, "echo": lambda call: call.tensors}
 
 
-def _connection(server: fastsplit.Server) -> Any:
-    (connection,) = server._connections
-    return connection
+def _served(server: fastsplit.Server) -> Any:
+    (client,) = server._service.clients
+    return client
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_a_request_that_waits_can_be_cancelled_too(socket_uri: str, serve: Serve
         first, second = peer.expect(REPLY), peer.expect(ERROR)
         assert (first.request_id, second.request_id) == (1, 2)
         assert second.message.attrs["text"] == "cancelled before it ran"
-        assert not _connection(server).cancelled
+        assert not _served(server).core.cancelled
 
 
 def _poll_a_while(call: fastsplit.Call) -> None:
@@ -132,12 +132,12 @@ def test_what_waits_is_bounded(socket_uri: str, serve: Serve, monkeypatch: pytes
     def handle(call: fastsplit.Call) -> None:
         started.wait(5)
         _poll_a_while(call)
-        waited.append(len(_connection(server)._waiting))
+        waited.append(len(_served(server)._ahead.waiting))
 
     started = threading.Event()
     limits = fastsplit.Limits(max_inflight=3) if cap == "requests" else fastsplit.Limits()
     if cap == "bytes":
-        monkeypatch.setattr(server_module, "_MAX_AHEAD_NBYTES", 25_000)
+        monkeypatch.setattr(readahead, "_MAX_AHEAD_NBYTES", 25_000)
     server = serve(socket_uri, {"poll": handle, "echo": lambda call: call.tensors}, limits=limits, arrays="numpy")
     with connected(server.uri) as peer:
         peer.greet()
@@ -160,7 +160,7 @@ def test_a_large_request_that_came_in_part_goes_on(socket_uri: str, serve: Serve
         assert first.result() == ()
         assert all((future.result()[0] == x + n).all() for n, future in enumerate(futures))
         if not channel.shm:
-            assert _connection(server)._ahead_nbytes == 0
+            assert _served(server)._ahead.nbytes == 0
 
 
 @pytest.mark.parametrize("how", ["garbage", "goodbye", "abort"])

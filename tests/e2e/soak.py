@@ -108,7 +108,7 @@ class Handlers:
         with self._lock:
             self._kept.clear()
         gc.collect()
-        arena = call._connection.wire.arena
+        arena = call._served.core.connection.arena
         assert arena is not None
         in_use, segments = arena.in_use_nbytes, arena.nbytes
         arena.trim(0.0)

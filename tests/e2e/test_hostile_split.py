@@ -237,14 +237,14 @@ def test_a_session_that_is_none(executor: Executor, capfd: pytest.CaptureFixture
 
 @pytest.mark.parametrize("op", OPS)
 def test_a_gpu_side_that_leaves(executor: Executor, capfd: pytest.CaptureFixture[str], op: str) -> None:
-    leave = {op: lambda call: call._connection.wire.transport.shutdown()}
+    leave = {op: lambda call: call._served.core.connection.transport.shutdown()}
     assert tee(executor, leave, "--prefill", "5", "--plan", OPS[op]) == 3
     assert "connection: " in last_line(capfd)
 
 
 def test_a_gpu_side_that_leaves_at_the_very_end(executor: Executor, capfd: pytest.CaptureFixture[str]) -> None:
     """All tokens are there, and the session has gone with the connection: nothing is lost."""
-    leave = {"close": lambda call: call._connection.wire.transport.shutdown()}
+    leave = {"close": lambda call: call._served.core.connection.transport.shutdown()}
     assert tee(executor, leave, "--prefill", "5", "--max-new-tokens", "3", "--format", "json") == 0
     assert json.loads(capfd.readouterr().out)["new_tokens"] == 3
 

@@ -27,9 +27,11 @@ from fastsplit.errors import FastsplitError
 from fastsplit.tensors import pool as memory
 from fastsplit.tensors.pool import MAX_LEFT_NBYTES, Pool
 from fastsplit.wire.aio import channel as aio_channel
-from fastsplit.wire.aio import server as aio_server
-from fastsplit.wire.blocking import channel, server
+from fastsplit.wire.aio import requests
+from fastsplit.wire.aio import served as aio_served
+from fastsplit.wire.blocking import channel, readahead, replies, served
 from fastsplit.wire.connection import Connection
+from fastsplit.wire.service import ServiceCore
 
 MIB = 1024**2
 CODES, ZLIB, ZLIB_CODING = 2, 65536, 1
@@ -68,7 +70,9 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Held:
 def alive(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
     """Names of what is still there of connections: of both fronts, of both sides."""
     made: list[weakref.ref[Any]] = []
-    for kind in (Connection, server._Connection, aio_server._Connection, channel.Channel, aio_channel.Channel):
+    servers = (ServiceCore, served.ServedClient, readahead.ReadAhead, replies.Replies)
+    aio_servers = (aio_served.ServedClient, requests.Requests)
+    for kind in (Connection, *servers, *aio_servers, channel.Channel, aio_channel.Channel):
 
         def spy(self: Any, *args: Any, init: Any = kind.__init__, **options: Any) -> None:
             made.append(weakref.ref(self))

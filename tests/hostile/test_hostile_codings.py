@@ -372,10 +372,10 @@ def test_a_flood_of_probes_while_a_reply_is_stuck(serve: Serve) -> None:
         _greeted(peer)
         probes = b"".join(_probe(number) for number in range(2000))
         peer.send(frame(REQUEST, 1, "large") + frame(REQUEST, 2, "large") + probes)
-        (connection,) = server._connections
+        (client,) = server._service.clients
         for _ in range(20):
             time.sleep(0.01)
-            assert len(connection._probes) <= 16
+            assert len(client._replies._probes) <= 16
         kinds = {REPLY: [], PROBE: []}  # type: ignore[var-annotated]
         for _ in range(2002):
             came = peer.receive()

@@ -305,9 +305,9 @@ def test_a_client_of_a_star_is_as_near_as_one_of_its_address(serve: Callable[...
     server = serve("tcp://*:0", {"echo": lambda call: call.tensors}, insecure=True)
     with fastsplit.connect(f"tcp://127.0.0.1:{parse_address(server.uri).port}") as channel:
         assert channel.call("echo") == ()
-        (connection,) = server._connections
-        assert connection.wire.is_peer_local
-        assert re.fullmatch(r"127\.0\.0\.1:\d+", connection.wire.transport.peer_name())
+        (client,) = server._service.clients
+        assert client.connection.is_peer_local
+        assert re.fullmatch(r"127\.0\.0\.1:\d+", client.connection.transport.peer_name())
 
 
 class _Connected:

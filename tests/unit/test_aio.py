@@ -66,13 +66,13 @@ async def nothing_is_held(channels: list[aio.Channel], server: aio.Server) -> No
     if not channels[0].shm:
         return
     arenas = [channel._connection.arena for channel in channels]
-    arenas += [connection.wire.arena for connection in server._connections]
+    arenas += [client.connection.arena for client in server._service.clients]
     for _ in range(3):  # what goes back rides on these, there, and back
         await asyncio.gather(*(channel.call("nothing") for channel in channels for _ in range(2)))
     for channel in channels:
         channel._pump.send_returns()
-    for connection in server._connections:
-        connection.pump.send_returns()
+    for client in server._service.clients:
+        client.pump.send_returns()
     await until(lambda: not any(arena.in_use_nbytes for arena in arenas if arena is not None))
 
 
@@ -539,15 +539,15 @@ def test_a_server_that_dies_with_calls_in_flight(socket_uri: str) -> None:
         async with serve(socket_uri, {"gate": gate}) as server, connect(server.uri) as channel:
             calls = [asyncio.ensure_future(channel.call("gate", X)) for _ in range(50)]
             await until(lambda: gate.came == 50)
-            (connection,) = server._connections
-            connection.pump.close()  # as if its process had ended
+            (client,) = server._service.clients
+            client.pump.close()  # as if its process had ended
             results = await asyncio.gather(*calls, return_exceptions=True)
             assert {type(result) for result in results} == {PeerLostError}
             assert len({id(result) for result in results}) == 50  # each its own, with its own traceback
             assert channel.closed
             with pytest.raises(ClosedError, match="the channel is closed: the peer closed the connection"):
                 await channel.call("gate")
-            connection._end(None)
+            client._end(None)
             await until(lambda: gate.cancelled == 50)
 
     run(main())
@@ -643,6 +643,24 @@ def test_closing_a_server_cancels_what_takes_too_long(unix_uri: str) -> None:
     run(main())
 
 
+def test_an_address_is_taken_before_clients_are_served(unix_uri: str) -> None:
+    """Clients that come meanwhile are served then."""
+
+    async def main() -> None:
+        server = serve(unix_uri, HANDLERS)
+        assert server.bind() is server.bind() is server and not server.started
+        opening = asyncio.ensure_future(asyncio.to_thread(lambda: fastsplit.connect(unix_uri).close()))
+        async with server:
+            await opening
+        never = serve(unix_uri, HANDLERS).bind()
+        await never.close()
+        assert not os.path.exists(unix_uri.removeprefix("unix://"))
+        with pytest.raises(ClosedError, match="the server was closed"):
+            never.bind()
+
+    run(main())
+
+
 def test_serve_forever(unix_uri: str) -> None:
     async def main() -> None:
         server = serve(unix_uri, HANDLERS)
@@ -695,16 +713,6 @@ def test_opening(unix_uri: str) -> None:
     run(main())
 
 
-def test_more_connections_than_the_server_takes(unix_uri: str) -> None:
-    async def main() -> None:
-        async with serve(unix_uri, HANDLERS, max_connections=1) as server, connect(server.uri) as channel:
-            with pytest.raises(ConnectError, match="1 connections already"):
-                await connect(server.uri)
-            await channel.call("nothing")
-
-    run(main())
-
-
 def test_a_handshake_that_does_not_come(unix_uri: str) -> None:
     async def main() -> None:
         done = threading.Event()
@@ -712,15 +720,6 @@ def test_a_handshake_that_does_not_come(unix_uri: str) -> None:
             with pytest.raises(DeadlineError, match=r"connected, but no handshake within 0\.05 s"):
                 await connect(uri, timeout_s=0.05)
             done.set()
-        os.unlink(unix_uri.removeprefix("unix://"))
-        async with serve(unix_uri, HANDLERS, handshake_timeout_s=0.05) as server:
-
-            def client() -> str:
-                with connected(server.uri) as peer:
-                    return peer.expect_abort()
-
-            assert await asyncio.to_thread(client) == "no handshake within 0.05 s"
-            await until(lambda: not server.connections)
 
     run(main())
 

@@ -217,9 +217,9 @@ def test_cancel(channel: fastsplit.Channel, server: fastsplit.Server, gate: Gate
     with pytest.raises(CancelledError, match="gate: cancelled"):
         waiting.result()
     assert channel.submit("echo", np.zeros(1)).cancel()
-    (connection,) = server._connections
+    (client,) = server._service.clients
     deadline = time.monotonic() + 10
-    while len(connection.cancelled) < 2:  # the server has read both
+    while len(client.core.cancelled) < 2:  # the server has read both
         assert time.monotonic() < deadline
         time.sleep(0.005)
     gate.opened.set()

@@ -20,7 +20,7 @@ from raw_peer import SEGMENT, connected, frame, hello
 
 import fastsplit
 from fastsplit.errors import ArenaFull, ClosedError, DeadlineError, RemoteOpError, RemoteProtocolError
-from fastsplit.wire.blocking import server as server_module
+from fastsplit.wire.blocking import served
 from fastsplit.wire.shm import negotiation as sharing
 from fastsplit.wire.shm.arena import Arena
 from fastsplit.wire.shm.ring import RING_NBYTES, Ring
@@ -78,14 +78,14 @@ def _until(condition: Callable[[], Any], timeout_s: float = 10.0) -> None:
 
 
 def _arena(end: Any) -> Arena:
-    arena = (end._connection if isinstance(end, fastsplit.Channel) else end.wire).arena
+    arena = (end._connection if isinstance(end, fastsplit.Channel) else end.connection).arena
     assert isinstance(arena, Arena)
     return arena
 
 
 def _serving(server: fastsplit.Server) -> Any:
-    (connection,) = server._connections
-    return connection
+    (client,) = server._service.clients
+    return client
 
 
 def _inodes(arena: Arena) -> set[str]:
@@ -118,10 +118,10 @@ def test_two_connections_never_see_each_others_memory(
     for channel in (first, second):
         channel.call("fresh", nbytes=100)
     arenas = {"first": _arena(first), "second": _arena(second)}
-    for connection in server._connections:
-        ours = {name for name, arena in arenas.items() if _inodes(arena) & _inodes(_arena(connection))}
+    for client in server._service.clients:
+        ours = {name for name, arena in arenas.items() if _inodes(arena) & _inodes(_arena(client))}
         assert len(ours) == 1
-        arenas[f"server of {ours.pop()}"] = _arena(connection)
+        arenas[f"server of {ours.pop()}"] = _arena(client)
     inodes = {name: _inodes(arena) for name, arena in arenas.items()}
     assert inodes["first"] == inodes["server of first"] and inodes["second"] == inodes["server of second"]
     assert not inodes["first"] & inodes["second"] and len(inodes["first"]) == len(inodes["second"]) == 2
@@ -231,7 +231,7 @@ def test_trim(unix_uri: str, control: str, serve: Serve, connect: Connect, handl
 def test_an_idle_server_gives_memory_back(
     unix_uri: str, control: str, serve: Serve, connect: Connect, handlers: Handlers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_module, "IDLE_S", 0.1)
+    monkeypatch.setattr(served, "IDLE_S", 0.1)
     monkeypatch.setattr(Arena.trim, "__defaults__", (0.05,))
     server = serve(unix_uri, handlers.table(), arrays="numpy")
     channel = connect(server.uri, arrays="numpy", call_timeout_s=10)
@@ -281,9 +281,9 @@ def test_requests_that_come_in_while_a_handler_waits_are_served_afterwards_in_or
     _until(lambda: handlers.ran == ["begins"])
     notes = [channel.submit("note", n=n) for n in range(100)]
     cancelled = channel.submit("note", n="never")
-    _until(lambda: len(_serving(server)._waiting) == 101)
+    _until(lambda: len(_serving(server)._ahead.waiting) == 101)
     cancelled.cancel()
-    _until(lambda: len(_serving(server).cancelled) == 1)
+    _until(lambda: len(_serving(server).core.cancelled) == 1)
     notes.append(channel.submit("note", n=100))
     assert handlers.ran == ["begins"]
     held.clear()
@@ -447,8 +447,8 @@ def test_a_ring_that_the_server_cannot_map(
     monkeypatch.setattr(Memfd, "attach", fail)
     channel = connect(server.uri, arrays="numpy")
     reason = "memfd segments, control over the socket: the server cannot map the ring: Cannot allocate memory"
-    assert channel.shm and channel.shm_reason == reason == _serving(server).wire.shm_reason
-    assert type(channel._connection.transport) is type(_serving(server).wire.transport) is Stream
+    assert channel.shm and channel.shm_reason == reason == _serving(server).connection.shm_reason
+    assert type(channel._connection.transport) is type(_serving(server).connection.transport) is Stream
     assert channel.call("echo", np.ones(5))[0].sum() == 5 and channel.stats.bytes_shared == 80
 
 

@@ -209,8 +209,8 @@ def test_shm_and_its_reason(unix_uri: str, server_query: str, client_query: str,
             x[:] = 3
             (y,) = channel.call("echo", x)
             assert (y == 3).all() and (y.ctypes.data == x.ctypes.data) == channel.shm
-            (connection,) = server._connections
-            assert connection.wire.shm_reason == reason
+            (client,) = server._service.clients
+            assert client.connection.shm_reason == reason
             assert not [name for name in os.listdir("/dev/shm") if name.startswith(SHM_PREFIX.rpartition("/")[2])]
 
 

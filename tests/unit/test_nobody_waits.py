@@ -29,8 +29,8 @@ from fastsplit.errors import (
     ResourceError,
 )
 from fastsplit.wire import future as future_module
-from fastsplit.wire.blocking import server as server_module
 from fastsplit.wire.blocking import watcher
+from fastsplit.wire.blocking.served import ServedClient
 
 Future = fastsplit.Future
 Serve = Callable[..., fastsplit.Server]
@@ -486,8 +486,8 @@ def test_who_waits_for_a_turn_hears_of_the_end(socket_uri: str, serve: Serve, ga
         if end == "close":
             channel.close()
         else:
-            (connection,) = server._connections
-            connection.wire.transport.shutdown()
+            (client,) = server._service.clients
+            client.connection.transport.shutdown()
         for thread in threads:
             thread.join(10)
             assert not thread.is_alive()
@@ -589,13 +589,13 @@ def test_a_server_takes_the_next_request_while_it_sends_an_answer(
     socket_uri: str, serve: Serve, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a client at its limit, which has read the answer."""
-    done = server_module._Connection._done
+    done = ServedClient._done
 
-    def later(connection: Any, request_id: int) -> None:
+    def later(client: ServedClient, request_id: int) -> None:
         time.sleep(0.01)
-        done(connection, request_id)
+        done(client, request_id)
 
-    monkeypatch.setattr(server_module._Connection, "_done", later)
+    monkeypatch.setattr(ServedClient, "_done", later)
     server = serve(socket_uri, _handlers(), arrays="numpy", workers=2, limits=fastsplit.Limits(max_inflight=1))
     channel = connect(server.uri, arrays="numpy", call_timeout_s=20)
     for n in range(5):

@@ -16,7 +16,7 @@ import fastsplit
 from fastsplit.errors import CancelledError, ClosedError, DeadlineError, PeerLostError
 from fastsplit.schema.dtypes import BY_NAME
 from fastsplit.schema.limits import Limits
-from fastsplit.wire.blocking import server as server_module
+from fastsplit.wire.blocking import readahead
 
 Serve = Callable[..., fastsplit.Server]
 Connect = Callable[..., fastsplit.Channel]
@@ -71,9 +71,9 @@ def _step(number: int, nbytes: int = 0, op: str = "step") -> bytes:
     return frame(REQUEST, number, op, tensors, {"n": number}, bytes(nbytes))
 
 
-def _connection(server: fastsplit.Server) -> Any:
-    (connection,) = server._connections
-    return connection
+def _served(server: fastsplit.Server) -> Any:
+    (client,) = server._service.clients
+    return client
 
 
 def _silent(peer: RawPeer, closes: threading.Event) -> None:
@@ -235,19 +235,19 @@ def test_reading_ahead_is_bounded_by_requests(serve: Serve, gate: Gate) -> None:
     with connected(server.uri) as peer:
         peer.greet()
         peer.send(*[_step(n, 500) for n in range(100)])
-        connection = _connection(server)
-        _until(lambda: len(connection._waiting) == 4)
+        ahead = _served(server)._ahead
+        _until(lambda: len(ahead.waiting) == 4)
         time.sleep(0.05)
-        assert len(connection._waiting) <= 4
+        assert len(ahead.waiting) <= 4
         gate.open.set()
         assert [peer.expect(REPLY).request_id for _ in range(100)] == list(range(100))
         assert gate.ran == list(range(100))
         assert gate.most == 1
-        assert connection._ahead_nbytes == 0
+        assert ahead.nbytes == 0
 
 
 def test_reading_ahead_is_bounded_by_bytes(serve: Serve, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "_MAX_AHEAD_NBYTES", 2**20)
+    monkeypatch.setattr(readahead, "_MAX_AHEAD_NBYTES", 2**20)
     server = serve(TCP, gate.table(), arrays="numpy")
     with connected(server.uri) as peer:
         peer.greet()
@@ -256,15 +256,15 @@ def test_reading_ahead_is_bounded_by_bytes(serve: Serve, gate: Gate, monkeypatch
             sender = threading.Thread(target=lambda: [peer.send(_step(n, 400_000)) for n in range(12)])
             sender.start()
             time.sleep(0.05)
-            assert _connection(server)._ahead_nbytes <= 2**20
+            assert _served(server)._ahead.nbytes <= 2**20
             gate.open.set()
             assert [peer.expect(REPLY).request_id for n in range(12)] == list(range(12))
             sender.join()
             for n in range(40):  # one at a time: the connection reads for itself again
                 peer.send(_step(n))
                 assert peer.expect(REPLY).request_id == n
-            assert _connection(server)._ahead_nbytes == 0
-            assert _connection(server)._reader is None
+            assert _served(server)._ahead.nbytes == 0
+            assert _served(server)._ahead.reader is None
 
 
 def test_a_cancel_finds_what_is_queued_and_what_runs(serve: Serve, gate: Gate) -> None:
@@ -272,7 +272,7 @@ def test_a_cancel_finds_what_is_queued_and_what_runs(serve: Serve, gate: Gate) -
     with connected(server.uri) as peer:
         peer.greet()
         peer.send(_step(1, op="until"), *[_step(n, 5000) for n in (2, 3)])
-        _until(lambda: len(_connection(server)._waiting) == 2)
+        _until(lambda: len(_served(server)._ahead.waiting) == 2)
         peer.send(frame(CANCEL, 3), frame(CANCEL, 99), frame(CANCEL, 1))
         assert peer.expect(REPLY).request_id == 1
         assert gate.cancelled == [True]
@@ -281,7 +281,7 @@ def test_a_cancel_finds_what_is_queued_and_what_runs(serve: Serve, gate: Gate) -
         assert (came.request_id, came.message.attrs["code"]) == (3, "cancelled")
         peer.send(_step(3), _step(1), _step(99))  # the same numbers again
         assert [peer.expect(REPLY).request_id for _ in range(3)] == [3, 1, 99]
-        assert not _connection(server).cancelled
+        assert not _served(server).core.cancelled
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,7 @@ def test_a_client_that_leaves_with_requests_queued(serve: Serve, gate: Gate, las
     with connected(server.uri) as peer:
         peer.greet()
         peer.send(_step(1, op="until"), *[_step(n, 5000) for n in range(2, 6)])
-        _until(lambda: len(_connection(server)._waiting) == 4)
+        _until(lambda: len(_served(server)._ahead.waiting) == 4)
         peer.send(last)
         if not last.startswith(b"nonsense"):
             peer.close()
@@ -308,7 +308,7 @@ def test_a_server_that_closes_answers_what_runs(serve: Serve, gate: Gate) -> Non
     with connected(server.uri) as peer:
         peer.greet()
         peer.send(*[_step(n, 5000) for n in range(5)])
-        _until(lambda: gate.ran and len(_connection(server)._waiting) == 4)
+        _until(lambda: gate.ran and len(_served(server)._ahead.waiting) == 4)
         closer = threading.Thread(target=server.close)
         closer.start()
         time.sleep(0.05)
@@ -328,7 +328,7 @@ def test_probes_are_answered_while_a_handler_runs(serve: Serve, gate: Gate) -> N
         peer.send(hello(capabilities=4))
         peer.receive()
         peer.send(*[_step(n, 5000) for n in range(3)])
-        _until(lambda: len(_connection(server)._waiting) == 2)
+        _until(lambda: len(_served(server)._ahead.waiting) == 2)
         for n in range(5):
             peer.send(frame(PROBE, n, attrs={"answer": 0, "wanted": n * 1000, "bytes_per_s": 0.0}))
             came = peer.expect(PROBE)
@@ -354,7 +354,7 @@ def test_a_client_that_dies_while_a_reply_is_sent_behind(serve: Serve, gate: Gat
     with connected(server.uri) as peer:
         peer.greet()
         peer.send(*[frame(REQUEST, n, "large", [(UINT8, (4000,))], {"n": 2**25}, bytes(4000)) for n in range(4)])
-        _until(lambda: _connection(server)._reader is not None)
+        _until(lambda: _served(server)._ahead.reader is not None)
         time.sleep(0.05)
     _until(lambda: server.connections == 0)
 
@@ -375,7 +375,7 @@ def test_without_a_thread_to_read_ahead_it_reads_later(
         monkeypatch.setattr(threading.Thread, "start", no_reader)
         peer.send(*[_step(n, 5000) for n in range(5)])
         assert [peer.expect(REPLY).request_id for _ in range(5)] == list(range(5))
-        assert _connection(server)._reader is None
+        assert _served(server)._ahead.reader is None
 
 
 def test_what_a_reader_found_wrong_while_a_handler_ran_is_told(serve: Serve, gate: Gate) -> None:
@@ -384,8 +384,8 @@ def test_what_a_reader_found_wrong_while_a_handler_ran_is_told(serve: Serve, gat
         peer.greet()
         gate.open.clear()
         peer.send(_step(1), _step(2, 5000))
-        _until(lambda: _connection(server)._reader is not None)
+        _until(lambda: _served(server)._ahead.reader is not None)
         peer.send(b"nonsense" * 10)
-        _until(lambda: _connection(server)._reader is None)
+        _until(lambda: _served(server)._ahead.reader is None)
         gate.open.set()
         assert "magic" in peer.expect_abort()

@@ -20,7 +20,8 @@ from fastsplit.schema.coding import CASTS, CODECS, cast_bit, codec_bit
 from fastsplit.schema.dtypes import BY_CODE
 from fastsplit.schema.encoder import Encoder
 from fastsplit.schema.limits import Limits
-from fastsplit.wire import rules
+from fastsplit.wire import rules, service
+from fastsplit.wire.aio import requests
 from fastsplit.wire.session import Session
 from fastsplit.wire.shm import ring
 from fastsplit.wire.shm.negotiation import Offer
@@ -160,8 +161,8 @@ def test_ring_table() -> None:
 
 
 def test_error_codes_are_the_ones_in_the_source() -> None:
-    source = Path(fastsplit.wire.blocking.server.__file__).read_text()
-    used = set(re.findall(r'_answer_error\([\w.]+, "([a-z-]+)"', source))
+    sources = "".join(Path(module.__file__).read_text() for module in (service, requests))
+    used = set(re.findall(r'Refusal\("([a-z-]+)"', sources))
     assert {row[0] for row in _table("code | meaning")} == used
 
 

@@ -82,30 +82,21 @@ def _raise(error: BaseException) -> Callable[[fastsplit.Call], Any]:
         (lambda call: call.reply_attrs.update({5: 1}), "SettingError: '': an attribute named 5, expected a string"),
     ],
 )
-def test_a_handlers_failure_is_an_answer(
-    unix_uri: str, serve: Serve, connect: Connect, workers: int, handler: Any, text: str
-) -> None:
-    server = serve(unix_uri, {"f": handler, "echo": _echo}, workers=workers, arrays="numpy")
-    channel = connect(server.uri, arrays="numpy", call_timeout_s=10)
-    for _ in range(2):
-        with pytest.raises(RemoteOpError, match=f"^f: {text}"):
-            channel.call("f")
-    assert channel.call("echo", np.ones(3))[0].sum() == 3
+def test_a_handlers_failure_is_an_answer(unix_uri: str, front: Front, workers: int, handler: Any, text: str) -> None:
+    with front.Server(unix_uri, {"f": handler, "echo": _echo}, workers=workers, arrays="numpy") as server:
+        with front.connect(server.uri, arrays="numpy", call_timeout_s=10) as channel:
+            for _ in range(2):
+                with pytest.raises(RemoteOpError, match=f"^f: {text}"):
+                    channel.call("f")
+            assert channel.call("echo", np.ones(3))[0].sum() == 3
 
 
-def test_unknown_op(unix_uri: str, serve: Serve, connect: Connect) -> None:
-    server = serve(unix_uri, {})
-    with pytest.raises(RemoteOpError, match="x: no such operation here; there are: none"):
-        connect(server.uri).call("x")
-
-
-@pytest.mark.parametrize(
-    ("result", "count"),
-    [(None, 0), ((), 0), ([], 0), (np.ones(2), 1), ((np.ones(2), np.ones(2)), 2), ([np.ones(2)], 1)],
-)
-def test_results(unix_uri: str, serve: Serve, connect: Connect, result: Any, count: int) -> None:
-    server = serve(unix_uri, {"f": lambda call: result})
-    assert len(connect(server.uri).call("f")) == count
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unknown_op(unix_uri: str, front: Front, workers: int) -> None:
+    with front.Server(unix_uri, {"echo": _echo, "f": _echo}, workers=workers) as server:
+        with front.connect(server.uri) as channel:
+            with pytest.raises(RemoteOpError, match=r"x: no such operation here; there are: echo, f$"):
+                channel.call("x")
 
 
 def test_what_a_handler_sees(unix_uri: str, serve: Serve, connect: Connect) -> None:
@@ -242,26 +233,24 @@ def test_cancel_reaches_a_running_handler(unix_uri: str, serve: Serve, connect: 
     assert channel.call("echo") == ()
 
 
-def test_in_flight_cap_with_workers(unix_uri: str, serve: Serve) -> None:
+@pytest.mark.parametrize(
+    ("numbers", "reason"),
+    [
+        ((1, 2, 3), "3 requests in flight, expected at most 2"),
+        ((7, 7), "header, request_id: 7, which is in flight already"),
+    ],
+)
+def test_requests_that_a_client_must_not_send(
+    unix_uri: str, front: Front, numbers: tuple[int, ...], reason: str
+) -> None:
     gate = threading.Event()
-    server = serve(
-        unix_uri, {"slow": lambda call: gate.wait(10) and None}, workers=1, limits=fastsplit.Limits(max_inflight=2)
-    )
-    with connected(server.uri) as peer:
-        peer.greet()
-        peer.send(*(frame(REQUEST, n, "slow") for n in (1, 2, 3)))
-        assert peer.expect_abort() == "3 requests in flight, expected at most 2"
-        gate.set()
-
-
-def test_an_id_twice_with_workers(unix_uri: str, serve: Serve) -> None:
-    gate = threading.Event()
-    server = serve(unix_uri, {"slow": lambda call: gate.wait(10) and None}, workers=1)
-    with connected(server.uri) as peer:
-        peer.greet()
-        peer.send(frame(REQUEST, 7, "slow"), frame(REQUEST, 7, "slow"))
-        assert peer.expect_abort() == "header, request_id: 7, which is in flight already"
-        gate.set()
+    handlers = {"slow": lambda call: gate.wait(10) and None}
+    with front.Server(unix_uri, handlers, workers=1, limits=fastsplit.Limits(max_inflight=2)) as server:
+        with connected(server.uri) as peer:
+            peer.greet()
+            peer.send(*(frame(REQUEST, n, "slow") for n in numbers))
+            assert peer.expect_abort() == reason
+            gate.set()
 
 
 # ---- clients that do not touch each other ----------------------------------------------------------------------------
@@ -316,11 +305,11 @@ def test_a_client_that_reads_nothing_is_given_up(socket_uri: str, serve: Serve, 
         _until(lambda: server.connections == 0)
 
 
-def test_a_silent_client_is_told_and_dropped(socket_uri: str, serve: Serve) -> None:
-    server = serve(socket_uri, {}, handshake_timeout_s=0.1)
-    with connected(server.uri) as peer:
-        assert peer.expect_abort() == "no handshake within 0.1 s"
-    _until(lambda: server.connections == 0)
+def test_a_silent_client_is_told_and_dropped(socket_uri: str, front: Front) -> None:
+    with front.Server(socket_uri, {}, handshake_timeout_s=0.1) as server:
+        with connected(server.uri) as peer:
+            assert peer.expect_abort() == "no handshake within 0.1 s"
+        _until(lambda: server.connections == 0)
 
 
 def test_a_dribbling_handshake_is_dropped(socket_uri: str, serve: Serve) -> None:
@@ -560,7 +549,7 @@ def test_how_long_a_connection_spins(
     if env is not None:
         monkeypatch.setenv("FASTSPLIT_SPIN_US", env)
     server = serve(
-        socket_uri, {"look": lambda call: seen.append(call._connection.wire.transport.spin.spin_us)}, **options
+        socket_uri, {"look": lambda call: seen.append(call._served.core.connection.transport.spin.spin_us)}, **options
     )
     connect(server.uri).call("look")
     assert seen == [expected]
@@ -575,12 +564,12 @@ def test_a_spin_that_is_none_is_refused(unix_uri: str, spin_us: float) -> None:
 # ---- listening and closing -------------------------------------------------------------------------------------------
 
 
-def test_unix_socket_file(unix_uri: str) -> None:
+def test_unix_socket_file(unix_uri: str, front: Front) -> None:
     path = Path(unix_uri.removeprefix("unix://"))
-    with fastsplit.Server(unix_uri, {}) as server:
+    with front.Server(unix_uri, {}) as server:
         assert server.uri == unix_uri and stat.S_IMODE(path.stat().st_mode) == 0o600
-        with pytest.raises(OSError, match="cannot listen: Address already in use"):
-            fastsplit.Server(unix_uri, {}).start()
+        with pytest.raises(OSError, match="cannot listen: Address already in use"), front.Server(unix_uri, {}):
+            pass
     assert not path.exists()
 
 
@@ -592,20 +581,47 @@ def test_a_stale_socket_file_does_not_matter(unix_uri: str, connect: Connect) ->
         assert connect(server.uri).call("echo") == ()
 
 
-def test_the_file_of_a_successor_is_left_alone(unix_uri: str) -> None:
-    path = unix_uri.removeprefix("unix://")
-    with fastsplit.Server(unix_uri, {}):
-        os.unlink(path)
-        successor = socket.socket(socket.AF_UNIX)
-        successor.bind(path)
-        successor.close()
-    assert os.path.exists(path)
-
-
 @pytest.mark.parametrize("uri", ["tcp://0.0.0.0:0", "tcp://[::]:0", "vsock://3:9"])
-def test_a_listener_off_loopback_is_refused(uri: str) -> None:
+def test_a_listener_off_loopback_is_refused(front: Front, uri: str) -> None:
     with pytest.raises(AddressError, match="refused to listen: links are not authenticated"):
-        fastsplit.Server(uri, {}).start()
+        front.Server(uri, {}).__enter__()
+
+
+def test_an_address_is_taken_before_clients_are_served(unix_uri: str) -> None:
+    """Clients that come meanwhile are served then."""
+    server = fastsplit.Server(unix_uri, {"echo": _echo})
+    assert server.bind() is server.bind() is server and not server.started
+    opening = threading.Thread(target=lambda: fastsplit.connect(unix_uri).close())
+    opening.start()
+    with server:
+        opening.join(10)
+        assert not opening.is_alive()
+    never = fastsplit.Server(unix_uri, {}).bind()
+    never.close()
+    assert not os.path.exists(unix_uri.removeprefix("unix://"))
+    with pytest.raises(ClosedError, match="the server was closed"):
+        never.bind()
+
+
+def test_what_a_server_shows(front: Front, unix_uri: str) -> None:
+    gate, entered = threading.Event(), threading.Event()
+
+    def wait(call: fastsplit.Call) -> None:
+        entered.set()
+        gate.wait(10)
+
+    options = {"max_connections": 7, "handshake_timeout_s": 3, "send_timeout_s": 4.5, "workers": 1}
+    limits = fastsplit.Limits(max_inflight=9)
+    with front.Server(unix_uri, {"wait": wait}, limits=limits, **options) as server:
+        shown = (server.max_connections, server.handshake_timeout_s, server.send_timeout_s, server.limits)
+        assert shown == (7, 3.0, 4.5, limits) and list(server.handlers) == ["wait"] and server.started
+        with front.connect(server.uri) as channel:
+            future = channel.submit("wait")
+            assert entered.wait(5) and server.inflight == server.connections == 1
+            gate.set()
+            assert future.result(5) == ()
+            _until(lambda: not server.inflight)
+            assert server.stats.calls == 1
 
 
 def test_life_of_a_server(unix_uri: str) -> None:
@@ -792,8 +808,8 @@ def test_deadline_error_from_the_server_is_one_here(unix_uri: str, serve: Serve,
     channel = connect(server.uri)
     slow = channel.submit("slow")
     late = channel.submit("echo", timeout_s=0.05)
-    (connection,) = server._connections
-    _until(lambda: len(connection._pending) == 2)  # the server counts from a request's arrival
+    (client,) = server._service.clients
+    _until(lambda: len(client.core.pending) == 2)  # the server counts from a request's arrival
     time.sleep(0.1)
     gate.set()
     assert slow.result(5) == ()
