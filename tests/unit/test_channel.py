@@ -724,7 +724,7 @@ def test_a_deadline_before_the_first_byte_costs_only_its_call(
 def test_a_call_does_not_wait_for_ever_behind_anothers_send(server: fastsplit.Server) -> None:
     with fastsplit.connect(server.uri, arrays="numpy") as channel:
         with (
-            channel._sending,
+            channel._connection.sending,
             pytest.raises(DeadlineError, match=r"echo: not sent within 0\.05 s, since other calls were"),
         ):
             channel.call("echo", timeout_s=0.05)
@@ -737,6 +737,6 @@ def test_a_call_that_waits_twice_has_one_deadline(server: fastsplit.Server, monk
         prepare = channel._connection.prepare
         monkeypatch.setattr(channel._connection, "prepare", lambda *args: time.sleep(0.3) or prepare(*args))
         started_s = time.monotonic()
-        with channel._sending, pytest.raises(DeadlineError, match=r"not sent within 0\.4 s"):
+        with channel._connection.sending, pytest.raises(DeadlineError, match=r"not sent within 0\.4 s"):
             channel.call("echo", timeout_s=0.4)
         assert time.monotonic() - started_s < 0.65

@@ -58,13 +58,13 @@ from ..call import (
 )
 from ..compression import THRESHOLD_NBYTES, Coder, parse_codec
 from ..connection import Connection
-from ..options import _parse_hook, _parse_pool, parse_count, parse_flag, parse_timeout
+from ..options import MAX_QUEUED_NBYTES, _parse_hook, _parse_pool, parse_count, parse_flag, parse_timeout
 from ..session import Cancel, Event, Goodbye, Probe, Request, ReturnsWanted, RingOffered
 from ..shm.arena import IDLE_S
 from ..shm.segment import Hook
 from ..stats import Stats
 from ..transport.address import Reserve, UnixAddress, listen_socket, parse_address, remove_socket_file
-from .channel import MAX_QUEUED_NBYTES, allocate
+from .channel import allocate
 from .pump import AT_ONCE, Pump, settle_left, within
 
 __all__ = ["Call", "Handler", "Server", "serve"]
