@@ -28,7 +28,11 @@ from fastsplit.tensors import pool as memory
 from fastsplit.tensors.pool import MAX_LEFT_NBYTES, Pool
 from fastsplit.wire.aio import channel as aio_channel
 from fastsplit.wire.aio import server as aio_server
+from fastsplit.wire.aio.calls import Calls
 from fastsplit.wire.blocking import channel, server
+from fastsplit.wire.blocking.reader import Reader
+from fastsplit.wire.blocking.sender import Sender
+from fastsplit.wire.client import ClientCore
 from fastsplit.wire.connection import Connection
 
 MIB = 1024**2
@@ -68,7 +72,8 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Held:
 def alive(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
     """Names of what is still there of connections: of both fronts, of both sides."""
     made: list[weakref.ref[Any]] = []
-    for kind in (Connection, server._Connection, aio_server._Connection, channel.Channel, aio_channel.Channel):
+    clients = (channel.Channel, aio_channel.Channel, Reader, Sender, Calls, ClientCore)
+    for kind in (Connection, server._Connection, aio_server._Connection, *clients):
 
         def spy(self: Any, *args: Any, init: Any = kind.__init__, **options: Any) -> None:
             made.append(weakref.ref(self))

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from aio_front import Front
-from raw_peer import REPLY, REQUEST, RawPeer, frame, hello, serving
+from raw_peer import ERROR, REPLY, REQUEST, RawPeer, frame, hello, serving
 
 import fastsplit
 from fastsplit.errors import (
@@ -383,6 +383,20 @@ def test_expect(either: Any) -> None:
         either.call("echo", x, expect=[(np.float32, (3, 2))])
     with pytest.raises(ClosedError, match="the channel is closed: a reply's tensor 0"):
         either.call("echo")
+
+
+def test_a_call_that_the_server_ends(socket_uri: str, front: Front) -> None:
+    def script(peer: RawPeer) -> None:
+        peer.greet()
+        for code in ("cancelled", "deadline", "failed"):
+            request = peer.expect(REQUEST)
+            peer.send(frame(ERROR, request.request_id, attrs={"code": code, "text": f"it is {code}"}))
+        peer.receive()
+
+    with serving(socket_uri, script) as uri, front.connect(uri, call_timeout_s=10) as channel:
+        for error, text in ((CancelledError, "cancelled"), (DeadlineError, "deadline"), (RemoteOpError, "failed")):
+            with pytest.raises(error, match=f"^f: it is {text}$"):
+                channel.call("f")
 
 
 # ---- spinning --------------------------------------------------------------------------------------------------------
