@@ -116,10 +116,6 @@ class ClientCore:
         """Whether probes were agreed on."""
         return bool(self.session.capabilities & PROBES)
 
-    def is_full(self) -> bool:
-        """Whether as many requests are in flight as the peer takes."""
-        return len(self.session.requests) >= self.max_inflight
-
     def check_open(self) -> None:
         """Raises ClosedError if new calls are refused."""
         if self.refusing:
@@ -153,7 +149,7 @@ class ClientCore:
         op: str,
         out: Outgoing,
         attrs: Mapping[str, Any],
-        time_ns: int,
+        left_s: float | None,
         expected: list[Desc] | None,
         cast: int,
         codec: Codec,
@@ -161,19 +157,14 @@ class ClientCore:
     ) -> tuple[int, bytearray, int]:
         """A request's id, its frame's head, and when it was encoded; counts it.
 
-        `time_ns`: left to its deadline, 0 without one. `started_ns`: when its encoding began. The front sends it next,
-        or discards it. Raises what Session.request does.
+        `left_s`: seconds to its deadline, None without one. `started_ns`: when its encoding began. The front sends it
+        next, or discards it. Raises what Session.request does.
         """
         connection, stats = self.connection, self.stats
+        time_ns = 0 if left_s is None else max(int(left_s * 1e9), 1)  # 0 says that there is no deadline
+        flags = reply_flags(cast, codec) if connection.can_code else 0
         request_id, head = self.session.request(
-            op,
-            out.descs,
-            attrs,
-            out.nbytes,
-            time_ns,
-            expected,
-            out.placements,
-            reply_flags(cast, codec) if connection.can_code else 0,
+            op, out.descs, attrs, out.nbytes, time_ns, expected, out.placements, flags
         )
         encoded_ns = perf_counter_ns()
         stats.calls += 1
@@ -212,7 +203,11 @@ class ClientCore:
                 self.session.decode_ns += perf_counter_ns() - started_ns
                 front.settle(call, result, None)
             self.calls.pop(request_id, None)
-        elif isinstance(event, Error):
+        else:
+            self._handle_other(event, front)  # not here: a small method is entered sooner
+
+    def _handle_other(self, event: Event, front: Front) -> None:
+        if isinstance(event, Error):
             call = self.calls.get(event.request_id)
             if call is not None:
                 front.settle(call, None, remote_error(call.op, event))

@@ -150,8 +150,8 @@ class Pair:
         cast, codec = self.core.coding(options.get("wire_dtype", UNSET), options.get("codec", UNSET))
         out = collect(tensors, self.server.limits)
         expected = parse_expect(options.get("expect"))
-        attrs, time_ns = options.get("attrs", {}), options.get("time_ns", 0)
-        request_id, head, sent_ns = self.core.encode(op, out, attrs, time_ns, expected, cast, codec, 0)
+        attrs, left_s = options.get("attrs", {}), options.get("left_s")
+        request_id, head, sent_ns = self.core.encode(op, out, attrs, left_s, expected, cast, codec, 0)
         call = self.core.calls[request_id] = Call(op, sent_ns)
         (event,) = _feed(self.server, head, *out.buffers)
         assert isinstance(event, Request) and event.request_id == request_id
@@ -201,17 +201,23 @@ def test_the_answer_to_the_ring_is_taken_once(pair: Pair) -> None:
 
 
 def test_a_request_is_encoded_and_counted(pair: Pair) -> None:
-    _, request = pair.ask("scale", X, X[::2], attrs={"by": 2}, time_ns=5)
-    assert (request.message.op, dict(request.message.attrs), request.time_ns) == ("scale", {"by": 2}, 5)
+    _, request = pair.ask("scale", X, X[::2], attrs={"by": 2}, left_s=0.5)
+    assert (request.message.op, dict(request.message.attrs), request.time_ns) == ("scale", {"by": 2}, 500_000_000)
     assert [bytes(buffer) for buffer in request.buffers] == [X.tobytes(), X[::2].tobytes()]
     stats = pair.core.stats
     assert (stats.calls, stats.bytes_copied, stats.bytes_shared) == (1, 12, 0) and stats.serialization_s > 0
     assert pair.core.session.inflight == len(pair.core.calls) == 1
 
 
+@pytest.mark.parametrize(("left_s", "time_ns"), [(None, 0), (2, 2 * 10**9), (1e-9, 1), (0.0, 1), (-3.0, 1)])
+def test_a_request_says_how_much_time_is_left(pair: Pair, left_s: float | None, time_ns: int) -> None:
+    """None of it is not the same as no deadline."""
+    assert pair.ask(left_s=left_s)[1].time_ns == time_ns
+
+
 def test_what_goes_by_reference_is_counted(pair: Pair) -> None:
     out = SimpleNamespace(descs=(), nbytes=0, placements=(), copied_nbytes=0, shared_nbytes=70)
-    pair.core.encode("f", out, {}, 0, None, 0, 0, 0)  # type: ignore[arg-type]
+    pair.core.encode("f", out, {}, None, None, 0, 0, 0)  # type: ignore[arg-type]
     assert pair.connection.lent_nbytes == 70
 
 
@@ -245,28 +251,27 @@ def test_a_coding_that_was_not_agreed_on_is_refused_unless_memory_is_shared(pair
     assert pair.core.has_shm and pair.core.coding("float16", UNSET) == (CASTS["float16"], None)
 
 
-def test_it_is_full_at_the_servers_limit() -> None:
+def test_the_servers_limit_holds() -> None:
     pair = Pair(limits=Limits(max_inflight=2))
     first = pair.ask()[1]
-    assert not pair.core.is_full()
     pair.ask()
-    assert pair.core.is_full()
+    assert pair.core.session.inflight == pair.core.max_inflight == 2
     with pytest.raises(LimitError, match="'f': 2 requests in flight, the peer accepts 2"):
         pair.ask()
     assert pair.core.stats.calls == 2
     pair.come(*pair.reply(first))
-    assert not pair.core.is_full()
+    pair.ask()
 
 
 def test_what_cannot_be_encoded_leaves_nothing(pair: Pair) -> None:
     for op, attrs in ((3, {}), ("f", {"x": None})):
         with pytest.raises(SettingError):
-            pair.core.encode(op, collect((), Limits()), attrs, 0, None, 0, 0, 0)  # type: ignore[arg-type]
+            pair.core.encode(op, collect((), Limits()), attrs, None, None, 0, 0, 0)  # type: ignore[arg-type]
     assert pair.core.stats.calls == pair.core.session.inflight == 0
 
 
 def test_a_request_that_is_discarded_was_never_there(pair: Pair) -> None:
-    request_id, _, sent_ns = pair.core.encode("f", collect((), Limits()), {}, 0, None, 0, 0, 0)
+    request_id, _, sent_ns = pair.core.encode("f", collect((), Limits()), {}, None, None, 0, 0, 0)
     pair.core.calls[request_id] = Call("f", sent_ns)
     pair.core.discard(request_id)
     pair.core.discard(request_id)

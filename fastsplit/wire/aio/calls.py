@@ -156,8 +156,7 @@ class Calls:
         if connection.is_probe_due and pump.idle:
             pump.send_filled(connection.probe(0)[1])
         left_s = None if deadline is None else max(deadline - time.monotonic(), 0.0)
-        time_ns = 0 if left_s is None else max(int(left_s * 1e9), 1)
-        request_id, head, sent_ns = core.encode(op, out, attrs, time_ns, expected, cast, codec, started_ns)
+        request_id, head, sent_ns = core.encode(op, out, attrs, left_s, expected, cast, codec, started_ns)
         call = core.calls[request_id] = _Call(op, request_id, timeout_s, pump.loop.create_future())
         call._sent_ns, call.decoded_ns = sent_ns, core.session.decode_ns
         if left_s is not None:

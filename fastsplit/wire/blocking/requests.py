@@ -12,7 +12,7 @@ from time import monotonic, perf_counter_ns
 
 from ...errors import ArenaFull, ClosedError, DeadlineError
 from ...tensors import parse_expect
-from ..client import Asked
+from ..client import UNSET, Asked
 from ..result import why_closed
 from ..session import MAX_RETURNS
 from .future import Future
@@ -41,10 +41,14 @@ class Requests:
         started_ns = perf_counter_ns()
         op, tensors, timeout_s, deadline, expect, wire_dtype, codec, attrs = asked
         core, connection, reader = self._core, self._connection, self._reader
-        if (self._turns and turn is None) or core.is_full():
+        pending = self._session.requests
+        if (self._turns and turn is None) or len(pending) >= core.max_inflight:
             core.check_open()
             return None
-        cast, number = core.coding(wire_dtype, codec)
+        if wire_dtype is UNSET and codec is UNSET:
+            cast, number = core.cast, core.codec  # 0.1 us less than `coding`
+        else:
+            cast, number = core.coding(wire_dtype, codec)
         try:
             out = connection.prepare(op, tensors, deadline, cast, number)
         except ArenaFull:
@@ -64,8 +68,9 @@ class Requests:
                 (held,) = map(sending.acquire, (True,), (-1 if deadline is None else max(deadline - monotonic(), 0.0),))
             if not held:
                 raise DeadlineError(f"{op}: not sent within {timeout_s} s, since other calls were")
-            core.check_open()
-            if core.is_full():  # another thread was faster
+            if core.refusing:
+                core.check_open()
+            if len(pending) >= core.max_inflight:  # another thread was faster
                 return None
             connection.transport.wake_early()  # after the copies, which may take longer than the server spins
             arena = connection.arena
@@ -75,9 +80,9 @@ class Requests:
                 )
             if connection.is_probe_due:
                 self._sender.send_control_frames(op, timeout_s, deadline, [connection.probe(0)[1]])
-            time_ns = 0 if deadline is None else max(int((deadline - monotonic()) * 1e9), 1)
+            left_s = timeout_s if turn is None or deadline is None else deadline - monotonic()
             next_id = self._session.next_id
-            request_id, head, encoded_ns = core.encode(op, out, attrs, time_ns, expected, cast, number, started_ns)
+            request_id, head, encoded_ns = core.encode(op, out, attrs, left_s, expected, cast, number, started_ns)
             future = Future(reader, request_id, op, deadline, timeout_s, encoded_ns)
             core.calls[request_id] = future
             workers = self._sender.workers

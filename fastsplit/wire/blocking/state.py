@@ -85,30 +85,31 @@ class State:
     # ---- outcomes ----
 
     def settle(self, future: Future, result: Result | None, error: BaseException | None) -> None:
-        """Gives a future its outcome, unless it has one: it may have been cancelled at this moment.
-
-        Between `_done = True` and the call that queues the callbacks nothing is called, so that no interrupt comes
-        between the two.
-        """
+        """Gives a future its outcome, unless it has one: it may have been cancelled at this moment."""
         with self.lock:
-            if future._done:
-                return
-            future._outcome, future._error = result, error
-            if future._callbacks is None:
-                future._done = True
-                if future._waited_for is not None:
-                    self.callbacks.appendleft((Future._tell_waiters, future))
-            else:
-                steps: list[Callable[[Any], object]] = [self.callbacks.extend, self.callbacks.appendleft]
-                entries = zip(future._callbacks, itertools.repeat(future)), (Future._tell_waiters, future)
-                queue = map(operator.call, steps, entries)
-                future._done = True
-                future._callbacks = None
-                if future._waited_for is None:
-                    del steps[1]
-                deque(queue, 0)  # waiters first: a callback may block
-            if self.followers:
-                self.changed.notify_all()
+            if not future._done:
+                future._outcome, future._error = result, error
+                if future._callbacks is None:
+                    future._done = True  # first: a thread that adds waiters looks in the other order
+                    if future._waited_for is not None:
+                        self.callbacks.appendleft((Future._tell_waiters, future))
+                else:
+                    self._queue_callbacks(future)  # a method, so that this one stays small: 0.8 us a call
+                if self.followers:
+                    self.changed.notify_all()
+
+    def _queue_callbacks(self, future: Future) -> None:
+        """A future that has callbacks is done. Between `_done = True` and the call that queues them nothing is called,
+        so that no interrupt comes between the two."""
+        assert future._callbacks is not None
+        steps: list[Callable[[Any], object]] = [self.callbacks.extend, self.callbacks.appendleft]
+        entries = zip(future._callbacks, itertools.repeat(future)), (Future._tell_waiters, future)
+        queue = map(operator.call, steps, entries)
+        future._done = True
+        future._callbacks = None
+        if future._waited_for is None:
+            del steps[1]
+        deque(queue, 0)  # waiters first: a callback may block
 
     def discard(self, request_id: int) -> None:
         """Forgets a request of which no byte was sent."""
