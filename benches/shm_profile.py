@@ -35,8 +35,9 @@ from fastsplit.schema.decoder import Decoder
 from fastsplit.schema.header import HEADER_NBYTES, pack_header, parse_header
 from fastsplit.schema.limits import Limits
 from fastsplit.tensors import parse_arrays, share
+from fastsplit.wire.blocking.future import Future
 from fastsplit.wire.call import Call
-from fastsplit.wire.future import Future, Result
+from fastsplit.wire.result import Result
 from fastsplit.wire.shm.ring import RING_NBYTES, SLOT_NBYTES, SLOTS, Ring
 from fastsplit.wire.transport.stream import Stream
 

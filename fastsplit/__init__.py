@@ -44,9 +44,11 @@ from .errors import (
     VerificationError,
 )
 from .schema.limits import Limits
-from .wire.blocking.channel import Channel, Future, Result
+from .wire.blocking.channel import Channel
+from .wire.blocking.future import Future
 from .wire.blocking.server import Server
 from .wire.call import Call, Client, Handler
+from .wire.result import Result
 from .wire.stats import Stats
 
 __all__ = [

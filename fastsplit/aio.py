@@ -17,6 +17,6 @@ from __future__ import annotations
 
 from .wire.aio.channel import Channel, connect
 from .wire.aio.server import Call, Handler, Server, serve
-from .wire.future import Result
+from .wire.result import Result
 
 __all__ = ["Call", "Channel", "Handler", "Result", "Server", "connect", "serve"]

@@ -57,10 +57,19 @@ class _Server:
         self._loop.run(self._server.close(timeout_s))
 
 
+_SETTINGS = ("call_timeout_s", "codec", "wire_dtype")
+
+
 class _Channel:
     def __init__(self, loop: Loop, uri: str, options: dict[str, Any]) -> None:
         self._loop = loop
         self._channel = loop.run(_open(fastsplit.aio.connect(uri, **options)))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _SETTINGS:
+            setattr(self._channel, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def __enter__(self) -> _Channel:
         return self
@@ -72,10 +81,16 @@ class _Channel:
         return getattr(self._channel, name)
 
     def submit(self, op: str, /, *tensors: Any, **options: Any) -> Future[Any]:
-        return self._loop.start(self._channel.call(op, *tensors, **options))
+        async def submitted() -> Any:
+            return await self._channel.submit(op, *tensors, **options)
+
+        return self._loop.start(submitted())
 
     def call(self, op: str, /, *tensors: Any, **options: Any) -> Any:
-        return self.submit(op, *tensors, **options).result(60)
+        return self._loop.run(self._channel.call(op, *tensors, **options))
+
+    def measure(self, *args: Any, **options: Any) -> Any:
+        return self._loop.run(self._channel.measure(*args, **options))
 
     def empty(self, shape: Any, dtype: Any = "float32", *, timeout_s: float | None = None) -> Any:
         return self._loop.run(self._channel.allocate(shape, dtype, timeout_s=timeout_s))

@@ -32,6 +32,7 @@ from .shm.segment import Hook
 from .transport.spin import choose_spin_us
 
 __all__ = [
+    "MAX_QUEUED_NBYTES",
     "MAX_TIMEOUT_S",
     "AioClientKeywords",
     "AioClientOptions",

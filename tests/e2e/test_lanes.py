@@ -532,6 +532,6 @@ def test_an_error_in_one_lane_ends_the_pass_and_nothing_else(
             with pytest.raises(RemoteOpError, match="on purpose"):
                 runner.forward(ids, cache, keep="all")
             assert cache.length == 0
-            assert len(channel._futures) < lanes, "what else was on its way"
+            assert len(channel._core.calls) < lanes, "what else was on its way"
             assert torch.equal(runner.forward(ids, cache, keep="all"), expected), f"call {number}"
-            assert not channel._futures, "nobody waits for anything any more"
+            assert not channel._core.calls, "nobody waits for anything any more"

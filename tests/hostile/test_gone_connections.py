@@ -29,7 +29,11 @@ from fastsplit.tensors.pool import MAX_LEFT_NBYTES, Pool
 from fastsplit.wire.aio import channel as aio_channel
 from fastsplit.wire.aio import requests
 from fastsplit.wire.aio import served as aio_served
+from fastsplit.wire.aio.calls import Calls
 from fastsplit.wire.blocking import channel, readahead, replies, served
+from fastsplit.wire.blocking.reader import Reader
+from fastsplit.wire.blocking.sender import Sender
+from fastsplit.wire.client import ClientCore
 from fastsplit.wire.connection import Connection
 from fastsplit.wire.service import ServiceCore
 
@@ -70,9 +74,10 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Held:
 def alive(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
     """Names of what is still there of connections: of both fronts, of both sides."""
     made: list[weakref.ref[Any]] = []
+    clients = (channel.Channel, aio_channel.Channel, Reader, Sender, Calls, ClientCore)
     servers = (ServiceCore, served.ServedClient, readahead.ReadAhead, replies.Replies)
     aio_servers = (aio_served.ServedClient, requests.Requests)
-    for kind in (Connection, *servers, *aio_servers, channel.Channel, aio_channel.Channel):
+    for kind in (Connection, *servers, *aio_servers, *clients):
 
         def spy(self: Any, *args: Any, init: Any = kind.__init__, **options: Any) -> None:
             made.append(weakref.ref(self))

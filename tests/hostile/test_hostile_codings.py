@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+from aio_front import Front
 from raw_peer import CANCEL, ERROR, FLOAT32, HELLO, PROBE, REPLY, REQUEST, RawPeer, connected, frame, hello, serving
 
 import fastsplit
@@ -18,11 +19,21 @@ from fastsplit.schema.dtypes import BY_NAME
 from fastsplit.schema.limits import Limits
 
 Serve = Callable[..., fastsplit.Server]
+Connect = Callable[..., Any]
 TCP = "tcp://127.0.0.1:0"
 CODINGS, PROBES = 2, 4
 ALL = CODINGS | PROBES | 256 | 512 | 65536
 BF16, ZLIB = 0x10, 0x01
 LIMITS = Limits(max_message_nbytes=2**20)
+
+
+@pytest.fixture(params=["blocking", "overlap", "aio"])
+def connect(request: pytest.FixtureRequest) -> Iterator[Connect]:
+    """`connect(uri, ...)` of each front, and with `overlap`."""
+    front = Front("aio" if request.param == "aio" else "blocking")
+    own = {"overlap": True} if request.param == "overlap" else {}
+    yield lambda uri, **options: front.connect(uri, **own, **options)
+    front.close()
 
 
 def _dtype_code(name: str) -> int:
@@ -279,19 +290,18 @@ def _answering(peer: RawPeer, change: Callable[[int, dict[str, Any]], list[bytes
         ({"answer": 1, "wanted": 1}, "wanted: 1, expected 0 to 0"),
     ],
 )
-def test_a_server_that_lies_in_the_handshakes_probe(change: dict[str, Any], wanted: str) -> None:
+def test_a_server_that_lies_in_the_handshakes_probe(change: dict[str, Any], wanted: str, connect: Connect) -> None:
     def script(peer: RawPeer) -> None:
         _greeted(peer)
         _answering(peer, lambda number, padding: [_probe(number, **change)], 1)
         assert wanted in peer.expect_abort()
 
     with serving(TCP, script) as uri, pytest.raises(RemoteProtocolError) as caught:
-        fastsplit.connect(uri)
+        connect(uri)
     assert wanted in str(caught.value)
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-def test_a_server_that_never_answers_the_handshakes_probe(overlap: bool) -> None:
+def test_a_server_that_never_answers_the_handshakes_probe(connect: Connect) -> None:
     def script(peer: RawPeer) -> None:
         _greeted(peer)
         while peer.receive() is not None:
@@ -300,12 +310,11 @@ def test_a_server_that_never_answers_the_handshakes_probe(overlap: bool) -> None
     with serving(TCP, script) as uri:
         start = time.monotonic()
         with pytest.raises(DeadlineError, match=r"no handshake within 0\.3 s"):
-            fastsplit.connect(uri, timeout_s=0.3, overlap=overlap)
+            connect(uri, timeout_s=0.3)
         assert time.monotonic() - start < 3
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-def test_answers_that_nobody_asked_for_say_nothing(overlap: bool) -> None:
+def test_answers_that_nobody_asked_for_say_nothing(connect: Connect) -> None:
     def change(number: int, padding: dict[str, Any]) -> list[bytes]:
         strange = _probe(number + 100, 1, bytes_per_s=1.0)
         return [strange, _probe(number, 1, bytes_per_s=5e6, **padding), _probe(number, 1, bytes_per_s=1.0), strange]
@@ -317,13 +326,12 @@ def test_answers_that_nobody_asked_for_say_nothing(overlap: bool) -> None:
         peer.send(*[_probe(9, 1)] * 1000, frame(REPLY, 1))
         peer.receive()
 
-    with serving(TCP, script) as uri, fastsplit.connect(uri, overlap=overlap) as channel:
+    with serving(TCP, script) as uri, connect(uri) as channel:
         assert channel.link.send_bytes_per_s == 5e6
         assert channel.call("x") == ()
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-def test_a_measurement_without_an_answer(overlap: bool) -> None:
+def test_a_measurement_without_an_answer(connect: Connect) -> None:
     def script(peer: RawPeer) -> None:
         _greeted(peer)
         _answering(peer, lambda number, padding: [_probe(number, 1, **padding)])
@@ -332,7 +340,7 @@ def test_a_measurement_without_an_answer(overlap: bool) -> None:
         peer.send(frame(REPLY, 1))
         peer.receive()
 
-    with serving(TCP, script) as uri, fastsplit.connect(uri, overlap=overlap) as channel:
+    with serving(TCP, script) as uri, connect(uri) as channel:
         with pytest.raises(DeadlineError, match="the link was not measured"):
             channel.measure(timeout_s=0.2)
         assert channel.call("x") == ()  # the connection is as it was
@@ -359,7 +367,9 @@ def test_a_measurement_that_is_stuck_ends_the_connection(monkeypatch: pytest.Mon
             return [memoryview(buffers[-1])[send([buffers[0][:10]]) or 10 :]] if len(buffers) > 1 else send(buffers)
 
         monkeypatch.setattr(channel._connection.transport, "send", send_a_part)
-        monkeypatch.setattr(channel, "_send_rest", lambda deadline: (_ for _ in ()).throw(DeadlineError("late")))
+        monkeypatch.setattr(
+            channel._sender, "_send_rest", lambda deadline: (_ for _ in ()).throw(DeadlineError("late"))
+        )
         with pytest.raises(DeadlineError, match="a probe: what goes before it was not sent within 2 s"):
             channel.measure(1000, timeout_s=2)
         assert channel.closed

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from raw_peer import REPLY, REQUEST, RawPeer, frame, hello, serving
+from aio_front import Front
+from raw_peer import ERROR, REPLY, REQUEST, RawPeer, frame, hello, serving
 
 import fastsplit
 from fastsplit.errors import (
@@ -75,6 +76,13 @@ def server(socket_uri: str, gate: Gate) -> Iterator[fastsplit.Server]:
 @pytest.fixture
 def channel(server: fastsplit.Server) -> Iterator[fastsplit.Channel]:
     with fastsplit.connect(server.uri, arrays="numpy", call_timeout_s=20) as channel:
+        yield channel
+
+
+@pytest.fixture
+def either(server: fastsplit.Server, front: Front) -> Iterator[Any]:
+    """A channel of either front."""
+    with front.connect(server.uri, arrays="numpy", call_timeout_s=20) as channel:
         yield channel
 
 
@@ -140,9 +148,9 @@ def test_polling_a_future(channel: fastsplit.Channel, gate: Gate) -> None:
     pytest.fail("a reply that was there was never seen")
 
 
-def test_replies_in_another_order(channel: fastsplit.Channel, gate: Gate) -> None:
-    slow = channel.submit("gate", np.array([1]))
-    (fast,) = channel.call("echo", np.array([2]))
+def test_replies_in_another_order(either: Any, gate: Gate) -> None:
+    slow = either.submit("gate", np.array([1]))
+    (fast,) = either.call("echo", np.array([2]))
     assert fast[0] == 2 and not slow.done()
     gate.opened.set()
     assert slow.result(10)[0][0] == 1
@@ -175,14 +183,14 @@ def test_callbacks_come_once_whoever_ends_the_call(channel: fastsplit.Channel) -
 # ---- deadlines and cancellation --------------------------------------------------------------------------------------
 
 
-def test_a_deadline_costs_its_call_alone(channel: fastsplit.Channel, gate: Gate) -> None:
-    other = channel.submit("gate")
+def test_a_deadline_costs_its_call_alone(either: Any, gate: Gate) -> None:
+    other = either.submit("gate")
     with pytest.raises(DeadlineError, match=r"gate: no reply within its deadline of 0\.1 s"):
-        channel.call("gate", np.zeros(MIB), timeout_s=0.1)
+        either.call("gate", np.zeros(MIB), timeout_s=0.1)
     gate.opened.set()
     assert other.result(10) == ()
     for size in (0, 10, MIB):  # the late reply, 8 MiB of it, is read and dropped
-        assert channel.call("echo", np.ones(size))[0].sum() == size
+        assert either.call("echo", np.ones(size))[0].sum() == size
 
 
 def test_a_calls_deadline_holds_when_another_thread_reads(channel: fastsplit.Channel, gate: Gate) -> None:
@@ -199,12 +207,12 @@ def test_a_calls_deadline_holds_when_another_thread_reads(channel: fastsplit.Cha
     gate.opened.set()
 
 
-def test_deadline_of_zero_and_none(channel: fastsplit.Channel, gate: Gate) -> None:
+def test_deadline_of_zero_and_none(either: Any, gate: Gate) -> None:
     with pytest.raises(DeadlineError):
-        channel.call("gate", timeout_s=0)
-    channel.call_timeout_s = None
+        either.call("gate", timeout_s=0)
+    either.call_timeout_s = None
     threading.Timer(0.1, gate.opened.set).start()
-    assert channel.call("gate") == ()
+    assert either.call("gate") == ()
     time.sleep(0.05)
 
 
@@ -270,10 +278,10 @@ def test_threads_share_a_channel(channel: fastsplit.Channel) -> None:
     assert channel.stats.calls == 6 * (40 + 20 * 3)
 
 
-def test_full_sockets_both_ways(channel: fastsplit.Channel) -> None:
+def test_full_sockets_both_ways(either: Any) -> None:
     """Large requests and large replies, pipelined: each side is full in both directions, and nobody waits for ever."""
     x = np.arange(4 * MIB, dtype=np.uint8)
-    futures = [channel.submit("echo", x) for _ in range(12)]
+    futures = [either.submit("echo", x) for _ in range(12)]
     for future in futures:
         assert np.array_equal(future.result(20)[0], x)
 
@@ -336,7 +344,7 @@ def test_caps_of_the_server(socket_uri: str) -> None:
             assert channel.call("echo", np.zeros(125))[0].size == 125  # after all that, the connection lives
 
 
-def test_caps_of_the_client(socket_uri: str) -> None:
+def test_caps_of_the_client(socket_uri: str, front: Front) -> None:
     """The server may not send more than the client accepts: then the call fails, with the number and the cap."""
     caps = fastsplit.Limits(max_message_nbytes=1000, max_tensors=2, max_dims=2)
     handlers = {
@@ -345,7 +353,7 @@ def test_caps_of_the_client(socket_uri: str) -> None:
         "large": lambda call: np.zeros(126),
         "fits": lambda call: np.zeros(125),
     }
-    with fastsplit.Server(socket_uri, handlers) as server, fastsplit.connect(server.uri, limits=caps) as channel:
+    with fastsplit.Server(socket_uri, handlers) as server, front.connect(server.uri, limits=caps) as channel:
         for op, text in [
             ("many", "LimitError: tensors: 3, the peer accepts at most 2"),
             ("deep", "LimitError: .*tensor 0 dimensions: 3, the peer accepts at most 2"),
@@ -357,24 +365,38 @@ def test_caps_of_the_client(socket_uri: str) -> None:
 
 
 @pytest.mark.parametrize("attrs", [{"a": None}, {"a": 2**63}, {"a": "\udc80"}, {"": 1}])
-def test_what_cannot_travel_costs_only_its_call(channel: fastsplit.Channel, attrs: dict[str, Any]) -> None:
+def test_what_cannot_travel_costs_only_its_call(either: Any, attrs: dict[str, Any]) -> None:
     with pytest.raises(SettingError):
-        channel.call("echo", **attrs)
+        either.call("echo", **attrs)
     with pytest.raises(TensorError):
-        channel.call("echo", [1, 2])
-    assert channel.call("echo") == () and channel.stats.calls == 1
+        either.call("echo", [1, 2])
+    assert either.call("echo") == () and either.stats.calls == 1
 
 
 # ---- what a reply must hold ------------------------------------------------------------------------------------------
 
 
-def test_expect(channel: fastsplit.Channel) -> None:
+def test_expect(either: Any) -> None:
     x = np.ones((2, 3), np.float32)
-    assert channel.call("echo", x, expect=[("float32", (2, 3))])[0].shape == (2, 3)
+    assert either.call("echo", x, expect=[("float32", (2, 3))])[0].shape == (2, 3)
     with pytest.raises(RemoteProtocolError, match=r"a reply's tensor 0: float32\[2, 3\], expected float32\[3, 2\]"):
-        channel.call("echo", x, expect=[(np.float32, (3, 2))])
+        either.call("echo", x, expect=[(np.float32, (3, 2))])
     with pytest.raises(ClosedError, match="the channel is closed: a reply's tensor 0"):
-        channel.call("echo")
+        either.call("echo")
+
+
+def test_a_call_that_the_server_ends(socket_uri: str, front: Front) -> None:
+    def script(peer: RawPeer) -> None:
+        peer.greet()
+        for code in ("cancelled", "deadline", "failed"):
+            request = peer.expect(REQUEST)
+            peer.send(frame(ERROR, request.request_id, attrs={"code": code, "text": f"it is {code}"}))
+        peer.receive()
+
+    with serving(socket_uri, script) as uri, front.connect(uri, call_timeout_s=10) as channel:
+        for error, text in ((CancelledError, "cancelled"), (DeadlineError, "deadline"), (RemoteOpError, "failed")):
+            with pytest.raises(error, match=f"^f: it is {text}$"):
+                channel.call("f")
 
 
 # ---- spinning --------------------------------------------------------------------------------------------------------
@@ -492,7 +514,7 @@ def test_the_descriptor_is_closed_when_its_last_user_leaves(server: fastsplit.Se
     gate.opened.set()
 
 
-def test_peer_killed_while_a_call_waits(unix_uri: str) -> None:
+def test_peer_killed_while_a_call_waits(unix_uri: str, front: Front) -> None:
     program = (
         "import fastsplit, sys, time\n"
         "server = fastsplit.Server(sys.argv[1], {'hang': lambda call: time.sleep(60)}, arrays='numpy').start()\n"
@@ -502,7 +524,7 @@ def test_peer_killed_while_a_call_waits(unix_uri: str) -> None:
     process = subprocess.Popen([sys.executable, "-c", program, unix_uri], cwd=ROOT, stdout=subprocess.PIPE)
     try:
         assert process.stdout is not None and process.stdout.readline() == b"READY\n"
-        with fastsplit.connect(unix_uri, arrays="numpy") as channel:
+        with front.connect(unix_uri, arrays="numpy") as channel:
             futures = [channel.submit("hang") for _ in range(2)]
             killed = threading.Timer(0.1, os.kill, (process.pid, signal.SIGKILL))
             killed.start()
@@ -518,14 +540,14 @@ def test_peer_killed_while_a_call_waits(unix_uri: str) -> None:
         process.stdout.close()
 
 
-def test_peer_gone_in_the_middle_of_a_reply(socket_uri: str) -> None:
+def test_peer_gone_in_the_middle_of_a_reply(socket_uri: str, front: Front) -> None:
     def script(peer: RawPeer) -> None:
         peer.greet()
         request = peer.receive()
         assert request is not None and request.kind == REQUEST
         peer.send(frame(REPLY, request.request_id, "", [(12, (1000,))], {}, bytes(100), payload_nbytes=4000))
 
-    with serving(socket_uri, script) as uri, fastsplit.connect(uri) as channel:
+    with serving(socket_uri, script) as uri, front.connect(uri) as channel:
         with pytest.raises(PeerLostError, match="ended 3900 bytes before the end of a payload of 4000 bytes"):
             channel.call("f")
 
@@ -575,7 +597,7 @@ def test_close_while_a_send_is_stuck(socket_uri: str) -> None:
         done.set()
 
 
-def test_a_reply_that_dribbles_does_not_outlast_its_deadline(socket_uri: str) -> None:
+def test_a_reply_that_dribbles_does_not_outlast_its_deadline(socket_uri: str, front: Front) -> None:
     stop = threading.Event()
 
     def script(peer: RawPeer) -> None:
@@ -590,7 +612,7 @@ def test_a_reply_that_dribbles_does_not_outlast_its_deadline(socket_uri: str) ->
         except OSError:
             pass
 
-    with serving(socket_uri, script) as uri, fastsplit.connect(uri) as channel:
+    with serving(socket_uri, script) as uri, front.connect(uri) as channel:
         started = time.monotonic()
         with pytest.raises(DeadlineError):
             channel.call("f", timeout_s=0.3)
@@ -601,19 +623,19 @@ def test_a_reply_that_dribbles_does_not_outlast_its_deadline(socket_uri: str) ->
 # ---- connecting ------------------------------------------------------------------------------------------------------
 
 
-def test_nobody_listens(socket_uri: str) -> None:
+def test_nobody_listens(socket_uri: str, front: Front) -> None:
     uri = socket_uri.replace(":0", ":1")
     with pytest.raises(
         ConnectError, match=f"{re.escape(uri)}: cannot connect: (Connection refused|No such file or directory)"
     ):
-        fastsplit.connect(uri)
+        front.connect(uri)
 
 
-def test_a_silent_server(socket_uri: str) -> None:
+def test_a_silent_server(socket_uri: str, front: Front) -> None:
     done = threading.Event()
     with serving(socket_uri, lambda peer: done.wait(20)) as uri:
         with pytest.raises(DeadlineError, match=r"connected, but no handshake within 0\.2 s"):
-            fastsplit.connect(uri, timeout_s=0.2)
+            front.connect(uri, timeout_s=0.2)
         done.set()
 
 
@@ -632,13 +654,15 @@ def test_a_silent_server(socket_uri: str) -> None:
     ],
     ids=["nothing", "another protocol", "half a handshake", "another version", "a refusal"],
 )
-def test_a_handshake_that_fails(socket_uri: str, answer: bytes, error: type[Exception], text: str) -> None:
+def test_a_handshake_that_fails(
+    socket_uri: str, answer: bytes, error: type[Exception], text: str, front: Front
+) -> None:
     def script(peer: RawPeer) -> None:
         peer.receive()  # unread bytes would reset the connection
         peer.send(answer)
 
     with serving(socket_uri, script) as uri, pytest.raises(error, match=text):
-        fastsplit.connect(uri)
+        front.connect(uri)
 
 
 def test_a_refusal_is_heard_although_it_came_with_a_reset(socket_uri: str) -> None:
@@ -651,18 +675,18 @@ def test_a_refusal_is_heard_although_it_came_with_a_reset(socket_uri: str) -> No
             os.unlink(uri.removeprefix("unix://").partition("?")[0])
 
 
-def test_it_is_the_peer_that_must_keep_connections_apart(server: fastsplit.Server) -> None:
+def test_it_is_the_peer_that_must_keep_connections_apart(server: fastsplit.Server, front: Front) -> None:
     """Each channel has ids, caches and statistics of its own."""
-    with fastsplit.connect(server.uri) as first, fastsplit.connect(server.uri, arrays="numpy") as second:
+    with front.connect(server.uri) as first, front.connect(server.uri, arrays="numpy") as second:
         first.call("echo", np.zeros(5), n=1)
         assert second.call("echo", np.zeros(5), n=2).attrs == {"n": 2}
         assert (first.stats.calls, second.stats.calls) == (1, 1)
         assert first.stats is first.stats and first.stats is not second.stats
 
 
-def test_memory_comes_from_the_channels_pool(server: fastsplit.Server) -> None:
+def test_memory_comes_from_the_channels_pool(server: fastsplit.Server, front: Front) -> None:
     pool = Pool()
-    with fastsplit.connect(server.uri, arrays="numpy", pool=pool) as channel:
+    with front.connect(server.uri, arrays="numpy", pool=pool) as channel:
         (y,) = channel.call("echo", np.zeros(MIB, np.uint8))
         assert pool.idle_nbytes == 0
         address = y.ctypes.data
@@ -679,18 +703,18 @@ def test_sockets_are_not_inherited(channel: fastsplit.Channel) -> None:
 
 
 @pytest.mark.parametrize("timeout_s", [float("nan"), float("inf"), -1, 1e7])
-def test_timeouts_that_are_none(server: fastsplit.Server, timeout_s: float) -> None:
-    with fastsplit.connect(server.uri, arrays="numpy") as channel:
+def test_timeouts_that_are_none(server: fastsplit.Server, timeout_s: float, front: Front) -> None:
+    with front.connect(server.uri, arrays="numpy") as channel:
         with pytest.raises(fastsplit.SettingError, match=r"timeout_s: .*, expected 0 to 1e\+06"):
             channel.call("echo", timeout_s=timeout_s)
         assert channel.call("echo", timeout_s=1e6) == ()
     for name in ("timeout_s", "call_timeout_s"):
         with pytest.raises(fastsplit.SettingError, match=f"{name}: "):
-            fastsplit.connect(server.uri, **{name: timeout_s})  # type: ignore[arg-type]
+            front.connect(server.uri, **{name: timeout_s})  # type: ignore[arg-type]
 
 
-def test_calls_that_are_none(server: fastsplit.Server) -> None:
-    with fastsplit.connect(server.uri, arrays="numpy") as channel:
+def test_calls_that_are_none(server: fastsplit.Server, front: Front) -> None:
+    with front.connect(server.uri, arrays="numpy") as channel:
         with pytest.raises(fastsplit.SettingError, match="op: 3, expected a string"):
             channel.call(3)  # type: ignore[arg-type]
         with pytest.raises(fastsplit.TensorError, match=r"shape \(1\.5,\), expected ints"):
@@ -724,7 +748,7 @@ def test_a_deadline_before_the_first_byte_costs_only_its_call(
 def test_a_call_does_not_wait_for_ever_behind_anothers_send(server: fastsplit.Server) -> None:
     with fastsplit.connect(server.uri, arrays="numpy") as channel:
         with (
-            channel._sending,
+            channel._connection.sending,
             pytest.raises(DeadlineError, match=r"echo: not sent within 0\.05 s, since other calls were"),
         ):
             channel.call("echo", timeout_s=0.05)
@@ -737,6 +761,6 @@ def test_a_call_that_waits_twice_has_one_deadline(server: fastsplit.Server, monk
         prepare = channel._connection.prepare
         monkeypatch.setattr(channel._connection, "prepare", lambda *args: time.sleep(0.3) or prepare(*args))
         started_s = time.monotonic()
-        with channel._sending, pytest.raises(DeadlineError, match=r"not sent within 0\.4 s"):
+        with channel._connection.sending, pytest.raises(DeadlineError, match=r"not sent within 0\.4 s"):
             channel.call("echo", timeout_s=0.4)
         assert time.monotonic() - started_s < 0.65

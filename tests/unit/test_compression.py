@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from aio_front import Front
 from raw_peer import FLOAT32, HELLO, REPLY, REQUEST, RawPeer, connected, frame, hello, serving
 
 import fastsplit
@@ -167,12 +169,15 @@ HANDLERS: dict[str, Any] = {"echo": lambda call: call.tensors, "nothing": lambda
 
 
 @pytest.fixture
-def pair(serve: Serve, connect: Connect) -> Iterator[Callable[..., tuple[fastsplit.Server, fastsplit.Channel]]]:
-    def make(uri: str = TCP, server: dict[str, Any] | None = None, **options: Any) -> Any:
-        made = serve(uri, HANDLERS, arrays="numpy", **(server or {}))
-        return made, connect(made.uri, **{"arrays": "numpy", **options})
+def pair(serve: Serve, front: Front) -> Iterator[Callable[..., tuple[fastsplit.Server, Any]]]:
+    """A server, and a channel of either front."""
+    with contextlib.ExitStack() as stack:
 
-    return make
+        def make(uri: str = TCP, server: dict[str, Any] | None = None, **options: Any) -> Any:
+            made = serve(uri, HANDLERS, arrays="numpy", **(server or {}))
+            return made, stack.enter_context(front.connect(made.uri, **{"arrays": "numpy", **options}))
+
+        yield make
 
 
 def _settled(stats: Callable[[], Any]) -> dict[str, tuple[int, int, int]]:
@@ -274,28 +279,28 @@ def test_setters(pair: Any) -> None:
     assert channel.call("echo", x)[0][0] == x[0]
 
 
-def test_settings_that_are_none(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_that_are_none(pair: Any, front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
     server, channel = pair()
     x = np.zeros(1)
     for wrong in ("float8", "fp16", "float32", ""):
         for set_it in (
             functools.partial(setattr, channel, "wire_dtype", wrong),
             functools.partial(channel.call, "echo", x, wire_dtype=wrong),
-            functools.partial(fastsplit.connect, server.uri, wire_dtype=wrong),
+            functools.partial(front.connect, server.uri, wire_dtype=wrong),
         ):
             with pytest.raises(SettingError, match=f"wire_dtype: '{wrong}', expected None, 'bfloat16' or 'float16'"):
                 set_it()
     for set_it in (
         lambda: setattr(channel, "codec", "gzip"),
         lambda: channel.call("echo", x, codec="gzip"),
-        lambda: fastsplit.connect(server.uri, codec="gzip"),
+        lambda: front.connect(server.uri, codec="gzip"),
         lambda: fastsplit.Server(TCP, {}, codec="gzip"),
     ):
         with pytest.raises(SettingError, match="codec: 'gzip', expected 'auto', 'off', 'zlib'"):
             set_it()
     for threshold in (0, -1):
         with pytest.raises(SettingError, match="codec_threshold_nbytes"):
-            fastsplit.connect(server.uri, codec_threshold_nbytes=threshold)
+            front.connect(server.uri, codec_threshold_nbytes=threshold)
         with pytest.raises(SettingError, match="codec_threshold_nbytes"):
             fastsplit.Server(TCP, {}, codec_threshold_nbytes=threshold)
     monkeypatch.setattr(codecs, "installed", lambda: ("zlib",))
@@ -305,7 +310,7 @@ def test_settings_that_are_none(pair: Any, monkeypatch: pytest.MonkeyPatch) -> N
     channel.call("echo", x)
 
 
-def test_a_peer_that_has_less(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_that_has_less(front: Front) -> None:
     names = [name for name in codecs.installed() if name != "zlib"]
     capabilities = CODES | cast_bit(FP16) | codec_bit(CODECS["zlib"])
 
@@ -315,16 +320,16 @@ def test_a_peer_that_has_less(monkeypatch: pytest.MonkeyPatch) -> None:
             pass
 
     with serving(TCP, script, clients=1 + len(names[:1]) + 1) as uri:
-        with fastsplit.connect(uri) as channel:
+        with front.connect(uri) as channel:
             channel.wire_dtype = "float16"
             with pytest.raises(SettingError, match="wire_dtype: 'bfloat16', which the peer does not know"):
                 channel.wire_dtype = "bfloat16"
             assert channel.wire_dtype == "float16"
         with pytest.raises(SettingError, match="wire_dtype: 'bfloat16'"):
-            fastsplit.connect(uri, wire_dtype="bfloat16")
+            front.connect(uri, wire_dtype="bfloat16")
         for name in names[:1]:
             with pytest.raises(SettingError, match=f"codec: '{name}', which the peer does not have; both have: zlib"):
-                fastsplit.connect(uri, codec=name)
+                front.connect(uri, codec=name)
 
 
 @pytest.mark.parametrize("capabilities", [0, CODES, CODES | cast_bit(BF16)])

@@ -291,7 +291,7 @@ def test_a_child_takes_nothing_out_of_the_ring(unix_uri: str, monkeypatch: pytes
     with fastsplit.Server(unix_uri, HANDLERS, arrays="numpy") as server:
         with fastsplit.connect(server.uri, arrays="numpy", call_timeout_s=5) as channel:
             channel.call("echo")
-            monkeypatch.setattr(channel, "_hire", lambda: None)  # nobody reads
+            monkeypatch.setattr(channel._reader, "start_watcher", lambda: None)  # nobody reads
             link: Any = channel._connection.transport
             take, items = link._trywait, link._items_in[link._in_slot]
             future = channel.submit("echo", np.arange(5))

@@ -128,6 +128,7 @@ def test_a_cancelled_task_of_an_interrupted_loop(server: fastsplit.Server, gate:
 
     async def main() -> Any:
         async with fastsplit.aio.connect(server.uri, arrays="numpy") as channel:
+            timer.start()
             try:
                 await channel.call("gate", np.arange(5))
             except asyncio.CancelledError:
@@ -136,7 +137,6 @@ def test_a_cancelled_task_of_an_interrupted_loop(server: fastsplit.Server, gate:
 
     timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    timer.start()
     try:
         assert asyncio.run(main())[0].sum() == 10
     finally:
@@ -152,7 +152,7 @@ def _interrupt() -> None:
     raise KeyboardInterrupt
 
 
-SENDS = {"_send", "_send_behind", "_send_rest", "_send_control_frames"}
+SENDS = {"send_request", "send_behind", "_send_rest", "send_control_frames"}
 TAKES_EFFECT = {"received", "received_slot", "_read_staged", "_read_frame", "_complete", "take"}
 
 
@@ -178,7 +178,7 @@ def test_interrupted_wherever_a_call_may_be(
             channel = stack.enter_context(fastsplit.connect(server.uri, **options))
             channel.call("echo", x)
             if not watched:
-                monkeypatch.setattr(channel, "_hire", lambda: None)
+                monkeypatch.setattr(channel._reader, "start_watcher", lambda: None)
             return channel
 
         channel = connect()
@@ -202,7 +202,7 @@ def test_interrupted_wherever_a_call_may_be(
                     channel = connect()
                 except DeadlineError as error:
                     pytest.fail(f"{interrupt.where}, {interrupt.lines}: {error}")
-            assert channel._session.inflight == 0 and not channel._futures, (interrupt.where, interrupt.lines)
+            assert channel._session.inflight == 0 and not channel._core.calls, (interrupt.where, interrupt.lines)
     assert interrupts * step > (20 if watched else 50)
     for where in ended:
         assert SENDS & set(where) or TAKES_EFFECT & set(where), where

@@ -28,7 +28,7 @@ from fastsplit.errors import (
     RemoteOpError,
     ResourceError,
 )
-from fastsplit.wire import future as future_module
+from fastsplit.wire.blocking import future as future_module
 from fastsplit.wire.blocking import watcher
 from fastsplit.wire.blocking.served import ServedClient
 
@@ -236,10 +236,10 @@ def test_a_nap_only_follows_a_hand_over(
     channel = connect(serve(socket_uri, _handlers(gate), arrays="numpy").uri, arrays="numpy")
     for _ in range(20):
         _until(channel.submit("echo").done)
-        _until(lambda: channel._watcher is not None and channel._watcher.asleep)
+        _until(lambda: channel._reader.watcher is not None and channel._reader.watcher.asleep)
         channel.call("echo")  # it takes nothing over: nothing was in flight
     slow = channel.submit("gate")
-    _until(lambda: channel._watching)
+    _until(lambda: channel._reader.watching)
     with pytest.raises(DeadlineError):
         slow.result(0.02)  # a hand-over
     gate.opened.set()
@@ -253,7 +253,7 @@ def test_a_bug_in_the_thread_ends_the_connection(channel: fastsplit.Channel, gat
     def fail(*_: Any, **__: Any) -> Any:
         raise ZeroDivisionError
 
-    channel._read_once = fail  # type: ignore[method-assign]
+    channel._reader.read_once = fail  # type: ignore[method-assign]
     errors: list[Any] = []
     channel.submit("gate").add_done_callback(lambda future: errors.append(future.exception()))
     _until(lambda: errors)
@@ -296,14 +296,14 @@ def test_without_a_thread_nothing_is_sent(
     assert channel.submit("echo", np.arange(3)).result(10)[0].sum() == 3
 
 
-@pytest.mark.parametrize("ends", ["_fail", "_end"])
+@pytest.mark.parametrize("ends", ["fail", "end"])
 def test_a_connection_that_ends_while_a_request_is_made(channel: fastsplit.Channel, ends: str) -> None:
     """Whoever ends it does not see this request among those in flight; and what is sent may seem to be taken."""
     request = channel._session.request
 
     def ending(*args: Any) -> Any:
         error = PeerLostError("gone")
-        thread = threading.Thread(target=lambda: getattr(channel, ends)(error))
+        thread = threading.Thread(target=lambda: getattr(channel._reader, ends)(error))
         thread.start()
         thread.join()
         return request(*args)
@@ -321,19 +321,19 @@ def test_with_overlap_the_thread_that_sends_runs_no_callback(unix_uri: str, serv
     """A callback may call, and wait for what that very thread is to send."""
     server = serve(unix_uri, _handlers(), arrays="numpy")
     channel = connect(server.uri + "?shm=off", arrays="numpy", overlap=True, call_timeout_s=20)
-    assert channel._sender is not None
+    assert channel._sender.workers is not None
     ran_in: list[threading.Thread] = []
-    release = channel._release
+    release = channel._reader.release
 
     def find_one(sending: Any) -> None:
         release(sending)
-        if threading.current_thread() in channel._sender.threads:  # type: ignore[union-attr]
-            channel._callbacks.append((lambda _: ran_in.append(threading.current_thread()), future))
+        if threading.current_thread() in channel._sender.workers.threads:  # type: ignore[union-attr]
+            channel._reader.callbacks.append((lambda _: ran_in.append(threading.current_thread()), future))
 
-    channel._release = find_one  # type: ignore[method-assign]
+    channel._reader.release = find_one  # type: ignore[method-assign]
     future = channel.submit("echo", np.zeros(2**24, np.uint8))
     _until(lambda: ran_in)
-    assert ran_in[0] not in channel._sender.threads
+    assert ran_in[0] not in channel._sender.workers.threads
 
 
 def test_a_deadline_passes_while_bytes_keep_coming(
@@ -342,12 +342,12 @@ def test_a_deadline_passes_while_bytes_keep_coming(
     """A peer may send for as long as it likes."""
     end = time.monotonic() + 3
 
-    def read(deadline: float | None, *, blocking: bool = True, read: Any = channel._read_once) -> None:
+    def read(deadline: float | None, *, blocking: bool = True, read: Any = channel._reader.read_once) -> None:
         if blocking or time.monotonic() > end:
             read(deadline, blocking=blocking)
         time.sleep(0.001)  # it has read something
 
-    channel._read_once = read  # type: ignore[method-assign]
+    channel._reader.read_once = read  # type: ignore[method-assign]
     started = time.monotonic()
     future = channel.submit("gate", timeout_s=0.05)
     _until(future.done)
@@ -364,7 +364,7 @@ def test_who_gives_up_waiting_for_a_turn_leaves_the_reading(
     future = channel.submit("gate")
     with pytest.raises(DeadlineError):
         channel.call("echo", timeout_s=0.05)
-    channel._read_a_while(time.monotonic() + 0.05)
+    channel._reader.read_a_while(time.monotonic() + 0.05)
     started = time.monotonic()
     gate.opened.set()
     _until(future.done)
@@ -384,18 +384,18 @@ def test_a_thread_whose_start_was_interrupted_reads_nothing(
         patch.setattr(threading.Thread, "start", interrupted)
         with pytest.raises(KeyboardInterrupt):
             channel.submit("echo")
-    first = channel._watcher
+    first = channel._reader.watcher
     assert first is not None and not first.alive
     future = channel.submit("echo")
-    assert channel._watcher is not first
+    assert channel._reader.watcher is not first
     first._run()
-    assert future.result(10) == () and channel._watcher is not None
+    assert future.result(10) == () and channel._reader.watcher is not None
 
 
 def test_a_fork_while_others_hold_the_locks(channel: fastsplit.Channel, gate: Gate) -> None:
     """A thread that rings the watcher's bell, and two that wait for futures."""
     future = channel.submit("gate")
-    assert channel._watcher is not None
+    assert channel._reader.watcher is not None
     held, over = threading.Barrier(4), threading.Event()
 
     def hold(lock: Any) -> None:
@@ -403,7 +403,7 @@ def test_a_fork_while_others_hold_the_locks(channel: fastsplit.Channel, gate: Ga
             held.wait(20)
             over.wait(20)
 
-    locks = (channel._watcher._bell._lock, future._condition, future_module._creating)
+    locks = (channel._reader.watcher._bell._lock, future._condition, future_module._creating)
     threads = [threading.Thread(target=hold, args=(lock,)) for lock in locks]
     for thread in threads:
         thread.start()
@@ -432,7 +432,7 @@ def test_turns_come_in_order(socket_uri: str, serve: Serve, connect: Connect, ga
         thread = threading.Thread(target=lambda work=work, n=n: results.append(work("gate", n=n)))
         thread.start()
         threads.append(thread)
-        _until(lambda n=n: len(channel._turns) == n)  # type: ignore[misc]
+        _until(lambda n=n: len(channel._reader.turns) == n)  # type: ignore[misc]
     with pytest.raises(DeadlineError, match=r"echo: not sent within 0\.05 s: the peer takes 1 requests"):
         channel.call("echo", timeout_s=0.05)
     assert channel.stats.calls == 1
@@ -442,7 +442,7 @@ def test_turns_come_in_order(socket_uri: str, serve: Serve, connect: Connect, ga
         assert not thread.is_alive()
     assert first.result(10) == () and len(results) == 7
     _until(lambda: gate.ran == list(range(8)))
-    assert not channel._turns
+    assert not channel._reader.turns
 
 
 def test_many_threads_wait_for_their_turns(socket_uri: str, serve: Serve, connect: Connect) -> None:
@@ -482,7 +482,7 @@ def test_who_waits_for_a_turn_hears_of_the_end(socket_uri: str, serve: Serve, ga
         threads = [threading.Thread(target=work) for _ in range(3)]
         for thread in threads:
             thread.start()
-        _until(lambda: len(channel._turns) == 3)
+        _until(lambda: len(channel._reader.turns) == 3)
         if end == "close":
             channel.close()
         else:
@@ -519,15 +519,15 @@ def test_decoding_is_not_waiting_for_a_turn(socket_uri: str, serve: Serve, conne
 def test_what_an_interrupted_reader_leaves_is_handled(channel: fastsplit.Channel) -> None:
     """A reply that was read, whose future nobody waits for."""
     channel.submit("echo").result()
-    handle, left = channel._handle, [3]
+    handle, left = channel._core.handle, [3]
 
-    def interrupted(event: Any) -> None:
+    def interrupted(event: Any, front: Any) -> None:
         if threading.current_thread() is threading.main_thread() and left[0]:
             left[0] -= 1
             raise KeyboardInterrupt
-        handle(event)
+        handle(event, front)
 
-    channel._handle = interrupted  # type: ignore[method-assign]
+    channel._core.handle = interrupted  # type: ignore[method-assign]
     futures = [channel.submit("echo") for _ in range(3)]
     for future in futures:
         with contextlib.suppress(KeyboardInterrupt):
@@ -545,7 +545,7 @@ def test_who_waits_is_told_wherever_another_is_interrupted(
     channel.submit("echo").result()
     place, n = None, 0
     while place is None or place.where:
-        future = Future(channel, 0, "echo", None, None, 0)
+        future = Future(channel._reader, 0, "echo", None, None, 0)
         came: list[Any] = []
         if calls_back:
             future.add_done_callback(came.append)
@@ -554,12 +554,12 @@ def test_who_waits_is_told_wherever_another_is_interrupted(
         waiting.start()
         _until(lambda future=future: future._waiters)  # type: ignore[misc]
         with contextlib.suppress(KeyboardInterrupt), Anywhere(n, _interrupt) as place:
-            with channel._lock:
-                channel._finish(future, ClosedError("over"))
+            with channel._reader.lock:
+                channel._reader.settle(future, None, ClosedError("over"))
         if not future.done():  # interrupted before: as if it had not been called
-            with channel._lock:
-                channel._finish(future, ClosedError("over"))
-        channel._call_back()
+            with channel._reader.lock:
+                channel._reader.settle(future, None, ClosedError("over"))
+        channel._reader.call_back()
         waiting.join(10)
         assert not waiting.is_alive() and done == [{future}] and came == [future] * calls_back
         n += 1
@@ -577,7 +577,7 @@ def test_closing_lets_go_of_what_it_holds_wherever_it_is_interrupted(
         with contextlib.suppress(KeyboardInterrupt), Anywhere(n, _interrupt) as place:
             channel.close()
         channel.close()
-        assert not channel._sending.locked() and channel._connection.transport.fileno() == -1, place.where
+        assert not channel._connection.sending.locked() and channel._connection.transport.fileno() == -1, place.where
         n += 1
 
 
@@ -784,7 +784,7 @@ def test_close_drains(channel: fastsplit.Channel, gate: Gate, caplog: pytest.Log
         refused.append(future)
 
     futures[0].add_done_callback(then)
-    threading.Thread(target=lambda: (_until(lambda: channel._refusing), gate.opened.set())).start()
+    threading.Thread(target=lambda: (_until(lambda: channel._core.refusing), gate.opened.set())).start()
     channel.close(drain_s=20)
     assert [future.exception() for future in futures] == [None] * 20 and refused == futures[:1]
     assert gate.ran == list(range(20)) and "closed with calls in flight" not in caplog.text

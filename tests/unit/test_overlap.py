@@ -114,7 +114,7 @@ def test_nobody_need_wait_for_a_result_to_come(serve: Serve, connect: Connect, g
 def test_where_memory_is_shared_there_are_no_threads(unix_uri: str, serve: Serve, connect: Connect, gate: Gate) -> None:
     channel = connect(serve(unix_uri, gate.table(), arrays="numpy").uri, arrays="numpy", overlap=True)
     assert channel.shm
-    assert channel._watcher is channel._sender is None
+    assert channel._reader.watcher is channel._sender.workers is None
     channel.call("step", np.ones(3))
 
 
@@ -168,7 +168,7 @@ def test_a_deadline_before_the_first_byte_leaves_it_as_it_was(
         patch.setattr(channel._connection.transport, "wait", late)
         future = channel.submit("step", timeout_s=0.05)
         assert isinstance(future.exception(), DeadlineError)
-        _until(lambda: not channel._sending.locked())
+        _until(lambda: not channel._connection.sending.locked())
     assert not channel.closed
     assert channel._session.inflight == 0
     assert channel.call("step") == ()

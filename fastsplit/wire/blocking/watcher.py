@@ -1,11 +1,11 @@
 """The watcher: a channel's own thread, which reads while requests are in flight and no caller reads.
 
-A caller that waits for a reply reads for all (channel.py): no hand-over between threads, the shortest round trip.
+A caller that waits for a reply reads for all (reader.py): no hand-over between threads, the shortest round trip.
 Futures without a waiting caller need this thread. It is started by the first `submit`, or by the first call that is
 given up, whose answer is still to come; it ends when nothing was in flight for a second. A program that makes only
 calls that return has no such thread.
 
-Handing over. While it waits for bytes the watcher is not the reader: it only polls (`Channel._watching`). A caller that
+Handing over. While it waits for bytes the watcher is not the reader: it only polls (`Reader.watching`). A caller that
 wants to read becomes the reader and writes to the watcher's eventfd. The watcher then naps for _NAP_S, during which it
 need not be woken, and naps again while a caller reads or the oldest request in flight is younger than _NAP_S: a program
 that alternates submit and result pays for one look in that time, not for a hand-over per call. In a longer sleep the
@@ -16,7 +16,7 @@ compute.
 
 Deadlines. The watcher ends futures whose deadline passes while no caller waits for them.
 
-Rules. `Channel._watching`, `polling` and `Channel._watcher` change under the channel's lock. The socket is not closed
+Rules. `Reader.watching`, `polling` and `Reader.watcher` change under the channel's lock. The socket is not closed
 while `polling`. No sleep is longer than _IDLE_S, which bounds the cost of a wake-up that an interrupt prevents. While
 it waits, the thread keeps its channel alive only if one of the channel's futures is in flight.
 """
@@ -40,7 +40,7 @@ from ...system.forked import renew
 from ...system.shortage import start, why
 
 if TYPE_CHECKING:
-    from .channel import Channel
+    from .reader import Reader
 
 __all__ = ["Watcher"]
 
@@ -83,12 +83,12 @@ class _Bell:
 
 
 class Watcher:
-    """Made by its channel, under the channel's lock; `start` starts its thread. `keeps`: stays the reader (`overlap`).
+    """Made by the reader, under the channel's lock; `start` starts its thread. `keeps`: stays the reader (`overlap`).
 
     Raises ResourceError without a descriptor.
     """
 
-    def __init__(self, channel: Channel, *, keeps: bool) -> None:
+    def __init__(self, reader: Reader, *, keeps: bool) -> None:
         self.stirred = True
         """Whether there was a request since the watcher last rested."""
         self._stepped_aside = False  # whether a caller took the reading since then
@@ -100,8 +100,8 @@ class Watcher:
         self.runs = False
         """Whether the thread has begun."""
         bell = self._bell = _Bell()
-        self._channel = weakref.ref(channel, lambda _: bell.ring())
-        self._lock = channel._lock
+        self._reader = weakref.ref(reader, lambda _: bell.ring())
+        self._lock = reader.lock
         self._keeps = keeps
         self._due = math.inf  # no future's deadline passes before
         self._longest_s = _MAX_POLL_S
@@ -109,8 +109,8 @@ class Watcher:
         self._rung.register(bell.fd, select.POLLIN)
         self._readable = select.poll()
         self._readable.register(bell.fd, select.POLLIN)
-        self._readable.register(channel._connection.transport.fileno(), select.POLLIN)
-        self.thread = threading.Thread(target=self._run, name=f"fastsplit-watch {channel.uri}", daemon=True)
+        self._readable.register(reader.connection.transport.fileno(), select.POLLIN)
+        self.thread = threading.Thread(target=self._run, name=f"fastsplit-watch {reader.core.uri}", daemon=True)
 
     def start(self) -> None:
         """Starts the thread. Raises ResourceError."""
@@ -168,152 +168,152 @@ class Watcher:
             raise
         finally:
             self._bell.close()
-            channel = self._channel()
-            if channel is not None:
+            reader = self._reader()
+            if reader is not None:
                 with self._lock:
                     self.polling = False
-                    if channel._watcher is self:
-                        channel._watcher = None
+                    if reader.watcher is self:
+                        reader.watcher = None
                 if failure is not None:  # a bug: without this thread these futures would stay pending
-                    channel._end(ClosedError(f"the channel's thread failed: {failure!r}"))
+                    reader.end(ClosedError(f"the channel's thread failed: {failure!r}"))
                     del failure
-                channel._leave_reading()
-                channel._inside.discard(get_ident())
-                if channel._closed:
-                    channel._close_when_unused()
-                channel._call_back()
+                reader.leave_reading()
+                reader.inside.discard(get_ident())
+                if reader.core.closed:
+                    reader.close_when_unused()
+                reader.call_back()
 
     def _go_on(self) -> bool:
         """Does what there is to do, then waits for more. False if the thread is to end."""
-        channel = self._channel()
-        if channel is None or channel._closed or channel._watcher is not self:  # replaced, its start was interrupted
+        reader = self._reader()
+        if reader is None or reader.core.closed or reader.watcher is not self:  # replaced, its start was interrupted
             return False
         if monotonic() >= self._due:
-            self._end_late_futures(channel)
+            self._end_late_futures(reader)
         idle = False
-        if self._leaves_it(channel):
+        if self._leaves_it(reader):
             poll, timeout_s = self._rung, _NAP_S
-        elif self._reads(channel):
+        elif self._reads(reader):
             if not self.polling:
                 return True
             poll, timeout_s = self._readable, min(self._longest_s, max(self._due - monotonic(), 0.0))
         else:
-            channel._call_back()  # what is left to this thread: see Channel._call_back
+            reader.call_back()  # what is left to this thread: see Reader.call_back
             poll = self._rung
-            timeout_s, idle = self._rest(channel)
-        if not channel._futures:
-            channel = None  # nothing in flight needs it: do not keep it alive
+            timeout_s, idle = self._rest(reader)
+        if not reader.core.calls:
+            reader = None  # nothing in flight needs it: do not keep it alive
         ready = poll.poll(math.ceil(timeout_s * 1e3))
         self.asleep = False
         if any(fd == self._bell.fd for fd, _ in ready):
             self._bell.heard()
-        channel = self._channel()
-        if channel is None:
+        reader = self._reader()
+        if reader is None:
             return False
         if self.polling:
-            self._end_watching(channel)
-        return not (idle and not ready and self._retires(channel))
+            self._end_watching(reader)
+        return not (idle and not ready and self._retires(reader))
 
-    def _end_late_futures(self, channel: Channel) -> None:
+    def _end_late_futures(self, reader: Reader) -> None:
         now = monotonic()
         with self._lock:
             # a list first: requests are added without the lock
-            futures = list(channel._futures.values())
+            futures = list(reader.core.calls.values())
             deadlines = [math.inf if future._deadline is None else future._deadline for future in futures]
             self._due = min((deadline for deadline in deadlines if deadline > now), default=math.inf)
         for future, deadline in zip(futures, deadlines):
             if deadline <= now:
-                channel._give_up(future, future._late())
+                reader.cancel(future, future._late())
 
-    def _leaves_it(self, channel: Channel) -> bool:
+    def _leaves_it(self, reader: Reader) -> bool:
         """After a nap: whether all requests in flight are so recent that a caller may be about to wait for them."""
         napped, self._napped = self._napped, False
         try:
-            oldest = next(iter(channel._futures.values()), None) if napped else None
+            oldest = next(iter(reader.core.calls.values()), None) if napped else None
         except RuntimeError:  # one was added at this moment
             return False
         self._napped = oldest is not None and perf_counter_ns() - oldest._sent_ns < _NAP_S * 1e9
         return self._napped
 
-    def _reads(self, channel: Channel) -> bool:
+    def _reads(self, reader: Reader) -> bool:
         """Reads what is there, and begins to watch for more. False if no reply is expected, or a caller reads or wants
         to."""
-        if not (self._keeps or channel._expects):
+        if not (self._keeps or reader.expects):
             return False
         ident = get_ident()
         try:
-            channel._inside.add(ident)
-            if channel._reading != ident and not channel._take_reading():
+            reader.inside.add(ident)
+            if reader.reading != ident and not reader.take_reading():
                 return False
-            if self._read_what_is_there(channel):
-                self._begin_to_watch(channel)
+            if self._read_what_is_there(reader):
+                self._begin_to_watch(reader)
         finally:
             if not self.polling:
-                channel._leave_reading()
-            if channel._reading != ident:
-                channel._inside.discard(ident)
+                reader.leave_reading()
+            if reader.reading != ident:
+                reader.inside.discard(ident)
         if self.polling:
             return True
-        channel._call_back()
-        return self._keeps or not channel._followers
+        reader.call_back()
+        return self._keeps or not reader.followers
 
-    def _read_what_is_there(self, channel: Channel) -> bool:
+    def _read_what_is_there(self, reader: Reader) -> bool:
         """Returns whether to wait for more: no caller wants to read, and nothing else is to be done."""
-        decoded_ns = channel._session.decode_ns
+        decoded_ns = reader.session.decode_ns
         with contextlib.suppress(DeadlineError):  # nothing more is there
             while True:
-                channel._read_once(None, blocking=False)
-                if not self._may_go_on(channel):
+                reader.read_once(None, blocking=False)
+                if not self._may_go_on(reader):
                     break
-        if not channel._followers:  # else the waiting callers count it
-            channel._stats.serialization_s += (channel._session.decode_ns - decoded_ns) * 1e-9
-        return self._may_go_on(channel) and (self._keeps or channel._expects)
+        if not reader.followers:  # else the waiting callers count it
+            reader.core.stats.serialization_s += (reader.session.decode_ns - decoded_ns) * 1e-9
+        return self._may_go_on(reader) and (self._keeps or reader.expects)
 
-    def _may_go_on(self, channel: Channel) -> bool:
-        if channel._callbacks or channel._closed or (channel._followers and not self._keeps):
+    def _may_go_on(self, reader: Reader) -> bool:
+        if reader.callbacks or reader.core.closed or (reader.followers and not self._keeps):
             return False
         return monotonic() < self._due
 
-    def _begin_to_watch(self, channel: Channel) -> None:
+    def _begin_to_watch(self, reader: Reader) -> None:
         """Begins to poll, unless there is something to read or a caller wants to read."""
-        link = channel._connection.transport
+        link = reader.connection.transport
         soon_s = link.prepare_to_sleep(for_items=True, for_space=False)
         with self._lock:
-            if soon_s == 0.0 or not self._may_go_on(channel):
+            if soon_s == 0.0 or not self._may_go_on(reader):
                 link.awake()
                 return
             self._longest_s = _MAX_POLL_S if soon_s is None else soon_s
             self.polling = True
             if not self._keeps:
-                channel._watching = True
-                channel._reading = 0
+                reader.watching = True
+                reader.reading = 0
 
-    def _end_watching(self, channel: Channel) -> None:
+    def _end_watching(self, reader: Reader) -> None:
         with self._lock:
             self.polling = False
-            if (channel._watching or self._keeps) and channel._watcher is self:  # else a caller has taken the reading
-                channel._watching = False
-                channel._connection.transport.awake()
+            if (reader.watching or self._keeps) and reader.watcher is self:  # else a caller has taken the reading
+                reader.watching = False
+                reader.connection.transport.awake()
 
-    def _rest(self, channel: Channel) -> tuple[float, bool]:
+    def _rest(self, reader: Reader) -> tuple[float, bool]:
         """How many seconds to sleep, and whether the thread has nothing to do."""
-        self._napped = self._stepped_aside or (self.stirred and bool(channel._reading or channel._followers))
+        self._napped = self._stepped_aside or (self.stirred and bool(reader.reading or reader.followers))
         self.stirred = self._stepped_aside = False
         if self._napped:
             return _NAP_S, False
         self.asleep = True
-        works = self._keeps or channel._expects
-        callers_read = channel._reading or channel._followers
+        works = self._keeps or reader.expects
+        callers_read = reader.reading or reader.followers
         if works and not callers_read:  # a request made before `asleep` was set did not ring
             return 0.0, False
         return (_LONG_NAP_S if works else _IDLE_S), not works
 
-    def _retires(self, channel: Channel) -> bool:
-        """Detaches from the channel, unless there is work. A request made at this moment either finds no watcher and
+    def _retires(self, reader: Reader) -> bool:
+        """Detaches from the reader, unless there is work. A request made at this moment either finds no watcher and
         starts one, or is found here. Returns whether the thread is to end."""
         with self._lock:
-            channel._watcher = None
-            works = self.stirred or channel._expects
+            reader.watcher = None
+            works = self.stirred or reader.expects
             if works:
-                channel._watcher = self
+                reader.watcher = self
         return not works

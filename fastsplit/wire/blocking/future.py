@@ -1,10 +1,10 @@
-"""What a call gives: a Result now, or a Future of one, or an error. The channel sets the outcome and does all waiting.
+"""A call in flight: a Future, whose outcome the channel's reader sets and waits for.
 
 A Future is a concurrent.futures.Future, so that `concurrent.futures.wait`, `as_completed` and `asyncio.wrap_future`
 take it. These use private attributes of the base class: a lock (`_condition`), the state, and a list of waiters. A
 future creates them (`_Waiters`) when one is first read, since creating them takes a microsecond.
 
-Rules. A future's outcome is set once, under the channel's lock. A result's tensors are the caller's own.
+Rules. A future's outcome is set once, under the channel's lock.
 """
 
 from __future__ import annotations
@@ -12,96 +12,21 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterable
-from time import monotonic
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CancelledError, DeadlineError, FastsplitError, RemoteOpError, fresh
-from ..printable import get_logger
-from ..system.forked import renew
-from ..system.threads import call_safely
-from ..tensors import Arrays
-from .events import Error, Reply
-from .options import parse_timeout
+from ...errors import CancelledError, DeadlineError, fresh
+from ...printable import get_logger
+from ...system.forked import renew
+from ...system.threads import call_safely
+from ..result import Result
 
 if TYPE_CHECKING:
-    from .blocking.channel import Channel
+    from .reader import Reader
 
-__all__ = ["CallTimeout", "Future", "Result", "remote_error", "warn_of_discarded", "why_closed"]
+__all__ = ["Future"]
 
 _logger = get_logger("fastsplit.channel")
-
-
-class Result(tuple):  # type: ignore[type-arg]
-    """The tensors of a reply: a tuple, with what else the reply said.
-
-    The tensors are writable and the caller's own. `attrs`: the reply's attributes. `remote_s`: seconds in the handler,
-    as the server says, but never more than this side waited. `wait_s`: seconds from the end of encoding the request to
-    the reply.
-    """
-
-    attrs: dict[str, Any]
-    remote_s: float
-    wait_s: float
-
-    @classmethod
-    def of(cls, event: Reply, arrays: Arrays, waited_ns: int) -> Result:
-        """What a reply gives. Raises TensorError for a tensor that arrays of this kind cannot be, ResourceError if
-        there was no memory for it."""
-        if event.refusal is not None:
-            raise fresh(event.refusal)
-        result = cls(map(arrays.view, event.buffers, event.message.tensors))
-        result.attrs = event.message.attrs
-        # The peer's word: it cannot have worked longer than we have waited.
-        result.remote_s = min(event.time_ns, waited_ns) * 1e-9
-        result.wait_s = waited_ns * 1e-9
-        return result
-
-
-def remote_error(op: str, event: Error) -> FastsplitError:
-    """What an ERROR frame means for the call that it answers."""
-    if event.code == "deadline":
-        return DeadlineError(f"{op}: {event.text}")
-    if event.code == "cancelled":
-        return CancelledError(f"{op}: {event.text}")
-    return RemoteOpError(op, event.text)
-
-
-class CallTimeout:
-    """What both kinds of channel say of how long a call may take."""
-
-    _call_timeout_s: float | None
-
-    @property
-    def call_timeout_s(self) -> float | None:
-        """Seconds for each call that says nothing else, None for no deadline. May be set at any time."""
-        return self._call_timeout_s
-
-    @call_timeout_s.setter
-    def call_timeout_s(self, seconds: float | None) -> None:
-        self._call_timeout_s = None if seconds is None else parse_timeout("call_timeout_s", seconds)
-
-    def _deadline(self, timeout_s: float | None) -> tuple[float | None, float | None]:
-        """Seconds that a call may take, and when they are over."""
-        if timeout_s is None:
-            timeout_s = self._call_timeout_s
-        else:
-            timeout_s = parse_timeout("timeout_s", timeout_s)
-        return timeout_s, None if timeout_s is None else monotonic() + timeout_s
-
-
-def why_closed(error: FastsplitError | None) -> str:
-    """Why calls are refused. `error`: what has ended the connection, None if it is about to be closed."""
-    return "the channel is being closed" if error is None else f"the channel is closed: {error}"
-
-
-def warn_of_discarded(uri: str, ops: Iterable[str]) -> None:
-    """Logs which calls were in flight when their channel was closed."""
-    counts = Counter(ops)
-    if counts:
-        named = ", ".join(f"{count} of {op!r}" for op, count in counts.most_common())
-        _logger.warning("%s: closed with calls in flight, whose results are lost: %s", uri, named)
 
 
 _PENDING, _CANCELLED, _FINISHED = "PENDING", "CANCELLED_AND_NOTIFIED", "FINISHED"  # concurrent.futures' states
@@ -127,12 +52,12 @@ class Future(concurrent.futures.Future[Result]):
     __slots__ = (
         "_begun",
         "_callbacks",
-        "_channel",
         "_deadline",
         "_done",
         "_error",
         "_id",
         "_outcome",
+        "_reader",
         "_sent_ns",
         "_timeout_s",
         "_waited_for",
@@ -140,10 +65,10 @@ class Future(concurrent.futures.Future[Result]):
     )
 
     def __init__(
-        self, channel: Channel, request_id: int, op: str, deadline: float | None, timeout_s: float | None, sent_ns: int
+        self, reader: Reader, request_id: int, op: str, deadline: float | None, timeout_s: float | None, sent_ns: int
     ) -> None:
         self.op = op
-        self._channel = channel
+        self._reader = reader
         self._id = request_id
         self._deadline = deadline
         self._timeout_s = timeout_s
@@ -178,10 +103,10 @@ class Future(concurrent.futures.Future[Result]):
         and what `Channel.call` raises.
         """
         if not self._done:
-            self._channel._wait_for(self, timeout)
+            self._reader.wait_for(self, timeout)
         if self._error is not None:
             try:
-                raise fresh(self._error)  # else the future keeps the frames of those who asked, and their tensors
+                raise fresh(self._error)  # else the future keeps the callers' frames, and their tensors
             finally:
                 del self
         assert self._outcome is not None
@@ -191,15 +116,15 @@ class Future(concurrent.futures.Future[Result]):
         """Waits like `result`, and returns the call's error, None if it has none. Raises CancelledError if the call was
         cancelled."""
         if not self._done:
-            self._channel._wait_for(self, timeout)
+            self._reader.wait_for(self, timeout)
         if self.cancelled():
             assert self._error is not None
             raise fresh(self._error)
         return self._error
 
     def cancel(self) -> bool:
-        """Gives the call up: False if its reply was in already. The server is told; a handler at work may go on."""
-        return self._channel._give_up(self, CancelledError(f"{self.op}: cancelled")) or self.cancelled()
+        """Cancels the call: False if its reply was in already. The server is told; a handler at work may go on."""
+        return self._reader.cancel(self, CancelledError(f"{self.op}: cancelled")) or self.cancelled()
 
     def add_done_callback(self, callback: Callable[[Any], object]) -> None:
         """Calls `callback(future)` when the call is done: at once if it is, otherwise in the thread that has read the
@@ -208,7 +133,7 @@ class Future(concurrent.futures.Future[Result]):
         That thread is one that waits for a reply, or the channel's own, which reads nothing until the callback returns.
         What the callback raises is logged.
         """
-        with self._channel._lock:
+        with self._reader.lock:
             if not self._done:
                 self._callbacks = [*(self._callbacks or ()), callback]
                 return
