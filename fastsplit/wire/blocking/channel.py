@@ -1,7 +1,7 @@
 """The client that blocks: a Channel, whose callers wait in threads of their own.
 
 A channel is made of parts, each of which knows only those before it: the core (client.py), which has no I/O; the reader
-(reader.py), of which there is one at a time; the sender (sender.py); and the requests (requests.py).
+(reader.py), of which there is one at a time; the sender (sender.py); and the requests (calls.py).
 
 Rules. All public methods are thread-safe. A deadline that passes while waiting costs only that call: a CANCEL goes out
 and the answer is dropped when it comes. One that passes in the middle of a send, and any other error there, ends the
@@ -32,9 +32,9 @@ from ..rules import MAX_PADDING_NBYTES
 from ..transport.address import parse_address
 from ..transport.meter import HANDSHAKE_PADDING_NBYTES, LinkEstimate
 from ..transport.spin import choose_spin_us
+from .calls import Calls
 from .future import Future
 from .reader import Reader
-from .requests import Requests
 from .sender import Sender
 
 __all__ = ["Channel", "Future", "Result"]
@@ -77,7 +77,7 @@ class Channel(ClientFront):
             )
         )
         self._sender = Sender(reader)
-        self._requests = Requests(reader, self._sender)
+        self._calls = Calls(reader, self._sender)
         try:
             self._shake_hands(deadline, chosen)
             watch(reader)
@@ -189,7 +189,7 @@ class Channel(ClientFront):
         named = keywords if attrs is None else call_attrs(attrs, keywords)
         timeout_s, deadline = self._deadline(timeout_s)
         asked = (op, tensors, timeout_s, deadline, expect, wire_dtype, codec, named)
-        future = self._requests.start(asked) or self._requests.start_in_turn(asked)
+        future = self._calls.start(asked) or self._calls.start_in_turn(asked)
         try:
             return future.result()
         finally:
@@ -223,7 +223,7 @@ class Channel(ClientFront):
         if watcher is None or not watcher.runs:
             self._reader.start_watcher()  # before anything is sent: there may be no thread left
         asked = (op, tensors, timeout_s, deadline, expect, wire_dtype, codec, named)
-        future = self._requests.start(asked) or self._requests.start_in_turn(asked)
+        future = self._calls.start(asked) or self._calls.start_in_turn(asked)
         self._reader.attend(deadline)
         return future
 

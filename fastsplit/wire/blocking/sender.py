@@ -3,7 +3,7 @@
 A thread that finds the socket full reads, so that two sides that both send large messages never wait for each other.
 With `overlap` a thread of the channel's own sends what the kernel does not take at once.
 
-Rules. The caller holds `connection.sending` (it takes the lock and releases it: requests.py), unless a method says
+Rules. The caller holds `connection.sending` (it takes the lock and releases it: calls.py), unless a method says
 otherwise. A deadline that passes before the first byte of a request costs only that call; one that passes later, and
 any other error, ends the connection, as does a signal's handler that raises while a frame is sent.
 """

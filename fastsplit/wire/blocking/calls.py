@@ -1,4 +1,4 @@
-"""Requests: sent at once where the peer takes one more, else in turn.
+"""The calls of a blocking channel: sent at once if the peer takes one more, else in turn.
 
 Rules. A request that is interrupted before its first byte may have been sent is discarded. `connection.sending` is
 taken, and noted as taken, in one step, and released first thing in a `finally`. A deadline holds for the whole call:
@@ -20,12 +20,12 @@ from .reader import Reader
 from .sender import Sender
 from .turns import Turn
 
-__all__ = ["Requests"]
+__all__ = ["Calls"]
 
 _LOOK_FOR_TURN_S = 0.02  # how often a request that waits for its turn looks whether another thread has made room
 
 
-class Requests:
+class Calls:
     """Makes a Future of a call's arguments, and sends the request."""
 
     def __init__(self, reader: Reader, sender: Sender) -> None:
