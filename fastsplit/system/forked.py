@@ -1,12 +1,12 @@
-"""What a forked child has of its parent's channels and servers: closed ones, which say where they were made.
+"""Forks: a child's copies of its parent's channels and servers are closed, and say where they were made.
 
 Why. A child has the same descriptors and the same shared memory. If it used them it would take the parent's replies,
-and end the parent's connection. So every descriptor is closed in the child at the moment of the fork; the peer hears
-nothing of it, what lies in shared memory stays as it is, and every use raises ClosedError.
+and end the parent's connection. So every descriptor is closed in the child at the moment of the fork. The peer does not
+notice, shared memory is left unchanged, and every use raises ClosedError.
 
-Rules. What has a descriptor is watched from the moment it has it. `leave` runs in the child, in its only thread. The
-fork may have come anywhere: a lock may be held by a thread that does not exist here (`renew`), any method may be under
-way.
+Rules. An object with a descriptor is watched from the moment it has one. `leave` runs in the child, in its only thread.
+The fork may have come anywhere: a lock may be held by a thread that does not exist here (`renew`), any method may be
+under way.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def is_interrupt(error: BaseException) -> bool:
 
 
 def call_safely(what: str, callback: Callable[..., object], *args: Any) -> None:
-    """Calls somebody's callback, and logs what it raises, whatever it is, unless it is an interrupt."""
+    """Calls a callback, and logs any exception that it raises except an interrupt."""
     try:
         callback(*args)
     except BaseException as error:

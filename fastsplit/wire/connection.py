@@ -4,9 +4,9 @@ Rules. `sending` covers the transport's writing side, the session's outgoing sid
 method that sends holds it. The arena exists from the peer's HELLO on, if both sides agreed on one; the ring replaces
 the transport during the handshake, before any request.
 
-What a connection holds is gone with its `close`, at once: the frame that is half received is dropped, even if an
-error's traceback still leads to it. Nor is there a circle for the collector, not even of one that nobody closed: what
-is called back (by the session, by the arena) is called through a weak reference.
+`close` releases at once what the connection holds. A half-received frame is dropped, even if an error's traceback still
+leads to it. A connection that is not closed is freed by its reference count alone: the session and the arena call back
+through weak references, so there is no cycle.
 """
 
 from __future__ import annotations
@@ -206,8 +206,8 @@ class Connection:
         return LinkEstimate() if self.meter is None else self.meter.estimate()
 
     def probe(self, nbytes: int) -> tuple[int, list[Any]]:
-        """Client: a probe's number, and its frame, with so many bytes each way, or as many as both sides accept. The
-        caller holds `sending`, and sends it now."""
+        """Client: a probe's number and its frame, with `nbytes` of padding each way, or fewer if a side accepts no more.
+        The caller holds `sending`, and sends it now."""
         meter, session = self.meter, self.session
         assert meter is not None and session.peer_limits is not None
         number = meter.next_probe()
@@ -349,9 +349,9 @@ class Connection:
                 self.arena.leave()
 
     def close(self) -> None:
-        """Closes the transport, and forgets what is half received and the shared memory; what lies in that lives on.
+        """Closes the transport, and releases half-received frames and the shared memory; tensors that lie in it live on.
 
-        Nobody may be sending or reading. Idempotent.
+        No thread may be sending or reading. Idempotent.
         """
         self.transport.close()
         self.outbox.close()

@@ -1,9 +1,9 @@
 """What the threads of a blocking channel share: who reads, the outcomes of calls, and the end of the connection.
 
 Rules. `lock` guards `reading`, `followers`, `watching`, `watcher`, the turns and the futures' outcomes. The connection
-is closed when it has ended and no thread can be in a system call on it: whoever has read or sent looks whether it is
-the last one. Each lock is taken, and noted as taken, in one step: `(held,) = map(acquire, ...)`; it is released first
-thing in a `finally`.
+is closed when it has ended and no thread can be in a system call on it: each thread that has read or sent looks whether
+it is the last one. Each lock is taken, and noted as taken, in one step: `(held,) = map(acquire, ...)`; it is released
+first thing in a `finally`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A caller that waits for a reply reads for all (reader.py): no hand-over between threads, the shortest round trip.
 Futures without a waiting caller need this thread. It is started by the first `submit`, or by the first call that is
-given up, whose answer is still to come; it ends when nothing was in flight for a second. A program that makes only
+cancelled while its answer is still to come; it ends when nothing was in flight for a second. A program that makes only
 calls that return has no such thread.
 
 Handing over. While it waits for bytes the watcher is not the reader: it only polls (`Reader.watching`). A caller that
