@@ -206,7 +206,7 @@ class Connection:
         return LinkEstimate() if self.meter is None else self.meter.estimate()
 
     def probe(self, nbytes: int) -> tuple[int, list[Any]]:
-        """Client: a probe's number and its frame, with `nbytes` of padding each way, or fewer if a side accepts no more.
+        """Client: a probe's number and its frame, with `nbytes` each way, or as many as both sides accept.
         The caller holds `sending`, and sends it now."""
         meter, session = self.meter, self.session
         assert meter is not None and session.peer_limits is not None
@@ -349,7 +349,7 @@ class Connection:
                 self.arena.leave()
 
     def close(self) -> None:
-        """Closes the transport, and releases half-received frames and the shared memory; tensors that lie in it live on.
+        """Closes the transport, and releases half-received frames and shared memory; tensors in it live on.
 
         No thread may be sending or reading. Idempotent.
         """
