@@ -240,14 +240,16 @@ class Reader(State):
         """Ends the connection. `tell`: the peer broke the protocol, or something is short here; the peer is told, if
         that is possible at once."""
         if tell:
-            self.fail(error)
             held = False
             sending = self.connection.sending
             try:
-                (held,) = map(sending.acquire, (False,))
-                if held:
-                    with contextlib.suppress(FastsplitError):
-                        self.connection.transport.send([self.session.abort(error)])
+                try:
+                    (held,) = map(sending.acquire, (False,))
+                    if held:
+                        with contextlib.suppress(FastsplitError):
+                            self.connection.transport.send([self.session.abort(error)])
+                finally:
+                    self.fail(error)  # after the ABORT: a caller that gets the error may close the channel
             finally:
                 if held:
                     self.release(sending)
