@@ -20,6 +20,7 @@ tries whether there is memory.
 
 from __future__ import annotations
 
+import builtins
 import functools
 import importlib.util
 import mmap
@@ -38,19 +39,14 @@ from ..system.shortage import import_shortage, no_memory, why
 from ..tensors.pool import Memory
 
 __all__ = [
-    "DECOMPRESS_OVER_COMPRESS",
+    "ROWS",
+    "CodecRow",
     "Estimate",
     "compress",
     "decompress",
     "installed",
     "probe",
 ]
-
-DECOMPRESS_OVER_COMPRESS: dict[int, float] = {1: 1.5, 2: 2.0, 3: 1.2, 4: 3.0}
-"""Speed of unpacking over speed of packing, for activations of a model on one core (benches/codecs.py)."""
-
-_PREFERRED = ("blosc2", "zstd", "lz4", "zlib")
-_MODULES = {"blosc2": "blosc2", "zstd": "zstandard", "lz4": "lz4.frame"}
 
 _CALL_S = 50e-6
 """The time of a message beside its bytes, both sides together."""
@@ -87,6 +83,20 @@ _FEW_BYTES = memoryview(bytes(64))
 Allocate = Callable[[int], Memory]
 
 
+class CodecRow(NamedTuple):
+    """One row of ROWS."""
+
+    module: str
+    """The library."""
+    compress: Callable[[memoryview, int, Allocate], memoryview | None]
+    decompress: Callable[[memoryview, memoryview, int], None]
+    errors: tuple[str, ...]
+    """The exceptions that it raises for data that it cannot unpack and for a lack of memory, beside MemoryError: names
+    in the library, or of built-in ones."""
+    unpack_over_pack: float
+    """Speed of unpacking over speed of packing, for activations of a model on one core (benches/codecs.py)."""
+
+
 class Estimate(NamedTuple):
     """What a codec is expected to do to some bytes. `ratio`: compressed over uncompressed, 1 if it does not help."""
 
@@ -112,7 +122,7 @@ def installed() -> tuple[str, ...]:
     Raises ResourceError if there is no descriptor left for the first look.
     """
     try:
-        return tuple(name for name in _PREFERRED if _is_there(name))
+        return tuple(name for name in ROWS if _is_there(name))
     except OSError as error:
         raise ResourceError(f"codecs that are installed: {why(error)}") from None
 
@@ -126,7 +136,7 @@ def compress(codec: int, data: memoryview, itemsize: int, allocate: Allocate) ->
     if data.nbytes < 2:
         return None
     try:
-        packed = _COMPRESS[codec](data, itemsize, allocate)
+        packed = _row(codec).compress(data, itemsize, allocate)
     except _errors(codec) as error:
         if _is_shortage(error, 0):
             raise _full(codec, "compress", data.nbytes) from None
@@ -146,7 +156,7 @@ def decompress(codec: int, data: memoryview, out: memoryview, itemsize: int) -> 
     if not data.nbytes < out.nbytes:
         raise _wrong(codec, f"{data.nbytes} bytes compressed", f"fewer than {out.nbytes}")
     try:
-        _DECOMPRESS[codec](data, out, itemsize)
+        _row(codec).decompress(data, out, itemsize)
     except _errors(codec) as error:
         block_nbytes = _BLOSC2_HEADER.unpack_from(data)[5] if codec == CODECS["blosc2"] else 0  # the peer's word
         if _is_shortage(error, min(max(block_nbytes, 0), out.nbytes)):
@@ -171,7 +181,7 @@ def probe(codec: int, data: memoryview, itemsize: int) -> Estimate:
     start_s = _start_s(codec)
     duration_s, packed_nbytes = _timed(codec, data, itemsize)
     rate = data.nbytes / max(duration_s - start_s, duration_s / 2, _MIN_S)
-    return Estimate(packed_nbytes / data.nbytes, rate, rate * DECOMPRESS_OVER_COMPRESS[codec])
+    return Estimate(packed_nbytes / data.nbytes, rate, rate * _row(codec).unpack_over_pack)
 
 
 def _is_shortage(error: Exception, block_nbytes: int) -> bool:
@@ -204,15 +214,13 @@ _local = threading.local()
 
 
 def _is_there(name: str) -> bool:
-    module = _MODULES.get(name)
-    return module is None or importlib.util.find_spec(module.partition(".")[0]) is not None
+    return importlib.util.find_spec(ROWS[name].module.partition(".")[0]) is not None
 
 
 @functools.cache
 def _library(name: str) -> Any:
-    module = _MODULES.get(name)
     try:
-        library = zlib if module is None else importlib.import_module(module)
+        library = importlib.import_module(ROWS[name].module)
     except (ImportError, OSError) as error:  # perhaps one of its own libraries is missing
         short = import_shortage(error)
         if short is not None:
@@ -226,12 +234,8 @@ def _library(name: str) -> Any:
 @functools.cache
 def _errors(codec: int) -> tuple[type[Exception], ...]:
     """The errors of a library, for data that it cannot unpack and for a lack of memory."""
-    name = CODEC_NAMES[codec]
-    if name == "zlib":
-        return (MemoryError, zlib.error)
-    if name == "zstd":
-        return (MemoryError, _library(name).ZstdError)
-    return (MemoryError, RuntimeError, ValueError)
+    row, library = _row(codec), _library(CODEC_NAMES[codec])
+    return MemoryError, *(getattr(library, name, None) or getattr(builtins, name) for name in row.errors)
 
 
 def _start_s(codec: int) -> float:
@@ -248,7 +252,7 @@ def _start_s(codec: int) -> float:
 def _timed(codec: int, data: memoryview, itemsize: int) -> tuple[float, int]:
     """Seconds to compress, and the compressed bytes."""
     start_s = time.perf_counter()
-    packed = _COMPRESS[codec](data, itemsize, _private)
+    packed = _row(codec).compress(data, itemsize, _private)
     return time.perf_counter() - start_s, data.nbytes if packed is None else min(packed.nbytes, data.nbytes)
 
 
@@ -455,15 +459,14 @@ def _check_blosc2_header(data: memoryview, nbytes: int, itemsize: int) -> None:
         raise _wrong(codec, f"{data.nbytes} bytes for {blocks} blocks", f"their offsets in {nbytes}")
 
 
-_COMPRESS: dict[int, Callable[[memoryview, int, Allocate], memoryview | None]] = {
-    1: _zlib_compress,
-    2: _lz4_compress,
-    3: _zstd_compress,
-    4: _blosc2_compress,
+ROWS: dict[str, CodecRow] = {
+    "blosc2": CodecRow("blosc2", _blosc2_compress, _blosc2_decompress, ("RuntimeError", "ValueError"), 3.0),
+    "zstd": CodecRow("zstandard", _zstd_compress, _zstd_decompress, ("ZstdError",), 1.2),
+    "lz4": CodecRow("lz4.frame", _lz4_compress, _lz4_decompress, ("RuntimeError", "ValueError"), 2.0),
+    "zlib": CodecRow("zlib", _zlib_compress, _zlib_decompress, ("error",), 1.5),
 }
-_DECOMPRESS: dict[int, Callable[[memoryview, memoryview, int], None]] = {
-    1: _zlib_decompress,
-    2: _lz4_decompress,
-    3: _zstd_decompress,
-    4: _blosc2_decompress,
-}
+"""The codecs by name, best for tensors first. Their numbers are the protocol's (schema/coding.py)."""
+
+
+def _row(codec: int) -> CodecRow:
+    return ROWS[CODEC_NAMES[codec]]

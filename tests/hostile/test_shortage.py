@@ -507,7 +507,7 @@ def test_words_of_libraries_that_have_no_memory(monkeypatch: pytest.MonkeyPatch)
     def fail(*_: object) -> None:
         raise zlib.error("Error -4 while decompressing data")
 
-    monkeypatch.setitem(codec._DECOMPRESS, CODECS["zlib"], fail)
+    monkeypatch.setitem(codec.ROWS, "zlib", codec.ROWS["zlib"]._replace(decompress=fail))
     with pytest.raises(
         ArenaFull, match=f"^no memory to unpack a tensor of {4 * MIB} bytes, zlib: Cannot allocate memory"
     ):

@@ -77,7 +77,7 @@ def test_numbers_and_names() -> None:
     assert CODECS == {"zlib": 1, "lz4": 2, "zstd": 3, "blosc2": 4}
     assert {name: CODEC_NAMES[number] for name, number in CODECS.items()} == {name: name for name in CODECS}
     assert set(installed()) <= set(CODECS) and "zlib" in installed()
-    assert set(codec.DECOMPRESS_OVER_COMPRESS) == set(CODEC_NAMES)
+    assert set(codec.ROWS) == set(CODECS)
 
 
 @pytest.mark.parametrize("itemsize", ITEMSIZES)
@@ -425,13 +425,14 @@ def test_probe_of_little(number: int, size: int) -> None:
 
 def test_probe_looks_at_little(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    honest = codec._COMPRESS[number]
+    name = CODEC_NAMES[number]
+    row = codec.ROWS[name]
 
     def watch(data: memoryview, itemsize: int, allocate: Any) -> memoryview | None:
         seen.append(data.nbytes)
-        return honest(data, itemsize, allocate)
+        return row.compress(data, itemsize, allocate)
 
-    monkeypatch.setitem(codec._COMPRESS, number, watch)
+    monkeypatch.setitem(codec.ROWS, name, row._replace(compress=watch))
     for size in (2**20, 2**26):
         seen.clear()
         probe(number, memoryview(bytearray(size)), 4)
