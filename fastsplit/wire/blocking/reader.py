@@ -47,6 +47,7 @@ _logger = get_logger("fastsplit.channel")
 
 RELIEF_S = 0.005  # after which a thread that found another one reading looks again whether it must read itself
 _LOOK_EVERY_S = 1.0  # how often a follower looks whether there is a reader: an interrupted one may leave silently
+_TELL_S = 0.05  # how long a thread that has just sent a frame may take to release the lock, before an ABORT is left out
 _LINGER_S = 0.5  # how long an aborted peer's bytes are read and dropped, so that it can read why
 
 
@@ -237,14 +238,14 @@ class Reader(State):
     # ---- for the core: see client.Front ----
 
     def failed(self, error: FastsplitError, *, tell: bool) -> None:
-        """Ends the connection. `tell`: the peer broke the protocol, or something is short here; the peer is told, if
-        that is possible at once."""
+        """Ends the connection. `tell`: the peer broke the protocol, or something is short here; the peer is told,
+        unless a frame is half sent."""
         if tell:
             held = False
             sending = self.connection.sending
             try:
                 try:
-                    (held,) = map(sending.acquire, (False,))
+                    (held,) = map(sending.acquire, (True,), (_TELL_S,))
                     if held:
                         with contextlib.suppress(FastsplitError):
                             self.connection.transport.send([self.session.abort(error)])
