@@ -1,4 +1,4 @@
-"""The client: what it keeps of a connection and of its calls, whichever way its callers wait.
+"""The client: what both fronts keep of a connection and of its calls.
 
 `ClientCore` encodes requests, acts on the events of the session, and ends all calls when the connection ends. A front
 (`blocking/`, `aio/`) moves the bytes and waits: it gives the core every event, and the core tells it what follows
@@ -242,7 +242,7 @@ class ClientCore:
         self.on_attached = None
         for call in list(self.calls.values()):
             settle(call, None, fresh(self.error))
-        self.calls.clear()  # last: interrupted, the next one to end the channel goes on
+        self.calls.clear()  # last: an interrupted `fail` is repeated
         return fresh(self.error)
 
     def raise_error(self) -> None:

@@ -53,7 +53,7 @@ __all__ = ["Connection", "greeting"]
 _clients: weakref.WeakValueDictionary[str, Connection] = weakref.WeakValueDictionary()
 """The client sides of this process, by their tokens."""
 greeting: set[int] = set()
-"""Threads of servers that read a HELLO, and do not know yet whose. Only a finalizer can call from there."""
+"""Threads of servers that wait for the HELLO of an unknown client. Only a finalizer can call from there."""
 
 _Callback = TypeVar("_Callback", bound=Callable[..., Any])
 _PADDING = os.urandom(MAX_PADDING_NBYTES // 16)  # nothing on the way can compress it, but by its repetition
@@ -143,8 +143,8 @@ class Connection:
         watch(self)
 
     def serves_in(self, *threads: int) -> None:
-        """Server: threads, beside the one that reads the HELLO, without which no request of this connection is
-        answered. If the other end is in this process they must not call through that."""
+        """Server: adds threads that answer this connection's requests, beside the one that reads the HELLO. They must
+        not call through the connection's other end, if that is in this process: they would wait for themselves."""
         self._serving.update(threads)
         if self._inside_there is not None:
             self._inside_there.update(self._serving)
@@ -192,7 +192,7 @@ class Connection:
 
     @property
     def is_near(self) -> bool:
-        """Whether the peer is on this host: on a loopback address a relay would take longer to answer."""
+        """Whether the peer is on this host. Loopback round trips of 2 ms or more mean a relay: False."""
         return self.meter is None or (self.is_peer_local and self.meter.is_near)
 
     @property

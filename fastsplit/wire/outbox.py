@@ -30,7 +30,7 @@ from .transport.base import Transport
 
 __all__ = ["Frame", "Outbox"]
 
-_MAX_FLUSH_NBYTES = 4 * 1024**2  # of one `flush`, about: a millisecond's worth, then others get their turn
+_MAX_FLUSH_NBYTES = 4 * 1024**2  # of one `flush`, approximately a millisecond, so that other connections get their turn
 _MAX_BATCHED = 48  # buffers of several frames in one system call
 _BATCH_NBYTES = 1024**2
 _ASK_EVERY_S = 0.02  # how often a side that is short of memory asks for returns
@@ -64,8 +64,8 @@ class Outbox:
         self.queued_nbytes = 0
         """Bytes of all frames that wait."""
         self.needs_retry = False
-        """The last `flush` found no room for a descriptor beside a ring, and no event tells of such room: flush again
-        in a moment."""
+        """Whether the last `flush` could not pass a descriptor beside a ring. No event tells of room for one: flush
+        again soon."""
         self._frames: deque[Frame] = deque()
         self._closed = False
         self._asked_at = 0.0

@@ -235,7 +235,7 @@ RULES: dict[int, Rule] = {
     Kind.HELLO: Rule(_HANDSHAKE, Sender.BOTH, Tensors.NONE, _on_hello),
     Kind.REQUEST: Rule(_OPEN, Sender.CLIENT, Tensors.ANY, _on_request),
     Kind.REPLY: Rule(_OPEN, Sender.SERVER, Tensors.ANY, _on_reply, answers=True),
-    # A server has no requests, so that one from a client answers none.
+    # A server has no open requests, so a client's ERROR never has a valid id.
     Kind.ERROR: Rule(_OPEN, Sender.BOTH, Tensors.NONE, _on_error, answers=True),
     Kind.CANCEL: Rule(_OPEN, Sender.CLIENT, Tensors.NONE, _on_cancel),
     Kind.GOODBYE: Rule(_OPEN, Sender.BOTH, Tensors.NONE, _on_goodbye),

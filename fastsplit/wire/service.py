@@ -1,4 +1,4 @@
-"""What a server decides and counts, of its clients and of their requests: no I/O, no thread, no lock, no clock.
+"""What a server decides and counts, for its clients and their requests. No thread, no lock, no clock of its own.
 
 `Service` is what the clients of a server have in common; a `ServiceCore` belongs to one client. The fronts (blocking,
 aio) wait, and run handlers: they read events, ask the core about each, and send the frames that it makes.
@@ -18,8 +18,10 @@ connection. A peer that breaks the protocol gets an ABORT that says how, and its
 handler is logged: a FastsplitError, which says what is wrong with a request, in one line (WARNING), so that no client
 can fill a log; any other with its traceback (ERROR).
 
-Calls of one core must not overlap where they change the same thing: a front whose handlers run in several threads holds
-a lock of its own for the table (`admit`, `cancel`, `done`), and one for what is sent (`reply`, `error`).
+Two steps may wait, until the deadline that the front gives: `prepare` for room in shared memory, and `attach_ring` for
+the client to read the answer. Calls of one core must not overlap where they change the same thing: a front whose
+handlers run in several threads holds a lock of its own for the table (`admit`, `cancel`, `done`), and one for what is
+sent (`reply`, `error`).
 """
 
 from __future__ import annotations
@@ -142,7 +144,7 @@ class Service:
         return True
 
     def log_not_accepted(self, reason: str) -> None:
-        """Logs why a client was not accepted, where that is no decision of the server's."""
+        """Logs why a connection failed before the server could decide about it."""
         _logger.warning("%s: a connection was not accepted: %s", self.uri, reason)
 
     def stats(self) -> Stats:
@@ -174,7 +176,7 @@ class ServiceCore:
         self.pending: dict[int, Any] = {}
         """Requests that were admitted and whose answers are not sent; what a front keeps of each."""
         self.answered: set[int] = set()
-        """Of these, the ones whose answer is being sent: the client may have read it, and so does not count them."""
+        """Pending requests whose answer is being sent. They no longer count as in flight: it may have been read."""
         self._stats = Stats()
         self._handlers = service.handlers
         self._call_type = service.call_type
@@ -208,8 +210,8 @@ class ServiceCore:
         self.pending[request_id] = kept
 
     def cancel(self, request_id: int, *, is_here: bool = False) -> bool:
-        """Notes a CANCEL. False for a request that is not in flight, nor `is_here` in another way: the id may come
-        later, and is not cancelled then."""
+        """Notes a CANCEL. `is_here`: the request waits or runs without being in `pending`. False if the request is not
+        here; a later request with this id is not affected."""
         if is_here or request_id in self.pending:
             self.cancelled.add(request_id)
             return True
@@ -361,7 +363,7 @@ class ServiceCore:
         Raises PeerLostError in the middle of a frame.
         """
         if not self.session.at_frame_boundary:
-            raise self.session.end_of_stream()  # no local variable: it would keep this frame, and that the error
+            raise self.session.end_of_stream()  # not by a local variable: frame and error would be a cycle
         self.session.end_of_stream()
         self.ended = not self.service.closing
 

@@ -11,9 +11,10 @@
       GOODBYE ------------------------------>          or from the server; then the stream ends
       ABORT  <------------------------------>          the sender cannot go on, and why; then the stream ends
 
-Which frame is legal when, from which side, with which tensors, and what it does: RULES in rules.py, and nowhere else.
-This module is the incoming side, from bytes to frames: `_admit` applies the rules, `_complete` handles a frame. The
-outgoing side is frames.py, the events are events.py, and memory for tensors is found by incoming.py.
+RULES in rules.py says which frame is legal when, from which side, with which tensors, and what it does; `_check_answer`
+here says which request a reply may answer. This module is the incoming side, from bytes to frames: `_admit` applies the
+rules, `_complete` handles a frame. The outgoing side is frames.py, the events are events.py, and memory for tensors is
+found by incoming.py.
 
 How bytes come in. The owner asks `receive_buffers()` where the next bytes belong, reads into them, and calls
 `received(n)`. A frame's head is read into a small staging buffer; as soon as its metadata is complete and valid, memory
@@ -21,8 +22,8 @@ for its tensors is allocated and the rest is read straight into it. The part of 
 its head (at most STAGING_NBYTES) is copied and counted in `staged_nbytes`: the price of one read for a small message.
 Through a ring frames come slot by slot (`received_slot`), never with a payload: their tensors are in shared memory.
 
-Interrupts. In the main thread a signal's handler may raise at any moment (Ctrl-C). What `received` is given is noted in
-one step, and so is what became of it: an interrupted call is made again, with the same events, and continues where it
+Interrupts. In the main thread a signal's handler may raise at any moment (Ctrl-C). `received` notes what came in, and
+what became of it, in one step each. An interrupted call is made again, with the same events, and continues where it
 was. That is impossible only while a frame takes effect (`in_doubt`: some microseconds). CPython runs handlers where a
 function begins, after a call and at a jump backwards. So an assignment to several names is one step, and so is
 `(x,) = map(f, (y,))`, which calls f while it is unpacked.

@@ -202,8 +202,8 @@ class Channel(ClientFront):
         """Runs `op` on the server and returns the tensors of its reply: writable, the caller's own.
 
         Arguments and errors are those of fastsplit.Channel.call. Any number of calls may be in flight: those that are
-        more than the server takes wait for their turn. The tensors must not change until the call returns; and if its
-        task is cancelled, or its deadline passes, those of a request that is half sent are read until all of it is.
+        more than the server takes wait for their turn. The tensors must not change until the call returns. If it ends
+        while its request is half sent (cancelled, or at its deadline), they are still read until all of it is sent.
         """
         named = keywords if attrs is None else call_attrs(attrs, keywords)
         asked = (op, tensors, *self._deadline(timeout_s), expect, wire_dtype, codec, named)

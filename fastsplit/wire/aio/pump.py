@@ -211,7 +211,7 @@ class Pump:
     # ---- in ----
 
     def pause(self, paused: bool) -> None:
-        """Stops reading, or goes on. Of a socket nothing is seen meanwhile, unless there is something to send."""
+        """Pauses reading, or resumes it. A paused socket is watched only while there is something to send."""
         if paused == self._paused or self.ended:
             return
         self._paused = paused

@@ -296,7 +296,7 @@ class Requests:
         self.pump.queue_control_frames()
         try:
             head = self.core.reply(call, out, time_ns)
-        except BaseException as error:  # noqa: BLE001 (attributes of the handler's that are no such thing, for example)
+        except BaseException as error:  # noqa: BLE001 (invalid reply attributes, for example)
             self._fail(call, error)
             return
         self._answer(request_id, head, out)

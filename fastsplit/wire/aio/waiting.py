@@ -22,7 +22,7 @@ _LOOK_EVERY_S = 0.01  # how often to look whether tensors of this side have died
 
 
 async def within(future: asyncio.Future[bool], deadline: float | None) -> bool:
-    """Waits for a future of the caller's own, which gets True from another place. False when the deadline passed."""
+    """Waits for a future that other code gives True. False after the deadline."""
     timer = None
     if deadline is not None:
         delay_s = max(deadline - time.monotonic(), 0.0)

@@ -2,8 +2,8 @@
 
 Requests wait here if they come in while a handler runs: that handler's own thread has read them (it asked whether its
 call is cancelled, or waited for memory), or the reader's thread has. There is a reader only while tensors travel and
-requests come faster than they are answered; so a connection's own thread goes on to compute: a second one that does
-would bring a second set of OpenMP's threads.
+requests come faster than they are answered. Only the connection's own thread computes: a second one would bring a
+second pool of OpenMP's threads.
 
 Rules. `idle` guards everything here, and the core's table of requests; without a reader there is one thread, which does
 not need it. How reading has ended (`end`) takes effect when the requests that were read before it are answered, as if
@@ -46,7 +46,7 @@ class ReadAhead:
         self.reader: threading.Thread | None = None
         """The thread that reads, while there is one."""
         self.end: BaseException | bool = True
-        """What reading while a handler ran has come to: True to read on, False at the client's last word, an error."""
+        """The result of reading while a handler ran: True (read on), False (the client is done), or the error."""
         self._is_idle = False
 
     @property

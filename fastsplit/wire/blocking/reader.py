@@ -9,8 +9,8 @@ code may, calls included. One thread runs one callback at a time. A finalizer, w
 a signal's handler may find their thread in the middle of a call; then a call of theirs is a ReentrantCallError, at
 once.
 
-Rules. A thread is among `inside` while it reads or sends. It leaves the reading in a `finally`, which is written out in
-each method: an interrupt at the call of a common one would leave that undone. An interrupted read is made again, with
+Rules. A thread is among `inside` while it reads or sends. It leaves the reading in a `finally`, which each method
+repeats: an interrupt could skip the call of a shared helper. An interrupted read is made again, with
 the same events; only one that was interrupted while a frame took effect ends the connection (session.py).
 """
 

@@ -1,7 +1,7 @@
 """What a blocking server sends to one client: replies, errors, and what goes before or between them.
 
-While another thread reads ahead, a third one sends what the kernel does not take at once of a reply, so that the
-connection's own thread goes on to compute; still one frame after another.
+While another thread reads ahead, a third one sends the rest of a reply that the kernel did not take at once, so that
+the connection's own thread goes on to compute. Frames still leave one after another.
 
 Rules. A frame is made and sent under `lock`, in one go: frames stay whole, and in the order in which the session has
 made them. Probes are answered between frames, by the thread that has sent the last one.
@@ -59,7 +59,7 @@ class Replies:
                 self._send_control_frames(deadline)
             try:
                 head = self._core.reply(call, out, time_ns)
-            except BaseException as error:  # noqa: BLE001 (attributes of the handler's that are no such thing, for example)
+            except BaseException as error:  # noqa: BLE001 (invalid reply attributes, for example)
                 failure = error
             else:
                 handed_over = self._send_behind([head, *out.buffers], len(head) + out.nbytes)

@@ -8,8 +8,8 @@ which they are done, and a CANCEL can still find its request waiting.
 While a handler runs on the connection's own thread, that thread reads when the handler asks whether it is cancelled or
 waits for memory. Requests that arrive then wait.
 
-Rules. Nothing of one client waits for another one. What a request holds is released with its answer, and all that is
-left with the connection: no local variable of the thread's loop, which waits for long, keeps a request or an event.
+Rules. No client waits for another one. A request's memory is released with its answer, and the rest when the connection
+ends: no local variable of the thread's loop, which may wait for long, holds a request or an event.
 """
 
 from __future__ import annotations

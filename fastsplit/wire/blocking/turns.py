@@ -1,7 +1,7 @@
 """Requests that wait until the peer takes one more, in order.
 
-A request waits for its turn as a call waits for its reply: its thread reads. A thread that
-has read, or has discarded a request, lets in as many as there is room for.
+A request that waits for its turn reads, as a call that waits for its reply does. A thread that has read, or has
+discarded a request, lets in as many as there is room for.
 
 Rules. The queue and the turns change under the channel's lock.
 """

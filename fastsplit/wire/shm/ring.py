@@ -12,7 +12,7 @@ through the socket. "Set, then look" against "post, then look" needs a full fenc
 x86 any locked instruction is one. Elsewhere a side takes and posts one shared semaphore in between (`fence`): one of
 the two comes first, and the other then sees what was written before it. A side that cannot get it (an honest peer holds
 it for an instant) rings without looking, or sleeps for a millisecond only. A socket wakes as fast as sem_clockwait
-would (docs/design.md); and the peer's end is an event, the end of the stream, so that an idle connection costs hardly
+would (docs/notes.md); and the peer's end is an event, the end of the stream, so that an idle connection costs hardly
 any CPU and a killed peer is noticed at once.
 
 Interrupts (session.py). What a read takes, a semaphore and then a slot, is noted in the same step: a read that a

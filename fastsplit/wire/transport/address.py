@@ -7,10 +7,12 @@
 Each may say `?shm=off` (no shared memory), `?shm=/dev/shm/NAME` (segments with names that start so), or `?shm=auto`.
 
 Where would TLS go? Into one file, tls.py, and one line of `SCHEMES`. The file has a class `TlsAddress(TcpAddress)`: its
-`connect` and `accept` do TLS's handshake, its `_to_listen_on` may allow listeners that other hosts can reach, its
-`carries_ring` is False, and its `transport` makes a Transport (base.py) of the encrypted socket. No other module of the
-package names a scheme. Where would authentication go? To the check of a new client: `_check_peer` of a scheme, where
-unix.py compares user ids. (tests/memory_transport.py is a complete scheme in one file.)
+`connect` does TLS's handshake; its `accept` must not wait, so the server's handshake is part of the first read of the
+Transport (base.py) that its `transport` makes, within `handshake_timeout_s`; its `_to_listen_on` may allow listeners
+that other hosts can reach, and its `carries_ring` is False. No other module of the package names a scheme. Where would
+a token go? Into the handshake that the session checks (`open` in session.py, HELLO in docs/protocol.md), under the same
+deadline. `_check_peer` of a scheme is for checks that do not wait, such as unix.py's comparison of user ids.
+(tests/memory_transport.py is a complete scheme in one file.)
 """
 
 from __future__ import annotations
