@@ -448,6 +448,7 @@ def test_bytes_that_wait_to_be_sent_are_bounded(unix_uri: str) -> None:
     async def main() -> None:
         with serving(f"{unix_uri}?shm=off", script) as uri:
             async with connect(uri, max_queued_nbytes=3 * MIB) as channel:
+                assert channel.max_queued_nbytes == 3 * MIB
                 most = 0
 
                 async def watch() -> None:

@@ -150,6 +150,11 @@ class Channel(ClientFront):
         return self._calls.pump
 
     @property
+    def max_queued_nbytes(self) -> int:
+        """Bytes that may wait for the server to read them, before calls wait."""
+        return self._options.max_queued_nbytes
+
+    @property
     def stats(self) -> Stats:
         """As fastsplit.Channel.stats, except that `wait_s` adds up all calls, those in flight together included."""
         core = self._core
