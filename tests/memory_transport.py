@@ -52,15 +52,12 @@ class _Bell:
 class MemoryTransport(Transport):
     """One end. What is sent is in the peer's `inbox` at once, however much it is."""
 
-    bytes_sent = 0
-    bytes_received = 0
+    bytes_sent = bytes_received = 0
+    ended = False  # nothing more comes in
 
     def __init__(self, lock: threading.RLock) -> None:
-        self.spin = Spin(0.0)
-        self.peer = self  # until there is one
-        self.inbox = bytearray()
-        self.ended = False  # nothing more comes in
-        self.lock, self.bell = lock, _Bell()
+        self.spin, self.lock, self.bell = Spin(0.0), lock, _Bell()
+        self.peer, self.inbox = self, bytearray()
 
     def send(self, buffers: Sequence[Any], nbytes: int = -1) -> Sequence[Any]:
         with self.lock:
@@ -103,10 +100,9 @@ class MemoryTransport(Transport):
 
     def drain(self) -> bool:
         with self.lock:
-            going_on = bool(self.inbox) or not self.ended
-            self.inbox.clear()
+            drained, self.inbox = self.inbox, bytearray()
             self.bell.set(self.ended)
-            return going_on
+            return bool(drained) or not self.ended
 
     def peer_name(self) -> str:
         return "this process"
@@ -114,20 +110,17 @@ class MemoryTransport(Transport):
     def peer_left(self) -> bool:
         return self.ended or self.bell.fd == -1
 
-    def _end(self) -> None:
+    def shutdown_writing(self) -> None:
+        self.peer.shutdown_reading()
+
+    def shutdown_reading(self) -> None:
         with self.lock:
             self.ended = True
             self.bell.set(True)
 
-    def shutdown_writing(self) -> None:
-        self.peer._end()
-
-    def shutdown_reading(self) -> None:
-        self._end()
-
     def close(self) -> None:
         with self.lock:
-            self.peer._end()
+            self.peer.shutdown_reading()
             self.bell.close()
 
 
