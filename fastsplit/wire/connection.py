@@ -29,17 +29,18 @@ from ..schema.limits import Limits
 from ..system.forked import renew, watch
 from ..system.shortage import why as why_failed
 from ..tensors import Outgoing, collect
-from ..tensors.pool import Memory, Pool, Tenant
+from ..tensors.pool import Memory, Tenant
 from .backend import share
-from .compression import AUTO, OFF, THRESHOLD_NBYTES, Codec, Coder
+from .compression import AUTO, OFF, Codec, Coder
 from .events import Probe, RingOffered
+from .options import LinkOptions
 from .outbox import Outbox
 from .rules import CODES, MAX_PADDING_NBYTES, PROBES, SHARES, TYPES
 from .session import Session
 from .shm.arena import Arena
 from .shm.negotiation import Offer, Sharing, agree, offer
 from .shm.ring import RING_NBYTES, Ring
-from .shm.segment import Hook, Memfd
+from .shm.segment import Memfd
 from .stats import Stats
 from .transport.meter import LinkEstimate, Meter
 from .transport.scheme import Address, End
@@ -79,21 +80,17 @@ def _weakly(method: _Callback) -> _Callback:
 
 
 class Connection:
-    """Owns `end`, which `address` gave, also if the constructor fails. `on_memory_pressure(deadline)`: see Arena.
-    `hook`: see segment.Hook."""
+    """Owns `end`, which `address` gave, also if the constructor fails. `on_memory_pressure(deadline)`: see Arena."""
 
     def __init__(
         self,
         end: End,
         address: Address,
+        options: LinkOptions,
         *,
         is_client: bool,
-        limits: Limits | None,
         spin_us: float,
-        pool: Pool,
         on_memory_pressure: Callable[[float | None], None],
-        hook: Hook | None,
-        codec_threshold_nbytes: int = THRESHOLD_NBYTES,
     ) -> None:
         try:
             can_code = Coder.capabilities()
@@ -101,7 +98,7 @@ class Connection:
             end.close()
             raise
         self.is_client = is_client
-        self._memory = Tenant(pool)
+        self._memory = Tenant(options.pool)
         self.arena: Arena | None = None
         self.shm_reason = "off: not agreed on yet"
         self.sending = threading.Lock()
@@ -113,9 +110,9 @@ class Connection:
         self.lent_nbytes = 0
         """Tensor bytes that went out by reference. The sender counts them."""
         self._on_memory_pressure = _weakly(on_memory_pressure)
-        self._hook = hook
+        self._hook = options.on_segment
         self._sharing: Sharing | None = None
-        self.coder = Coder(self._memory, codec_threshold_nbytes)
+        self.coder = Coder(self._memory, options.codec_threshold_nbytes)
         self.meter = None if address.is_local else Meter()
         """Measures the link, where it may lead to another host and nothing is shared."""
         self.is_peer_local = address.is_peer_local(end)
@@ -127,7 +124,7 @@ class Connection:
         self.session = Session(
             is_client=is_client,
             allocate=self._memory.allocate,
-            limits=limits,
+            limits=options.limits,
             capabilities=(SHARES if self._offer.kinds else 0)
             | (PROBES if self.meter is not None else 0)
             | (CODES | can_code | TYPES),

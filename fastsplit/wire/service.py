@@ -111,17 +111,8 @@ class Service:
         self, end: End, address: Address, on_memory_pressure: Callable[[float | None], None]
     ) -> Connection:
         """The server's end of an accepted connection, with the server's options. Raises ResourceError."""
-        options = self.options
         return Connection(
-            end,
-            address,
-            is_client=False,
-            limits=options.limits,
-            spin_us=0.0,
-            pool=options.pool,
-            on_memory_pressure=on_memory_pressure,
-            hook=options.on_segment,
-            codec_threshold_nbytes=options.codec_threshold_nbytes,
+            end, address, self.options, is_client=False, spin_us=0.0, on_memory_pressure=on_memory_pressure
         )
 
     def admit(self, client: Any, shortage: ResourceError | None = None) -> FastsplitError | None:

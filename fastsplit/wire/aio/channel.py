@@ -79,13 +79,10 @@ class Channel(ClientFront):
         connection = Connection(
             end,
             self._address,
+            chosen,
             is_client=True,
-            limits=chosen.limits,
             spin_us=0.0,
-            pool=chosen.pool,
             on_memory_pressure=calls.on_memory_pressure,
-            hook=chosen.on_segment,
-            codec_threshold_nbytes=chosen.codec_threshold_nbytes,
         )
         pump = calls.open(connection, chosen.max_queued_nbytes)
         watch(calls)

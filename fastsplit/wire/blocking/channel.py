@@ -67,13 +67,10 @@ class Channel(ClientFront):
             Connection(
                 address.connect(chosen.timeout_s),
                 address,
+                chosen,
                 is_client=True,
-                limits=chosen.limits,
                 spin_us=chosen.spin_us,
-                pool=chosen.pool,
                 on_memory_pressure=reader.on_memory_pressure,
-                hook=chosen.on_segment,
-                codec_threshold_nbytes=chosen.codec_threshold_nbytes,
             )
         )
         self._sender = Sender(reader)
