@@ -98,7 +98,7 @@ class _Sessions:
         watch(self)
 
     def leave(self, why: str) -> None:
-        """For a forked child: see wire/forked.py."""
+        """For a forked child: see system/forked.py."""
         renew(self.lock)
         self._abandoned.clear()
 

@@ -137,7 +137,7 @@ class Client:
             call_safely("what was to run at a connection's end", callback)
 
     def leave(self) -> None:
-        """For a forked child: see forked.py. The parent's connection goes on, so that no callback runs here."""
+        """For a forked child: see system/forked.py. The parent's connection goes on, so that no callback runs here."""
         renew(self._lock)
         self._ended = True
         self._callbacks = []

@@ -334,7 +334,7 @@ class Connection:
     # ---- the end ----
 
     def leave(self, why: str) -> None:
-        """For a forked child: see forked.py."""
+        """For a forked child: see system/forked.py."""
         if self.left is None:
             self.left = why
             self.inside.clear()

@@ -92,7 +92,7 @@ class Listener:
             self.address.unlink()
 
     def leave(self) -> None:
-        """For a forked child: see forked.py. Closes the descriptors; the parent goes on to listen."""
+        """For a forked child: see system/forked.py. Closes the descriptors; the parent goes on to listen."""
         self.release_descriptor()
         if self._socket is not None:
             self._socket.close()

@@ -104,7 +104,7 @@ class BaseServer:
         return self
 
     def leave(self, why: str) -> None:
-        """For a forked child: see forked.py."""
+        """For a forked child: see system/forked.py."""
         renew(self._lock)
         self._left = why
         self._service.closing = True

@@ -377,7 +377,7 @@ class ServiceCore:
         )
 
     def leave(self, why: str) -> None:
-        """For a forked child: see forked.py."""
+        """For a forked child: see system/forked.py."""
         self.ended = True
         self.client.leave()
         self.connection.leave(why)

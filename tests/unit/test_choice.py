@@ -14,7 +14,7 @@ from fastsplit.ops import PLANS, Traffic, choose_block_rows, packed_elements, ro
 
 
 class Estimate(NamedTuple):
-    """As wire/estimate.py has it."""
+    """As wire/transport/meter.py has it."""
 
     rtt_s: float | None = None
     send_bytes_per_s: float | None = None

@@ -68,7 +68,7 @@ class Calls:
         return pump
 
     def leave(self, why: str) -> None:
-        """For a forked child: see forked.py."""
+        """For a forked child: see system/forked.py."""
         core = self.core
         if core.error is None:
             core.error = ClosedError(why)

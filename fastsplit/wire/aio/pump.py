@@ -366,7 +366,7 @@ class Pump:
         self.closed.set_result(True)
 
     def leave(self, why: str) -> None:
-        """For a forked child: see forked.py. The loop is told nothing: its selector is the parent's, too."""
+        """For a forked child: see system/forked.py. The loop is told nothing: its selector is the parent's, too."""
         self.ended = True
         self._watch = _Watch(self.loop, -1)
         self.connection.leave(why)

@@ -68,7 +68,7 @@ class ServedClient:
         return self.core.inflight
 
     def leave(self, why: str) -> None:
-        """For a forked child: see forked.py."""
+        """For a forked child: see system/forked.py."""
         self.core.leave(why)
         self.pump.leave(why)
 

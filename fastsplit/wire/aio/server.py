@@ -156,7 +156,7 @@ class Server(BaseServer):
                     self._closed.set_result(True)
 
     def leave(self, why: str) -> None:
-        """For a forked child: see forked.py. The loop's selector is the parent's, too, and stays as it is."""
+        """For a forked child: see system/forked.py. The loop's selector is the parent's, too, and stays as it is."""
         super().leave(why)
         if self._closed is not None:
             settle_left(self._closed)

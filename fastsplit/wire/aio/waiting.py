@@ -110,7 +110,7 @@ class MemoryWaiters:
             settle(future, False)
 
     def leave(self) -> None:
-        """For a forked child: see forked.py."""
+        """For a forked child: see system/forked.py."""
         self._send = None
         for future in self._waiters:
             settle_left(future)

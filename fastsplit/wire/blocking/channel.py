@@ -1,7 +1,7 @@
 """The client that blocks: a Channel, whose callers wait in threads of their own.
 
 A channel is made of parts, each of which knows only those before it: the core (client.py), which has no I/O; the reader
-(reader.py), of which there is one at a time; the sender (sender.py); and the requests (calls.py).
+(reader.py), of which there is one at a time; the sender (sender.py); and the calls (calls.py).
 
 Rules. All public methods are thread-safe. A deadline that passes while waiting costs only that call: a CANCEL goes out
 and the answer is dropped when it comes. One that passes in the middle of a send, and any other error there, ends the

@@ -143,7 +143,7 @@ class Future(concurrent.futures.Future[Result]):
         return DeadlineError(f"{self.op}: no reply within its deadline of {self._timeout_s} s")
 
     def _leave(self) -> None:
-        """For a forked child: see forked.py. Its outcome is set."""
+        """For a forked child: see system/forked.py. Its outcome is set."""
         waiters = self._waited_for
         if waiters is not None:
             renew(waiters.lock)

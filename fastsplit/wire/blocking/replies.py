@@ -145,7 +145,7 @@ class Replies:
             self._connection.close()
 
     def leave(self) -> None:
-        """For a forked child: see forked.py. The connection has left."""
+        """For a forked child: see system/forked.py. The connection has left."""
         self.lock = self._connection.sending
 
     # ---- sending; the caller holds `lock` ----

@@ -39,7 +39,7 @@ class Sender:
         """With `overlap`: the thread that sends."""
 
     def leave(self, why: str) -> None:
-        """For a forked child: see forked.py. The thread is the parent's."""
+        """For a forked child: see system/forked.py. The thread is the parent's."""
         self.workers = None
 
     # ---- requests ----

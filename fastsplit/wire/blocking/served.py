@@ -73,7 +73,7 @@ class ServedClient:
         return self.core.inflight + len(self._ahead.waiting) + (self._ahead.running is not None)
 
     def leave(self, why: str) -> None:
-        """For a forked child: see forked.py. The connection of a handler that forked has ended, too."""
+        """For a forked child: see system/forked.py. The connection of a handler that forked has ended, too."""
         renew(self._ahead.idle)
         self.core.leave(why)
         self._replies.leave()

@@ -134,7 +134,7 @@ class Server(BaseServer):
         self._closed.set()
 
     def leave(self, why: str) -> None:
-        """For a forked child: see forked.py."""
+        """For a forked child: see system/forked.py."""
         renew(self._closed)
         super().leave(why)
         self._closed.set()

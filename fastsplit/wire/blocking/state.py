@@ -60,7 +60,7 @@ class State:
         self.core.open(connection)
 
     def leave(self, why: str) -> None:
-        """For a forked child: see forked.py."""
+        """For a forked child: see system/forked.py."""
         core = self.core
         renew(self.lock, self.changed)
         self.connection.leave(why)

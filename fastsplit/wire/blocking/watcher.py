@@ -77,7 +77,7 @@ class _Bell:
             self._file.close()
 
     def leave(self) -> None:
-        """For a forked child: see forked.py."""
+        """For a forked child: see system/forked.py."""
         renew(self._lock)
         self.close()
 
@@ -151,7 +151,7 @@ class Watcher:
             self._bell.close()
 
     def leave(self) -> None:
-        """For a forked child: see forked.py. The thread is the parent's."""
+        """For a forked child: see system/forked.py. The thread is the parent's."""
         self.polling = False
         self._bell.leave()
 
