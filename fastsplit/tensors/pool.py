@@ -76,7 +76,7 @@ class Lease(np.ndarray):
             pass  # numpy's copy of a lease, which has no token
 
 
-class _Lease(ctypes.Array):  # type: ignore[type-arg]
+class _Holder(ctypes.Array):  # type: ignore[type-arg]
     """The use of one block. numpy and torch views keep it alive; its death returns the block to the pool.
 
     A ctypes array, the one object of the standard library that has the buffer protocol and `__del__`, and that every
@@ -108,9 +108,9 @@ class Tenant:
         memory = self._allocate(nbytes)
         if nbytes < _SMALL_NBYTES:
             return memory
-        lease: Any = memory.base
-        if isinstance(lease, _Lease):
-            lease.tenant = self
+        holder: Any = memory.base
+        if isinstance(holder, _Holder):
+            holder.tenant = self
         return memory
 
     def close(self) -> None:
@@ -126,7 +126,7 @@ class Pool:
         self.max_idle_nbytes = max_idle_nbytes
         # Blocks and when each came back, oldest first; the least recently used class first.
         self._idle: dict[int, list[tuple[float, mmap.mmap]]] = {}
-        self._lease_types: dict[int, type[_Lease]] = {}
+        self._holder_types: dict[int, type[_Holder]] = {}
         self._cells: dict[int, list[Memory]] = {size: [] for size in (64, 128, 256, 512)}
         self._unwatched = [True]  # empty while a thread looks after idle blocks
         _pools.add(self)
@@ -163,13 +163,13 @@ class Pool:
                     raise
                 self.trim()  # idle blocks of other sizes may hold the memory that is missing
                 block = _map(size)
-        lease_type = self._lease_types.get(size)
-        if lease_type is None:
-            lease_type = type("_Lease", (_Lease,), {"_length_": size, "pool": self})
-            self._lease_types[size] = lease_type
-        lease = lease_type.from_buffer(block)
-        lease.block = block
-        memory: Memory = np.frombuffer(lease, np.uint8, nbytes)  # type: ignore[call-overload]
+        holder_type = self._holder_types.get(size)
+        if holder_type is None:
+            holder_type = type("_Holder", (_Holder,), {"_length_": size, "pool": self})
+            self._holder_types[size] = holder_type
+        holder = holder_type.from_buffer(block)
+        holder.block = block
+        memory: Memory = np.frombuffer(holder, np.uint8, nbytes)  # type: ignore[call-overload]
         return memory
 
     def trim(self, max_idle_nbytes: int = 0) -> None:
