@@ -316,8 +316,10 @@ class _Connected:
 class _NoSession:
     """What a ring gives its slots to here: the session has rows of its own."""
 
-    @staticmethod
-    def received_slot(slot: bytes) -> list[Any]:
+    slot: bytes | None = None
+
+    def received_slot(self, slot: bytes, events: list[Any] | None = None) -> list[Any]:
+        self.slot = None
         return []
 
 
