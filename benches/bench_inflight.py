@@ -169,7 +169,7 @@ async def _cancel_half(link: str, connections: int, size: str, peer: Process) ->
     deadline = time.monotonic() + 5
     while True:
         for channel in channels:
-            channel._pump.give_back()
+            channel._pump.send_returns()
         await asyncio.sleep(0.01)
         after = (state(_arenas(channels)), _ask(peer))
         left = {

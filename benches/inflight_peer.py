@@ -62,8 +62,8 @@ async def _serve_aio(uri: str) -> None:
         print("READY", server.uri, flush=True)
         while await asyncio.to_thread(sys.stdin.readline):
             released.clear()
-            for connection in server._service.clients:
-                connection.pump.give_back()
+            for client in server._service.clients:
+                client.pump.send_returns()
             arenas = [client.connection.arena for client in server._service.clients]
             print(json.dumps({**state(arenas), "holding": holding, "inflight": server.inflight}), flush=True)
 
