@@ -86,13 +86,14 @@ class Listener:
 
     def close(self) -> None:
         """Stops listening, and removes the file of a unix socket. Idempotent."""
+        holds_file = self._holds_file  # once: another server's file may have the same number by then
         self.leave()
-        if self._holds_file:
-            self._holds_file = False  # once: another server's file may have the same number by then
+        if holds_file:
             self.address.unlink()
 
     def leave(self) -> None:
         """For a forked child: see system/forked.py. Closes the descriptors; the parent goes on to listen."""
+        self._holds_file = False
         self.release_descriptor()
         if self._socket is not None:
             self._socket.close()

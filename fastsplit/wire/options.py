@@ -300,12 +300,13 @@ def documented(options: type[LinkOptions]) -> Callable[[_Made], _Made]:
         wrapped = [textwrap.fill(line, 116, initial_indent="    ", subsequent_indent="        ") for line in lines]
         made.__doc__ = "\n".join([inspect.cleandoc(made.__doc__ or ""), "", "Options:", *wrapped])
         signature = inspect.signature(made.__init__)  # type: ignore[misc]
-        plain = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD and one.name != "self"]
+        plain = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
         named = [
             inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=one.metadata["default"])
             for one in fields(options)
         ]
-        made.__signature__ = inspect.Signature([*plain, *named])  # type: ignore[attr-defined]
+        # of the constructor, not of the class: a subclass may have a constructor of its own
+        made.__init__.__signature__ = inspect.Signature([*plain, *named])  # type: ignore[misc]
         return made
 
     return document

@@ -225,7 +225,7 @@ class Outbox:
         """Sends the first frame with its descriptor. False if the transport takes no more."""
         sent, left = self.transport.send_with_descriptor_now(frame.buffers[0], fd)
         if not sent:
-            self.needs_retry = self.transport.whole_frames
+            self.needs_retry = self.transport.needs_retry
             return False
         segment.fd = frame.segment = None  # first: interrupted, no other code may close it again
         os.close(fd)

@@ -436,6 +436,35 @@ def test_more_requests_than_the_server_takes_wait_in_order(socket_uri: str) -> N
     run(main())
 
 
+def test_a_discarded_frame_leaves_nothing_to_watch(unix_uri: str) -> None:
+    """A socket that is watched for room, while nothing is to be sent, would wake the loop without end."""
+    go, sent = threading.Event(), []
+
+    def script(peer: RawPeer) -> None:
+        peer.greet()
+        go.wait(10)
+        for _ in range(sent[0]):
+            peer.send(frame(REPLY, peer.expect(REQUEST).request_id))
+
+    async def main() -> None:
+        with serving(f"{unix_uri}?shm=off", script) as uri:
+            async with connect(uri) as channel:
+                calls = []
+                while channel._pump.outbox.idle:
+                    calls.append(asyncio.ensure_future(channel.call("take", np.zeros(8192, np.uint8))))
+                    for _ in range(3):
+                        await asyncio.sleep(0)
+                assert not channel._pump.outbox.first.started  # type: ignore[union-attr]
+                calls.pop().cancel()
+                await until(lambda: channel._pump.outbox.idle)
+                sent.append(len(calls))
+                go.set()
+                await asyncio.gather(*calls)
+                assert not channel._pump._watch.writes
+
+    run(main())
+
+
 def test_bytes_that_wait_to_be_sent_are_bounded(unix_uri: str) -> None:
     go = threading.Event()
 

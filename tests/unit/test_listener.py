@@ -97,6 +97,14 @@ def test_accepting(listener: Listener, unix_uri: str) -> None:
     assert listener.accept() is None
 
 
+def test_a_forked_child_leaves_the_file_to_the_parent(listener: Listener, unix_uri: str) -> None:
+    listener.bind()
+    listener.leave()
+    listener.close()
+    assert _path(unix_uri).exists()
+    _path(unix_uri).unlink()
+
+
 def test_without_a_descriptor_a_client_is_accepted_to_be_refused(listener: Listener, unix_uri: str) -> None:
     listener.bind()
     listener.hold_descriptor()

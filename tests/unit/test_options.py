@@ -79,3 +79,8 @@ def test_a_constructor_shows_them() -> None:
     assert list(parameters) == ["uri", *(one.name for one in fields(AioClientOptions))]
     assert parameters["timeout_s"].default == 10.0 and parameters["timeout_s"].kind is inspect.Parameter.KEYWORD_ONLY
     assert (Made.__doc__ or "").startswith("A thing.\n\nOptions:\n    arrays: Kind of the tensors")
+
+    class Derived(Made):
+        def __init__(self, host: str, port: int = 3) -> None: ...
+
+    assert list(inspect.signature(Derived).parameters) == ["host", "port"]

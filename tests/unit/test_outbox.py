@@ -42,6 +42,10 @@ class Transport:
 
     passes_descriptors = True
 
+    @property
+    def needs_retry(self) -> bool:
+        return self.whole_frames and not self.descriptor_room
+
     def __init__(self, room: Sequence[int] = (), *, then: int = ALL, whole_frames: bool = False) -> None:
         self.then = then
         self.whole_frames = whole_frames

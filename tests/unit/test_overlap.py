@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -214,6 +215,27 @@ def test_closing_in_a_callback_of_the_thread_that_sends() -> None:
         assert closed.wait(5)
         channel.close()
         release.set()
+
+
+def test_a_finalizer_of_what_the_sending_thread_has_sent_may_call() -> None:
+    """The last reference to a tensor may be the channel's: it ends when the thread that sends holds no lock."""
+    found: list[str] = []
+    freed = threading.Event()
+    with fastsplit.Server(TCP, {"take": lambda call: None, "free": lambda call: None}, arrays="numpy") as server:
+        with fastsplit.connect(server.uri, arrays="numpy", overlap=True, call_timeout_s=5) as channel:
+
+            def free() -> None:
+                found.append(threading.current_thread().name)
+                channel.submit("free").result()
+                freed.set()
+
+            tensor = np.zeros(2**26, np.uint8)
+            weakref.finalize(tensor, lambda: threading.Thread(target=free).start())
+            weakref.finalize(tensor, lambda: found.append(f"{channel._connection.sending.locked()}"))
+            future = channel.submit("take", tensor)
+            del tensor
+            assert future.result() == () and freed.wait(5)
+            assert found[0] == "False"
 
 
 @pytest.mark.parametrize("overlap", [False, True])

@@ -383,6 +383,14 @@ def test_descriptors_go_through_the_socket(pair: Pair) -> None:
     assert pair.server.take_descriptor() is None
 
 
+def test_a_full_ring_tells_of_room_and_a_full_socket_does_not(pair: Pair) -> None:
+    client, _ = pair
+    for _ in range(SLOTS):
+        client.send([bytearray(b"frame")])
+    assert client.send_with_descriptor_now(b"announced", 0) == (False, [b"announced"])
+    assert not client.needs_retry
+
+
 def test_a_descriptor_goes_with_its_frame_or_not_at_all(pair: Pair) -> None:
     """A full socket makes no descriptor readable: there is room in the ring, and still this side may sleep a little."""
     client, server = pair

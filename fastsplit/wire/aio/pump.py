@@ -164,7 +164,7 @@ class Pump:
     def _send_more(self) -> None:
         """Called at the end of a turn of the loop in which something was sent, and when there is room to write."""
         self._corked = False
-        if not self.outbox.idle:
+        if self._watch.writes or not self.outbox.idle:  # a discarded frame leaves nothing to send, and a watch to end
             self._flush()
             self._owner.progressed()
 

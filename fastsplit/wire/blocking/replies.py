@@ -167,6 +167,8 @@ class Replies:
             self._send_left()
             return False
 
+        held = [buffers]
+
         def sent(failure: FastsplitError | None) -> None:
             if failure is not None:
                 if isinstance(failure, DeadlineError):
@@ -174,6 +176,7 @@ class Replies:
                 _logger.debug("%s: a reply could not be sent: %s", self._core.service.uri, str(failure))
                 self._connection.transport.shutdown()
             self._release()
+            held.clear()  # not before: the tensors may die here, and a finalizer may call
 
         if not flush_in(self._sender, outbox, time.monotonic() + self._options.send_timeout_s, sent):
             self._send_left()  # the connection has ended

@@ -89,6 +89,8 @@ class Sender:
         if frame is None:
             return False
 
+        held = [out]
+
         def sent(failure: FastsplitError | None) -> None:
             try:
                 if isinstance(failure, DeadlineError):
@@ -103,6 +105,7 @@ class Sender:
                     reader.end(failure)
             finally:
                 reader.release(sending)
+                held.clear()  # not before: the tensors may die here, and a finalizer may call
             watcher = reader.watcher
             if watcher is None:  # the channel has ended
                 reader.call_back()

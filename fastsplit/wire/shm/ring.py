@@ -100,7 +100,6 @@ class Ring(Beside):
         self._owed = 0  # the half (1 or 2) that was read and is to be given to the peer, _UNRUNG if it was; 0 for none
         self._credit = SLOTS  # slots that may be written
         self._taken = 0  # slots that may be read, and have not been
-        self._socket_is_full = False  # a descriptor found no room in it
 
     @staticmethod
     def format(memory: mmap.mmap) -> None:
@@ -155,10 +154,9 @@ class Ring(Beside):
 
         Raises PeerLostError, ResourceError.
         """
-        if not self._credit and not self._find_space():
-            return False, [frame]
-        self._socket_is_full = not self.send_descriptor_now(fd)
-        if self._socket_is_full:
+        has_space = self._credit > 0 or self._find_space()
+        self.needs_retry = has_space and not self.send_descriptor_now(fd)  # the socket is full
+        if not has_space or self.needs_retry:
             return False, [frame]
         return True, self.send([frame])
 
@@ -219,7 +217,7 @@ class Ring(Beside):
         self._memory[self._asleep_at] = _ASLEEP
         ordered = self._pass_fence()
         has_space = for_space and (self._credit > 0 or self._find_space())
-        if (for_items and self._readable()) or (has_space and not self._socket_is_full):
+        if (for_items and self._readable()) or (has_space and not self.needs_retry):
             self._memory[self._asleep_at] = 0
             return 0.0
         return None if ordered and not has_space else _NAP_S

@@ -87,6 +87,9 @@ class Transport(ABC):
     passes_descriptors = False
     """Whether descriptors cross, and those that come are collected."""
 
+    needs_retry = False
+    """Whether the last descriptor found no room, and no event will tell of room for it: to be tried again soon."""
+
     meter: Meter | None = None
     """Measures how fast payloads come in."""
 
