@@ -46,7 +46,7 @@ class Calls:
             core.check_open()
             return None
         if wire_dtype is UNSET and codec is UNSET:
-            cast, number = core.cast, core.codec  # 0.1 us less than `coding`
+            cast, number = core.cast, core.codec  # as `coding` does, without its call
         else:
             cast, number = core.coding(wire_dtype, codec)
         try:
