@@ -45,13 +45,13 @@ from typing import Any
 import torch
 
 import fastsplit
-from fastsplit.devices import Cpu, Work
-from fastsplit.executor import Executor
+from fastsplit.executor.device import Cpu, Work
+from fastsplit.executor.service import Executor
 from fastsplit.models import LINEARS, Model, ModelConfig
-from fastsplit.ops import MAX_LANES, PLANS
-from fastsplit.remote import RemoteModel
-from fastsplit.report import Recorder
-from fastsplit.runner import Runner
+from fastsplit.split.contract import MAX_LANES, PLANS
+from fastsplit.tee.remote import RemoteModel
+from fastsplit.tee.report import Recorder
+from fastsplit.tee.runner import Runner
 from fastsplit.wire.call import Call, Handler
 
 from .environment import add_output, describe, save

@@ -33,8 +33,8 @@ import torch
 
 import fastsplit
 from fastsplit.models import DTYPES
-from fastsplit.ops import PLANS
-from fastsplit.remote import RemoteModel
+from fastsplit.split.contract import PLANS
+from fastsplit.tee.remote import RemoteModel
 
 from .environment import add_output, describe, keep_whole, save
 from .link import LINKS, LinkKind, through

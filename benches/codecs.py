@@ -32,11 +32,11 @@ import torch
 from transformers import AutoTokenizer
 
 from demo.smollm2 import model_dir
-from fastsplit.executor import Executor
+from fastsplit.executor.service import Executor
 from fastsplit.models import open_model
-from fastsplit.remote import RemoteModel
-from fastsplit.runner import Runner
 from fastsplit.schema.coding import CODECS
+from fastsplit.tee.remote import RemoteModel
+from fastsplit.tee.runner import Runner
 from fastsplit.tensors.pool import pool
 from fastsplit.wire.call import Client
 from fastsplit.wire.codecs import compress, decompress, installed, probe
@@ -63,7 +63,8 @@ class _Reply(list[torch.Tensor]):
 
 
 class _RecordingBackend:
-    """A `fastsplit.remote.Backend`: an executor's handlers, called directly, and copies of what they get and give."""
+    """A `fastsplit.tee.remote.Backend`: an
+    executor's handlers, called directly, and copies of what they get and give."""
 
     def __init__(self, executor: Executor, layers: Sequence[int]) -> None:
         self.stats = Stats()

@@ -25,11 +25,11 @@ from typing import Any
 import torch
 
 import fastsplit
-from fastsplit.executor import Executor
+from fastsplit.executor.service import Executor
 from fastsplit.models import DTYPES, PRESETS, Model, ModelConfig
-from fastsplit.ops import PLANS, traffic
-from fastsplit.remote import RemoteModel
-from fastsplit.runner import Runner
+from fastsplit.split.contract import PLANS, traffic
+from fastsplit.tee.remote import RemoteModel
+from fastsplit.tee.runner import Runner
 from fastsplit.wire.stats import Stats
 
 from .environment import add_output, describe, keep_whole, save
@@ -69,7 +69,7 @@ class _Reply(list[torch.Tensor]):
 
 
 class _CountingBackend:
-    """A `fastsplit.remote.Backend` that replies with zeros."""
+    """A `fastsplit.tee.remote.Backend` that replies with zeros."""
 
     def __init__(self) -> None:
         self.stats = Stats()

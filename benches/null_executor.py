@@ -34,9 +34,9 @@ from typing import Any
 import torch
 
 from fastsplit import Server
-from fastsplit.devices import Cpu
+from fastsplit.executor.device import Cpu
 from fastsplit.models import DTYPES, Model, open_model
-from fastsplit.ops import Block, packed_elements, parse_blocks
+from fastsplit.split.contract import Block, packed_elements, parse_blocks
 from fastsplit.wire.call import Call, Handler
 
 from .counts import MODELS, counted_model
@@ -83,7 +83,7 @@ class _Session:
 
 
 class NullExecutor:
-    """Behaves like a `fastsplit.executor.Executor` as far as a TEE side and a `RivalService` can tell."""
+    """Behaves like a `fastsplit.executor.service.Executor` as far as a TEE side and a `RivalService` can tell."""
 
     on_segment = None
 

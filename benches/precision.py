@@ -26,11 +26,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fastsplit
 from demo.smollm2 import model_dir
-from fastsplit.executor import Executor
+from fastsplit.executor.service import Executor
 from fastsplit.models import DTYPES, open_model
-from fastsplit.ops import PLANS
-from fastsplit.remote import RemoteModel
-from fastsplit.runner import Runner
+from fastsplit.split.contract import PLANS
+from fastsplit.tee.remote import RemoteModel
+from fastsplit.tee.runner import Runner
 
 from .environment import add_output, describe, save
 

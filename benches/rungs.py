@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 import fastsplit
-from fastsplit.ops import PLANS
-from fastsplit.remote import RemoteModel
-from fastsplit.report import codec_counts
+from fastsplit.split.contract import PLANS
+from fastsplit.tee.remote import RemoteModel
+from fastsplit.tee.report import codec_counts
 
 from .link import LINKS, LinkKind, through
 from .measurements import Measurement

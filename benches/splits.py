@@ -30,12 +30,12 @@ from pathlib import Path
 from typing import Any
 
 import fastsplit
-from fastsplit.choice import choose, look, may_overlap
 from fastsplit.models import open_model
-from fastsplit.ops import PLANS
-from fastsplit.remote import RemoteModel, share_cores
-from fastsplit.report import Recorder
-from fastsplit.runner import Runner
+from fastsplit.split.contract import PLANS
+from fastsplit.tee.remote import RemoteModel, share_cores
+from fastsplit.tee.report import Recorder
+from fastsplit.tee.runner import Runner
+from fastsplit.tee.tuning import choose, look, may_overlap
 
 from .processes import Process
 from .rivals.backend import RivalBackend, rival_runner

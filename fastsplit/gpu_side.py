@@ -96,8 +96,8 @@ def _serve(args: argparse.Namespace) -> int:
 
 def _serve_until(stopped: int, args: argparse.Namespace) -> int:
     model = open_model(args.model)  # before torch is imported: a wrong name is answered at once
-    from fastsplit.devices import open_device
-    from fastsplit.executor import Executor
+    from fastsplit.executor.device import open_device
+    from fastsplit.executor.service import Executor
     from fastsplit.extras import torch
 
     cli.set_threads(args.threads)

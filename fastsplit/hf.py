@@ -34,13 +34,13 @@ from transformers.cache_utils import Cache as TransformersCache
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .choice import choose, look, may_overlap
 from .errors import FastsplitError, ModelError, SettingError, VerificationError
-from .llama import int64, int64_range
 from .models import open_model
-from .remote import Cache, RemoteModel, share_cores
-from .runner import Runner
+from .split.functional import int64, int64_range
 from .system.forked import renew, watch
+from .tee.remote import Cache, RemoteModel, share_cores
+from .tee.runner import Runner
+from .tee.tuning import choose, look, may_overlap
 from .wire.blocking.channel import Channel
 
 __all__ = ["SplitCache", "SplitModelForCausalLM"]

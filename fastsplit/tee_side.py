@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastsplit import cli
-from fastsplit.choice import ASKED_FOR, CASTS, choose, look, may_overlap
 from fastsplit.errors import FastsplitError, ModelError
 from fastsplit.models import DTYPES, Model, ModelConfig, open_model
-from fastsplit.ops import MAX_LANES, PLANS
+from fastsplit.split.contract import MAX_LANES, PLANS
+from fastsplit.tee.tuning import ASKED_FOR, CASTS, choose, look, may_overlap
 from fastsplit.wire.blocking.channel import Channel
 from fastsplit.wire.call import describe
 
@@ -100,10 +100,10 @@ def _run(args: argparse.Namespace) -> int:
     trusted = None if args.model is None else open_model(args.model)
     tokenizer = _open_tokenizer(args, trusted)
     from fastsplit.extras import torch
-    from fastsplit.remote import RemoteModel, share_cores
-    from fastsplit.report import Recorder, chrome_trace, codec_counts, table
-    from fastsplit.runner import Runner
-    from fastsplit.sampling import Sampling
+    from fastsplit.tee.remote import RemoteModel, share_cores
+    from fastsplit.tee.report import Recorder, chrome_trace, codec_counts, table
+    from fastsplit.tee.runner import Runner
+    from fastsplit.tee.sampling import Sampling
 
     cli.set_threads(args.threads)
     with Channel(

@@ -1,7 +1,7 @@
 """What fastsplit is measured against: other ways to do the same split, HF in one process, and the raw socket.
 
     messages.py     tensors in zmq messages, two ways: the original system's, and the same tuned
-    backend.py      the TEE side: a `fastsplit.remote.Backend`, so that the very same Runner drives all systems
+    backend.py      the TEE side: a `fastsplit.tee.remote.Backend`, so that the very same Runner drives all systems
     service.py      the GPU side: a REP socket in a thread, computing with an Executor's own weights
     executor.py     a process that serves fastsplit and the rivals out of one copy of the weights
     hf.py           a process that runs the same weights in HF's own class, undivided

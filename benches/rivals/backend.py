@@ -22,9 +22,9 @@ import zmq
 
 from fastsplit.errors import DeadlineError, RemoteOpError
 from fastsplit.models import ModelConfig
-from fastsplit.remote import RemoteModel
-from fastsplit.report import Recorder
-from fastsplit.runner import Runner
+from fastsplit.tee.remote import RemoteModel
+from fastsplit.tee.report import Recorder
+from fastsplit.tee.runner import Runner
 from fastsplit.wire.stats import Stats
 
 from .messages import MESSAGES
@@ -66,7 +66,7 @@ class _KVCache:
 
 
 class RivalBackend:
-    """A `fastsplit.remote.Backend` that talks to a `RivalService`. `way`: "original" or "tuned".
+    """A `fastsplit.tee.remote.Backend` that talks to a `RivalService`. `way`: "original" or "tuned".
 
     `recorder`: the Runner's, for the time that the KV cache takes; without one it counts as communication.
     """

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from fastsplit import Server
-from fastsplit.devices import open_device
-from fastsplit.executor import Executor
+from fastsplit.executor.device import open_device
+from fastsplit.executor.service import Executor
 from fastsplit.models import DTYPES, open_model
 from fastsplit.wire.transport.spin import spin_us_beside
 

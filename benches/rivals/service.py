@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import zmq
 
-from fastsplit.executor import Executor
+from fastsplit.executor.service import Executor
 from fastsplit.wire.call import Client
 
 from .messages import MESSAGES

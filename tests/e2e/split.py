@@ -11,12 +11,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import fastsplit
-from fastsplit.devices import Device
-from fastsplit.executor import Executor
+from fastsplit.executor.device import Device
+from fastsplit.executor.service import Executor
 from fastsplit.models import Model, ModelConfig, open_model
-from fastsplit.ops import choose_block_rows, row_blocks
-from fastsplit.remote import RemoteModel
-from fastsplit.runner import Runner
+from fastsplit.split.contract import choose_block_rows, row_blocks
+from fastsplit.tee.remote import RemoteModel
+from fastsplit.tee.runner import Runner
 
 # Both sides are in this process: two pools of OpenMP threads that spin for the same cores would only slow each other
 # down.

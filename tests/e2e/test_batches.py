@@ -17,11 +17,11 @@ from split import CONFIGS, load_hf, make_model, relative_error, split
 
 import fastsplit
 from fastsplit.errors import DeadlineError, RemoteOpError
-from fastsplit.executor import Executor
+from fastsplit.executor.service import Executor
 from fastsplit.models import Model, open_model
-from fastsplit.ops import PLANS, Block, packed_elements
-from fastsplit.remote import Cache, RemoteModel
-from fastsplit.runner import Runner
+from fastsplit.split.contract import PLANS, Block, packed_elements
+from fastsplit.tee.remote import Cache, RemoteModel
+from fastsplit.tee.runner import Runner
 
 pytestmark = pytest.mark.matrix
 

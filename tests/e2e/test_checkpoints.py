@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import fastsplit
-from fastsplit.checkpoint import EMBEDDING, LM_HEAD
 from fastsplit.errors import ModelError, VerificationError
-from fastsplit.executor import Executor
+from fastsplit.executor.service import Executor
 from fastsplit.models import open_model
-from fastsplit.remote import RemoteModel
+from fastsplit.models.checkpoint import EMBEDDING, LM_HEAD
+from fastsplit.tee.remote import RemoteModel
 
 pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import fastsplit
-from fastsplit.ops import PLANS, choose_block_rows
-from fastsplit.remote import RemoteModel
-from fastsplit.runner import Runner
+from fastsplit.split.contract import PLANS, choose_block_rows
+from fastsplit.tee.remote import RemoteModel
+from fastsplit.tee.runner import Runner
 from fastsplit.wire.stats import Stats
 
 pytest.importorskip("transformers")

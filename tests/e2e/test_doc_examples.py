@@ -48,7 +48,7 @@ xs = [x, x + 1, x + 2]
 MODEL = """
 import pathlib, tempfile
 import fastsplit
-from fastsplit.executor import Executor
+from fastsplit.executor.service import Executor
 from fastsplit.models import open_model
 from split import make_model
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -65,7 +65,7 @@ server = fastsplit.Server("unix:///tmp/gpu.sock", Executor(open_model(model_dir)
 """
 RANDOM_MODEL = """
 import fastsplit
-from fastsplit.executor import Executor
+from fastsplit.executor.service import Executor
 from fastsplit.models import open_model
 
 handlers = Executor(open_model("random:tiny")).handlers

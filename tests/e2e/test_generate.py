@@ -19,10 +19,10 @@ from transformers.modeling_utils import slice_logits_to_keep
 
 import fastsplit
 from fastsplit.errors import ClosedError, ModelError, VerificationError
-from fastsplit.executor import Executor
+from fastsplit.executor.service import Executor
 from fastsplit.hf import SplitCache, SplitModelForCausalLM
 from fastsplit.models import open_model
-from fastsplit.ops import PLANS
+from fastsplit.split.contract import PLANS
 
 pytestmark = pytest.mark.matrix
 

@@ -24,7 +24,7 @@ from transformers.utils.generic import TransformersKwargs
 import fastsplit
 from fastsplit import SplitModelForCausalLM
 from fastsplit.errors import SettingError
-from fastsplit.executor import Executor
+from fastsplit.executor.service import Executor
 from fastsplit.hf import _UNSUPPORTED
 from fastsplit.models import open_model
 

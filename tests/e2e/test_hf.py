@@ -12,13 +12,13 @@ import pytest
 import torch
 from lazy_driver import STREAMS, LazyDriver
 
-from fastsplit.devices import Cuda
 from fastsplit.errors import RemoteOpError, VerificationError
+from fastsplit.executor.device import Cuda
 from fastsplit.models import Model, open_model
-from fastsplit.ops import PLANS, choose_plan
-from fastsplit.remote import RemoteModel
-from fastsplit.runner import Runner
-from fastsplit.sampling import Sampling, sample
+from fastsplit.split.contract import PLANS, choose_plan
+from fastsplit.tee.remote import RemoteModel
+from fastsplit.tee.runner import Runner
+from fastsplit.tee.sampling import Sampling, sample
 
 pytest.importorskip("transformers")
 from split import CONFIGS, LLAMA3_ROPE, load_hf, make_model, relative_error, split

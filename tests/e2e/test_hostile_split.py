@@ -19,11 +19,11 @@ import torch
 import fastsplit
 from fastsplit import SplitModelForCausalLM, tee_side
 from fastsplit.errors import LimitError, ModelError, RemoteOpError
-from fastsplit.executor import Executor
+from fastsplit.executor.service import Executor
 from fastsplit.models import ModelConfig, open_model
-from fastsplit.remote import RemoteModel
-from fastsplit.runner import Runner
-from fastsplit.sampling import Sampling, sample
+from fastsplit.tee.remote import RemoteModel
+from fastsplit.tee.runner import Runner
+from fastsplit.tee.sampling import Sampling, sample
 
 pytest.importorskip("transformers")
 from split import make_model  # (one thread for torch)

@@ -22,13 +22,13 @@ from lazy_driver import LazyDriver
 from split import CONFIGS, load_hf, make_model, relative_error, split
 
 import fastsplit
-from fastsplit.devices import Cpu, Cuda
 from fastsplit.errors import RemoteOpError
-from fastsplit.executor import Executor
+from fastsplit.executor.device import Cpu, Cuda
+from fastsplit.executor.service import Executor
 from fastsplit.models import Model, open_model
-from fastsplit.ops import MAX_LANES, PLANS
-from fastsplit.remote import RemoteModel
-from fastsplit.runner import Runner, _corner
+from fastsplit.split.contract import MAX_LANES, PLANS
+from fastsplit.tee.remote import RemoteModel
+from fastsplit.tee.runner import Runner, _corner
 from fastsplit.wire.call import Client
 from fastsplit.wire.stats import Stats
 

@@ -12,11 +12,11 @@ pytest.importorskip("transformers")
 from transformers.generation import MaxLengthCriteria, StoppingCriteriaList, stopping_criteria
 
 import fastsplit
-from fastsplit.executor import Executor
+from fastsplit.executor.service import Executor
 from fastsplit.hf import SplitModelForCausalLM
 from fastsplit.models import open_model
-from fastsplit.remote import RemoteModel
-from fastsplit.runner import Runner
+from fastsplit.tee.remote import RemoteModel
+from fastsplit.tee.runner import Runner
 
 MOST = open_model("random:tiny").config.max_position_embeddings
 

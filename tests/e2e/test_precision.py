@@ -15,11 +15,11 @@ import torch
 pytest.importorskip("transformers")
 from split import CONFIGS, DTYPES, load_hf, make_model, relative_error, split
 
-from fastsplit import llama
 from fastsplit.errors import ModelError
-from fastsplit.executor import Executor
+from fastsplit.executor.service import Executor
 from fastsplit.models import Model, open_model
-from fastsplit.ops import PLANS
+from fastsplit.split import functional as llama
+from fastsplit.split.contract import PLANS
 
 pytestmark = pytest.mark.matrix
 

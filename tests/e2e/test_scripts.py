@@ -17,12 +17,14 @@ import pytest
 import torch
 
 import fastsplit
-from fastsplit import devices, remote, tee_side
 from fastsplit import gpu_side as gpu_side_script
-from fastsplit.executor import Executor
+from fastsplit import tee_side
+from fastsplit.executor.service import Executor
+from fastsplit.executor.service import device as devices
 from fastsplit.models import open_model
-from fastsplit.ops import PLANS
-from fastsplit.remote import RemoteModel, share_cores
+from fastsplit.split.contract import PLANS
+from fastsplit.tee import remote
+from fastsplit.tee.remote import RemoteModel, share_cores
 from fastsplit.wire.transport import spin
 
 pytest.importorskip("transformers")

@@ -27,9 +27,9 @@ from benches.split_ladder import STEPS
 from benches.split_systems import Document, Phase, Setting, System, measure
 from benches.workers import Workers
 from fastsplit.models import Model, open_model
-from fastsplit.ops import PLANS
-from fastsplit.remote import RemoteModel
-from fastsplit.runner import Runner
+from fastsplit.split.contract import PLANS
+from fastsplit.tee.remote import RemoteModel
+from fastsplit.tee.runner import Runner
 
 SPEC = "random:tiny@7"
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import fastsplit
-from fastsplit.executor import Executor
+from fastsplit.executor.service import Executor
 from fastsplit.models import open_model
-from fastsplit.ops import PLANS
-from fastsplit.remote import RemoteModel
-from fastsplit.runner import Runner
+from fastsplit.split.contract import PLANS
+from fastsplit.tee.remote import RemoteModel
+from fastsplit.tee.runner import Runner
 
 pytest.importorskip("transformers")
 from split import load_hf, relative_error, split

@@ -11,11 +11,11 @@ import torch
 pytest.importorskip("transformers")
 from split import CONFIGS, load_hf, make_model, relative_error, split
 
-from fastsplit.choice import Choice, Link, choose
 from fastsplit.models import Model, open_model
-from fastsplit.ops import PLANS, traffic
-from fastsplit.remote import RemoteModel
-from fastsplit.runner import Runner
+from fastsplit.split.contract import PLANS, traffic
+from fastsplit.tee.remote import RemoteModel
+from fastsplit.tee.runner import Runner
+from fastsplit.tee.tuning import Choice, Link, choose
 from fastsplit.wire.transport.meter import LinkEstimate
 
 TOLERANCE = 2e-5

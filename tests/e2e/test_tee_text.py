@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import fastsplit
 from fastsplit import tee_side
 from fastsplit.errors import ModelError
-from fastsplit.executor import Executor
+from fastsplit.executor.service import Executor
 from fastsplit.models import open_model
 
 VOCAB = 290

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import fastsplit
-from fastsplit.executor import Executor
+from fastsplit.executor.service import Executor
 from fastsplit.models import Rope, open_model
-from fastsplit.rope import inverse_frequencies
-from fastsplit.sampling import Sampling
+from fastsplit.split.rope import inverse_frequencies
+from fastsplit.tee.sampling import Sampling
 
 pytest.importorskip("transformers")
 from split import CONFIGS, load_hf, make_model, relative_error

@@ -19,11 +19,11 @@ from split import CONFIGS, load_hf, make_model
 
 import fastsplit
 from fastsplit.errors import RemoteOpError, RemoteProtocolError
-from fastsplit.executor import Executor
+from fastsplit.executor.service import Executor
 from fastsplit.models import Model, ModelConfig, open_model
-from fastsplit.ops import MAX_BLOCKS, MAX_LANES, PLANS, Block, block_attrs, packed_elements
-from fastsplit.remote import RemoteModel
-from fastsplit.runner import Runner
+from fastsplit.split.contract import MAX_BLOCKS, MAX_LANES, PLANS, Block, block_attrs, packed_elements
+from fastsplit.tee.remote import RemoteModel
+from fastsplit.tee.runner import Runner
 
 pytestmark = pytest.mark.matrix
 

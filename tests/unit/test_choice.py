@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from fastsplit.choice import ASKED_FOR, MIN_STRETCH_ROWS, Link, choose, look, may_overlap, prefill_s
 from fastsplit.models import PRESETS, ModelConfig
-from fastsplit.ops import PLANS, Traffic, choose_block_rows, packed_elements, row_blocks, traffic
+from fastsplit.split.contract import PLANS, Traffic, choose_block_rows, packed_elements, row_blocks, traffic
+from fastsplit.tee.tuning import ASKED_FOR, MIN_STRETCH_ROWS, Link, choose, look, may_overlap, prefill_s
 
 
 class Estimate(NamedTuple):

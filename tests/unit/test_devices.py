@@ -17,12 +17,12 @@ import pytest
 import torch
 from lazy_driver import STREAMS, LazyDriver, poison_
 
-from fastsplit import devices
-from fastsplit.devices import Cpu, Cuda, TorchDriver, open_device
 from fastsplit.errors import ModelError
-from fastsplit.executor import Executor
+from fastsplit.executor import device as devices
+from fastsplit.executor.device import Cpu, Cuda, TorchDriver, open_device
+from fastsplit.executor.service import Executor
 from fastsplit.models import open_model
-from fastsplit.ops import Block, block_attrs, packed_elements, row_blocks
+from fastsplit.split.contract import Block, block_attrs, packed_elements, row_blocks
 from fastsplit.wire.call import Client
 
 MODEL = open_model("random:tiny")

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from fastsplit.errors import ModelError
-from fastsplit.families import FAMILIES
 from fastsplit.models import LINEARS, PRESETS, Model, ModelConfig, Rope, linear_name, norm_names, open_model
+from fastsplit.models.families import FAMILIES
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-rotary = pytest.importorskip("fastsplit.rope")
+rotary = pytest.importorskip("fastsplit.split.rope")
 
 SIZES: dict[str, Any] = {
     "vocab_size": 61,

@@ -23,9 +23,9 @@ from benches.rungs import floors
 from benches.splits import Rung, parse_rung
 from fastsplit import Server, connect
 from fastsplit.models import open_model
-from fastsplit.ops import PLANS
-from fastsplit.remote import RemoteModel
-from fastsplit.runner import Runner
+from fastsplit.split.contract import PLANS
+from fastsplit.tee.remote import RemoteModel
+from fastsplit.tee.runner import Runner
 
 
 @pytest.fixture(autouse=True)

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from fastsplit.ops import row_blocks
+from fastsplit.split.contract import row_blocks
 
 torch = pytest.importorskip("torch")
-llama = pytest.importorskip("fastsplit.llama")
+llama = pytest.importorskip("fastsplit.split.functional")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROUNDED = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fastsplit.models import PRESETS, ModelConfig
-from fastsplit.ops import (
+from fastsplit.split.contract import (
     MAX_BLOCKS,
     PLANS,
     Block,

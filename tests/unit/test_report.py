@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from fastsplit.report import Recorder, codec_counts, table
+from fastsplit.tee.report import Recorder, codec_counts, table
 from fastsplit.wire.stats import Stats
 
 

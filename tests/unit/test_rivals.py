@@ -32,10 +32,10 @@ from benches.transports import pair as pair_module
 from benches.transports.pair import Pair, open_pairs
 from fastsplit import Server, connect
 from fastsplit.errors import DeadlineError, RemoteOpError
-from fastsplit.executor import Executor
+from fastsplit.executor.service import Executor
 from fastsplit.models import open_model
-from fastsplit.remote import RemoteModel
-from fastsplit.runner import Runner
+from fastsplit.tee.remote import RemoteModel
+from fastsplit.tee.runner import Runner
 
 WAYS = sorted(MESSAGES)
 

@@ -16,7 +16,7 @@ rope_utils = pytest.importorskip("transformers.modeling_rope_utils")
 llama = pytest.importorskip("transformers.models.llama.modeling_llama")
 phi3 = pytest.importorskip("transformers.models.phi3.modeling_phi3")
 gemma3 = pytest.importorskip("transformers.models.gemma3.modeling_gemma3")
-rotary = pytest.importorskip("fastsplit.rope")
+rotary = pytest.importorskip("fastsplit.split.rope")
 
 CONTEXT, ORIGINAL = 96, 32
 LENGTHS = [1, 7, ORIGINAL, ORIGINAL + 1, CONTEXT, CONTEXT + 1, 150]

@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 import torch
 
-from fastsplit import runner as runner_module
-from fastsplit.choice import Choice
 from fastsplit.errors import RemoteProtocolError, VerificationError
-from fastsplit.executor import Executor
+from fastsplit.executor.service import Executor
 from fastsplit.models import open_model
-from fastsplit.ops import PLANS, choose_block_rows, packed_elements, row_blocks, traffic
-from fastsplit.remote import RemoteModel, share_cores
-from fastsplit.runner import Runner
-from fastsplit.sampling import check_finite
+from fastsplit.split.contract import PLANS, choose_block_rows, packed_elements, row_blocks, traffic
+from fastsplit.tee import runner as runner_module
+from fastsplit.tee.remote import RemoteModel, share_cores
+from fastsplit.tee.runner import Runner
+from fastsplit.tee.sampling import check_finite
+from fastsplit.tee.tuning import Choice
 from fastsplit.wire.call import Client
 from fastsplit.wire.stats import Stats
 from fastsplit.wire.transport import spin

@@ -17,14 +17,14 @@ import fastsplit
 from fastsplit import gpu_side
 from fastsplit.errors import LimitError, RemoteOpError
 from fastsplit.models import PRESETS, open_model
-from fastsplit.ops import MAX_LANES
+from fastsplit.split.contract import MAX_LANES
 from fastsplit.wire.call import Client
 
 torch = pytest.importorskip("torch")
 
-from fastsplit.devices import Cpu  # noqa: E402
-from fastsplit.executor import Executor  # noqa: E402
-from fastsplit.sessions import Session, Sessions  # noqa: E402
+from fastsplit.executor.device import Cpu  # noqa: E402
+from fastsplit.executor.kv_cache import Session, Sessions  # noqa: E402
+from fastsplit.executor.service import Executor  # noqa: E402
 
 CONFIG = PRESETS["tiny"]
 HEADS, HEAD_DIM, LAYERS = CONFIG.num_key_value_heads, CONFIG.head_dim, CONFIG.num_hidden_layers

@@ -11,9 +11,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 MODULES = sorted(
-    path.stem
-    for path in (ROOT / "fastsplit").glob("*.py")
-    if re.search("^from .extras import .*torch", path.read_text(encoding="utf-8"), re.MULTILINE)
+    ".".join(path.relative_to(ROOT / "fastsplit").with_suffix("").parts)
+    for path in (ROOT / "fastsplit").rglob("*.py")
+    if re.search(r"^from \.+extras import .*torch", path.read_text(encoding="utf-8"), re.MULTILINE)
 )
 PROGRAM = """
 import importlib.util
@@ -74,7 +74,7 @@ else:
 
 
 def test_numpy_alone(unix_uri: str) -> None:
-    assert "hf" in MODULES and "runner" in MODULES
+    assert "hf" in MODULES and "tee.runner" in MODULES
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, unix_uri, *MODULES], cwd=ROOT, capture_output=True, text=True, timeout=60
     )

@@ -29,12 +29,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
-from . import tensors
-from .errors import ModelError
-from .extras import torch
-from .printable import get_logger
-from .tensors.pool import pool
-from .wire.shm.segment import Hook
+from .. import tensors
+from ..errors import ModelError
+from ..extras import torch
+from ..printable import get_logger
+from ..tensors.pool import pool
+from ..wire.shm.segment import Hook
 
 __all__ = ["Cpu", "Cuda", "Device", "Driver", "TorchDriver", "Transfers", "Work", "open_device"]
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from time import perf_counter_ns
 from typing import Any
 
-from .wire.stats import Stats
+from ..wire.stats import Stats
 
 __all__ = ["GPU_OPS", "TEE_OPS", "Op", "Recorder", "chrome_trace", "codec_counts", "table"]
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from .checkpoint import EMBEDDING, LM_HEAD
-from .extras import torch
-from .models import LINEARS, Model, ModelConfig, linear_name, norm_names
+from ..extras import torch
+from ..models import LINEARS, Model, ModelConfig, linear_name, norm_names
+from ..models.checkpoint import EMBEDDING, LM_HEAD
 
 __all__ = ["GROUPS", "LayerWeights", "Linear", "Weights"]
 

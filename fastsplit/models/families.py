@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import ModelError
+from ..errors import ModelError
 
 __all__ = ["ACTIVATIONS", "FAMILIES", "ROPE_FIELDS", "Family", "fields_from_hf", "hf_from_fields"]
 

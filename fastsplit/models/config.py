@@ -1,34 +1,26 @@
-"""What a model is: its configuration, its weights, where both come from.
+"""A model's configuration: the shape of a Llama-family model, and what both sides compute by it.
 
-A model is named by a Hugging Face directory (config.json and safetensors) or by `random:PRESET[@SEED]`: the shape of
-a public model with seeded random weights. Both sides read the same names, so a TEE side with the same directory or
-preset has a trusted copy of configuration and norm weights without loading the rest. Which families there are, and
-how they differ in HF's form, is in families.py; here they only differ in their fields.
+Which families there are, and how they differ in Hugging Face's form, is in families.py; here they differ in their
+fields alone.
 
 Rules. A configuration is refused if any part of it asks for something that is not computed here: no silent
-approximation. Every field is checked when a configuration is made, since one may come from a peer that nobody trusts;
-nothing is allocated by a number that has not been. A weight's shape is checked against the configuration before it is
-read. Random weights depend only on seed and name, so that either side can make any one of them alone.
+approximation. Every field is checked when a configuration is made, since one may come from a peer that is not trusted;
+nothing is allocated by a number that has not been checked.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
-from .checkpoint import EMBEDDING, LM_HEAD, Checkpoint, Part, read_json
-from .errors import ModelError
+from ..errors import ModelError
+from .checkpoint import EMBEDDING, LM_HEAD
 from .families import ACTIVATIONS, FAMILIES, ROPE_FIELDS, fields_from_hf, hf_from_fields
 
-if TYPE_CHECKING:
-    import torch
+__all__ = ["DTYPES", "LINEARS", "ModelConfig", "Rope", "head_norm_names", "linear_name", "norm_names"]
 
-__all__ = ["DTYPES", "LINEARS", "PRESETS", "Model", "ModelConfig", "Rope", "linear_name", "norm_names", "open_model"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 """What an executor computes in."""
@@ -288,7 +280,7 @@ class ModelConfig:
                 shapes[f"{name}.weight"] = (self.out_features(linear), self.in_features(linear))
                 if self.has_bias(linear):
                     shapes[f"{name}.bias"] = (self.out_features(linear),)
-        for name in _head_norm_names(self):
+        for name in head_norm_names(self):
             shapes[name] = (self.head_dim,)
         for name in norm_names(self):
             shapes[name] = (self.hidden_size,)
@@ -374,7 +366,7 @@ def norm_names(config: ModelConfig) -> list[str]:
     return [*names, "model.norm.weight"]
 
 
-def _head_norm_names(config: ModelConfig) -> list[str]:
+def head_norm_names(config: ModelConfig) -> list[str]:
     layers = range(config.num_hidden_layers if config.qk_norm else 0)
     return [f"model.layers.{layer}.self_attn.{name}_norm.weight" for layer in layers for name in "qk"]
 
@@ -387,250 +379,3 @@ def _token_ids(value: Any) -> tuple[int, ...]:
 
 def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-
-
-_TINY_MODEL = ModelConfig(
-    vocab_size=256,
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    max_position_embeddings=512,
-)
-
-_TINY_GEMMA = replace(
-    _TINY_MODEL,
-    num_hidden_layers=4,
-    rms_norm_eps=1e-6,
-    hidden_act="gelu_tanh",
-    post_norms=True,
-    norm_offset=1.0,
-    embedding_multiplier=8.0,
-    attention_scale=24**-0.5,
-    sliding_window=16,
-    sliding_layers=(True, False, True, False),
-    tie_word_embeddings=True,
-)
-
-PRESETS: dict[str, ModelConfig] = {
-    "tinyllama-1.1b": ModelConfig(
-        vocab_size=32000,
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=22,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        head_dim=64,
-        max_position_embeddings=2048,
-    ),
-    "llama-3.2-1b": ModelConfig(
-        vocab_size=128256,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=64,
-        max_position_embeddings=131072,
-        rope=Rope("llama3", 500000.0, 32.0, 1.0, 4.0, 8192),
-        tie_word_embeddings=True,
-    ),
-    "tiny": _TINY_MODEL,
-    "tiny-mistral": replace(
-        _TINY_MODEL, model_type="mistral", sliding_window=16, sliding_layers=(True, True), rope=Rope(theta=1e6)
-    ),
-    "tiny-qwen2": replace(
-        _TINY_MODEL,
-        model_type="qwen2",
-        attention_bias=True,
-        sliding_window=16,
-        sliding_layers=(False, True),
-        rope=Rope("dynamic", 1e6, 2.0, max_position_embeddings=512),
-        tie_word_embeddings=True,
-    ),
-    "tiny-qwen3": replace(
-        _TINY_MODEL,
-        model_type="qwen3",
-        head_dim=32,
-        qk_norm=True,
-        rope=Rope("yarn", 1e6, 4.0, original_max_position_embeddings=128),
-    ),
-    "tiny-gemma2": replace(
-        _TINY_GEMMA,
-        model_type="gemma2",
-        attention_softcap=5.0,
-        logits_softcap=3.0,
-    ),
-    "tiny-gemma3": replace(
-        _TINY_GEMMA,
-        model_type="gemma3_text",
-        qk_norm=True,
-        rope=Rope("linear", 1e6, 8.0),
-        local_rope=Rope(),
-        sliding_layers=(True, True, True, False),
-    ),
-    "tiny-phi3": replace(
-        _TINY_MODEL,
-        model_type="phi3",
-        sliding_window=100,
-        sliding_layers=(True, True),
-        rope=Rope(
-            "longrope",
-            factor=8.0,
-            original_max_position_embeddings=64,
-            short_factor=(1.0, 1.0, 1.05, 1.1, 1.25, 1.5),
-            long_factor=(1.0, 1.2, 2.0, 4.5, 9.0, 16.0),
-            partial=0.75,
-        ),
-    ),
-    "tiny-granite": replace(
-        _TINY_MODEL,
-        model_type="granite",
-        mlp_bias=True,
-        attention_bias=True,
-        output_bias=True,
-        embedding_multiplier=12.0,
-        residual_multiplier=0.22,
-        logits_divisor=8.0,
-        attention_scale=0.125,
-        tie_word_embeddings=True,
-    ),
-}
-"""The shapes of public models, and a small one of each family with all that is special about it."""
-
-
-# ---- weights ---------------------------------------------------------------------------------------------------------
-
-
-class _Weights(Protocol):
-    @property
-    def has_lm_head(self) -> bool:
-        """Whether there is an lm_head beside the embedding, even if the configuration says that they are tied."""
-
-    def load(self, name: str, shape: tuple[int, ...]) -> torch.Tensor: ...
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model that can be read: configuration now, weights one by one when they are asked for."""
-
-    name: str
-    config: ModelConfig
-    directory: Path | None
-    _weights: _Weights
-
-    @cached_property
-    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every weight that `items` gives: the configuration's, and an lm_head that is stored although tied."""
-        shapes = self.config.weight_shapes()
-        if self.config.tie_word_embeddings and self._weights.has_lm_head:
-            shapes[LM_HEAD] = shapes[EMBEDDING]
-        return shapes
-
-    def load(self, name: str) -> torch.Tensor:
-        """One weight by its name, on the CPU, in the dtype in which it is stored; the caller's own.
-
-        Raises ModelError if it is missing, its shape is not what the configuration says, or its dtype is no
-        floating-point one.
-        """
-        shape = self.weight_shapes.get(name)
-        if shape is None:
-            raise ModelError(f"{self.name}: no weight {name!r} in this configuration")
-        return self._weights.load(name, shape)
-
-    def items(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """All weights, one at a time."""
-        for name, shape in self.weight_shapes.items():
-            yield name, self._weights.load(name, shape)
-
-    def tee_weights(self) -> dict[str, torch.Tensor]:
-        """What the TEE computes with, fp32, as `ModelConfig.tee_weight_shapes` says."""
-        from .extras import torch
-
-        config, weights = self.config, {}
-        for kind, shape in config.tee_weight_shapes().items():
-            # Row after row, the names of what lies in it.
-            if kind == "norms":
-                rows = norm_names(config)
-            elif kind == "head_norms":
-                rows = _head_norm_names(config)
-            else:
-                linears = ("q", "k", "v") if kind == "attention_bias" else ("gate", "up")
-                layers = range(config.num_hidden_layers)
-                rows = [f"{linear_name(layer, linear)}.bias" for layer in layers for linear in linears]
-            weights[kind] = torch.cat([self.load(name).float() for name in rows]).view(shape)
-            if "norms" in kind:
-                weights[kind] += config.norm_offset
-        return weights
-
-
-def open_model(spec: str) -> Model:
-    """The model that `spec` names: a directory, or `random:PRESET[@SEED]` (seed 0). Raises ModelError."""
-    if spec.startswith("random:"):
-        preset, _, seed = spec.removeprefix("random:").partition("@")
-        if preset not in PRESETS:
-            raise ModelError(f"model {spec!r}: preset {preset!r}, expected one of {', '.join(PRESETS)}")
-        if seed and not (seed.isascii() and seed.isdigit() and len(seed) < 20):
-            raise ModelError(f"model {spec!r}: seed {seed!r}, expected a number of less than 20 digits")
-        config = PRESETS[preset]
-        return Model(spec, config, None, _RandomWeights(int(seed or 0), 1.0 - config.norm_offset))
-    directory = Path(spec)
-    if not directory.is_dir():
-        raise ModelError(f"model {spec!r}: no such directory (expected one with config.json, or random:PRESET)")
-    values = read_json(directory / "config.json")
-    if values is None:
-        raise ModelError(f"model {spec!r}: no config.json in it")
-    config = ModelConfig.from_hf(values, read_json(directory / "generation_config.json"))
-    return Model(spec, config, directory, _StoredWeights(directory, config, values.get("transformers_weights")))
-
-
-def _fused_parts(config: ModelConfig) -> dict[str, Part]:
-    """Of the weights that a checkpoint of this family has fused with others, which rows of which one they are."""
-    parts = {}
-    for fused, linears in FAMILIES[config.model_type].fused.items():
-        sizes = [config.out_features(linear) for linear in linears]
-        for layer in range(config.num_hidden_layers):
-            for index, linear in enumerate(linears):
-                name = f"model.layers.{layer}.{fused}.weight"
-                part = Part(name, sum(sizes[:index]), sizes[index], sum(sizes))
-                parts[f"{linear_name(layer, linear)}.weight"] = part
-    return parts
-
-
-class _StoredWeights:
-    """Weights in a directory."""
-
-    def __init__(self, directory: Path, config: ModelConfig, file: Any) -> None:
-        self._parts = _fused_parts(config)
-        names = {self._parts[name].name if name in self._parts else name for name in config.weight_shapes()}
-        self._checkpoint = Checkpoint(directory, names, tied=config.tie_word_embeddings, file=file)
-
-    @property
-    def has_lm_head(self) -> bool:
-        return self._checkpoint.has_lm_head
-
-    def load(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        return self._checkpoint.load(self._parts.get(name) or Part(name, 0, shape[0], shape[0]), shape)
-
-
-class _RandomWeights:
-    """Seeded weights: matrices and biases N(0, 0.02) as HF initialises them, norms N(1, 0.1) so that they matter, or
-    around what is 1 with the family's offset."""
-
-    has_lm_head = False
-
-    def __init__(self, seed: int, norm: float) -> None:
-        self._seed = seed
-        self._norm = norm
-
-    def load(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        from .extras import torch
-
-        digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
-        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:7], "little"))
-        weight = torch.empty(shape, dtype=torch.float32, device="cpu")
-        if "norm" in name:
-            return weight.normal_(self._norm, 0.1, generator=generator)
-        return weight.normal_(0.0, 0.02, generator=generator)

@@ -11,12 +11,12 @@ import math
 import threading
 from collections.abc import Callable
 
-from .devices import Device, Work
-from .errors import LimitError, SettingError
-from .extras import torch
-from .models import ModelConfig
-from .ops import MAX_LANES, Block
-from .wire.call import Client
+from ..errors import LimitError, SettingError
+from ..extras import torch
+from ..models import ModelConfig
+from ..split.contract import MAX_LANES, Block
+from ..wire.call import Client
+from .device import Device, Work
 
 __all__ = ["Lane", "Session", "Sessions"]
 

@@ -26,14 +26,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from .errors import SettingError
-from .models import ModelConfig
-from .ops import MAX_LANES, PLANS, Traffic, choose_plan, traffic
-from .wire.transport.address import parse_address
+from ..errors import SettingError
+from ..models import ModelConfig
+from ..split.contract import MAX_LANES, PLANS, Traffic, choose_plan, traffic
+from ..wire.transport.address import parse_address
 
 if TYPE_CHECKING:
-    from .wire.blocking.channel import Channel
-    from .wire.transport.meter import LinkEstimate
+    from ..wire.blocking.channel import Channel
+    from ..wire.transport.meter import LinkEstimate
 
 __all__ = [
     "ASKED_FOR",

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .errors import RemoteProtocolError
-from .extras import torch
+from ..errors import RemoteProtocolError
+from ..extras import torch
 
 __all__ = ["Sampling", "check_finite", "sample"]
 

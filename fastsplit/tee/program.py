@@ -26,10 +26,10 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from .extras import torch
-from .llama import Scale, gated_, head_norm_, inverse_rms, rms_norm, rotary_, softcap_, softmax_
-from .models import ModelConfig
-from .ops import Block, Expected, Shapes
+from ..extras import torch
+from ..models import ModelConfig
+from ..split.contract import Block, Expected, Shapes
+from ..split.functional import Scale, gated_, head_norm_, inverse_rms, rms_norm, rotary_, softcap_, softmax_
 from .remote import Backend
 from .report import Recorder
 

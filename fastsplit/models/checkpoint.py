@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import ModelError
+from ..errors import ModelError
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +67,7 @@ class Checkpoint:
 
     def load(self, part: Part, shape: tuple[int, ...]) -> torch.Tensor:
         """The weight's rows, on the CPU, as they are stored; `shape`: of these rows. Raises ModelError."""
-        from .extras import torch
+        from ..extras import torch
 
         place = self._places.get(part.name)
         if place is None:
@@ -179,7 +179,7 @@ def _beside(path: Path, file: str) -> Path:
 
 @contextlib.contextmanager
 def _opened(file: Path, what: str) -> Iterator[Any]:
-    from .extras import safetensors
+    from ..extras import safetensors
 
     try:
         with safetensors.safe_open(file, "pt") as weights:

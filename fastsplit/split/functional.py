@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from .extras import torch
+from ..extras import torch
 
 __all__ = [
     "gated_",

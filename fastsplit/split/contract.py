@@ -47,8 +47,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .errors import SettingError
-from .models import ModelConfig
+from ..errors import SettingError
+from ..models import ModelConfig
 
 __all__ = [
     "MAX_BLOCKS",

@@ -19,17 +19,17 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import accumulate
 from typing import Any, NamedTuple
 
-from .devices import Cpu, Device, Work
-from .errors import LimitError, ModelError, SettingError, TensorError
-from .extras import torch
-from .llama import rotary_
-from .models import DTYPES, LINEARS, Model
-from .ops import Block, packed_elements, parse_blocks
-from .schema.limits import Limits
-from .sessions import Lane, Session, Sessions
+from ..errors import LimitError, ModelError, SettingError, TensorError
+from ..extras import torch
+from ..models import DTYPES, LINEARS, Model
+from ..schema.limits import Limits
+from ..split.contract import Block, packed_elements, parse_blocks
+from ..split.functional import rotary_
+from ..wire.call import Call, Handler
+from ..wire.shm.segment import Hook
+from .device import Cpu, Device, Work
+from .kv_cache import Lane, Session, Sessions
 from .weights import Linear, Weights
-from .wire.call import Call, Handler
-from .wire.shm.segment import Hook
 
 __all__ = ["Executor"]
 

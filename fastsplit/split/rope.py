@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 
-from .extras import torch
-from .models import Rope
+from ..extras import torch
+from ..models import Rope
 
 __all__ = ["cos_sin", "inverse_frequencies", "rotary_dim"]
 

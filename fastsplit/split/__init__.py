@@ -1,0 +1,1 @@
+"""What both sides of a split share: plans, the contract of their calls, the arithmetic."""

@@ -1,0 +1,1 @@
+"""The trusted side: runs a model's forward passes, and sends linear algebra to an executor."""
