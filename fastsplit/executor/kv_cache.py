@@ -14,7 +14,7 @@ from collections.abc import Callable
 from ..errors import LimitError, SettingError
 from ..extras import torch
 from ..models import ModelConfig
-from ..split.contract import MAX_LANES, Block
+from ..split.ops import MAX_LANES, Block
 from ..wire.call import Client
 from .device import Device, Work
 

@@ -22,7 +22,7 @@ from fastsplit.executor import device as devices
 from fastsplit.executor.device import Cpu, Cuda, TorchDriver, open_device
 from fastsplit.executor.service import Executor
 from fastsplit.models import open_model
-from fastsplit.split.contract import Block, block_attrs, packed_elements, row_blocks
+from fastsplit.split.ops import Block, block_attrs, packed_elements, row_blocks
 from fastsplit.wire.call import Client
 
 MODEL = open_model("random:tiny")
