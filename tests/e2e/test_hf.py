@@ -13,7 +13,7 @@ import torch
 from lazy_driver import STREAMS, LazyDriver
 
 from fastsplit.errors import RemoteOpError, VerificationError
-from fastsplit.executor.device import Cuda
+from fastsplit.executor.cuda import Cuda
 from fastsplit.models import Model, open_model
 from fastsplit.split.ops import PLANS, choose_plan
 from fastsplit.tee.remote import RemoteModel
