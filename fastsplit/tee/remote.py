@@ -15,7 +15,9 @@ from typing import Any, Protocol
 from ..errors import ClosedError, ModelError, PeerLostError, RemoteProtocolError, SettingError, VerificationError
 from ..extras import torch
 from ..models import DTYPES, Model, ModelConfig
-from ..split.ops import Shapes
+from ..models.checkpoint import EMBEDDING
+from ..split.contract import CONTRACT, tee_weights_expected
+from ..split.kv_cache import HostMemory, KVStore
 from ..wire.blocking.channel import Channel
 from ..wire.stats import Stats
 from ..wire.transport.spin import spin_us_beside
@@ -24,7 +26,7 @@ __all__ = ["Backend", "Cache", "RemoteModel", "share_cores"]
 
 
 class Backend(Protocol):
-    """Who computes for a Runner: a `Channel`, or what behaves like one. ops.py says what operations there are."""
+    """Who computes for a Runner: a `Channel`, or what behaves like one. split/contract.py has the operations."""
 
     @property
     def stats(self) -> Stats: ...
@@ -47,6 +49,16 @@ class RemoteModel:
     weights: dict[str, torch.Tensor]
     threads: int = 1
     """How many of its machine's cores the executor computes with; 0 where it has a device, and it pays to overlap."""
+    trusted: Model | None = None
+    """The trusted copy, where there is one."""
+
+    def embedding(self) -> torch.Tensor:
+        """The embedding's weights [vocab, hidden] from the trusted copy, rounded to the executor's dtype; new memory.
+
+        Raises ModelError if they cannot be read.
+        """
+        assert self.trusted is not None
+        return self.trusted.load(EMBEDDING).to(getattr(torch, self.dtype))
 
     @classmethod
     def fetch(cls, backend: Backend, trusted: Model | None) -> RemoteModel:
@@ -56,6 +68,11 @@ class RemoteModel:
         Raises VerificationError where the two differ, RemoteProtocolError for an answer that makes no sense.
         """
         described = backend.call("describe", expect=()).attrs
+        contract = described.get("contract")
+        if contract != CONTRACT:
+            raise RemoteProtocolError(
+                f"describe, contract: {contract!r:.30}, expected {CONTRACT}: the executor is of another version"
+            )
         try:
             config = ModelConfig.from_json(described.get("config"))
         except ModelError as error:
@@ -66,7 +83,7 @@ class RemoteModel:
         if trusted is not None:
             _compare(trusted.config, config)
             config = trusted.config
-        replies = backend.call("tee_weights", expect=Shapes(config, dtype).tee_weights())
+        replies = backend.call("tee_weights", expect=tee_weights_expected(config))
         # The peer may change what is in shared memory between a comparison and its use.
         weights = {name: reply.clone() for name, reply in zip(config.tee_weight_shapes(), replies)}
         if trusted is not None:
@@ -82,7 +99,7 @@ class RemoteModel:
         threads = described.get("threads")
         if type(threads) is not int or threads < 0:
             raise RemoteProtocolError(f"describe, threads: {threads!r:.30}, expected an int of 0 or more")
-        return cls(name, config, dtype, weights, threads)
+        return cls(name, config, dtype, weights, threads, trusted)
 
 
 def share_cores(channel: Channel, model: RemoteModel) -> None:
@@ -103,18 +120,19 @@ def _compare(own: ModelConfig, theirs: ModelConfig) -> None:
 
 
 class Cache:
-    """Keys and values of `batch` sequences, in a session on the executor; here is only how far it is filled.
+    """Keys and values of `batch` sequences: on the executor, or in `store` where the plan has attention in the TEE.
 
     Made by `Runner.new_cache`. Close it, or use it in a `with`; what is still open goes with the connection.
     """
 
-    def __init__(self, backend: Backend, batch: int, capacity: int, dtype: str) -> None:
+    def __init__(self, backend: Backend, batch: int, capacity: int, dtype: str, store: KVStore | None = None) -> None:
         self.batch = batch
         self.length = 0
         """Positions that are filled; with padding, padding included."""
         self.mask: torch.Tensor | None = None
         """[batch, length] bool, which of them hold a token; None if all do."""
         self.closed = False
+        self.store = store
         self._backend = backend
         number = backend.call("open", expect=(), batch=batch, capacity=capacity, dtype=dtype).attrs.get("session")
         if type(number) is not int:
@@ -126,7 +144,10 @@ class Cache:
         answer; a later operation comes after it all the same."""
         if not 0 <= length <= self.length:
             raise SettingError(f"length: {length}, expected 0 to {self.length}")
-        self._tell("truncate", wait, length=length)
+        if self.store is not None:
+            self.store.truncate(length)  # the executor has nothing of it
+        else:
+            self._tell("truncate", wait, length=length)
         self.length = length
         if self.mask is not None:
             self.mask = self.mask[:, :length]
@@ -135,7 +156,11 @@ class Cache:
         """Sequence i becomes the old sequence indices[i]. [batch'] int64; `batch'` may be more or less than `batch`."""
         if indices.dtype != torch.int64 or indices.dim() != 1 or not len(indices):
             raise SettingError(f"indices: {indices.dtype} {list(indices.shape)}, expected int64 [1 or more]")
+        if self.store is not None and not 0 <= int(indices.min()) <= int(indices.max()) < self.batch:
+            raise SettingError(f"indices: {int(indices.min())} to {int(indices.max())}, expected 0 to {self.batch - 1}")
         self._backend.call("reorder", indices, expect=(), session=self.number)
+        if self.store is not None:
+            self.store.reorder(HostMemory(), indices)
         self.batch = len(indices)
         if self.mask is not None:
             self.mask = self.mask[indices]
@@ -145,6 +170,8 @@ class Cache:
         executor's answer. After an error do not: it may be stalled, and would cost a second deadline."""
         if not self.closed:
             self.closed = True
+            if self.store is not None:
+                self.store.close()
             with contextlib.suppress(ClosedError, PeerLostError):  # with the connection the session has gone, too
                 self._tell("close", wait)
 
