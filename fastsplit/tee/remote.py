@@ -16,11 +16,9 @@ from ..errors import ClosedError, ModelError, PeerLostError, RemoteProtocolError
 from ..extras import torch
 from ..models import DTYPES, Model, ModelConfig
 from ..split.contract import Shapes
-from ..wire.blocking.channel import Channel
 from ..wire.stats import Stats
-from ..wire.transport.spin import spin_us_beside
 
-__all__ = ["Backend", "Cache", "RemoteModel", "share_cores"]
+__all__ = ["Backend", "Cache", "RemoteModel"]
 
 
 class Backend(Protocol):
@@ -83,13 +81,6 @@ class RemoteModel:
         if type(threads) is not int or threads < 0:
             raise RemoteProtocolError(f"describe, threads: {threads!r:.30}, expected an int of 0 or more")
         return cls(name, config, dtype, weights, threads)
-
-
-def share_cores(channel: Channel, model: RemoteModel) -> None:
-    """Has callers sleep at once where the executor computes on this machine's cores, with all of them."""
-    spin_us = spin_us_beside(model.threads) if channel.shm else None
-    if spin_us is not None:
-        channel.spin_us = spin_us
 
 
 def _compare(own: ModelConfig, theirs: ModelConfig) -> None:

@@ -29,7 +29,7 @@ from .program import Attention, Layers, Program, Progress, Stretch
 from .remote import Backend, Cache, RemoteModel
 from .report import Recorder
 from .sampling import Sampling, check_finite, sample
-from .tuning import MIN_STRETCH_ROWS, Choice
+from .tuning import MIN_CHUNK_ROWS, Tuning
 
 __all__ = ["Runner"]
 
@@ -56,7 +56,8 @@ class Runner:
     `block_rows`: rows in a block of scores, chosen if None. `cast`: "bfloat16" or "float16", what float32 tensors
     travel as on the link alone; None: as they are. `scores_nbytes`: what the scores of a stretch may take.
 
-    `choice`: what choice.py decided; it stands for `plan`, `lanes`, `block_rows` and `cast`.
+    `choice`: the settings of `tune`, in place of `plan`, `lanes`, `block_rows` and `cast`; `self.tuning` afterwards,
+    and `self.choice`, its older name.
     """
 
     def __init__(
@@ -71,14 +72,14 @@ class Runner:
         lanes: int | None = None,
         block_rows: int | None = None,
         cast: str | None = None,
-        choice: Choice | None = None,
+        choice: Tuning | None = None,
         scores_nbytes: int = _SCORES_NBYTES,
     ) -> None:
         if choice is not None:
             plan, lanes, block_rows, cast = choice.plan, choice.lanes, choice.block_rows, choice.cast
         wire_dtype = wire_dtype or model.dtype
         self.plan, self.plan_reason = choose_plan(plan, model.config, (model.dtype, wire_dtype))
-        self.choice = choice
+        self.tuning = self.choice = choice
         self.config = model.config
         self.cast = cast
         self.wire_dtype = wire_dtype
@@ -306,16 +307,16 @@ class Runner:
         """
         most = self._scores_nbytes // (batch * self.config.num_attention_heads * self._wire_itemsize)
         grain = min(choose_block_rows(1, self._block_rows), choose_block_rows(1))
-        least = max(grain, -(-MIN_STRETCH_ROWS // grain) * grain)
+        least = max(grain, -(-MIN_CHUNK_ROWS // grain) * grain)
         left = self.lanes
         counts = []
         while rows:
             count = rows
             if left > 1:
                 share = self._rows_of_weight(start, self._weight(start, rows) / left)
-                spare = rows - (left - 1) * MIN_STRETCH_ROWS  # so that something is left for the others
+                spare = rows - (left - 1) * MIN_CHUNK_ROWS  # so that something is left for the others
                 count = max(least, min(round(share / grain), spare // grain) * grain)
-                if rows - count < MIN_STRETCH_ROWS:
+                if rows - count < MIN_CHUNK_ROWS:
                     count = rows
             # count * (start + count) scores at most
             fitting = max(int((start * start / 4 + most) ** 0.5 - start / 2), 1)
