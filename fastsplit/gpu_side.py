@@ -29,7 +29,7 @@ __all__ = ["SPIN_COUNT", "main"]
 
 _PROGRAM = "gpu_side"
 SPIN_COUNT = 100_000
-"""Spin count of OpenMP's threads: about the time between two calls of a generation. A token takes a fifth less time than
+"""Spin count of OpenMP's threads: about the time between two calls of a generation. Tokens take a fifth less time than
 with the default of `calm_openmp`."""
 
 

@@ -23,12 +23,13 @@ from ..errors import LimitError, ModelError, SettingError, TensorError
 from ..extras import torch
 from ..models import DTYPES, LINEARS, Model
 from ..schema.limits import Limits
-from ..split.contract import Block, packed_elements, parse_blocks
 from ..split.functional import rotary_
+from ..split.ops import Block, packed_elements, parse_blocks
 from ..wire.call import Call, Handler
 from ..wire.shm.segment import Hook
+from .attention import scores, weighted_values
 from .device import Cpu, Device, Work
-from .kv_cache import Lane, Session, Sessions
+from .kv_cache import KVCache, KVCaches, Lane
 from .weights import Linear, Weights
 
 __all__ = ["Executor"]
@@ -93,7 +94,7 @@ class Executor:
         # rounded as HF rounds it
         multiplier = torch.tensor(self.config.embedding_multiplier, dtype=self._torch_dtype, device="cpu")
         self._embedding_multiplier = float(multiplier)
-        self.sessions = Sessions(self.config, self.device, self._torch_dtype, max_sessions, max_cache_nbytes)
+        self.sessions = KVCaches(self.config, self._torch_dtype, max_sessions, max_cache_nbytes)
         self.handlers: dict[str, Handler] = {
             "describe": self._describe,
             "tee_weights": self._send_tee_weights,
@@ -177,7 +178,7 @@ class Executor:
     def _close(self, call: Call) -> None:
         self.sessions.close(call.client, _int(call, "session", 0, 2**62))
 
-    def _in_session(self, handler: Callable[[Call, Work, Session, _At], Any]) -> Handler:
+    def _in_session(self, handler: Callable[[Call, Work, KVCache, _At], Any]) -> Handler:
         layers = self.config.num_hidden_layers
 
         def handle(call: Call) -> Any:
@@ -202,7 +203,7 @@ class Executor:
 
     # ---- a layer's operations, one by one ----
 
-    def _embedding(self, call: Call, work: Work, session: Session, at: _At) -> torch.Tensor:
+    def _embedding(self, call: Call, work: Work, session: KVCache, at: _At) -> torch.Tensor:
         (ids,) = _take(call, 1)
         return self._embed(call, work, session, ids)[0]
 
@@ -240,12 +241,12 @@ class Executor:
             shape = (*x.shape[:2], self.config.vocab_size)
             return self._apply(call, work, _rows(self._inward(work, x)), self._weights.lm_head, shape, wire)[0]
 
-    def _qkv(self, call: Call, work: Work, session: Session, at: _At) -> torch.Tensor:
+    def _qkv(self, call: Call, work: Work, session: KVCache, at: _At) -> torch.Tensor:
         (x,) = _take(call, 1)
         self._check_own("x", x, (session.batch, None, self.config.hidden_size), session)
         return self._project(call, work, session, at, self._inward(work, x), biased=True)
 
-    def _scores(self, call: Call, work: Work, session: Session, at: _At) -> torch.Tensor | None:
+    def _scores(self, call: Call, work: Work, session: KVCache, at: _At) -> torch.Tensor | None:
         config = self.config
         heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         layer, start = at.layer, at.start
@@ -275,7 +276,7 @@ class Executor:
             if lane.x is None or lane.x.shape[1] != rows:
                 raise SettingError(f"keep: {rows} rows, expected those of the residual stream in this lane")
             keep = _indices("keep", keep, rows, session.batch)
-        self._check_reply(packed_elements(session.batch, heads, blocks), session.dtype)
+        self._check_reply(packed_elements(session.batch, heads, blocks), session.link_dtype)
         scale = self._scale(call, scales, session.batch, rows)
         session.store_keys(work, layer, start, keys)
         # taken late: keys are stored while it is on its way
@@ -290,7 +291,7 @@ class Executor:
             return None
         return self._products(call, work, session, layer, lane, queries, blocks)
 
-    def _values(self, call: Call, work: Work, session: Session, at: _At) -> torch.Tensor | None:
+    def _values(self, call: Call, work: Work, session: KVCache, at: _At) -> torch.Tensor | None:
         if not 1 <= len(call.tensors) <= 2:
             raise SettingError(f"{len(call.tensors)} tensors, expected packed and v, or v")
         config = self.config
@@ -304,31 +305,31 @@ class Executor:
         packed = self._check_packed(work, call.tensors[0], session, blocks)
         count = blocks[-1].start + blocks[-1].rows
         width = config.num_attention_heads * config.head_dim
-        self._check_reply(session.batch * count * width, session.dtype)
+        self._check_reply(session.batch * count * width, session.link_dtype)
         shape = (session.batch, count, width)
         attend = self._attending(session, at.layer, blocks, packed)
-        return self._give(call, work, shape, session.dtype, attend)[0]
+        return self._give(call, work, shape, session.link_dtype, attend)[0]
 
-    def _values_o(self, call: Call, work: Work, session: Session, at: _At) -> torch.Tensor:
+    def _values_o(self, call: Call, work: Work, session: KVCache, at: _At) -> torch.Tensor:
         (packed,) = _take(call, 1)
         lane = at.lane
         blocks = self._blocks(lane)
         attended = self._attended(work, session, at.layer, blocks, self._check_packed(work, packed, session, blocks))
         shape = (session.batch, attended.shape[1], self.config.hidden_size)
-        self._check_reply(math.prod(shape), session.dtype)
+        self._check_reply(math.prod(shape), session.link_dtype)
         linear = self._weights.layers[at.layer].linears["o"]
-        return self._apply(call, work, _rows(attended), linear, shape, session.dtype)[0]
+        return self._apply(call, work, _rows(attended), linear, shape, session.link_dtype)[0]
 
     # ---- with the residual stream kept, norms folded into what follows them ----
 
-    def _embedding_qkv(self, call: Call, work: Work, session: Session, at: _At) -> tuple[torch.Tensor, ...]:
+    def _embedding_qkv(self, call: Call, work: Work, session: KVCache, at: _At) -> tuple[torch.Tensor, ...]:
         (ids,) = _take(call, 1)
         lane = at.lane
         reply, lane.x = self._embed(call, work, session, ids)
         lane.blocks = None
         return reply, self._project_folded(call, work, session, at, lane)
 
-    def _embedding_scores(self, call: Call, work: Work, session: Session, at: _At) -> tuple[torch.Tensor, ...]:
+    def _embedding_scores(self, call: Call, work: Work, session: KVCache, at: _At) -> tuple[torch.Tensor, ...]:
         if not 3 <= len(call.tensors) <= 4:
             raise SettingError(f"{len(call.tensors)} tensors, expected ids, cos, sin, and maybe keep")
         ids, cos, sin = call.tensors[:3]
@@ -339,7 +340,7 @@ class Executor:
         lane.cos, lane.sin = self._inward(work, cos).view(shape), self._inward(work, sin).view(shape)
         return (reply, *self._scores_folded(call, work, session, at, lane, call.tensors[3:]))
 
-    def _values_gate_up(self, call: Call, work: Work, session: Session, at: _At) -> tuple[torch.Tensor, ...]:
+    def _values_gate_up(self, call: Call, work: Work, session: KVCache, at: _At) -> tuple[torch.Tensor, ...]:
         tensors = list(call.tensors)
         scales = tensors.pop() if tensors and tensors[-1].dim() == 2 else None
         if len(tensors) > 1:
@@ -366,9 +367,9 @@ class Executor:
         weights = self._weights.layers[layer]
         batch, rows, _ = attended.shape
         width = config.intermediate_size
-        self._check_reply(2 * batch * rows * width, session.dtype)
+        self._check_reply(2 * batch * rows * width, session.link_dtype)
         shapes = ((batch, rows, config.hidden_size), (2, batch, rows, width))
-        reply, gate_up = self._replies(call, session.dtype, *shapes)
+        reply, gate_up = self._replies(call, session.link_dtype, *shapes)
         self._continue(work, session, lane, attended, weights.linears["o"], reply)
         normed = self._normed(work, lane, weights.mlp_norm)
         gate, up, both = (weights.linears[name] for name in ("gate", "up", ("gate", "up")))
@@ -381,35 +382,35 @@ class Executor:
                 torch.mm(normed, gate.weight, out=out[0].view(batch * rows, width))
                 torch.mm(normed, up.weight, out=out[1].view(batch * rows, width))
 
-        return reply, self._give(call, work, shapes[1], session.dtype, compute, gate_up)[0]
+        return reply, self._give(call, work, shapes[1], session.link_dtype, compute, gate_up)[0]
 
-    def _down_qkv(self, call: Call, work: Work, session: Session, at: _At) -> tuple[torch.Tensor, ...]:
+    def _down_qkv(self, call: Call, work: Work, session: KVCache, at: _At) -> tuple[torch.Tensor, ...]:
         (h,) = _take(call, 1)
         lane = at.lane
         more = [(1, self._qkv_width)] if session.batch == 1 and h.dim() == 3 and h.shape[1] == 1 else []
         reply, *qkv = self._down(call, work, session, at.layer - 1, lane, h, *more)
         return reply, self._project_folded(call, work, session, at, lane, *qkv)
 
-    def _down_scores(self, call: Call, work: Work, session: Session, at: _At) -> tuple[torch.Tensor, ...]:
+    def _down_scores(self, call: Call, work: Work, session: KVCache, at: _At) -> tuple[torch.Tensor, ...]:
         if not 1 <= len(call.tensors) <= 2:
             raise SettingError(f"{len(call.tensors)} tensors, expected h, and maybe keep")
         lane = at.lane
         (reply,) = self._down(call, work, session, at.layer - 1, lane, call.tensors[0])
         return (reply, *self._scores_folded(call, work, session, at, lane, call.tensors[1:], may_end=True))
 
-    def _down_lm_head(self, call: Call, work: Work, session: Session, at: _At) -> tuple[torch.Tensor, ...]:
+    def _down_lm_head(self, call: Call, work: Work, session: KVCache, at: _At) -> tuple[torch.Tensor, ...]:
         (h,) = _take(call, 1)
         lane = at.lane
         (reply,) = self._down(call, work, session, at.layer, lane, h)
         shape = (*reply.shape[:2], self.config.vocab_size)
-        self._check_reply(math.prod(shape), session.dtype)
+        self._check_reply(math.prod(shape), session.link_dtype)
         normed = self._normed(work, lane, self._weights.final_norm)
         lane.clear()  # the pass is over
-        return reply, self._apply(call, work, normed, self._weights.lm_head, shape, session.dtype)[0]
+        return reply, self._apply(call, work, normed, self._weights.lm_head, shape, session.link_dtype)[0]
 
     # ---- parts ----
 
-    def _embed(self, call: Call, work: Work, session: Session, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _embed(self, call: Call, work: Work, session: KVCache, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x in reply memory, and where the device has it."""
         config = self.config
         if ids.dtype != torch.int64 or ids.dim() != 2 or ids.shape[0] != session.batch:
@@ -418,7 +419,7 @@ class Executor:
         # up by an id out of range is memory of ours
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < config.vocab_size:
             raise SettingError(f"ids: {int(ids.min())} to {int(ids.max())}, expected 0 to {config.vocab_size - 1}")
-        self._check_reply(ids.numel() * config.hidden_size, session.dtype)
+        self._check_reply(ids.numel() * config.hidden_size, session.link_dtype)
         flat = work.take(ids.view(-1))
         table, multiplier = self._weights.embedding, self._embedding_multiplier
 
@@ -427,13 +428,13 @@ class Executor:
             if multiplier != 1:
                 out.mul_(multiplier)
 
-        return self._give(call, work, (*ids.shape, config.hidden_size), session.dtype, compute)
+        return self._give(call, work, (*ids.shape, config.hidden_size), session.link_dtype, compute)
 
     def _project(
         self,
         call: Call,
         work: Work,
-        session: Session,
+        session: KVCache,
         at: _At,
         x: torch.Tensor,
         *,
@@ -449,16 +450,16 @@ class Executor:
         shape = (batch, rows, heads, config.head_dim)
         width = config.out_features("v")
         linears = self._weights.layers[at.layer].linears
-        self._check_reply(batch * rows * self._qkv_width, session.dtype)
+        self._check_reply(batch * rows * self._qkv_width, session.link_dtype)
         if batch * rows == 1:  # one product; what of it is v travels along, unseen
             together = _bare(linears[("q", "k", "v")], biased)
             found, own = self._give(
-                call, work, (1, self._qkv_width), session.dtype, lambda out: together(x, out), reply
+                call, work, (1, self._qkv_width), session.link_dtype, lambda out: together(x, out), reply
             )
             qk = found.narrow(1, 0, self._qkv_width - width).view(shape)
             values = own.narrow(1, self._qkv_width - width, width)
         else:
-            qk, _ = self._apply(call, work, x, _bare(linears[("q", "k")], biased), shape, session.dtype)
+            qk, _ = self._apply(call, work, x, _bare(linears[("q", "k")], biased), shape, session.link_dtype)
             v = _bare(linears["v"], biased)
             values = work.empty((batch * rows, width), self._torch_dtype)
             work.run(lambda: v(x, values))
@@ -466,7 +467,7 @@ class Executor:
         return qk
 
     def _project_folded(
-        self, call: Call, work: Work, session: Session, at: _At, lane: Lane, reply: torch.Tensor | None = None
+        self, call: Call, work: Work, session: KVCache, at: _At, lane: Lane, reply: torch.Tensor | None = None
     ) -> torch.Tensor:
         normed = self._normed(work, lane, self._weights.layers[at.layer].attention_norm)
         assert lane.x is not None
@@ -476,7 +477,7 @@ class Executor:
         self,
         call: Call,
         work: Work,
-        session: Session,
+        session: KVCache,
         at: _At,
         lane: Lane,
         rest: Sequence[torch.Tensor],
@@ -523,86 +524,37 @@ class Executor:
         self,
         call: Call,
         work: Work,
-        session: Session,
+        session: KVCache,
         layer: int,
         lane: Lane,
         queries: torch.Tensor,
         blocks: list[Block],
     ) -> torch.Tensor:
         """[B, r, heads, head_dim] -> packed scores."""
-        config = self.config
-        batch, _, heads, head_dim = queries.shape
-        kv_heads, scale = config.num_key_value_heads, config.scale
-        elements = packed_elements(batch, heads, blocks)
-        self._check_reply(elements, session.dtype)
+        scale = self.config.scale
+        elements = packed_elements(queries.shape[0], queries.shape[2], blocks)
+        self._check_reply(elements, session.link_dtype)
         keys = session.keys(layer)
-        group = heads // kv_heads
-        per_row = batch * heads
-
-        def compute_row(out: torch.Tensor) -> None:
-            _, _, first, last = blocks[0]
-            columns = last - first
-            scaled = queries.reshape(-1, group, head_dim).mul(scale)
-            target = out.narrow(0, 0, per_row * columns).view(-1, group, columns)
-            torch.bmm(scaled, keys.narrow(1, first, columns).transpose(1, 2), out=target)
-            rest(out, per_row * columns)
-
-        def compute(out: torch.Tensor) -> None:
-            by_kv_head = queries.reshape(batch, -1, kv_heads, group, head_dim).permute(0, 2, 3, 1, 4)
-            offset = 0
-            for start, rows, first, last in blocks:
-                columns = last - first
-                # the scale costs nothing here: a kv head's queries must be gathered anyway
-                own = by_kv_head.narrow(3, start, rows)
-                scaled = torch.mul(own, scale, out=own.new_empty(own.shape)).view(batch * kv_heads, -1, head_dim)
-                size = per_row * rows * columns
-                target = out.narrow(0, offset, size).view(batch * kv_heads, -1, columns)
-                torch.bmm(scaled, keys.narrow(1, first, columns).transpose(1, 2), out=target)
-                offset += size
-            rest(out, offset)
-
-        def rest(out: torch.Tensor, offset: int) -> None:
-            if offset < elements:  # memory that may have been another client's
-                out.narrow(0, offset, elements - offset).zero_()
-
         lane.blocks = blocks
-        one_row = queries.shape[1] == 1
-        return self._give(call, work, (elements,), session.dtype, compute_row if one_row else compute)[0]
+        return self._give(
+            call,
+            work,
+            (elements,),
+            session.link_dtype,
+            lambda out: scores(queries, keys, blocks, scale, out),
+        )[0]
 
     def _attending(
-        self, session: Session, layer: int, blocks: list[Block], packed: torch.Tensor
+        self, session: KVCache, layer: int, blocks: list[Block], packed: torch.Tensor
     ) -> Callable[[torch.Tensor], None]:
         """What writes the weighted values to `out` [B, r, heads * head_dim]."""
-        config = self.config
-        heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         values = session.values(layer)
-        batch, group = session.batch, heads // kv_heads
-        per_row = batch * heads
         if blocks[-1].last > session.values_filled[layer]:
             raise SettingError(f"layer: {session.values_filled[layer]} values there, expected {blocks[-1].last}")
-
-        def compute_row(out: torch.Tensor) -> None:
-            _, _, first, last = blocks[0]
-            columns = last - first
-            weights = packed.narrow(0, 0, per_row * columns).view(-1, group, columns)
-            torch.bmm(weights, values.narrow(1, first, columns), out=out.view(-1, group, head_dim))
-
-        def compute(out: torch.Tensor) -> None:
-            by_kv_head = out.view(batch, -1, kv_heads, group, head_dim).permute(0, 2, 3, 1, 4)
-            offset = 0
-            for start, rows, first, last in blocks:
-                columns = last - first
-                size = per_row * rows * columns
-                weights = packed.narrow(0, offset, size).view(batch * kv_heads, -1, columns)
-                weighted = torch.bmm(weights, values.narrow(1, first, columns))
-                target = by_kv_head.narrow(3, start, rows)
-                target.copy_(weighted.view(target.shape))
-                offset += size
-
-        return compute_row if len(blocks) == 1 and blocks[0].rows == 1 else compute
+        return lambda out: weighted_values(packed, values, blocks, out)
 
     def _attended(
-        self, work: Work, session: Session, layer: int, blocks: list[Block], packed: torch.Tensor
+        self, work: Work, session: KVCache, layer: int, blocks: list[Block], packed: torch.Tensor
     ) -> torch.Tensor:
         """The weighted values [B, r, heads * head_dim], on the device."""
         config = self.config
@@ -614,7 +566,7 @@ class Executor:
         return out
 
     def _continue(
-        self, work: Work, session: Session, lane: Lane, x: torch.Tensor, linear: Linear, reply: torch.Tensor
+        self, work: Work, session: KVCache, lane: Lane, x: torch.Tensor, linear: Linear, reply: torch.Tensor
     ) -> None:
         """The residual stream, with linear(x) added, goes to `reply` and into the lane."""
         before = lane.x
@@ -623,7 +575,7 @@ class Executor:
             raise SettingError(f"{list(x.shape[:2])} rows, expected {have}, of the residual stream in this lane")
         multiplier = self.config.residual_multiplier
         width = self.config.hidden_size
-        same = session.dtype == self._torch_dtype
+        same = session.link_dtype == self._torch_dtype
 
         def compute(out: torch.Tensor) -> None:
             if same:
@@ -639,7 +591,7 @@ class Executor:
         lane.x = work.give(reply, compute)
 
     def _down(
-        self, call: Call, work: Work, session: Session, layer: int, lane: Lane, h: torch.Tensor, *more: Sequence[int]
+        self, call: Call, work: Work, session: KVCache, layer: int, lane: Lane, h: torch.Tensor, *more: Sequence[int]
     ) -> list[torch.Tensor]:
         """Reply memory: for the residual stream, which goes on after a layer's MLP, and of the shapes `more`."""
         if layer < 0:
@@ -647,8 +599,8 @@ class Executor:
         config = self.config
         self._check_own("h", h, (session.batch, None, config.intermediate_size), session)
         shape = (session.batch, h.shape[1], config.hidden_size)
-        self._check_reply(math.prod(shape), session.dtype)
-        replies = self._replies(call, session.dtype, shape, *more)
+        self._check_reply(math.prod(shape), session.link_dtype)
+        replies = self._replies(call, session.link_dtype, shape, *more)
         linear = self._weights.layers[layer].linears["down"]
         self._continue(work, session, lane, self._inward(work, h), linear, replies[0])
         return replies
@@ -665,7 +617,7 @@ class Executor:
         return normed
 
     def _scale_values(
-        self, work: Work, session: Session, layer: int, start: int, rows: int, scale: torch.Tensor | float | None
+        self, work: Work, session: KVCache, layer: int, start: int, rows: int, scale: torch.Tensor | float | None
     ) -> None:
         """What a folded norm left for v, now that it is known; and then the bias, which could not come before."""
         if scale is None:
@@ -680,7 +632,7 @@ class Executor:
     def _multiply(
         self,
         work: Work,
-        session: Session,
+        session: KVCache,
         cache: torch.Tensor,
         start: int,
         rows: int,
@@ -773,13 +725,13 @@ class Executor:
             raise TensorError(_expected(name, tensor, "a floating-point", shape))
         return tensor.dtype
 
-    def _check_own(self, name: str, tensor: torch.Tensor, shape: tuple[int | None, ...], session: Session) -> None:
-        if tensor.dtype != session.dtype or not _fits(tensor, shape):
-            raise TensorError(_expected(name, tensor, _WIRE_DTYPES[session.dtype], shape))
+    def _check_own(self, name: str, tensor: torch.Tensor, shape: tuple[int | None, ...], session: KVCache) -> None:
+        if tensor.dtype != session.link_dtype or not _fits(tensor, shape):
+            raise TensorError(_expected(name, tensor, _WIRE_DTYPES[session.link_dtype], shape))
         if 0 in tensor.shape:
             raise TensorError(f"{name}: {list(tensor.shape)}, expected no dimension of 0")
 
-    def _check_packed(self, work: Work, packed: torch.Tensor, session: Session, blocks: list[Block]) -> torch.Tensor:
+    def _check_packed(self, work: Work, packed: torch.Tensor, session: KVCache, blocks: list[Block]) -> torch.Tensor:
         elements = packed_elements(session.batch, self.config.num_attention_heads, blocks)
         self._check_own("packed", packed, (elements,), session)
         return self._inward(work, packed)

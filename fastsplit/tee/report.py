@@ -1,9 +1,9 @@
 """The report of a run's time: a stopwatch, a text table, JSON, a Chrome trace.
 
-How time is counted. The TEE side's clock never stops. Each interval, when it ends, is assigned to exactly one operation,
-so the parts add up to the wall clock. The interval of a call has three parts: serialization (measured by the channel),
-the executor's work (from its reply, at most the time waited), and communication (the rest). Time of the TEE side between
-its named operations is "other".
+How time is counted. The TEE side's clock never stops. Each interval, when it ends, is assigned to one operation, so the
+parts add up to the wall clock. The interval of a call has three parts: serialization (measured by the channel), the
+executor's work (from its reply, at most the time waited), and communication (the rest). Intervals of the TEE side
+between its named operations are "other".
 
 Rules. Every number comes from the run. `_s` are seconds.
 """

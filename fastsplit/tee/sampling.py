@@ -31,8 +31,8 @@ def check_finite(logits: torch.Tensor) -> torch.Tensor:
 
 
 def sample(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """The next token's id. `logits`: [vocab] fp32, finite. Temperature 0 takes the largest; else the token is drawn with
-    HF's order of warpers: temperature, top-k, top-p."""
+    """The next token's id. `logits`: [vocab] fp32, finite. Temperature 0 takes the largest; else the token is drawn
+    after temperature, top-k and top-p, in HF's order."""
     if sampling.temperature == 0:
         return int(logits.argmax())
     # relative to the largest, so that no temperature makes them infinite; fp32 can represent 1e-30

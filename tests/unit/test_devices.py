@@ -18,11 +18,13 @@ import torch
 from lazy_driver import STREAMS, LazyDriver, poison_
 
 from fastsplit.errors import ModelError
-from fastsplit.executor import device as devices
-from fastsplit.executor.device import Cpu, Cuda, TorchDriver, open_device
+from fastsplit.executor import cuda as cuda_module
+from fastsplit.executor import device as device_module
+from fastsplit.executor.cuda import Cuda, TorchDriver
+from fastsplit.executor.device import Cpu, open_device
 from fastsplit.executor.service import Executor
 from fastsplit.models import open_model
-from fastsplit.split.contract import Block, block_attrs, packed_elements, row_blocks
+from fastsplit.split.ops import Block, block_attrs, packed_elements, row_blocks
 from fastsplit.wire.call import Client
 
 MODEL = open_model("random:tiny")
@@ -502,7 +504,7 @@ class _Cudart:
 def test_the_real_driver_gives_reasons_and_clears_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
     cudart, cleared = _Cudart(), []
     fake = SimpleNamespace(cudart=lambda: cudart, device=lambda device: pytest.MonkeyPatch.context())
-    monkeypatch.setattr(devices, "_cuda", fake)
+    monkeypatch.setattr(cuda_module, "_cuda", fake)
 
     def ones(*args: Any, **kwargs: Any) -> None:
         cleared.append(kwargs["device"])
@@ -632,7 +634,7 @@ def test_auto_is_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert open_device("auto").torch_device == open_device("cpu").torch_device == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(devices, "TorchDriver", lambda device: LazyDriver())
+    monkeypatch.setattr(device_module, "TorchDriver", lambda device: LazyDriver())
     assert isinstance(open_device("auto"), Cuda)
     with pytest.raises(ModelError, match="has 2 CUDA devices"):
         open_device("cuda:2")

@@ -17,13 +17,12 @@ import fastsplit
 from fastsplit import gpu_side
 from fastsplit.errors import LimitError, RemoteOpError
 from fastsplit.models import PRESETS, open_model
-from fastsplit.split.contract import MAX_LANES
+from fastsplit.split.ops import MAX_LANES
 from fastsplit.wire.call import Client
 
 torch = pytest.importorskip("torch")
 
-from fastsplit.executor.device import Cpu  # noqa: E402
-from fastsplit.executor.kv_cache import Session, Sessions  # noqa: E402
+from fastsplit.executor.kv_cache import KVCache, KVCaches  # noqa: E402
 from fastsplit.executor.service import Executor  # noqa: E402
 
 CONFIG = PRESETS["tiny"]
@@ -58,13 +57,13 @@ class _DirtyWork:
 WORK: Any = _DirtyWork()
 
 
-def make_sessions(max_sessions: int = 4, max_positions: int = 10**6) -> Sessions:
+def make_caches(max_caches: int = 4, max_positions: int = 10**6) -> KVCaches:
     """`max_positions`: of one layer's keys or values, in all."""
-    return Sessions(CONFIG, Cpu(), torch.float32, max_sessions, max_positions * POSITION)
+    return KVCaches(CONFIG, torch.float32, max_caches, max_positions * POSITION)
 
 
-def open_one(sessions: Sessions, client: Client, batch: int = 1, capacity: int = 0) -> Session:
-    return sessions.find(client, sessions.open(client, batch, capacity, torch.float32))
+def open_one(caches: KVCaches, client: Client, batch: int = 1, capacity: int = 0) -> KVCache:
+    return caches.find(client, caches.open(client, batch, capacity, torch.float32))
 
 
 def rows(count: int, batch: int = 1, seed: int = 0) -> Any:
@@ -76,127 +75,127 @@ def as_kept(given: Any) -> Any:
     return given.transpose(1, 2).flatten(0, 1)
 
 
-def kept_keys(session: Session, layer: int) -> Any:
+def kept_keys(cache: KVCache, layer: int) -> Any:
     """What was stored of a layer's keys: as much of them as is said to be there."""
-    return session.keys(layer)[:, : session.keys_filled[layer]]
+    return cache.keys(layer)[:, : cache.keys_filled[layer]]
 
 
-def kept_values(session: Session, layer: int) -> Any:
-    return session.values(layer)[:, : session.values_filled[layer]]
+def kept_values(cache: KVCache, layer: int) -> Any:
+    return cache.values(layer)[:, : cache.values_filled[layer]]
 
 
-def held(session: Session) -> int:
+def held(cache: KVCache) -> int:
     """Bytes that a session's tensors really take."""
-    return sum(cache.nbytes for cache in (*session._keys, *session._values) if cache is not None)
+    return sum(held.nbytes for held in (*cache._keys, *cache._values) if held is not None)
 
 
 # ---- opening and closing ---------------------------------------------------------------------------------------------
 
 
 def test_open_takes_no_memory_until_something_is_stored() -> None:
-    sessions, client = make_sessions(), Client()
-    session = open_one(sessions, client, batch=3, capacity=2**31)
-    assert (sessions.nbytes, session.nbytes, len(sessions)) == (0, 0, 1)
-    assert (session.batch, session.dtype, session.closed) == (3, torch.float32, False)
+    caches, client = make_caches(), Client()
+    cache = open_one(caches, client, batch=3, capacity=2**31)
+    assert (caches.nbytes, cache.nbytes, len(caches)) == (0, 0, 1)
+    assert (cache.batch, cache.link_dtype, cache.closed) == (3, torch.float32, False)
 
 
 def test_capacity_is_room_from_the_first_row_on_and_no_room_is_made_twice() -> None:
-    sessions = make_sessions()
-    session = open_one(sessions, Client(), batch=2, capacity=100)
-    session.store_keys(WORK, 0, 0, rows(1, 2))
-    assert sessions.nbytes == session.nbytes == held(session) == 2 * 100 * POSITION
-    session.store_keys(WORK, 0, 1, rows(99, 2))
-    assert sessions.nbytes == held(session) == 2 * 100 * POSITION
-    session.store_values(WORK, 1, 0, rows(1, 2))
-    assert sessions.nbytes == held(session) == 2 * 2 * 100 * POSITION
+    caches = make_caches()
+    cache = open_one(caches, Client(), batch=2, capacity=100)
+    cache.store_keys(WORK, 0, 0, rows(1, 2))
+    assert caches.nbytes == cache.nbytes == held(cache) == 2 * 100 * POSITION
+    cache.store_keys(WORK, 0, 1, rows(99, 2))
+    assert caches.nbytes == held(cache) == 2 * 100 * POSITION
+    cache.store_values(WORK, 1, 0, rows(1, 2))
+    assert caches.nbytes == held(cache) == 2 * 2 * 100 * POSITION
 
 
 @pytest.mark.parametrize("capacity", [0, 1, LEAST, LEAST + 1])
 def test_the_least_room_there_is(capacity: int) -> None:
-    session = open_one(make_sessions(), Client(), capacity=capacity)
-    session.store_keys(WORK, 0, 0, rows(1))
-    assert session.nbytes == max(capacity, LEAST) * POSITION
+    cache = open_one(make_caches(), Client(), capacity=capacity)
+    cache.store_keys(WORK, 0, 0, rows(1))
+    assert cache.nbytes == max(capacity, LEAST) * POSITION
 
 
 def test_closing_gives_all_memory_back_and_the_number_is_gone() -> None:
-    sessions, client = make_sessions(), Client()
-    numbers = [sessions.open(client, 1, 0, torch.float32) for _ in range(3)]
+    caches, client = make_caches(), Client()
+    numbers = [caches.open(client, 1, 0, torch.float32) for _ in range(3)]
     for number in numbers:
-        session = sessions.find(client, number)
+        cache = caches.find(client, number)
         for layer in range(LAYERS):
-            session.store_keys(WORK, layer, 0, rows(3))
-            session.store_values(WORK, layer, 0, rows(3))
+            cache.store_keys(WORK, layer, 0, rows(3))
+            cache.store_values(WORK, layer, 0, rows(3))
     each = 2 * LAYERS * LEAST * POSITION
-    assert sessions.nbytes == 3 * each
-    sessions.close(client, numbers[1])
-    assert (sessions.nbytes, len(sessions)) == (2 * each, 2)
+    assert caches.nbytes == 3 * each
+    caches.close(client, numbers[1])
+    assert (caches.nbytes, len(caches)) == (2 * each, 2)
     with pytest.raises(ValueError, match=f"session: {numbers[1]}, which is not open on this connection"):
-        sessions.find(client, numbers[1])
+        caches.find(client, numbers[1])
     with pytest.raises(ValueError, match="which is not open"):
-        sessions.close(client, numbers[1])
-    sessions.close(client, numbers[0])
-    sessions.close(client, numbers[2])
-    assert (sessions.nbytes, len(sessions)) == (0, 0)
+        caches.close(client, numbers[1])
+    caches.close(client, numbers[0])
+    caches.close(client, numbers[2])
+    assert (caches.nbytes, len(caches)) == (0, 0)
 
 
 def test_a_number_is_never_given_twice_not_even_to_another_client() -> None:
-    sessions, clients = make_sessions(), [Client(), Client()]
+    caches, clients = make_caches(), [Client(), Client()]
     seen = []
     for count in range(20):
         client = clients[count % 2]
-        seen.append(sessions.open(client, 1, 0, torch.float32))
-        sessions.close(client, seen[-1])
+        seen.append(caches.open(client, 1, 0, torch.float32))
+        caches.close(client, seen[-1])
     assert len(set(seen)) == 20
 
 
 @pytest.mark.parametrize("number", [0, -1, 10**18, None, "1", 1.0, b"1", [1], True])
 def test_what_is_no_number_of_a_session(number: Any) -> None:
-    sessions, client = make_sessions(), Client()
-    sessions.open(client, 1, 0, torch.float32)
+    caches, client = make_caches(), Client()
+    caches.open(client, 1, 0, torch.float32)
     with pytest.raises(ValueError, match=r"session: .*, which is not open on this connection"):
-        sessions.find(client, number)
+        caches.find(client, number)
 
 
 def test_one_client_does_not_reach_anothers_session() -> None:
-    sessions, owner, other = make_sessions(), Client(), Client()
-    number = sessions.open(owner, 1, 0, torch.float32)
-    own = sessions.open(other, 1, 0, torch.float32)
+    caches, owner, other = make_caches(), Client(), Client()
+    number = caches.open(owner, 1, 0, torch.float32)
+    own = caches.open(other, 1, 0, torch.float32)
     for stranger in (other, Client()):
         with pytest.raises(ValueError, match="which is not open on this connection"):
-            sessions.find(stranger, number)
+            caches.find(stranger, number)
         with pytest.raises(ValueError, match="which is not open on this connection"):
-            sessions.close(stranger, number)
+            caches.close(stranger, number)
     other._end()
-    assert sessions.find(owner, number) is not None
+    assert caches.find(owner, number) is not None
     with pytest.raises(ValueError, match="which is not open"):
-        sessions.find(owner, own)
+        caches.find(owner, own)
 
 
 # ---- limits ----------------------------------------------------------------------------------------------------------
 
 
 def test_sessions_are_limited_for_each_client_alone() -> None:
-    sessions, client = make_sessions(max_sessions=2), Client()
-    numbers = [sessions.open(client, 1, 0, torch.float32) for _ in range(2)]
+    caches, client = make_caches(max_caches=2), Client()
+    numbers = [caches.open(client, 1, 0, torch.float32) for _ in range(2)]
     with pytest.raises(LimitError, match=r"^2 sessions open, expected at most 2 a client$"):
-        sessions.open(client, 1, 0, torch.float32)
-    sessions.open(Client(), 1, 0, torch.float32)
-    sessions.close(client, numbers[0])
-    sessions.open(client, 1, 0, torch.float32)
-    assert len(sessions) == 3
+        caches.open(client, 1, 0, torch.float32)
+    caches.open(Client(), 1, 0, torch.float32)
+    caches.close(client, numbers[0])
+    caches.open(client, 1, 0, torch.float32)
+    assert len(caches) == 3
 
 
 def test_bytes_are_limited_over_all_clients_and_a_refused_growth_leaves_everything_as_it_was() -> None:
-    sessions = make_sessions(max_positions=3 * LEAST)
-    first, second = (open_one(sessions, Client()) for _ in range(2))
+    caches = make_caches(max_positions=3 * LEAST)
+    first, second = (open_one(caches, Client()) for _ in range(2))
     keys = rows(LEAST)
     first.store_keys(WORK, 0, 0, keys)
     second.store_keys(WORK, 0, 0, rows(5, seed=1))
-    before = sessions.nbytes
+    before = caches.nbytes
     text = f"^KV caches of {4 * LEAST * POSITION} bytes in all, expected at most {3 * LEAST * POSITION}$"
     with pytest.raises(LimitError, match=text):  # both the old and the new memory are there while it moves
         first.store_keys(WORK, 0, LEAST, rows(1, seed=2))
-    assert sessions.nbytes == before == held(first) + held(second)
+    assert caches.nbytes == before == held(first) + held(second)
     assert first.keys_filled[0] == LEAST
     assert torch.equal(kept_keys(first, 0), as_kept(keys))
     first.store_keys(WORK, 0, 3, rows(1, seed=3))  # what needs no memory goes on
@@ -205,51 +204,51 @@ def test_bytes_are_limited_over_all_clients_and_a_refused_growth_leaves_everythi
         second.store_values(WORK, 0, 0, rows(1))
     first.close()
     second.store_values(WORK, 0, 0, rows(1))
-    assert sessions.nbytes == held(second) == 2 * LEAST * POSITION
+    assert caches.nbytes == held(second) == 2 * LEAST * POSITION
 
 
 def test_memory_that_the_device_refuses_is_not_counted() -> None:
-    sessions, work = make_sessions(), _DirtyWork()
-    session = open_one(sessions, Client())
-    session.store_keys(work, 0, 0, rows(LEAST))
+    caches, work = make_caches(), _DirtyWork()
+    cache = open_one(caches, Client())
+    cache.store_keys(work, 0, 0, rows(LEAST))
     work.left = 0
     for attempt in (
-        lambda: session.store_keys(work, 0, LEAST, rows(1)),
-        lambda: session.store_values(work, 0, 0, rows(1)),
+        lambda: cache.store_keys(work, 0, LEAST, rows(1)),
+        lambda: cache.store_values(work, 0, 0, rows(1)),
     ):
         with pytest.raises(MemoryError):
             attempt()
-        assert sessions.nbytes == session.nbytes == held(session) == LEAST * POSITION
-        assert not session.closed
+        assert caches.nbytes == cache.nbytes == held(cache) == LEAST * POSITION
+        assert not cache.closed
     work.left = None
-    session.store_keys(work, 0, LEAST, rows(1))
-    assert sessions.nbytes == held(session)
+    cache.store_keys(work, 0, LEAST, rows(1))
+    assert caches.nbytes == held(cache)
 
 
 @pytest.mark.parametrize("left", [0, 1, 3])
 def test_a_reorder_that_runs_out_of_memory_closes_the_session_and_gives_everything_back(left: int) -> None:
     """Neither the old order nor the new one is whole: nobody goes on with half of each."""
-    sessions, client, work = make_sessions(), Client(), _DirtyWork()
-    other = open_one(sessions, client)
+    caches, client, work = make_caches(), Client(), _DirtyWork()
+    other = open_one(caches, client)
     other.store_keys(work, 0, 0, rows(1))
-    number = sessions.open(client, 2, 0, torch.float32)
-    session = sessions.find(client, number)
+    number = caches.open(client, 2, 0, torch.float32)
+    cache = caches.find(client, number)
     for layer in range(LAYERS):
-        session.store_keys(work, layer, 0, rows(5, 2))
-        session.store_values(work, layer, 0, rows(5, 2))
-    session.lane(0).rows = 5
+        cache.store_keys(work, layer, 0, rows(5, 2))
+        cache.store_values(work, layer, 0, rows(5, 2))
+    cache.lane(0).rows = 5
     work.left = left
     with pytest.raises(MemoryError):
-        session.reorder(work, torch.tensor([1, 0, 0]))
+        cache.reorder(work, torch.tensor([1, 0, 0]))
     work.left = None
-    assert (session.closed, session.nbytes, held(session), session.lanes) == (True, 0, 0, {})
-    assert sessions.nbytes == held(other) == LEAST * POSITION
-    assert session.keys_filled == session.values_filled == LAYERS * [0]
-    for read in (session.keys, session.values):
+    assert (cache.closed, cache.nbytes, held(cache), cache.lanes) == (True, 0, 0, {})
+    assert caches.nbytes == held(other) == LEAST * POSITION
+    assert cache.keys_filled == cache.values_filled == LAYERS * [0]
+    for read in (cache.keys, cache.values):
         with pytest.raises(ValueError, match="holds nothing yet"):
             read(0)
-    sessions.close(client, number)
-    assert (len(sessions), sessions.nbytes) == (1, LEAST * POSITION)
+    caches.close(client, number)
+    assert (len(caches), caches.nbytes) == (1, LEAST * POSITION)
 
 
 @pytest.mark.parametrize(
@@ -261,196 +260,196 @@ def test_a_reorder_that_runs_out_of_memory_closes_the_session_and_gives_everythi
     ],
 )
 def test_a_refused_reorder_leaves_the_session_as_it_was(filled: int, room: int) -> None:
-    sessions = make_sessions(max_positions=room * LEAST)
-    session = open_one(sessions, Client(), batch=2)
+    caches = make_caches(max_positions=room * LEAST)
+    cache = open_one(caches, Client(), batch=2)
     stored = [rows(5, 2, seed=layer) for layer in range(filled)]
     for layer, keys in enumerate(stored):
-        session.store_keys(WORK, layer, 0, keys)
-    before = sessions.nbytes
+        cache.store_keys(WORK, layer, 0, keys)
+    before = caches.nbytes
     with pytest.raises(LimitError, match="KV caches of"):
-        session.reorder(WORK, torch.tensor([1, 0, 1, 0]))
-    assert sessions.nbytes == before == held(session)
-    assert (session.batch, session.closed) == (2, False)
+        cache.reorder(WORK, torch.tensor([1, 0, 1, 0]))
+    assert caches.nbytes == before == held(cache)
+    assert (cache.batch, cache.closed) == (2, False)
     for layer, keys in enumerate(stored):
-        assert torch.equal(kept_keys(session, layer), as_kept(keys))
-        session.store_keys(WORK, layer, 5, rows(1, 2))
+        assert torch.equal(kept_keys(cache, layer), as_kept(keys))
+        cache.store_keys(WORK, layer, 5, rows(1, 2))
 
 
 def test_a_reorder_needs_both_orders_at_once_and_no_more() -> None:
-    sessions = make_sessions(max_positions=12 * LEAST)
-    session = open_one(sessions, Client(), batch=2)
+    caches = make_caches(max_positions=12 * LEAST)
+    cache = open_one(caches, Client(), batch=2)
     stored = [rows(5, 2, seed=layer) for layer in range(2)]
     for layer, keys in enumerate(stored):
-        session.store_keys(WORK, layer, 0, keys)
+        cache.store_keys(WORK, layer, 0, keys)
     indices = [1, 0, 1, 0]
-    session.reorder(WORK, torch.tensor(indices))
-    assert sessions.nbytes == session.nbytes == held(session) == 8 * LEAST * POSITION
+    cache.reorder(WORK, torch.tensor(indices))
+    assert caches.nbytes == cache.nbytes == held(cache) == 8 * LEAST * POSITION
     for layer, keys in enumerate(stored):
-        assert torch.equal(kept_keys(session, layer), as_kept(keys[indices]))
+        assert torch.equal(kept_keys(cache, layer), as_kept(keys[indices]))
 
 
 # ---- what is in it ---------------------------------------------------------------------------------------------------
 
 
 def test_growing_keeps_what_was_in_it() -> None:
-    sessions = make_sessions()
-    session = open_one(sessions, Client(), batch=2)
+    caches = make_caches()
+    cache = open_one(caches, Client(), batch=2)
     whole = rows(700, 2)
     start = 0
     for count in (1, 1, 62, 1, 100, 35, 500):
         part = whole[:, start : start + count]
-        session.store_keys(WORK, 1, start, part)
-        session.store_values(WORK, 1, start, -part)
+        cache.store_keys(WORK, 1, start, part)
+        cache.store_values(WORK, 1, start, -part)
         start += count
-        assert torch.equal(kept_keys(session, 1), as_kept(whole[:, :start]))
-        assert torch.equal(kept_values(session, 1), -as_kept(whole[:, :start]))
-        assert sessions.nbytes == session.nbytes == held(session)
+        assert torch.equal(kept_keys(cache, 1), as_kept(whole[:, :start]))
+        assert torch.equal(kept_values(cache, 1), -as_kept(whole[:, :start]))
+        assert caches.nbytes == cache.nbytes == held(cache)
 
 
 def test_storing_again_from_an_earlier_position_forgets_what_was_behind() -> None:
-    session = open_one(make_sessions(), Client())
+    cache = open_one(make_caches(), Client())
     old, new = rows(30), rows(4, seed=1)
-    session.store_keys(WORK, 0, 0, old)
-    session.store_keys(WORK, 0, 10, new)
-    assert torch.equal(kept_keys(session, 0), as_kept(torch.cat([old[:, :10], new], dim=1)))
+    cache.store_keys(WORK, 0, 0, old)
+    cache.store_keys(WORK, 0, 10, new)
+    assert torch.equal(kept_keys(cache, 0), as_kept(torch.cat([old[:, :10], new], dim=1)))
 
 
 def test_a_gap_is_refused_in_every_layer_by_its_own_count() -> None:
-    session = open_one(make_sessions(), Client())
-    session.store_keys(WORK, 0, 0, rows(7))
+    cache = open_one(make_caches(), Client())
+    cache.store_keys(WORK, 0, 0, rows(7))
     for store, layer, start, have in (
-        (session.store_keys, 0, 8, 7),
-        (session.store_keys, 1, 7, 0),
-        (session.store_values, 0, 7, 0),
-        (session.store_values, 0, 2**31 - 1, 0),
-        (session.store_keys, 0, -1, 7),
+        (cache.store_keys, 0, 8, 7),
+        (cache.store_keys, 1, 7, 0),
+        (cache.store_values, 0, 7, 0),
+        (cache.store_values, 0, 2**31 - 1, 0),
+        (cache.store_keys, 0, -1, 7),
     ):
         text = f"^start: {start}, expected 0 to the {have} positions that layer {layer} has$"
         with pytest.raises(ValueError, match=text):
             store(WORK, layer, start, rows(1))
-    assert session.keys_filled == [7] + [0] * (LAYERS - 1)
+    assert cache.keys_filled == [7] + [0] * (LAYERS - 1)
 
 
 def test_memory_that_was_never_written_is_never_read() -> None:
-    session = open_one(make_sessions(), Client(), batch=2, capacity=200)
-    for read in (session.keys, session.values):
+    cache = open_one(make_caches(), Client(), batch=2, capacity=200)
+    for read in (cache.keys, cache.values):
         with pytest.raises(ValueError, match=r"^layer: 0, of which the session holds nothing yet$"):
             read(0)
-    session.store_keys(WORK, 0, 0, rows(20, 2))
+    cache.store_keys(WORK, 0, 0, rows(20, 2))
     with pytest.raises(ValueError, match="holds nothing yet"):
-        session.values(0)
+        cache.values(0)
     with pytest.raises(ValueError, match="holds nothing yet"):
-        session.keys(1)
-    session.store_values(WORK, 0, 0, rows(3, 2))
-    assert (session.keys_filled[0], session.values_filled[0]) == (20, 3)
-    assert session.keys(0).shape == session.values(0).shape == (2 * HEADS, 200, HEAD_DIM), "all that there is room for"
-    session.truncate(10)
-    session.store_keys(WORK, 0, 10, rows(195, 2))  # it moves
-    assert (session.keys_filled[0], session.keys(0).shape[1]) == (205, 400)
-    session.reorder(WORK, torch.tensor([1, 1, 0]))
-    session.truncate(100)
-    assert (session.keys_filled[0], session.values_filled[0]) == (100, 3)
-    for cache in (kept_keys(session, 0), kept_values(session, 0)):
-        assert bool(cache.isfinite().all())
-    assert kept_keys(session, 0).shape == (3 * HEADS, 100, HEAD_DIM)
-    assert session.keys(0).shape == (3 * HEADS, 400, HEAD_DIM)
+        cache.keys(1)
+    cache.store_values(WORK, 0, 0, rows(3, 2))
+    assert (cache.keys_filled[0], cache.values_filled[0]) == (20, 3)
+    assert cache.keys(0).shape == cache.values(0).shape == (2 * HEADS, 200, HEAD_DIM), "all that there is room for"
+    cache.truncate(10)
+    cache.store_keys(WORK, 0, 10, rows(195, 2))  # it moves
+    assert (cache.keys_filled[0], cache.keys(0).shape[1]) == (205, 400)
+    cache.reorder(WORK, torch.tensor([1, 1, 0]))
+    cache.truncate(100)
+    assert (cache.keys_filled[0], cache.values_filled[0]) == (100, 3)
+    for kept in (kept_keys(cache, 0), kept_values(cache, 0)):
+        assert bool(kept.isfinite().all())
+    assert kept_keys(cache, 0).shape == (3 * HEADS, 100, HEAD_DIM)
+    assert cache.keys(0).shape == (3 * HEADS, 400, HEAD_DIM)
 
 
 def test_truncate_forgets_keeps_the_memory_and_never_makes_longer() -> None:
-    sessions = make_sessions()
-    session = open_one(sessions, Client())
+    caches = make_caches()
+    cache = open_one(caches, Client())
     keys = rows(30)
-    session.store_keys(WORK, 0, 0, keys)
-    session.store_values(WORK, 0, 0, keys[:, :20])
-    nbytes = sessions.nbytes
+    cache.store_keys(WORK, 0, 0, keys)
+    cache.store_values(WORK, 0, 0, keys[:, :20])
+    nbytes = caches.nbytes
     for length, kept in ((10**6, (30, 20)), (25, (25, 20)), (8, (8, 8)), (9, (8, 8)), (0, (0, 0))):
-        session.truncate(length)
-        assert (session.keys_filled[0], session.values_filled[0]) == kept
-        assert torch.equal(kept_keys(session, 0), as_kept(keys[:, : kept[0]]))
-    assert sessions.nbytes == nbytes == held(session)
+        cache.truncate(length)
+        assert (cache.keys_filled[0], cache.values_filled[0]) == kept
+        assert torch.equal(kept_keys(cache, 0), as_kept(keys[:, : kept[0]]))
+    assert caches.nbytes == nbytes == held(cache)
     with pytest.raises(ValueError, match="start: 1, expected 0 to the 0"):
-        session.store_keys(WORK, 0, 1, rows(1))
+        cache.store_keys(WORK, 0, 1, rows(1))
 
 
 @pytest.mark.parametrize("indices", [[0, 1, 2], [2, 1, 0], [1], [2, 2], [0, 0, 1, 1, 2, 2, 0], [1] * 9], ids=str)
 def test_reorder_repeats_selects_and_counts_what_it_takes(indices: list[int]) -> None:
-    sessions = make_sessions()
-    session = open_one(sessions, Client(), batch=3)
+    caches = make_caches()
+    cache = open_one(caches, Client(), batch=3)
     keys, values = rows(70, 3), rows(66, 3, seed=1)
-    session.store_keys(WORK, 1, 0, keys)
-    session.store_values(WORK, 1, 0, values)
-    session.reorder(WORK, torch.tensor(indices))
-    assert session.batch == len(indices)
-    assert torch.equal(kept_keys(session, 1), as_kept(keys[indices]))
-    assert torch.equal(kept_values(session, 1), as_kept(values[indices]))
-    assert session.nbytes == sessions.nbytes == held(session) == len(indices) * (70 + 66) * POSITION
-    session.store_keys(WORK, 1, 70, rows(1, len(indices)))
-    session.store_keys(WORK, 0, 0, rows(1, len(indices)))
-    assert sessions.nbytes == held(session)
+    cache.store_keys(WORK, 1, 0, keys)
+    cache.store_values(WORK, 1, 0, values)
+    cache.reorder(WORK, torch.tensor(indices))
+    assert cache.batch == len(indices)
+    assert torch.equal(kept_keys(cache, 1), as_kept(keys[indices]))
+    assert torch.equal(kept_values(cache, 1), as_kept(values[indices]))
+    assert cache.nbytes == caches.nbytes == held(cache) == len(indices) * (70 + 66) * POSITION
+    cache.store_keys(WORK, 1, 70, rows(1, len(indices)))
+    cache.store_keys(WORK, 0, 0, rows(1, len(indices)))
+    assert caches.nbytes == held(cache)
 
 
 def test_truncate_and_reorder_forget_what_was_on_its_way() -> None:
-    session = open_one(make_sessions(), Client(), batch=2)
-    for forget in (lambda: session.truncate(0), lambda: session.reorder(WORK, torch.tensor([1])), session.close):
-        session.lane(3).rows = 5
+    cache = open_one(make_caches(), Client(), batch=2)
+    for forget in (lambda: cache.truncate(0), lambda: cache.reorder(WORK, torch.tensor([1])), cache.close):
+        cache.lane(3).rows = 5
         forget()
-        assert session.lane(3).rows == 0
+        assert cache.lane(3).rows == 0
 
 
 def test_lanes_are_few_and_each_is_one() -> None:
-    session = open_one(make_sessions(), Client())
-    assert session.lane(0) is session.lane(0) is not session.lane(MAX_LANES - 1)
+    cache = open_one(make_caches(), Client())
+    assert cache.lane(0) is cache.lane(0) is not cache.lane(MAX_LANES - 1)
     for number in (-1, MAX_LANES, 10**9, None, "0", 1.0):
         with pytest.raises(ValueError, match=f"^lane: {number!r}, expected an int from 0 to {MAX_LANES - 1}$"):
-            session.lane(number)
-    assert len(session.lanes) == 2
+            cache.lane(number)
+    assert len(cache.lanes) == 2
 
 
 # ---- connections that end --------------------------------------------------------------------------------------------
 
 
 def test_a_clients_end_takes_its_sessions_and_nobody_elses() -> None:
-    sessions, leaving, staying = make_sessions(), Client(), Client()
+    caches, leaving, staying = make_caches(), Client(), Client()
     for client in (leaving, leaving, staying):
-        open_one(sessions, client).store_keys(WORK, 0, 0, rows(1))
+        open_one(caches, client).store_keys(WORK, 0, 0, rows(1))
     leaving._end()
-    assert (len(sessions), sessions.nbytes) == (1, LEAST * POSITION)
-    number = sessions.open(leaving, 1, 0, torch.float32)  # a handler was still at work for it
-    assert len(sessions) == 1
+    assert (len(caches), caches.nbytes) == (1, LEAST * POSITION)
+    number = caches.open(leaving, 1, 0, torch.float32)  # a handler was still at work for it
+    assert len(caches) == 1
     with pytest.raises(ValueError, match="which is not open"):
-        sessions.find(leaving, number)
+        caches.find(leaving, number)
 
 
 def test_what_is_at_work_as_its_client_leaves_ends_without_holding_memory() -> None:
-    sessions, client = make_sessions(), Client()
-    session = open_one(sessions, client, batch=2)
-    session.store_keys(WORK, 0, 0, rows(LEAST, 2))
-    view = session.keys(0)
-    with session.lock:  # as a handler has it
+    caches, client = make_caches(), Client()
+    cache = open_one(caches, client, batch=2)
+    cache.store_keys(WORK, 0, 0, rows(LEAST, 2))
+    view = cache.keys(0)
+    with cache.lock:  # as a handler has it
         client._end()  # must not wait for it
-        assert (sessions.nbytes, session.nbytes, session.closed) == (0, 0, True)
+        assert (caches.nbytes, cache.nbytes, cache.closed) == (0, 0, True)
         assert bool(view.isfinite().all())
-        session.store_keys(WORK, 1, 0, rows(200, 2))
+        cache.store_keys(WORK, 1, 0, rows(200, 2))
         with pytest.raises(ValueError, match=r"^session: it was closed meanwhile$"):
-            session.reorder(WORK, torch.tensor([0]))
-    assert (sessions.nbytes, len(sessions)) == (0, 0)
+            cache.reorder(WORK, torch.tensor([0]))
+    assert (caches.nbytes, len(caches)) == (0, 0)
 
 
 def test_a_client_that_leaves_while_its_memory_is_being_made() -> None:
-    sessions, client = make_sessions(), Client()
-    session = open_one(sessions, client)
+    caches, client = make_caches(), Client()
+    cache = open_one(caches, client)
 
     class Work(_DirtyWork):
         def empty(self, shape: Any, dtype: Any) -> Any:
             client._end()
             return super().empty(shape, dtype)
 
-    session.store_keys(Work(), 0, 0, rows(3))
-    assert (sessions.nbytes, session.nbytes, len(sessions)) == (0, 0, 0)
+    cache.store_keys(Work(), 0, 0, rows(3))
+    assert (caches.nbytes, cache.nbytes, len(caches)) == (0, 0, 0)
 
 
 def test_many_threads_open_fill_and_close_and_nothing_is_left() -> None:
-    sessions = make_sessions(max_sessions=3, max_positions=40 * LEAST)
+    caches = make_caches(max_caches=3, max_positions=40 * LEAST)
     errors: list[BaseException] = []
 
     def work(seed: int) -> None:
@@ -458,11 +457,11 @@ def test_many_threads_open_fill_and_close_and_nothing_is_left() -> None:
             for turn in range(20):
                 client = Client()
                 for _ in range(3):
-                    session = open_one(sessions, client, batch=1 + seed % 3)
+                    cache = open_one(caches, client, batch=1 + seed % 3)
                     try:
-                        with session.lock:
-                            session.store_keys(WORK, 0, 0, rows(30 + 5 * turn, session.batch))
-                            session.reorder(WORK, torch.tensor([0]))
+                        with cache.lock:
+                            cache.store_keys(WORK, 0, 0, rows(30 + 5 * turn, cache.batch))
+                            cache.reorder(WORK, torch.tensor([0]))
                     except LimitError:
                         pass
                 client._end()
@@ -475,7 +474,7 @@ def test_many_threads_open_fill_and_close_and_nothing_is_left() -> None:
     for thread in threads:
         thread.join()
     assert not errors
-    assert (sessions.nbytes, len(sessions)) == (0, 0)
+    assert (caches.nbytes, len(caches)) == (0, 0)
 
 
 # ---- over a connection -----------------------------------------------------------------------------------------------
@@ -496,15 +495,15 @@ def opened(channel: fastsplit.Channel, batch: int = 1, capacity: int = 0) -> int
     return int(channel.call("open", batch=batch, capacity=capacity, dtype="float32").attrs["session"])
 
 
-def at(session: int, start: int = 0) -> dict[str, int]:
-    return {"session": session, "lane": 0, "layer": 0, "start": start}
+def at(cache: int, start: int = 0) -> dict[str, int]:
+    return {"session": cache, "lane": 0, "layer": 0, "start": start}
 
 
-def fill(channel: fastsplit.Channel, session: int, count: int) -> None:
+def fill(channel: fastsplit.Channel, cache: int, count: int) -> None:
     """One layer's keys and values."""
     x = torch.ones(1, count, CONFIG.hidden_size)
-    (qk,) = channel.call("qkv", x, **at(session))
-    channel.call("scores", qk[:, :, -HEADS:].contiguous(), **at(session))
+    (qk,) = channel.call("qkv", x, **at(cache))
+    channel.call("scores", qk[:, :, -HEADS:].contiguous(), **at(cache))
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -609,17 +608,17 @@ def test_a_call_that_fails_leaves_nothing_in_its_lane(executor: Executor) -> Non
 
     client = Client()
     number = executor.sessions.open(client, 1, 0, torch.float32)
-    session = executor.sessions.find(client, number)
+    cache = executor.sessions.find(client, number)
     ids, tables = torch.tensor([[1, 2]]), [torch.ones(1, 2, HEAD_DIM // 2) for _ in range(2)]
     for lane in (0, 1):
         executor.handlers["embedding_scores"](request(lane, ids, *tables, blocks=[0, 2, 0, 2]))
     with pytest.raises(ValueError, match="layer: 0, expected 1 or more"):
         executor.handlers["down_scores"](request(0, torch.ones(1, 2, CONFIG.intermediate_size)))
-    lane, other = session.lane(0), session.lane(1)
+    lane, other = cache.lane(0), cache.lane(1)
     assert (lane.x, lane.cos, lane.sin, lane.blocks, lane.rows) == (None, None, None, None, 0)
     assert other.x is not None
     assert (other.x.shape[1], other.rows) == (2, 2)
-    assert session.keys_filled[0] == session.values_filled[0] == 2
+    assert cache.keys_filled[0] == cache.values_filled[0] == 2
 
 
 def test_values_that_were_never_stored_are_no_part_of_attention(server: fastsplit.Server) -> None:
