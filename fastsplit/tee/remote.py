@@ -1,7 +1,7 @@
-"""What a TEE side has at an executor: its model, checked, and KV caches.
+"""The executor's model as the TEE side knows it, checked, and the TEE side's handles of KV caches on the executor.
 
-Rules. Everything that is said about the model comes from an untrusted peer: it is validated, compared with the trusted
-copy if there is one, and from then on only the copy is used. What is compared is private memory.
+Rules. The description of the model comes from an untrusted peer: it is validated, and compared with the trusted copy if
+there is one; afterwards only the copy is used. Comparisons read private memory, which the peer cannot change.
 """
 
 from __future__ import annotations
@@ -18,21 +18,19 @@ from ..models import DTYPES, Model, ModelConfig
 from ..models.checkpoint import EMBEDDING
 from ..split.contract import CONTRACT, tee_weights_expected
 from ..split.kv_cache import HostMemory, KVStore
-from ..wire.blocking.channel import Channel
 from ..wire.stats import Stats
-from ..wire.transport.spin import spin_us_beside
 
-__all__ = ["Backend", "Cache", "RemoteModel", "share_cores"]
+__all__ = ["Backend", "Cache", "RemoteModel"]
 
 
 class Backend(Protocol):
-    """Who computes for a Runner: a `Channel`, or what behaves like one. split/contract.py has the operations."""
+    """The executor of a Runner: a `Channel`, or an object that behaves like one. split/contract.py has the operations."""
 
     @property
     def stats(self) -> Stats: ...
 
     def empty(self, shape: Sequence[int], dtype: Any) -> Any:
-        """Memory of undefined content from which tensors are sent fastest, views of it included; the caller's own."""
+        """Memory of undefined content that the caller owns. Tensors in it, views included, are sent fastest."""
 
     def call(self, op: str, /, *tensors: torch.Tensor, expect: Any = None, **attrs: Any) -> Any: ...
 
@@ -41,14 +39,14 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class RemoteModel:
-    """What a TEE side needs to know of the executor's model. `weights`: `ModelConfig.tee_weight_shapes`, fp32."""
+    """The part of the executor's model that the TEE side needs. `weights`: `ModelConfig.tee_weight_shapes`, fp32."""
 
     name: str
     config: ModelConfig
     dtype: str
     weights: dict[str, torch.Tensor]
     threads: int = 1
-    """How many of its machine's cores the executor computes with; 0 where it has a device, and it pays to overlap."""
+    """Cores of its machine that the executor computes with; 0 on a device of its own, where overlapping pays."""
     trusted: Model | None = None
     """The trusted copy, where there is one."""
 
@@ -62,10 +60,9 @@ class RemoteModel:
 
     @classmethod
     def fetch(cls, backend: Backend, trusted: Model | None) -> RemoteModel:
-        """Asks the executor, and checks it against the trusted copy if there is one; then all that is used is the
-        copy's.
+        """Fetches the executor's model. With a trusted copy, compares the two and returns the copy's values.
 
-        Raises VerificationError where the two differ, RemoteProtocolError for an answer that makes no sense.
+        Raises VerificationError where the two differ, RemoteProtocolError for a malformed answer.
         """
         described = backend.call("describe", expect=()).attrs
         contract = described.get("contract")
@@ -84,11 +81,11 @@ class RemoteModel:
             _compare(trusted.config, config)
             config = trusted.config
         replies = backend.call("tee_weights", expect=tee_weights_expected(config))
-        # The peer may change what is in shared memory between a comparison and its use.
+        # Private copies: the peer can change shared memory between a comparison and a use.
         weights = {name: reply.clone() for name, reply in zip(config.tee_weight_shapes(), replies)}
         if trusted is not None:
             for name, own in trusted.tee_weights().items():
-                # by their bits: a NaN of the checkpoint's is one on both sides
+                # bits, because a NaN in the checkpoint must equal itself
                 different = own.view(torch.int32) != weights[name].view(torch.int32)
                 if bool(different.any()):
                     rows = different.any(dim=1).sum()
@@ -102,13 +99,6 @@ class RemoteModel:
         return cls(name, config, dtype, weights, threads, trusted)
 
 
-def share_cores(channel: Channel, model: RemoteModel) -> None:
-    """Has callers sleep at once where the executor computes on this machine's cores, with all of them."""
-    spin_us = spin_us_beside(model.threads) if channel.shm else None
-    if spin_us is not None:
-        channel.spin_us = spin_us
-
-
 def _compare(own: ModelConfig, theirs: ModelConfig) -> None:
     differences = [
         f"{name}: {getattr(theirs, name)!r}, expected {getattr(own, name)!r}"
@@ -120,17 +110,17 @@ def _compare(own: ModelConfig, theirs: ModelConfig) -> None:
 
 
 class Cache:
-    """Keys and values of `batch` sequences: on the executor, or in `store` where the plan has attention in the TEE.
+    """A KV cache of `batch` sequences: on the executor, or in `store` where the plan computes attention in the TEE.
 
-    Made by `Runner.new_cache`. Close it, or use it in a `with`; what is still open goes with the connection.
+    Made by `Runner.new_cache`. Close it, or use it in a `with`; the end of the connection closes all caches.
     """
 
     def __init__(self, backend: Backend, batch: int, capacity: int, dtype: str, store: KVStore | None = None) -> None:
         self.batch = batch
         self.length = 0
-        """Positions that are filled; with padding, padding included."""
+        """Filled positions, padding included."""
         self.mask: torch.Tensor | None = None
-        """[batch, length] bool, which of them hold a token; None if all do."""
+        """[batch, length] bool, True for positions that hold a token; None if all do."""
         self.closed = False
         self.store = store
         self._backend = backend
@@ -140,14 +130,14 @@ class Cache:
         self.number = number
 
     def truncate(self, length: int, *, wait: bool = True) -> None:
-        """Forgets what is behind `length` positions. Raises SettingError if there are fewer. `wait`: for the executor's
-        answer; a later operation comes after it all the same."""
+        """Cuts the cache back to `length` positions. Raises SettingError if it has fewer. `wait`: wait for the answer;
+        later operations run after it in any case."""
         if not 0 <= length <= self.length:
             raise SettingError(f"length: {length}, expected 0 to {self.length}")
         if self.store is not None:
             self.store.truncate(length)  # the executor has nothing of it
         else:
-            self._tell("truncate", wait, length=length)
+            self._send("truncate", wait, length=length)
         self.length = length
         if self.mask is not None:
             self.mask = self.mask[:, :length]
@@ -166,16 +156,16 @@ class Cache:
             self.mask = self.mask[indices]
 
     def close(self, *, wait: bool = True) -> None:
-        """Gives the executor's memory back. Idempotent; does nothing where the connection has ended. `wait`: for the
-        executor's answer. After an error do not: it may be stalled, and would cost a second deadline."""
+        """Releases the executor's memory. Idempotent; does nothing after the connection's end. `wait`: wait for the
+        answer. Pass False after an error: a stalled executor would cost a second deadline."""
         if not self.closed:
             self.closed = True
             if self.store is not None:
                 self.store.close()
-            with contextlib.suppress(ClosedError, PeerLostError):  # with the connection the session has gone, too
-                self._tell("close", wait)
+            with contextlib.suppress(ClosedError, PeerLostError):  # the connection's end has closed the cache
+                self._send("close", wait)
 
-    def _tell(self, op: str, wait: bool, **attrs: int) -> None:
+    def _send(self, op: str, wait: bool, **attrs: int) -> None:
         (self._backend.call if wait else self._backend.submit)(op, expect=(), session=self.number, **attrs)
 
     def __enter__(self) -> Cache:

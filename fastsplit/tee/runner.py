@@ -30,7 +30,7 @@ from .program import Chunk, Interpreter, Program, Progress
 from .remote import Backend, Cache, RemoteModel
 from .report import Recorder
 from .sampling import Sampling, check_finite, sample
-from .tuning import Choice
+from .tuning import Tuning
 
 __all__ = ["Runner"]
 
@@ -58,7 +58,8 @@ class Runner:
     `max_cache_nbytes`: what keys and values in the TEE may take, of all caches of this runner. `guard`: stands around
     every call (guard.py).
 
-    `choice`: what tuning.py decided; it stands for `plan`, `lanes`, `block_rows` and `cast`.
+    `choice`: the settings of `tune`, in place of `plan`, `lanes`, `block_rows` and `cast`; `self.tuning` afterwards,
+    and `self.choice`, its older name.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Runner:
         lanes: int | None = None,
         block_rows: int | None = None,
         cast: str | None = None,
-        choice: Choice | None = None,
+        choice: Tuning | None = None,
         scores_nbytes: int = _SCORES_NBYTES,
         max_cache_nbytes: int = _MAX_CACHE_NBYTES,
         guard: Guard | None = None,
@@ -83,7 +84,7 @@ class Runner:
         wire_dtype = wire_dtype or model.dtype
         dtypes = (model.dtype, wire_dtype)
         self.plan, self.plan_reason = choose_plan(plan, model.config, dtypes)
-        self.choice = choice
+        self.tuning = self.choice = choice
         self.config = model.config
         self.cast = cast
         self.wire_dtype = wire_dtype
