@@ -27,7 +27,8 @@ import torch
 import fastsplit
 from fastsplit.executor.service import Executor
 from fastsplit.models import DTYPES, PRESETS, Model, ModelConfig
-from fastsplit.split.ops import PLANS, traffic
+from fastsplit.split.contract import traffic
+from fastsplit.split.plan import PLANS
 from fastsplit.tee.remote import RemoteModel
 from fastsplit.tee.runner import Runner
 from fastsplit.wire.stats import Stats
@@ -176,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
                 ("decode", args.prefill, 1, counted[1]),
             ):
                 expected = formula(config, plan, args.dtype, start, new)
-                a, b = PLANS[plan]
+                a, b = PLANS[plan].call_counts
                 text = f"{a}*{config.num_hidden_layers}+{b} = {expected.calls}"
                 cache_nbytes = _cache_nbytes(config, args.dtype, start + new)
                 numbers = [

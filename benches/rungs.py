@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import fastsplit
-from fastsplit.split.ops import PLANS
+from fastsplit.split.plan import PLANS
 from fastsplit.tee.remote import RemoteModel
 from fastsplit.tee.report import codec_counts
 
@@ -134,7 +134,7 @@ def _run(split: Split, ids: torch.Tensor) -> tuple[Measurement, torch.Tensor]:
         with recorder.phase("prefill"):
             logits = runner.forward(ids[None], cache)[0, -1]
         after = split.backend.stats.as_dict()
-    a, b = PLANS[runner.plan]
+    a, b = (PLANS[runner.plan].call_counts,)
     chain_calls = a * runner.config.num_hidden_layers + b
     measured = {
         **recorder.as_dict(),

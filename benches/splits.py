@@ -31,7 +31,7 @@ from typing import Any
 
 import fastsplit
 from fastsplit.models import open_model
-from fastsplit.split.ops import PLANS
+from fastsplit.split.plan import PLANS
 from fastsplit.tee.open import open_split, share_cores
 from fastsplit.tee.remote import RemoteModel
 from fastsplit.tee.report import Recorder

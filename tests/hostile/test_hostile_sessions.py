@@ -21,7 +21,9 @@ import fastsplit
 from fastsplit.errors import RemoteOpError, RemoteProtocolError
 from fastsplit.executor.service import Executor
 from fastsplit.models import Model, ModelConfig, open_model
-from fastsplit.split.ops import MAX_BLOCKS, MAX_LANES, PLANS, Block, block_attrs, packed_elements
+from fastsplit.split.blocks import MAX_BLOCKS, Block, block_attrs, packed_elements
+from fastsplit.split.contract import MAX_LANES
+from fastsplit.split.plan import PLANS
 from fastsplit.tee.remote import RemoteModel
 from fastsplit.tee.runner import Runner
 

@@ -23,7 +23,7 @@ from benches.rungs import floors
 from benches.splits import Rung, parse_rung
 from fastsplit import Server, connect
 from fastsplit.models import open_model
-from fastsplit.split.ops import PLANS
+from fastsplit.split.plan import PLANS
 from fastsplit.tee.remote import RemoteModel
 from fastsplit.tee.runner import Runner
 
@@ -97,7 +97,7 @@ def test_a_rival_has_as_many_calls_of_it_as_the_plan_says(null: Any, plan: str) 
         runner = rival_runner(known, backend, plan)
         cache = stack.enter_context(runner.new_cache(1))
         assert runner.forward(torch.zeros(1, 20, dtype=torch.int64), cache).isfinite().all()
-    a, b = PLANS[plan]
+    a, b = PLANS[plan].call_counts
     assert backend.stats.calls == a * null.config.num_hidden_layers + b
 
 

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import pytest
 
 from fastsplit.models import PRESETS, ModelConfig
-from fastsplit.split.ops import PLANS, Traffic, choose_block_rows, packed_elements, row_blocks, traffic
+from fastsplit.split.blocks import choose_block_rows, packed_elements, row_blocks
+from fastsplit.split.contract import Traffic, traffic
+from fastsplit.split.plan import PLANS
 from fastsplit.tee.tuning import ASKED_FOR, MIN_CHUNK_ROWS, Link, may_overlap, measure_link, prefill_s, tune
 
 
