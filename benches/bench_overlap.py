@@ -48,7 +48,7 @@ import fastsplit
 from fastsplit.executor.device import Cpu, Work
 from fastsplit.executor.service import Executor
 from fastsplit.models import LINEARS, Model, ModelConfig
-from fastsplit.split.contract import MAX_LANES, PLANS
+from fastsplit.split.ops import MAX_LANES, PLANS
 from fastsplit.tee.remote import RemoteModel
 from fastsplit.tee.report import Recorder
 from fastsplit.tee.runner import Runner

@@ -33,7 +33,7 @@ import torch
 
 import fastsplit
 from fastsplit.models import DTYPES
-from fastsplit.split.contract import PLANS
+from fastsplit.split.ops import PLANS
 from fastsplit.tee.remote import RemoteModel
 
 from .environment import add_output, describe, keep_whole, save

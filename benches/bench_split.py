@@ -36,7 +36,7 @@ from typing import Any
 import torch
 
 from fastsplit.models import DTYPES, open_model
-from fastsplit.split.contract import PLANS
+from fastsplit.split.ops import PLANS
 
 from .environment import add_output_dir, describe, keep_whole
 from .split_decode import HF as DECODE_HF

@@ -27,7 +27,7 @@ import torch
 import fastsplit
 from fastsplit.executor.service import Executor
 from fastsplit.models import DTYPES, PRESETS, Model, ModelConfig
-from fastsplit.split.contract import PLANS, traffic
+from fastsplit.split.ops import PLANS, traffic
 from fastsplit.tee.remote import RemoteModel
 from fastsplit.tee.runner import Runner
 from fastsplit.wire.stats import Stats

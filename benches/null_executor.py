@@ -36,7 +36,7 @@ import torch
 from fastsplit import Server
 from fastsplit.executor.device import Cpu
 from fastsplit.models import DTYPES, Model, open_model
-from fastsplit.split.contract import Block, packed_elements, parse_blocks
+from fastsplit.split.ops import Block, packed_elements, parse_blocks
 from fastsplit.wire.call import Call, Handler
 
 from .counts import MODELS, counted_model

@@ -28,7 +28,7 @@ import fastsplit
 from demo.smollm2 import model_dir
 from fastsplit.executor.service import Executor
 from fastsplit.models import DTYPES, open_model
-from fastsplit.split.contract import PLANS
+from fastsplit.split.ops import PLANS
 from fastsplit.tee.remote import RemoteModel
 from fastsplit.tee.runner import Runner
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import fastsplit
-from fastsplit.split.contract import PLANS
+from fastsplit.split.ops import PLANS
 from fastsplit.tee.remote import RemoteModel
 from fastsplit.tee.report import codec_counts
 

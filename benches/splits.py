@@ -31,7 +31,7 @@ from typing import Any
 
 import fastsplit
 from fastsplit.models import open_model
-from fastsplit.split.contract import PLANS
+from fastsplit.split.ops import PLANS
 from fastsplit.tee.remote import RemoteModel, share_cores
 from fastsplit.tee.report import Recorder
 from fastsplit.tee.runner import Runner

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from fastsplit import cli
 from fastsplit.errors import FastsplitError, ModelError
 from fastsplit.models import DTYPES, Model, ModelConfig, open_model
-from fastsplit.split.contract import MAX_LANES, PLANS
+from fastsplit.split.ops import MAX_LANES, PLANS
 from fastsplit.tee.tuning import ASKED_FOR, CASTS, choose, look, may_overlap
 from fastsplit.wire.blocking.channel import Channel
 from fastsplit.wire.call import describe

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 from ..errors import LimitError, SettingError
 from ..extras import torch
 from ..models import ModelConfig
-from ..split.contract import MAX_LANES, Block
+from ..split.blocks import Block
+from ..split.contract import MAX_LANES
 from ..split.kv_cache import Budget, KVStore, Memory
 
 if TYPE_CHECKING:

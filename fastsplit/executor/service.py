@@ -23,8 +23,8 @@ from ..errors import LimitError, ModelError, SettingError, TensorError
 from ..extras import torch
 from ..models import DTYPES, LINEARS, Model
 from ..schema.limits import Limits
-from ..split.contract import Block, packed_elements, parse_blocks
 from ..split.functional import rotary_
+from ..split.ops import Block, packed_elements, parse_blocks
 from ..wire.call import Call, Handler
 from ..wire.shm.segment import Hook
 from .attention import scores, weighted_values

@@ -28,8 +28,8 @@ from typing import Any, NamedTuple
 
 from ..extras import torch
 from ..models import ModelConfig
-from ..split.contract import Block, Expected, Shapes
 from ..split.functional import Scale, gated_, head_norm_, inverse_rms, rms_norm, rotary_, softcap_, softmax_
+from ..split.ops import Block, Expected, Shapes
 from .remote import Backend
 from .report import Recorder
 

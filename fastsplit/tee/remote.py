@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from ..errors import ClosedError, ModelError, PeerLostError, RemoteProtocolError, SettingError, VerificationError
 from ..extras import torch
 from ..models import DTYPES, Model, ModelConfig
-from ..split.contract import Shapes
+from ..split.ops import Shapes
 from ..wire.blocking.channel import Channel
 from ..wire.stats import Stats
 from ..wire.transport.spin import spin_us_beside

@@ -22,8 +22,8 @@ from typing import Any
 from ..errors import SettingError
 from ..extras import torch
 from ..models import Rope
-from ..split.contract import MAX_LANES, Block, block_attrs, choose_block_rows, choose_plan, row_blocks
 from ..split.functional import int64, int64_range, rotary_matrix
+from ..split.ops import MAX_LANES, Block, block_attrs, choose_block_rows, choose_plan, row_blocks
 from ..split.rope import cos_sin
 from .program import Attention, Layers, Program, Progress, Stretch
 from .remote import Backend, Cache, RemoteModel

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import SettingError
 from ..models import ModelConfig
-from ..split.contract import MAX_LANES, PLANS, Traffic, choose_plan, traffic
+from ..split.ops import MAX_LANES, PLANS, Traffic, choose_plan, traffic
 from ..wire.transport.address import parse_address
 
 if TYPE_CHECKING:

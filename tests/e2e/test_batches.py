@@ -19,7 +19,7 @@ import fastsplit
 from fastsplit.errors import DeadlineError, RemoteOpError
 from fastsplit.executor.service import Executor
 from fastsplit.models import Model, open_model
-from fastsplit.split.contract import PLANS, Block, packed_elements
+from fastsplit.split.ops import PLANS, Block, packed_elements
 from fastsplit.tee.remote import Cache, RemoteModel
 from fastsplit.tee.runner import Runner
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastsplit
-from fastsplit.split.contract import PLANS, choose_block_rows
+from fastsplit.split.ops import PLANS, choose_block_rows
 from fastsplit.tee.remote import RemoteModel
 from fastsplit.tee.runner import Runner
 from fastsplit.wire.stats import Stats

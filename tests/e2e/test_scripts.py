@@ -22,7 +22,7 @@ from fastsplit import tee_side
 from fastsplit.executor.service import Executor
 from fastsplit.executor.service import device as devices
 from fastsplit.models import open_model
-from fastsplit.split.contract import PLANS
+from fastsplit.split.ops import PLANS
 from fastsplit.tee import remote
 from fastsplit.tee.remote import RemoteModel, share_cores
 from fastsplit.wire.transport import spin

@@ -27,7 +27,7 @@ from benches.split_ladder import STEPS
 from benches.split_systems import Document, Phase, Setting, System, measure
 from benches.workers import Workers
 from fastsplit.models import Model, open_model
-from fastsplit.split.contract import PLANS
+from fastsplit.split.ops import PLANS
 from fastsplit.tee.remote import RemoteModel
 from fastsplit.tee.runner import Runner
 

@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 from split import CONFIGS, load_hf, make_model, relative_error, split
 
 from fastsplit.models import Model, open_model
-from fastsplit.split.contract import PLANS, traffic
+from fastsplit.split.ops import PLANS, traffic
 from fastsplit.tee.remote import RemoteModel
 from fastsplit.tee.runner import Runner
 from fastsplit.tee.tuning import Choice, Link, choose

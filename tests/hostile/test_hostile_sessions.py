@@ -21,7 +21,7 @@ import fastsplit
 from fastsplit.errors import RemoteOpError, RemoteProtocolError
 from fastsplit.executor.service import Executor
 from fastsplit.models import Model, ModelConfig, open_model
-from fastsplit.split.contract import MAX_BLOCKS, MAX_LANES, PLANS, Block, block_attrs, packed_elements
+from fastsplit.split.ops import MAX_BLOCKS, MAX_LANES, PLANS, Block, block_attrs, packed_elements
 from fastsplit.tee.remote import RemoteModel
 from fastsplit.tee.runner import Runner
 

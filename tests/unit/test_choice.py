@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from fastsplit.models import PRESETS, ModelConfig
-from fastsplit.split.contract import PLANS, Traffic, choose_block_rows, packed_elements, row_blocks, traffic
+from fastsplit.split.ops import PLANS, Traffic, choose_block_rows, packed_elements, row_blocks, traffic
 from fastsplit.tee.tuning import ASKED_FOR, MIN_STRETCH_ROWS, Link, choose, look, may_overlap, prefill_s
 
 

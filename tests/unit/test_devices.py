@@ -24,7 +24,7 @@ from fastsplit.executor.cuda import Cuda, TorchDriver
 from fastsplit.executor.device import Cpu, open_device
 from fastsplit.executor.service import Executor
 from fastsplit.models import open_model
-from fastsplit.split.contract import Block, block_attrs, packed_elements, row_blocks
+from fastsplit.split.ops import Block, block_attrs, packed_elements, row_blocks
 from fastsplit.wire.call import Client
 
 MODEL = open_model("random:tiny")

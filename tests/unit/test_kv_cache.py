@@ -17,7 +17,7 @@ import fastsplit
 from fastsplit import gpu_side
 from fastsplit.errors import LimitError, RemoteOpError
 from fastsplit.models import PRESETS, open_model
-from fastsplit.split.contract import MAX_LANES
+from fastsplit.split.ops import MAX_LANES
 from fastsplit.wire.call import Client
 
 torch = pytest.importorskip("torch")

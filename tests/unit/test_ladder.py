@@ -23,7 +23,7 @@ from benches.rungs import floors
 from benches.splits import Rung, parse_rung
 from fastsplit import Server, connect
 from fastsplit.models import open_model
-from fastsplit.split.contract import PLANS
+from fastsplit.split.ops import PLANS
 from fastsplit.tee.remote import RemoteModel
 from fastsplit.tee.runner import Runner
 

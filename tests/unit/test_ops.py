@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fastsplit.models import PRESETS, ModelConfig
-from fastsplit.split.contract import (
+from fastsplit.split.ops import (
     MAX_BLOCKS,
     PLANS,
     Block,

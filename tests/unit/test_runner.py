@@ -18,7 +18,7 @@ import torch
 from fastsplit.errors import RemoteProtocolError, VerificationError
 from fastsplit.executor.service import Executor
 from fastsplit.models import open_model
-from fastsplit.split.contract import PLANS, choose_block_rows, packed_elements, row_blocks, traffic
+from fastsplit.split.ops import PLANS, choose_block_rows, packed_elements, row_blocks, traffic
 from fastsplit.tee import runner as runner_module
 from fastsplit.tee.remote import RemoteModel, share_cores
 from fastsplit.tee.runner import Runner

@@ -1,0 +1,391 @@
+"""Plans as data: which steps of a forward pass run on which side, and which of them go in one call.
+
+A plan is a text. Steps in brackets are one call to the executor; steps outside run in the TEE. `|` divides what comes
+before the layers, what each layer repeats, and what comes after them; a call may go across it:
+
+    [embed | norm qkv store_v] rope [store_k scale_v scores] softmax [values o add norm gate_up] act [down add | norm
+    lm_head]
+
+`schedule` unrolls a plan for a model into calls and the TEE's steps between them. Everything else follows from that:
+the number of calls, the tensors that travel and their shapes (contract.py), what a call counts as in the report, what
+the executor learns, whether its products can be verified, and the tables in the docs.
+
+A norm in a call is folded: W(norm(x)) = rms(x)^-1 * W diag(g) x. The executor multiplies x by the norm's weight g and
+sends x back, and the TEE applies rms(x)^-1 of each row to what came of it.
+
+To add a plan is to add an entry of `PLANS`. Rules. A step's name, what it takes and what it gives stand in `STEPS`
+alone. Nothing here knows tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from ..errors import SettingError
+from ..models import ModelConfig
+
+__all__ = [
+    "PLANS",
+    "PLAN_ALIASES",
+    "STEPS",
+    "STEP_LISTS",
+    "Call",
+    "Local",
+    "Plan",
+    "Stage",
+    "Step",
+    "choose_plan",
+    "plan_table",
+    "signature",
+]
+
+
+class Step(NamedTuple):
+    """What a step of the executor does, in names of values (contract.py has their shapes).
+
+    `takes`: what earlier steps of the call made, or else the request carries. `gives`: what it makes; at the call's end
+    everything that no later step has taken goes back, except `INTERNAL` values. `kind`: what it counts as in the
+    report. `products`: how many matrix products it counts for there.
+    """
+
+    takes: tuple[str, ...]
+    gives: tuple[str, ...]
+    kind: str = ""
+    products: int = 0
+
+
+INTERNAL = ("normed", "rotated")
+"""Values that never leave the executor."""
+
+_ORDER = (
+    *("ids", "cos", "sin", "x", "normed", "qk", "q", "k", "weights", "v", "attended", "gated"),
+    *("scale", "selected"),
+)
+"""In which order a request carries them."""
+
+STEPS: dict[str, Step] = {
+    # before the layers
+    "tables": Step(("cos", "sin"), ()),  # the rotary tables of this pass stay for all layers
+    "embed": Step(("ids",), ("x",), "embedding", 1),
+    "residual": Step(("x",), ()),  # the TEE's x begins the residual stream
+    # a norm whose weight is folded into the next product; x stays as the residual stream
+    "norm": Step((), ("normed",)),
+    # attention; q and k are the two parts of qk
+    "q": Step(("normed",), ("q",), "linear", 1),
+    "k": Step(("normed",), ("k",), "linear", 1),
+    "v": Step(("normed",), ("v",), "linear", 1),
+    "qkv": Step(("normed",), ("qk", "v"), "linear", 3),
+    "store_v": Step(("v",), ()),  # into the KV cache
+    "rope": Step(("qk",), ("rotated",)),
+    "store_k": Step(("k",), ()),
+    "scale_v": Step(("scale",), ()),  # applies rms(x)^-1, and the bias behind it, to what was stored
+    "scale_kv": Step(("scale",), ()),
+    "select": Step(("selected",), ()),  # one row of each sequence goes on, of the residual stream and of q
+    "scores": Step(("q",), ("scores",), "matmul", 1),
+    "values": Step(("weights",), ("attended",), "matmul", 1),
+    "o": Step(("attended",), ("delta",), "linear", 1),
+    # the residual stream goes on as x + delta
+    "add": Step(("delta",), ("x",)),
+    # MLP
+    "gate": Step(("normed",), ("gate",), "linear", 1),
+    "up": Step(("normed",), ("up",), "linear", 1),
+    "gate_up": Step(("normed",), ("gate_up",), "linear", 2),
+    "down": Step(("gated",), ("delta",), "linear", 1),
+    # behind the layers
+    "lm_head": Step(("normed",), ("logits",), "lm_head", 1),
+}
+"""The executor's steps. The TEE's are methods of tee/program.py: embed, norm, rope, select, store, attention, softmax,
+act, add."""
+
+_FILLS_CACHE = {
+    *("tables", "embed", "residual", "norm", "q", "k", "v", "qkv"),
+    *("store_v", "rope", "store_k", "scale_v", "scale_kv", "store"),
+}
+"""The steps of the last layer that run in a chunk whose logits are not wanted."""
+
+
+class Call(NamedTuple):
+    """One call to the executor."""
+
+    layer: int
+    """The layer of its first step; steps behind `down add` belong to the next one."""
+    steps: tuple[str, ...]
+    text: str
+    """The steps as the request names them: with spaces between."""
+    inputs: tuple[str, ...]
+    """Values that the request carries, in this order. q and k that lie together travel as one tensor, `qk`."""
+    outputs: tuple[str, ...]
+    """Values that the reply carries, in this order."""
+    selected: bool
+    """Whether one row of each sequence was selected before this call."""
+    kind: str
+    """What the call counts as in the report: the kinds of its steps, "+" between different ones."""
+    products: int
+    """How many of that; 1 for several kinds together."""
+
+    @property
+    def end_layer(self) -> int:
+        """The layer of its last step."""
+        return self.layer + ("down" in self.steps and "qkv" in self.steps)
+
+
+class Local(NamedTuple):
+    """A step that the TEE does. `nth`: which one of its name it is within the layer, from 0; -1 behind the layers."""
+
+    layer: int
+    step: str
+    nth: int
+
+
+Stage = Call | Local
+
+
+class Plan:
+    """One way to divide a forward pass. Immutable; `schedule` keeps what it has made."""
+
+    def __init__(
+        self, name: str, text: str, *, otherwise: str = "", at_home: str = "", exact: Plan | None = None
+    ) -> None:
+        """`otherwise`: the plan that runs where this one cannot. `at_home`: what comes before the layers where the TEE
+        has the embedding's weights. `exact`: the form of this plan for models and dtypes where norms cannot be
+        folded."""
+        self.name = name
+        self.text = text
+        self.otherwise = otherwise
+        self.exact = exact
+        self.at_home = Plan(name, f"{at_home} |{text.partition('|')[2]}") if at_home else self
+        self._before, self._layer, self._after = (
+            tuple(section.replace("[", " [ ").replace("]", " ] ").split()) for section in text.split("|")
+        )
+        self.schedule = functools.lru_cache(64)(self._schedule)
+        called = {step for part in text.split("[")[1:] for step in part.partition("]")[0].split()}
+        self.folds = "norm" in called
+        """Whether norms are folded: the residual stream is on the executor."""
+        self.rotates = "rope" in called
+        """Whether q and k are rotated on the executor, so that they never leave it."""
+        self.has_cache_here = "scores" not in called
+        """Whether keys and values are in the TEE; else they are on the executor."""
+
+    def __repr__(self) -> str:
+        return f"Plan({self.name!r}, {self.text!r})"
+
+    @property
+    def verifiable(self) -> bool:
+        """Whether the TEE can check every product: it sees the input and the output of each, or of a chain of linear
+        products (v, values, o). Scores of a q and a k that it never sees cannot be checked."""
+        return not self.rotates
+
+    @property
+    def seen(self) -> tuple[str, ...]:
+        """The values that the executor sees, in the order of a pass: what it is sent, and what it makes."""
+        names: dict[str, None] = {}
+        for stage in self.schedule(2):
+            if isinstance(stage, Call):
+                names.update(
+                    dict.fromkeys((*stage.inputs, *(name for step in stage.steps for name in STEPS[step].gives)))
+                )
+        return tuple(names)
+
+    def why_not(self, config: ModelConfig, dtypes: Sequence[str]) -> str:
+        """Why the plan cannot run for a model with these dtypes of executor and link; "" if it can."""
+        if self.folds and config.post_norms:
+            return f"{config.model_type}: norms after attention and MLP stand between what folding puts together"
+        if self.folds and "float16" in dtypes:
+            return "float16: the residual stream may leave its range"
+        if self.rotates and (config.qk_norm or config.attention_bias):
+            what = "norms" if config.qk_norm else "biases"
+            return f"{config.model_type}: {what} of q and k come between the products"
+        if self.rotates and config.local_rope is not None:
+            return f"{config.model_type}: layers have two kinds of rotary embedding"
+        return ""
+
+    def form(self, config: ModelConfig, dtypes: Sequence[str], *, has_embedding: bool) -> Plan:
+        """The form of the plan that runs: the exact one where norms cannot be folded, that at home with
+        `has_embedding`."""
+        plan = self.exact if self.exact is not None and self.why_not(config, dtypes) else self
+        return plan.at_home if has_embedding else plan
+
+    def calls(self, layers: int) -> int:
+        """Calls of a forward pass."""
+        return sum(isinstance(stage, Call) for stage in self.schedule(layers))
+
+    def _schedule(self, layers: int, *, wants_logits: bool = True, selects: bool = False) -> tuple[Stage, ...]:
+        """The stages of one chunk in order.
+
+        `wants_logits`: False for a chunk that ends as soon as the last layer's keys and values are stored. `selects`:
+        whether one row of each sequence goes on in the last layer, where the other rows would only be read by layers
+        that do not exist.
+        """
+        stages: list[Stage] = []
+        steps: list[str] | None = None  # of the call that is open
+        first = 0  # its layer
+        selected = waiting = False  # waiting: the residual stream on the executor has all rows still
+        joined = "qkv" in self._layer
+        for layer, token, index in self._tokens(layers, wants_logits):
+            final = layer == layers - 1 and selects and wants_logits
+            if token == "[":
+                steps, first = [], layer
+            elif token == "]":
+                assert steps is not None
+                if steps:
+                    stages.append(_call(first, tuple(steps), selected, joined and not selected))
+                if final and "rope" in steps:
+                    stages.append(Local(layer, "select", 0))
+                    selected = True
+                steps = None
+            elif steps is None:
+                stages.append(Local(layer, token, index))
+                if final and token == "rope":
+                    stages.append(Local(layer, "select", 0))
+                    selected, waiting = True, self.folds
+            else:
+                if final and (token == "scores" or (waiting and token == "o")):
+                    if self.folds:
+                        steps.append("select")
+                    waiting = False
+                steps.append(token)
+        return tuple(stages)
+
+    def _tokens(self, layers: int, wants_logits: bool) -> Iterator[tuple[int, str, int]]:
+        """(layer, token, which one of its name within the layer) of the whole pass."""
+        for token in self._before:
+            yield 0, token, 0
+        for layer in range(layers):
+            seen: dict[str, int] = {}
+            fills_only = layer == layers - 1 and not wants_logits
+            for token in self._layer:
+                index = seen[token] = seen.get(token, -1) + 1
+                if not fills_only or token in "[]" or (token in _FILLS_CACHE and not (token == "norm" and index)):
+                    yield layer, token, index
+        if wants_logits:
+            for token in self._after:
+                yield layers - 1, token, -1
+
+
+@functools.cache
+def signature(steps: tuple[str, ...], joined: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The values that a request with these steps carries, and those that its reply carries, in order.
+
+    `joined`: q and k, where both are asked for, travel as one tensor `qk`.
+    """
+    inputs: set[str] = set()
+    made: dict[str, None] = {}
+    for step in steps:
+        for name in STEPS[step].takes:
+            if name in made:
+                del made[name]
+            elif name not in ("q", "k") or "rotated" not in made:
+                inputs.add(name)
+        made.update(dict.fromkeys(STEPS[step].gives))
+    if "normed" in inputs and "norm" in steps:
+        inputs.remove("normed")
+    if joined and {"q", "k"} <= inputs:
+        inputs = inputs - {"q", "k"} | {"qk"}
+    return tuple(sorted(inputs, key=_ORDER.index)), tuple(name for name in made if name not in INTERNAL)
+
+
+def _call(layer: int, steps: tuple[str, ...], selected: bool, joined: bool) -> Call:
+    kinds = list(dict.fromkeys(STEPS[step].kind for step in steps if STEPS[step].kind))
+    products = sum(STEPS[step].products for step in steps) if len(kinds) < 2 else 1
+    inputs, outputs = signature(steps, joined)
+    return Call(layer, steps, " ".join(steps), inputs, outputs, selected, "+".join(kinds) or "matmul", products)
+
+
+PLANS: dict[str, Plan] = {
+    plan.name: plan
+    for plan in (
+        Plan(
+            "per-op",
+            "[embed] | norm [q] [k] [v] rope [store_k scores] softmax [store_v values] [o] add"
+            " norm [gate] [up] act [down] add | norm [lm_head]",
+        ),
+        Plan(
+            "batched",
+            "[embed] | norm [qkv] rope [store_k scores] softmax [store_v values] [o] add"
+            " norm [gate_up] act [down] add | norm [lm_head]",
+        ),
+        Plan(
+            "fused",
+            "[embed] | norm [qkv store_v] rope [store_k scores] softmax [values o] add"
+            " norm [gate_up] act [down] add | norm [lm_head]",
+        ),
+        Plan(
+            "folded",
+            "[embed | norm qkv store_v] rope [store_k scale_v scores] softmax [values o add norm gate_up] act"
+            " [down add | norm lm_head]",
+            otherwise="fused",
+        ),
+        Plan(
+            "minimal",
+            "[embed tables | norm qkv store_v rope store_k scores] softmax [scale_kv values o add norm gate_up] act"
+            " [down add | norm lm_head]",
+            otherwise="folded",
+        ),
+        Plan(
+            "tee-attention",
+            "[embed | norm qkv] rope store attention [o add norm gate_up] act [down add | norm lm_head]",
+            at_home="embed [residual",
+            exact=Plan(
+                "tee-attention",
+                "[embed] | norm [qkv] rope store attention [o] add norm [gate_up] act [down] add | norm [lm_head]",
+                at_home="embed",
+            ),
+        ),
+    )
+}
+"""Name -> plan. All of them give the same logits."""
+
+PLAN_ALIASES = {"linear": "minimal"}
+"""Names of before -> names of today."""
+
+
+def _step_lists() -> dict[str, tuple[str, ...]]:
+    found = {}
+    for plan in PLANS.values():
+        for form in (plan, plan.exact or plan):
+            for each in (form, form.at_home):
+                for layers in (1, 2, 3):
+                    for wants_logits in (True, False):
+                        for selects in (True, False):
+                            for stage in each.schedule(layers, wants_logits=wants_logits, selects=selects):
+                                if isinstance(stage, Call):
+                                    found[stage.text] = stage.steps
+    return found
+
+
+STEP_LISTS = _step_lists()
+"""Every list of steps that occurs in some plan, by its text. An executor runs these and no others."""
+
+
+def choose_plan(wanted: str, config: ModelConfig, dtypes: Sequence[str]) -> tuple[str, str]:
+    """The name of the plan to run where `wanted` (a plan, an alias, or "auto") is asked for, and why it is another one
+    ("" if it is not).
+
+    `dtypes`: those of executor and link. Raises SettingError for a name that is no plan.
+    """
+    name = PLAN_ALIASES.get(wanted, wanted)
+    if name not in PLANS and name != "auto":
+        raise SettingError(f"plan {wanted!r}, expected one of auto, {', '.join(PLANS)}")
+    plan = PLANS["folded" if name == "auto" else name]
+    first_reason = ""
+    while plan.exact is None and (reason := plan.why_not(config, dtypes)):
+        first_reason = first_reason or reason
+        plan = PLANS[plan.otherwise]
+    return plan.name, first_reason
+
+
+def plan_table() -> str:
+    """The plans as a Markdown table, for docs/architecture.md."""
+    lines = ["| plan | calls | the steps; in brackets: one call | verifiable | KV cache |", "|---|---|---|---|---|"]
+    for plan in PLANS.values():
+        for form in (plan, *([plan.exact] if plan.exact is not None else [])):
+            per_layer = form.calls(2) - form.calls(1)
+            once = form.calls(1) - per_layer
+            name = plan.name if form is plan else f"{plan.name}, where norms cannot be folded"
+            lines.append(
+                f"| {name} | {per_layer}L + {once} | `{form.text.replace('|', '/')}` "
+                f"| {'yes' if form.verifiable else 'no'} | {'TEE' if form.has_cache_here else 'executor'} |"
+            )
+    return "\n".join(lines)
