@@ -156,8 +156,8 @@ def _said(split: Split) -> dict[str, Any]:
     said: dict[str, Any] = {"link": channel.link._asdict(), "codecs": codec_counts(channel.stats)}
     if channel.stats.casts_widened:
         said["casts_widened"] = channel.stats.casts_widened
-    if runner.choice is not None:
-        said["choice"] = runner.choice.lines()
+    if runner.tuning is not None:
+        said["choice"] = runner.tuning.lines()
     return said
 
 

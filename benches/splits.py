@@ -32,10 +32,10 @@ from typing import Any
 import fastsplit
 from fastsplit.models import open_model
 from fastsplit.split.ops import PLANS
-from fastsplit.tee.remote import RemoteModel, share_cores
+from fastsplit.tee.open import open_split, share_cores
+from fastsplit.tee.remote import RemoteModel
 from fastsplit.tee.report import Recorder
 from fastsplit.tee.runner import Runner
-from fastsplit.tee.tuning import choose, look, may_overlap
 
 from .processes import Process
 from .rivals.backend import RivalBackend, rival_runner
@@ -165,17 +165,14 @@ def open_rung(
     if rung.rival is not None:
         rival = stack.enter_context(RivalBackend(uri, rung.rival, known.config))
         return Split(rung.name, rival_runner(known, rival, rung.plan), rival, worker_pid)
-    options: dict[str, Any] = {"codec": rung.codec or "off", "wire_dtype": rung.cast, "overlap": rung.lanes != 1}
     if rung.auto:
-        options = {"overlap": may_overlap(uri)}
+        opened = stack.enter_context(open_split(uri, known, rows=rows, call_timeout_s=600))
+        channel, runner = opened.channel, opened.runner
+        return Split(rung.name, runner, channel, worker_pid, channel.shm, runner.plan_reason)
+    options: dict[str, Any] = {"codec": rung.codec or "off", "wire_dtype": rung.cast, "overlap": rung.lanes != 1}
     channel = stack.enter_context(fastsplit.connect(uri, call_timeout_s=600, **options))
     share_cores(channel, known)
-    if rung.auto:  # as the TEE side's script has it
-        found = look(channel)
-        choice = choose(known.config, known.dtype, rows, link=found, shm=channel.shm, threads=known.threads)
-        runner = Runner(known, channel, choice=choice)
-    else:
-        runner = Runner(known, channel, rung.plan, lanes=rung.lanes, block_rows=rung.blocks)
+    runner = Runner(known, channel, rung.plan, lanes=rung.lanes, block_rows=rung.blocks)
     return Split(rung.name, runner, channel, worker_pid, channel.shm, runner.plan_reason)
 
 

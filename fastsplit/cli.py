@@ -1,8 +1,8 @@
-"""What the two scripts share: usage, progress, threads, exit codes.
+"""Shared parts of the two scripts: usage, progress, threads, exit codes.
 
 Rules. A script's `main(argv)` returns its exit code: 0 ok, 1 failed, 2 usage, 3 cannot connect or timed out or peer
-lost, 4 protocol or authentication, 5 verification, 130 interrupted. An error that fastsplit raises on purpose is one
-line on stderr; anything else is a bug and shows its traceback. Only results go to stdout.
+lost, 4 protocol or authentication, 5 verification, 130 interrupted. A FastsplitError is one line on stderr; any other
+error is a bug and shows its traceback. Only results go to stdout.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ class Usage(FastsplitError):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        super().error(one_line(message))  # it has flags in it as they came
+        super().error(one_line(message))  # the message holds flags as the user typed them
 
 
 def make_parser(module: str, description: str) -> argparse.ArgumentParser:
-    """A parser with the flags that both scripts have."""
+    """A parser with the flags of both scripts."""
     parser = _Parser(
         prog=f"python -m fastsplit.{module}",
         description=description,
@@ -67,7 +67,7 @@ def make_parser(module: str, description: str) -> argparse.ArgumentParser:
 
 
 def positive_int(text: str) -> int:
-    """An argparse type: a number of 1 or more."""
+    """An argparse type: an integer of 1 or more."""
     try:
         value = int(text)
     except ValueError:
@@ -87,13 +87,12 @@ def _thread_count(text: str) -> int:
 def calm_openmp(spin_count: int = 10_000) -> None:
     """Makes torch's threads sleep soon after a job. Call before torch is imported; the user's own settings win.
 
-    They would spin for some milliseconds, on the cores that the other process needs now. Measured with both sides on
-    two cores, TinyLlama's shape in fp32, 1024-token prefill: 8.5 s by default, 8.0 s if they sleep at once, 7.7 s so.
-    `spin_count`: how often they look before; some 10 us for a thousand.
+    By default they spin for some milliseconds, on cores that the other process needs. A prefill with both sides on the
+    same cores takes a tenth less time. `spin_count`: polls before a thread sleeps, about 10 us for a thousand.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-        os.environ.setdefault("GOMP_SPINCOUNT", str(spin_count))  # GNU's own, and for it the one that counts
+        os.environ.setdefault("GOMP_SPINCOUNT", str(spin_count))  # read by GNU's OpenMP, which ignores the other
 
 
 def set_threads(count: int | None) -> None:
@@ -107,7 +106,7 @@ def progress(items: Iterable[Any], total: int, description: str) -> Iterable[Any
     """`items` with a progress bar on stderr, where that is a terminal and tqdm is installed."""
     try:
         from tqdm import tqdm
-    except ImportError:  # a convenience of the extras, not of the core
+    except ImportError:  # tqdm belongs to an extra
         return items
     bar: Iterable[Any] = tqdm(
         items, total=total, desc=description, unit="tensor", file=sys.stderr, disable=None, leave=False
@@ -121,10 +120,10 @@ def run_main(
     work: Callable[[argparse.Namespace], int],
     spin_count: int = 10_000,
 ) -> int:
-    """Parses, works, and turns what goes wrong into a line and an exit code. `spin_count`: see `calm_openmp`."""
+    """Parses, works, and turns errors into a line and an exit code. `spin_count`: see `calm_openmp`."""
     try:
         args = parse()
-    except SystemExit as stop:  # argparse has said what there is to say
+    except SystemExit as stop:  # argparse has printed the message
         return stop.code if isinstance(stop.code, int) else 2
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter(f"{program}: %(message)s"))
@@ -146,20 +145,20 @@ def run_main(
 
 
 def ignore_stops() -> None:
-    """For what is done anyway, and is done soon: closing, and the interpreter's end. A second Ctrl-C would only leave
-    things behind, or a traceback out of torch's last steps."""
+    """Ignores SIGINT and SIGTERM. For the short work at the end: closing, and the interpreter's exit. A second Ctrl-C
+    there would leave files behind, or print a traceback from torch's exit."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 def tell(program: str, text: str) -> None:
-    """Says something on stderr, in one line of printable characters."""
+    """Prints `text` on stderr, as one line of printable characters."""
     print(f"{program}: {one_line(text)}", file=sys.stderr, flush=True)
 
 
 def write(text: str) -> None:
-    """Writes a part of the result to stdout. On a terminal control characters are escaped, newlines and tabs excepted;
-    elsewhere only characters that the encoding lacks are."""
+    """Writes a part of the result to stdout. On a terminal, control characters except newline and tab are escaped;
+    elsewhere only characters that the encoding lacks."""
     stream = sys.stdout
     if stream is None:  # closed from the start, as by `>&-`
         return
@@ -170,17 +169,17 @@ def write(text: str) -> None:
 
 @contextlib.contextmanager
 def retold(program: str) -> Iterator[None]:
-    """What is written to stdout and stderr in here is told afterwards, as lines of printable characters on stderr;
-    where this ends with an error, the error alone.
+    """Captures what the block writes to stdout and stderr, native code included, and prints it afterwards on stderr as
+    lines of printable characters. If the block raises, the output is dropped.
 
-    For the code of others that is at work on a model's files: it warns with their texts as they are, and native code,
-    which asks for no `sys.stdout`, prints wherever it likes, a panic of Rust's with its backtrace.
+    For libraries that read a model's files: their warnings contain text of these files, and native code, for example a
+    panic in Rust, writes to the descriptors directly.
     """
     with contextlib.ExitStack() as stack:
         said = stack.enter_context(open(os.memfd_create("said"), "r+b", buffering=0))
         copies = {}
         for number, stream in ((1, sys.__stdout__), (2, sys.__stderr__)):
-            if stream is not None:  # else it was closed from the start, and may be anything now
+            if stream is not None:  # else it was closed at the start, and its number may belong to another file
                 copies[number] = os.dup(number)
                 stack.callback(os.close, copies[number])
         _flush()
@@ -205,7 +204,7 @@ def _flush() -> None:
 
 
 class _Formatter(logging.Formatter):
-    """For the records of other packages: fastsplit's own are printable already, and of MAX_LINE characters."""
+    """For records of other packages; fastsplit's own are printable and have at most MAX_LINE characters."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return one_line(super().formatMessage(record), 2 * MAX_LINE)

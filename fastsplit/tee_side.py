@@ -1,9 +1,9 @@
-"""The TEE side as a script: runs a prompt against a GPU side, prints text as it comes, and where the time went.
+"""The TEE side as a script: runs a prompt against a GPU side, prints the text as it comes, then a report of the time.
 
     python -m fastsplit.tee_side --connect URI [--model DIR]
         [--prompt TEXT | --prompt-file F | --prompt-ids 1,2,3 | --prefill N]
 
-Rules. Text (or, with `--format json`, exactly one JSON document) goes to stdout, everything else to stderr.
+Rules. Text, or with `--format json` exactly one JSON document, goes to stdout; everything else goes to stderr.
 """
 
 from __future__ import annotations
@@ -25,13 +25,17 @@ from typing import TYPE_CHECKING, Any
 from fastsplit import cli
 from fastsplit.errors import FastsplitError, ModelError
 from fastsplit.models import DTYPES, Model, ModelConfig, open_model
-from fastsplit.split.ops import MAX_LANES, PLANS
-from fastsplit.tee.tuning import ASKED_FOR, CASTS, choose, look, may_overlap
-from fastsplit.wire.blocking.channel import Channel
+from fastsplit.split.contract import MAX_LANES
+from fastsplit.split.plan import PLAN_ALIASES, PLANS
+from fastsplit.tee.tuning import ASKED_FOR, CASTS
 from fastsplit.wire.call import describe
 
 if TYPE_CHECKING:
     import torch
+
+    from fastsplit.tee.open import Split
+    from fastsplit.tee.remote import RemoteModel
+    from fastsplit.tee.report import Recorder
 
 __all__ = ["main"]
 
@@ -66,19 +70,32 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", type=_count, default=64, metavar="N", help="0 stops after the prompt")
     parser.add_argument("--ignore-eos", action="store_true", help="do not stop at an end-of-sequence token")
     parser.add_argument(
-        "--plan", choices=("auto", *PLANS), default="auto", help="what goes in one call; auto: by model and link"
+        "--plan",
+        type=_plan,
+        choices=("auto", *PLANS),
+        default="auto",
+        help="the steps that go in one call; auto: by model and link",
     )
-    parser.add_argument("--tee-dtype", choices=DTYPES, help="what is computed in here; as --wire-dtype if not given")
-    parser.add_argument("--wire-dtype", choices=DTYPES, help="what travels; the GPU side's dtype if not given")
+    parser.add_argument(
+        "--tee-dtype", choices=DTYPES, help="dtype of the arithmetic in here; --wire-dtype if not given"
+    )
+    parser.add_argument(
+        "--wire-dtype",
+        choices=DTYPES,
+        help="dtype of the tensors that both sides exchange; the GPU side's if not given",
+    )
     parser.add_argument(
         "--lanes",
         type=_lanes,
         metavar="N",
-        help="stretches of the prompt under way at once; if not given 4 to 8 on a link that takes time, else 2 if the "
-        "GPU side computes beside our cores, else 1",
+        help="chunks of the prompt in flight at once; if not given 4 to 8 on a remote link, else 2 if the GPU side "
+        "computes on a device of its own, else 1",
     )
     parser.add_argument(
-        "--cast", choices=CASTS, default="auto", help="what float32 tensors travel as; auto: float16 on a slow link"
+        "--cast",
+        choices=CASTS,
+        default="auto",
+        help="dtype of float32 tensors on the link; auto: float16 if it is slow",
     )
     parser.add_argument(
         "--codec", choices=_CODECS, default="auto", help="how tensors are compressed on network links; auto: if it pays"
@@ -100,22 +117,15 @@ def _run(args: argparse.Namespace) -> int:
     trusted = None if args.model is None else open_model(args.model)
     tokenizer = _open_tokenizer(args, trusted)
     from fastsplit.extras import torch
-    from fastsplit.tee.remote import RemoteModel, share_cores
-    from fastsplit.tee.report import Recorder, chrome_trace, codec_counts, table
-    from fastsplit.tee.runner import Runner
+    from fastsplit.tee.open import open_split
+    from fastsplit.tee.report import Recorder, chrome_trace, table
     from fastsplit.tee.sampling import Sampling
 
     cli.set_threads(args.threads)
-    with Channel(
-        args.connect,
-        arrays="torch",
-        timeout_s=args.connect_timeout_s,
-        call_timeout_s=args.timeout_s,
-        codec=args.codec,
-        overlap=may_overlap(args.connect, args.lanes),
-    ) as channel:
-        model = RemoteModel.fetch(channel, trusted)
-        share_cores(channel, model)
+    ids: torch.Tensor
+
+    def prompt_rows(model: RemoteModel) -> int:
+        nonlocal ids
         if trusted is None:
             cli.tell(
                 _PROGRAM,
@@ -123,33 +133,27 @@ def _run(args: argparse.Namespace) -> int:
                 "give --model to use a trusted copy",
             )
         ids = _prompt_ids(args, model.config, tokenizer)
-        link = look(channel, args.timeout_s)
-        choice = choose(
-            model.config,
-            model.dtype,
-            len(ids),
-            link=link,
-            shm=channel.shm,
-            near=channel.near,
-            threads=model.threads,
-            plan=args.plan,
-            lanes=args.lanes,
-            cast=args.cast,
-            wire_dtype=args.wire_dtype,
-        )
-        if link is not None:
-            for line in choice.lines():
+        return len(ids)
+
+    recorder = Recorder(keep_spans=args.trace is not None)
+    with open_split(
+        args.connect,
+        trusted,
+        rows=prompt_rows,
+        plan=args.plan,
+        lanes=args.lanes,
+        cast=args.cast,
+        codec=args.codec,
+        tee_dtype=args.tee_dtype,
+        wire_dtype=args.wire_dtype,
+        timeout_s=args.connect_timeout_s,
+        call_timeout_s=args.timeout_s,
+        recorder=recorder,
+    ) as split:
+        if split.link is not None:
+            for line in split.tuning.lines():
                 cli.tell(_PROGRAM, line)
-        setup = channel.stats.as_dict()
-        recorder = Recorder(keep_spans=args.trace is not None)
-        runner = Runner(
-            model,
-            channel,
-            recorder=recorder,
-            tee_dtype=args.tee_dtype,
-            wire_dtype=args.wire_dtype,
-            choice=choice,
-        )
+        setup = split.channel.stats.as_dict()
         printer = _Printer(tokenizer, args.format == "text")
         top: list[list[float]] = []
 
@@ -159,55 +163,67 @@ def _run(args: argparse.Namespace) -> int:
 
         sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
         with torch.inference_mode():
-            for token in runner.generate(
+            for token in split.runner.generate(
                 ids, args.max_new_tokens, sampling=sampling, on_prefill=keep_top, ignore_eos=args.ignore_eos
             ):
                 printer.add(token)
-        text = printer.finish()
-        stats = channel.stats.as_dict()
-        report: dict[str, Any] = {
-            "plan": runner.plan,
-            "plan_wanted": args.plan,
-            "plan_reason": "" if choice.plan_reason == ASKED_FOR else choice.plan_reason,
-            "uri": args.connect,
-            "shm": channel.shm,
-            "shm_reason": channel.shm_reason,
-            "model": model.name,
-            "dtype": model.dtype,
-            "wire_dtype": runner.wire_dtype,
-            "tee_dtype": runner.tee_dtype,
-            "lanes": runner.lanes,
-            "lanes_reason": choice.lanes_reason,
-            "block_rows": choice.block_rows,
-            "link": dict.fromkeys(_LINK) if link is None else {name: getattr(link, name) for name in _LINK},
-            "cast": runner.cast or "off",
-            "cast_reason": choice.cast_reason,
-            "codec": channel.codec,
-            "codecs": codec_counts(channel.stats),
+        results = {
             "prompt_tokens": len(ids),
             "new_tokens": len(printer.tokens),
             "tokens": printer.tokens,
-            "text": text,
+            "text": printer.finish(),
             "top_logits": top,
-            **recorder.as_dict(),
-            "setup_calls": stats["calls"] - recorder.rpc_calls,
-            **{key: stats[key] - setup[key] for key in stats if key.startswith("bytes_")},
         }
+        report = _report(args, split, recorder, setup, results)
     if args.format == "json":
         print(json.dumps(report), flush=True)
     else:
         print(table(report), file=sys.stderr)
-    if args.trace is not None:  # last: if it cannot be written, the rest is not lost
+    if args.trace is not None:  # last: a file that cannot be written costs nothing else
         chrome_trace(recorder, args.trace)
     return 0
 
 
-class _Printer:
-    """Collects new tokens, and prints their text as soon as more tokens cannot change it.
+def _report(
+    args: argparse.Namespace, split: Split, recorder: Recorder, setup: dict[str, Any], results: dict[str, Any]
+) -> dict[str, Any]:
+    """The JSON document. `setup`: the channel's counts before the prompt ran; `results`: what the run gave."""
+    from fastsplit.tee.report import codec_counts
 
-    That is: not in the middle of a character, nor in a run of bytes (`<0x0A>`, as Llama 2 spells what it has no token
-    for), which becomes replacement characters as a whole as soon as one of them does not fit. Each time all tokens are
-    decoded, since only that is sure to be the text in the end; a thousand take a third of a millisecond.
+    channel, model, link, tuning, runner = split.channel, split.model, split.link, split.tuning, split.runner
+    stats = channel.stats.as_dict()
+    return {
+        "plan": runner.plan,
+        "plan_wanted": args.plan,
+        "plan_reason": "" if tuning.plan_reason == ASKED_FOR else tuning.plan_reason,
+        "uri": args.connect,
+        "shm": channel.shm,
+        "shm_reason": channel.shm_reason,
+        "model": model.name,
+        "dtype": model.dtype,
+        "wire_dtype": runner.wire_dtype,
+        "tee_dtype": runner.tee_dtype,
+        "lanes": runner.lanes,
+        "lanes_reason": tuning.lanes_reason,
+        "block_rows": tuning.block_rows,
+        "link": dict.fromkeys(_LINK) if link is None else {name: getattr(link, name) for name in _LINK},
+        "cast": runner.cast or "off",
+        "cast_reason": tuning.cast_reason,
+        "codec": channel.codec,
+        "codecs": codec_counts(channel.stats),
+        **results,
+        **recorder.as_dict(),
+        "setup_calls": stats["calls"] - recorder.rpc_calls,
+        **{key: stats[key] - setup[key] for key in stats if key.startswith("bytes_")},
+    }
+
+
+class _Printer:
+    """Collects new tokens, and prints their text as soon as further tokens cannot change it.
+
+    Text is withheld in the middle of a character, and in a run of byte tokens (`<0x0A>`, Llama 2's spelling of
+    characters without a token): one byte that does not fit turns the whole run into replacement characters. Each step
+    decodes all tokens, because only the text of all of them is final.
     """
 
     def __init__(self, tokenizer: Any, streaming: bool) -> None:
@@ -226,7 +242,7 @@ class _Printer:
             return
         if self._is_byte(token):
             self._in_bytes = True
-        elif self._decode([token]):  # one without a text of its own, as special tokens are, ends no run
+        elif self._decode([token]):  # a token without text, such as a special token, ends no run
             self._in_bytes = False
         if not self._in_bytes:
             text = self._decode(self.tokens).rstrip(_REPLACEMENT)
@@ -235,7 +251,7 @@ class _Printer:
                 self._printed = text
 
     def finish(self) -> str:
-        """Prints what is left, and returns the whole text ("" without a tokenizer)."""
+        """Prints the rest, and returns the whole text ("" without a tokenizer)."""
         text = "" if self._tokenizer is None else self._decode(self.tokens)
         if self._streaming and self.tokens:
             if not text.startswith(self._printed):
@@ -256,8 +272,8 @@ class _Printer:
 
 @contextmanager
 def _tokenizer_failures(what: str) -> Iterator[None]:
-    """Whatever a tokenizer, its files or its chat template raise is a ModelError that says at what: they are the
-    model's, and anything may be in them. What they print is retold."""
+    """Turns any error of a tokenizer, its files or its chat template into a ModelError that begins with `what`; its
+    output goes through `cli.retold`. These files belong to the model and may hold anything."""
     try:
         with cli.retold(_PROGRAM):
             yield
@@ -268,7 +284,7 @@ def _tokenizer_failures(what: str) -> Iterator[None]:
 
 
 def _open_tokenizer(args: argparse.Namespace, trusted: Model | None) -> Any:
-    """The tokenizer, None if there is none and none is needed."""
+    """The tokenizer; None if none is needed. Raises Usage if the prompt is text and there is no tokenizer."""
     directory = Path(args.tokenizer) if args.tokenizer is not None else None if trusted is None else trusted.directory
     if directory is None or not (directory / "tokenizer.json").is_file():
         if args.tokenizer is not None:
@@ -279,11 +295,11 @@ def _open_tokenizer(args: argparse.Namespace, trusted: Model | None) -> Any:
                 "or --prompt-ids 1,2,3 without one"
             )
         return None
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is ever looked up anywhere else
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # files are read from the directory alone
     with _tokenizer_failures(f"tokenizer {str(directory)!r}"):
         from fastsplit.extras import transformers
 
-        # Without trust_remote_code it would ask on stdin whether to run code that comes with the model.
+        # Without trust_remote_code it asks on stdin whether to run the model's own code.
         return transformers.AutoTokenizer.from_pretrained(
             str(directory), local_files_only=True, trust_remote_code=False
         )
@@ -327,6 +343,10 @@ def _text_ids(args: argparse.Namespace, tokenizer: Any) -> list[int]:
             raise cli.Usage("--chat: the tokenizer has no chat template")
         messages = [{"role": "user", "content": text}]
         return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+
+
+def _plan(text: str) -> str:
+    return PLAN_ALIASES.get(text, text)
 
 
 def _ids(text: str) -> list[int]:

@@ -165,6 +165,8 @@ class Plan:
         """Whether norms are folded: the residual stream is on the executor."""
         self.rotates = "rope" in called
         """Whether q and k are rotated on the executor, so that they never leave it."""
+        self.embeds_here = "embed" not in called
+        """Whether the TEE looks the embeddings up."""
         self.has_cache_here = "scores" not in called
         """Whether keys and values are in the TEE; else they are on the executor."""
 

@@ -1,7 +1,7 @@
-"""What a TEE side has at an executor: its model, checked, and KV caches.
+"""The executor's model as the TEE side knows it, checked, and the TEE side's handles of KV caches on the executor.
 
-Rules. Everything that is said about the model comes from an untrusted peer: it is validated, compared with the trusted
-copy if there is one, and from then on only the copy is used. What is compared is private memory.
+Rules. The description of the model comes from an untrusted peer: it is validated, and compared with the trusted copy if
+there is one; afterwards only the copy is used. Comparisons read private memory, which the peer cannot change.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from typing import Any, Protocol
 from ..errors import ClosedError, ModelError, PeerLostError, RemoteProtocolError, SettingError, VerificationError
 from ..extras import torch
 from ..models import DTYPES, Model, ModelConfig
-from ..split.ops import Shapes
-from ..wire.blocking.channel import Channel
+from ..models.checkpoint import EMBEDDING
+from ..split.contract import CONTRACT, tee_weights_expected
+from ..split.kv_cache import HostMemory, KVStore
 from ..wire.stats import Stats
-from ..wire.transport.spin import spin_us_beside
 
-__all__ = ["Backend", "Cache", "RemoteModel", "share_cores"]
+__all__ = ["Backend", "Cache", "RemoteModel"]
 
 
 class Backend(Protocol):
-    """Who computes for a Runner: a `Channel`, or what behaves like one. ops.py says what operations there are."""
+    """The executor of a Runner: a `Channel`, or an object that behaves like one. split/contract.py has the operations."""
 
     @property
     def stats(self) -> Stats: ...
 
     def empty(self, shape: Sequence[int], dtype: Any) -> Any:
-        """Memory of undefined content from which tensors are sent fastest, views of it included; the caller's own."""
+        """Memory of undefined content that the caller owns. Tensors in it, views included, are sent fastest."""
 
     def call(self, op: str, /, *tensors: torch.Tensor, expect: Any = None, **attrs: Any) -> Any: ...
 
@@ -39,23 +39,37 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class RemoteModel:
-    """What a TEE side needs to know of the executor's model. `weights`: `ModelConfig.tee_weight_shapes`, fp32."""
+    """The part of the executor's model that the TEE side needs. `weights`: `ModelConfig.tee_weight_shapes`, fp32."""
 
     name: str
     config: ModelConfig
     dtype: str
     weights: dict[str, torch.Tensor]
     threads: int = 1
-    """How many of its machine's cores the executor computes with; 0 where it has a device, and it pays to overlap."""
+    """Cores of its machine that the executor computes with; 0 on a device of its own, where overlapping pays."""
+    trusted: Model | None = None
+    """The trusted copy, where there is one."""
+
+    def embedding(self) -> torch.Tensor:
+        """The embedding's weights [vocab, hidden] from the trusted copy, rounded to the executor's dtype; new memory.
+
+        Raises ModelError if they cannot be read.
+        """
+        assert self.trusted is not None
+        return self.trusted.load(EMBEDDING).to(getattr(torch, self.dtype))
 
     @classmethod
     def fetch(cls, backend: Backend, trusted: Model | None) -> RemoteModel:
-        """Asks the executor, and checks it against the trusted copy if there is one; then all that is used is the
-        copy's.
+        """Fetches the executor's model. With a trusted copy, compares the two and returns the copy's values.
 
-        Raises VerificationError where the two differ, RemoteProtocolError for an answer that makes no sense.
+        Raises VerificationError where the two differ, RemoteProtocolError for a malformed answer.
         """
         described = backend.call("describe", expect=()).attrs
+        contract = described.get("contract")
+        if contract != CONTRACT:
+            raise RemoteProtocolError(
+                f"describe, contract: {contract!r:.30}, expected {CONTRACT}: the executor is of another version"
+            )
         try:
             config = ModelConfig.from_json(described.get("config"))
         except ModelError as error:
@@ -66,12 +80,12 @@ class RemoteModel:
         if trusted is not None:
             _compare(trusted.config, config)
             config = trusted.config
-        replies = backend.call("tee_weights", expect=Shapes(config, dtype).tee_weights())
-        # The peer may change what is in shared memory between a comparison and its use.
+        replies = backend.call("tee_weights", expect=tee_weights_expected(config))
+        # Private copies: the peer can change shared memory between a comparison and a use.
         weights = {name: reply.clone() for name, reply in zip(config.tee_weight_shapes(), replies)}
         if trusted is not None:
             for name, own in trusted.tee_weights().items():
-                # by their bits: a NaN of the checkpoint's is one on both sides
+                # bits, because a NaN in the checkpoint must equal itself
                 different = own.view(torch.int32) != weights[name].view(torch.int32)
                 if bool(different.any()):
                     rows = different.any(dim=1).sum()
@@ -82,14 +96,7 @@ class RemoteModel:
         threads = described.get("threads")
         if type(threads) is not int or threads < 0:
             raise RemoteProtocolError(f"describe, threads: {threads!r:.30}, expected an int of 0 or more")
-        return cls(name, config, dtype, weights, threads)
-
-
-def share_cores(channel: Channel, model: RemoteModel) -> None:
-    """Has callers sleep at once where the executor computes on this machine's cores, with all of them."""
-    spin_us = spin_us_beside(model.threads) if channel.shm else None
-    if spin_us is not None:
-        channel.spin_us = spin_us
+        return cls(name, config, dtype, weights, threads, trusted)
 
 
 def _compare(own: ModelConfig, theirs: ModelConfig) -> None:
@@ -103,18 +110,19 @@ def _compare(own: ModelConfig, theirs: ModelConfig) -> None:
 
 
 class Cache:
-    """Keys and values of `batch` sequences, in a session on the executor; here is only how far it is filled.
+    """A KV cache of `batch` sequences: on the executor, or in `store` where the plan computes attention in the TEE.
 
-    Made by `Runner.new_cache`. Close it, or use it in a `with`; what is still open goes with the connection.
+    Made by `Runner.new_cache`. Close it, or use it in a `with`; the end of the connection closes all caches.
     """
 
-    def __init__(self, backend: Backend, batch: int, capacity: int, dtype: str) -> None:
+    def __init__(self, backend: Backend, batch: int, capacity: int, dtype: str, store: KVStore | None = None) -> None:
         self.batch = batch
         self.length = 0
-        """Positions that are filled; with padding, padding included."""
+        """Filled positions, padding included."""
         self.mask: torch.Tensor | None = None
-        """[batch, length] bool, which of them hold a token; None if all do."""
+        """[batch, length] bool, True for positions that hold a token; None if all do."""
         self.closed = False
+        self.store = store
         self._backend = backend
         number = backend.call("open", expect=(), batch=batch, capacity=capacity, dtype=dtype).attrs.get("session")
         if type(number) is not int:
@@ -122,11 +130,14 @@ class Cache:
         self.number = number
 
     def truncate(self, length: int, *, wait: bool = True) -> None:
-        """Forgets what is behind `length` positions. Raises SettingError if there are fewer. `wait`: for the executor's
-        answer; a later operation comes after it all the same."""
+        """Cuts the cache back to `length` positions. Raises SettingError if it has fewer. `wait`: wait for the answer;
+        later operations run after it in any case."""
         if not 0 <= length <= self.length:
             raise SettingError(f"length: {length}, expected 0 to {self.length}")
-        self._tell("truncate", wait, length=length)
+        if self.store is not None:
+            self.store.truncate(length)  # the executor has nothing of it
+        else:
+            self._send("truncate", wait, length=length)
         self.length = length
         if self.mask is not None:
             self.mask = self.mask[:, :length]
@@ -135,20 +146,26 @@ class Cache:
         """Sequence i becomes the old sequence indices[i]. [batch'] int64; `batch'` may be more or less than `batch`."""
         if indices.dtype != torch.int64 or indices.dim() != 1 or not len(indices):
             raise SettingError(f"indices: {indices.dtype} {list(indices.shape)}, expected int64 [1 or more]")
+        if self.store is not None and not 0 <= int(indices.min()) <= int(indices.max()) < self.batch:
+            raise SettingError(f"indices: {int(indices.min())} to {int(indices.max())}, expected 0 to {self.batch - 1}")
         self._backend.call("reorder", indices, expect=(), session=self.number)
+        if self.store is not None:
+            self.store.reorder(HostMemory(), indices)
         self.batch = len(indices)
         if self.mask is not None:
             self.mask = self.mask[indices]
 
     def close(self, *, wait: bool = True) -> None:
-        """Gives the executor's memory back. Idempotent; does nothing where the connection has ended. `wait`: for the
-        executor's answer. After an error do not: it may be stalled, and would cost a second deadline."""
+        """Releases the executor's memory. Idempotent; does nothing after the connection's end. `wait`: wait for the
+        answer. Pass False after an error: a stalled executor would cost a second deadline."""
         if not self.closed:
             self.closed = True
-            with contextlib.suppress(ClosedError, PeerLostError):  # with the connection the session has gone, too
-                self._tell("close", wait)
+            if self.store is not None:
+                self.store.close()
+            with contextlib.suppress(ClosedError, PeerLostError):  # the connection's end has closed the cache
+                self._send("close", wait)
 
-    def _tell(self, op: str, wait: bool, **attrs: int) -> None:
+    def _send(self, op: str, wait: bool, **attrs: int) -> None:
         (self._backend.call if wait else self._backend.submit)(op, expect=(), session=self.number, **attrs)
 
     def __enter__(self) -> Cache:

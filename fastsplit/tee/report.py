@@ -1,10 +1,9 @@
-"""Where the time of a run goes: one stopwatch, a table, JSON, a Chrome trace.
+"""The report of a run's time: a stopwatch, a text table, JSON, a Chrome trace.
 
-How time is counted. The TEE side's clock never stops: each stretch of time is given, when it ends, to the one thing
-that it was spent on, so that nothing is counted twice and the parts add up to the wall clock. A call's stretch is
-split by what was measured in it: serialization (the channel's own clock), the executor's work (as its reply says,
-never more than was waited), and the rest, which is communication. What the TEE does between its named operations is
-"other".
+How time is counted. The TEE side's clock never stops. Each interval, when it ends, is assigned to one operation, so the
+parts add up to the wall clock. The interval of a call has three parts: serialization (measured by the channel), the
+executor's work (from its reply, at most the time waited), and communication (the rest). Intervals of the TEE side
+between its named operations are "other".
 
 Rules. Every number comes from the run. `_s` are seconds.
 """
@@ -29,7 +28,7 @@ TEE_OPS = ("rmsnorm", "rotary", "softmax", "silu", "residual", "kv_cache", "samp
 
 @dataclass
 class Op:
-    """How often an operation ran, and how long in all."""
+    """Runs of one operation, and their total time."""
 
     side: str
     count: int = 0
@@ -43,7 +42,7 @@ class Recorder:
     keep_spans: bool = False
     ops: dict[str, Op] = field(default_factory=dict)
     spans: list[tuple[str, str, int, int]] = field(default_factory=list)
-    """(track, name, start, duration) in ns, where `keep_spans`."""
+    """(track, name, start, duration) in ns; empty without `keep_spans`."""
     wall_ns: int = 0
     phases_ns: dict[str, int] = field(default_factory=dict)
     communication_ns: int = 0
@@ -54,7 +53,7 @@ class Recorder:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """The clock runs inside of this, and its time counts for the phase: "prefill" or "decode"."""
+        """Runs the clock in the block and adds its time to a phase, "prefill" or "decode"."""
         started_ns = self._since_ns = perf_counter_ns()
         self._running = True
         try:
@@ -67,12 +66,12 @@ class Recorder:
             self.phases_ns[name] = self.phases_ns.get(name, 0) + elapsed_ns
 
     def lap(self, name: str) -> None:
-        """What the TEE did since the last mark was `name`."""
+        """Assigns the time since the last mark to the TEE operation `name`."""
         if self._running:
             self._count("tee", name, self._mark(name), 0 if name == "other" else 1)
 
     def sending(self, stats: Stats, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Runs `work(*args, **kwargs)`, which sends a request whose reply is waited for later, in a `call`."""
+        """Runs `work(*args, **kwargs)`, which sends a request; a later `call` waits for its reply."""
         self.lap("other")
         serialization_s = stats.serialization_s
         result = work(*args, **kwargs)
@@ -84,10 +83,10 @@ class Recorder:
         return result
 
     def call(self, name: str, ops: int, stats: Stats, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Runs `work(*args, **kwargs)`, one call to the executor, or what is left of it.
+        """Runs `work(*args, **kwargs)`, one call to the executor, or the wait for its reply.
 
-        `name`: the operation, or several with + between them, `ops`: how many of it the call batches. `stats`: what the
-        connection counts; its growth says how the call's time divides.
+        `name`: the operation, or several joined by +. `ops`: number of operations in the call. `stats`: the
+        connection's counts, whose growth divides the call's time.
         """
         self.lap("other")
         serialization_s, remote_s = stats.serialization_s, stats.remote_s
@@ -101,16 +100,16 @@ class Recorder:
             self.serialization_ns += serialization_ns
             self.communication_ns += elapsed_ns - serialization_ns - remote_ns
             self._count("gpu", name, remote_ns, ops)
-            if self.keep_spans:  # when in the call the executor worked is not known; it is drawn in the middle
+            if self.keep_spans:  # drawn in the middle of the call: the start of the work is not known
                 self.spans.append(("gpu", name, started_ns + (elapsed_ns - remote_ns) // 2, remote_ns))
         return result
 
     def side_ns(self, side: str) -> int:
-        """All compute time of one side, "gpu" or "tee"."""
+        """Total compute time of one side, "gpu" or "tee"."""
         return sum(op.total_ns for op in self.ops.values() if op.side == side)
 
     def as_dict(self) -> dict[str, Any]:
-        """The report's times and counts, in the JSON document's keys."""
+        """The times and counts, by their keys in the JSON document."""
         return {
             "rpc_calls": self.rpc_calls,
             "wall_s": self.wall_ns * 1e-9,
@@ -143,7 +142,7 @@ class Recorder:
 
 
 def codec_counts(stats: Stats) -> dict[str, dict[str, float]]:
-    """What each codec did on a connection, by name: tensors, bytes before and after, their ratio, seconds here."""
+    """For each codec of a connection: tensors, bytes before and after, their ratio, seconds on this side."""
     return {
         name: {
             "tensors": used.tensors,
@@ -171,7 +170,7 @@ def table(report: dict[str, Any]) -> str:
 
     def group(title: str, names: tuple[str, ...], side: str, total_s: float) -> None:
         lines.append(title)
-        for name in (*names, *sorted(set(ops) - set(names))):  # then those that a plan put together
+        for name in (*names, *sorted(set(ops) - set(names))):  # then the names that a plan has joined
             if name in ops and ops[name]["side"] == side:
                 row(f"  {name}", ops[name]["count"] or None, ops[name]["total_s"])
         row("  total", None, total_s)
@@ -193,7 +192,7 @@ def table(report: dict[str, Any]) -> str:
         f"bytes: sent {_nbytes(report['bytes_sent'])}, received {_nbytes(report['bytes_received'])}, "
         f"shared {_nbytes(report['bytes_shared'])}, copied {_nbytes(report['bytes_copied'])}"
     )
-    lines += _choices(report)
+    lines += _setting_lines(report)
     lines.append(f"shared memory: {'yes' if report['shm'] else 'no'}, {_plain(report['shm_reason'])}")
     if report.get("codecs"):
         titles = ("tensors", "before", "travelled", "ratio", "encode s", "decode s")
@@ -215,8 +214,8 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _choices(report: dict[str, Any]) -> list[str]:
-    """What was chosen, and why: as Choice.lines has it."""
+def _setting_lines(report: dict[str, Any]) -> list[str]:
+    """Plan, lanes and cast with their reasons, like `Tuning.lines`."""
     lines = []
     plan, wanted, reason = report["plan"], report.get("plan_wanted", "auto"), report.get("plan_reason")
     if reason:
@@ -230,7 +229,7 @@ def _choices(report: dict[str, Any]) -> list[str]:
 
 
 def chrome_trace(recorder: Recorder, path: Path) -> None:
-    """Writes the spans for chrome://tracing and Perfetto: the TEE's operations, its calls, the executor's work."""
+    """Writes the spans as a trace for chrome://tracing and Perfetto. Tracks: TEE operations, calls, executor."""
     tracks = {"tee": 1, "calls": 2, "gpu": 3}
     events: list[dict[str, Any]] = [
         {"name": "thread_name", "ph": "M", "pid": 1, "tid": tid, "args": {"name": track}}
@@ -244,7 +243,7 @@ def chrome_trace(recorder: Recorder, path: Path) -> None:
 
 
 def _plain(text: str) -> str:
-    """One short line: part of it may be the peer's words."""
+    """One short printable line. Part of `text` may come from the peer."""
     return "".join(char if char.isprintable() else "?" for char in text[:200])
 
 

@@ -1,35 +1,39 @@
-"""How a pass is best divided for the link that there is: plans, lanes, blocks of scores, a cast for the wire.
+"""Settings of a split for the link that it has: plan, lanes, rows in a block of scores, cast.
 
-    link = look(channel, timeout_s)
-    choice = choose(model.config, model.dtype, rows, link=link, threads=model.threads)
-    runner = Runner(model, channel, choice=choice)
+    link = measure_link(channel, timeout_s)
+    tuning = tune(model.config, model.dtype, rows, link=link, shm=channel.shm, near=channel.near, threads=model.threads)
+    runner = Runner(model, channel, choice=tuning)
 
-Where both sides share memory, or are near each other, nothing of this matters, and things are as `auto` always had
-them. On a link that takes time the plan is the one with the fewest calls and the fewest bytes, `linear`, if the model
-can have it. And there are four who can work at the same time: the bytes' way up, the executor, the bytes' way down, and
-this side. So a prompt goes in several stretches, lanes, each of which is at another of the four.
+`tee/open.py` makes these calls for the script, for `SplitModelForCausalLM` and for any program.
 
-The model of time (`prefill_s`). A pass moves U bytes up and D down in R calls one after another (`ops.traffic`).
-One stretch: the sum, U / up + D / down + R * (round trip + what a call costs). N lanes: whatever takes longest, one of
-the two directions, max(U / up, D / down), or the way of one stretch through its R calls, with its share of the bytes;
-and the way of the first call before anything overlaps. What the two sides compute is the same in any case, and left
-out.
+A near link (shared memory, the same host) gets the plan `folded`, one or two lanes, and no cast. A remote link gets the
+plan with the fewest calls and bytes that the model allows. Either gets `tee-attention` instead where the model of time
+says that it is faster. On a remote link four resources can be busy at the same time: the link's two directions, the
+executor and the TEE side. A prompt is therefore cut into chunks, one for each lane.
 
-Rules. Everything but `look` is pure: numbers in, a `Choice` out. What the user asks for is what is chosen, as far as
-the model can have it. A measured link is the peer's word: it may make things slow, and nothing else. Each decision has
-its reason, one line for people.
+The model of time (`prefill_s`). A pass sends U bytes and receives D bytes in R consecutive calls (`traffic`). One chunk
+takes the sum, U / up + D / down + R * (round trip + overhead of a call). N lanes take the longest of three: U / up,
+D / down, one chunk's way through its R calls with its share of the bytes; plus the first call, with which nothing
+overlaps. The time of computing is the same for all settings and left out, with one exception: where attention is
+computed. In the TEE its products take time that an executor with a device would save (`attention_s`). An executor on
+cores takes that time as well, and both sides write and read the scores besides (`scores_s`).
+
+Rules. All functions except `measure_link` are pure: they map numbers to a `Tuning`. A setting that the user gives is
+used, as far as the model allows it. A measured link comes from the peer and is untrusted: it can make a run slow and
+has no other effect. Each setting has a reason of one line.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import SettingError
-from ..models import ModelConfig
-from ..split.ops import MAX_LANES, PLANS, Traffic, choose_plan, traffic
+from ..models import LINEARS, ModelConfig
+from ..split.contract import MAX_LANES, Traffic, traffic
+from ..split.plan import PLANS, Plan, choose_plan
 from ..wire.transport.address import parse_address
+from .chunks import MIN_CHUNK_ROWS
 
 if TYPE_CHECKING:
     from ..wire.blocking.channel import Channel
@@ -38,54 +42,61 @@ if TYPE_CHECKING:
 __all__ = [
     "ASKED_FOR",
     "CASTS",
-    "MIN_STRETCH_ROWS",
-    "Choice",
     "Link",
-    "choose",
-    "look",
+    "Tuning",
     "may_overlap",
+    "measure_link",
     "prefill_s",
+    "tune",
 ]
 
+_MINIMAL, _TEE_ATTENTION = "minimal", "tee-attention"
+
 CASTS = ("auto", "off", "bfloat16", "float16")
-"""What float32 may travel as; see `choose`."""
+"""dtypes that float32 tensors may have on the link; "auto" and "off": see `tune`."""
 
 ASKED_FOR = "asked for"
-"""The reason of whatever the user decided."""
+"""The reason of a setting that the user gave."""
 
-MIN_STRETCH_ROWS = 64
-"""Into smaller stretches nothing is cut: below, products take no less time for having fewer rows."""
+_REMOTE_LANES = (4, 6, 8)
+"""Numbers of lanes to consider on a remote link: one for each of the four resources, or more if round trips take longer
+than bytes."""
 
-_LANES = (4, 6, 8)
-"""How many lanes there may be on a link that takes time, if nobody says: one at each of the four who work, or more,
-where round trips take longer than bytes."""
-
-_WORTH = 0.95
-"""More lanes than before must save a twentieth: they make stretches smaller, which the model of time does not know."""
+_MAX_TIME_RATIO = 0.95
+"""More lanes must save at least 5 % of the time: smaller chunks have costs that the model of time leaves out."""
 
 _CALL_S = 3e-4
-"""What a call costs beside the link: both sides' Python, waking up, products with fewer rows."""
+"""Overhead of a call apart from the link: Python on both sides, wake-ups, products with fewer rows."""
 
 _NEAR_RTT_S, _NEAR_BYTES_PER_S = 1.5e-4, 1e9
-"""A faster link is as good as one within the host: loopback takes 30 to 100 us and 1 to 3 GB/s."""
+"""A link that is faster than both counts as near. Loopback has 30 to 100 us and 1 to 3 GB/s."""
 
 _CAST_BYTES_PER_S = 1e9
-"""How many float32 bytes a second are cast, there and back, on both sides together. Half of them need not travel then:
-a cast pays where 0.5 / speed > 1 / this, below 500 MB/s."""
+"""Speed of casting float32 on one side and back on the other. A cast halves the bytes, so it pays where
+0.5 / speed > 1 / this, below 500 MB/s."""
 
+_BLOCK_ROWS = MIN_CHUNK_ROWS
 _SMALL_BLOCKS = (250e6, 32)
-_BLOCK_ROWS = MIN_STRETCH_ROWS
-"""Rows in a block of scores on a link that takes time; and (bytes a second, rows) where it is slower than that. Of a
-square of n x n scores (1 + block / n) / 2 travels; the products of smaller blocks are less efficient."""
+"""Rows in a block of scores on a remote link, and (bytes/s, rows) of slower links. Of n x n scores (1 + block / n) / 2
+travel; products of smaller blocks are less efficient."""
 
 _TYPICAL_ROWS = 512
 
+_FLOPS_PER_S = 1e11
+"""Floating-point operations of a core in a second, about."""
+
+_SCORE_PASSES, _MEMORY_BYTES_PER_S = 5, 1e10
+"""How often a score is written or read between its product and the next one, and how quickly."""
+
+_MIN_SAVED_SHARE, _MIN_SAVED_S = 0.1, 0.1
+"""On a near link tee-attention must save this share of a prompt's time, and this many seconds."""
+
 _PROBE_NBYTES, _PROBE_S, _PROBE_TIMEOUT_S = 2**20, 0.5, 60.0
-"""What `look` sends each way at most, how long that should take, and when it gives up."""
+"""`measure_link`: maximum bytes in each direction, intended seconds for both, default deadline."""
 
 
 class Link(NamedTuple):
-    """What a link takes: seconds a round trip, and seconds a byte in each direction."""
+    """The costs of a link: seconds for a round trip, and seconds for a byte in each direction."""
 
     rtt_s: float
     up_s: float
@@ -93,7 +104,7 @@ class Link(NamedTuple):
 
     @classmethod
     def of(cls, estimate: LinkEstimate) -> Link:
-        """Of what was measured; what is not known costs nothing."""
+        """The costs that an estimate states; an unknown one is 0."""
         speeds = (estimate.send_bytes_per_s, estimate.receive_bytes_per_s)
         return cls(estimate.rtt_s or 0.0, *(1 / speed if speed else 0.0 for speed in speeds))
 
@@ -103,7 +114,7 @@ class Link(NamedTuple):
 
     @property
     def byte_s(self) -> float:
-        """Seconds a byte, of as many up as down."""
+        """Seconds for a byte, the average of both directions."""
         return (self.up_s + self.down_s) / 2
 
     def __str__(self) -> str:
@@ -113,34 +124,34 @@ class Link(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What a Runner runs with. Reasons are for people."""
+class Tuning:
+    """The settings of a Runner. Each `_reason` is one line for people."""
 
     plan: str
-    """A key of ops.PLANS."""
+    """A key of PLANS."""
     plan_reason: str
     lanes: int
     lanes_reason: str
     block_rows: int | None = None
-    """Rows in a block of scores; None: what `choose_block_rows` says."""
+    """Rows in a block of scores; None: the default of `choose_block_rows`."""
     block_rows_reason: str = ""
     cast: str | None = None
-    """What float32 travels as, None: float32."""
+    """dtype of float32 tensors on the link; None: float32."""
     cast_reason: str = ""
 
     def lines(self) -> list[str]:
-        """Plan, lanes and cast with their reasons, a line each."""
+        """Plan, lanes, block rows if set, and cast, each with its reason."""
         found = [f"plan {self.plan}: {self.plan_reason}", f"lanes {self.lanes}: {self.lanes_reason}"]
         if self.block_rows is not None:
             found.append(f"blocks of {self.block_rows} rows: {self.block_rows_reason}")
         return [*found, f"cast {self.cast or 'off'}: {self.cast_reason}"]
 
 
-def look(channel: Channel, timeout_s: float | None = None) -> LinkEstimate | None:
-    """What the link of a channel can do, measured now; None within a host: over shared memory and unix sockets.
+def measure_link(channel: Channel, timeout_s: float | None = None) -> LinkEstimate | None:
+    """The speed of the channel's link, measured now; None over shared memory and unix sockets, which are near.
 
-    Takes a few round trips and up to half a second for bytes, going by what the handshake found. Raises DeadlineError,
-    and what ends the connection.
+    Takes a few round trips, and up to half a second for bytes by the speed that the handshake found. `timeout_s`: None
+    for 60 s. Raises DeadlineError, and any error that ends the connection.
     """
     if channel.shm or parse_address(channel.uri).is_local:
         return None
@@ -150,17 +161,16 @@ def look(channel: Channel, timeout_s: float | None = None) -> LinkEstimate | Non
 
 
 def may_overlap(uri: str, lanes: int | None = None) -> bool:
-    """Whether a connection to `uri` should have threads of its own that send and receive, as far as that can be said
-    before the link has been measured: there may be several lanes, and it leads off this host.
+    """Whether a connection to `uri` needs threads that send and receive (`connect(overlap=)`): with several lanes.
 
-    Raises AddressError.
+    `lanes`: None if `tune` will choose them; then a connection off this host may get several. Raises AddressError.
     """
     if lanes is not None:
         return lanes > 1
     return not parse_address(uri).is_local
 
 
-def choose(
+def tune(
     config: ModelConfig,
     dtype: str,
     rows: int | None = None,
@@ -175,54 +185,46 @@ def choose(
     block_rows: int | None = None,
     cast: str = "auto",
     wire_dtype: str | None = None,
-) -> Choice:
-    """The choice for prompts of `rows` tokens (None: a typical length) in `batch` sequences, and steps after them.
+    tee_threads: int = 1,
+    has_embedding: bool = False,
+) -> Tuning:
+    """The settings for prompts of `rows` tokens (None: a typical length) in `batch` sequences, and steps after them.
 
-    `dtype`: the executor's. `link`: None, or all of it None: not known. `shm`: memory is shared. `near`: the peer is on
-    this host, whatever was measured while it was busy. `threads`: how many
-    cores the executor computes with, 0 on a device of its own. `plan`, `lanes`, `block_rows`, `cast`, `wire_dtype`:
-    what the user asks for; "auto" or None: nothing.
+    `dtype`: the executor's. `link`: None, or all of it None, if unknown. `shm`: memory is shared. `near`: the peer is
+    on this host, whatever was measured under load. `threads`: cores that the executor computes with, 0 on a device of
+    its own. `plan`, `lanes`, `block_rows`, `cast`, `wire_dtype`: the user's settings; "auto" or None leaves them to
+    this function. `tee_threads`: cores that the TEE side computes with. `has_embedding`: whether it has the
+    embedding's weights.
 
-    Raises SettingError for a plan, a cast, or a number of lanes that there is not.
+    Raises SettingError for an unknown plan or cast, and for lanes outside of 1 to MAX_LANES.
     """
     if cast not in CASTS:
         raise SettingError(f"cast {cast!r}, expected one of {', '.join(CASTS)}")
     if lanes is not None and not 1 <= lanes <= MAX_LANES:
         raise SettingError(f"lanes: {lanes}, expected 1 to {MAX_LANES}")
     rows = min(rows or _TYPICAL_ROWS, config.max_position_embeddings)
-    travels = wire_dtype or dtype
-    dtypes = (dtype, travels)
+    link_dtype = wire_dtype or dtype
     speed = None if link is None or link == (None, None, None) else Link.of(link)
     near = near or (speed is not None and speed.near)
-    kind, cast_reason = _cast(cast, travels, shm, near, speed)
+    kind, cast_reason = _cast(cast, link_dtype, shm, near, speed)
+    itemsize = 2 if kind is not None or link_dtype != "float32" else 4
+    dtypes = (dtype, link_dtype)
     if shm or speed is None or near:
-        where = "shared memory" if shm else "a link of unknown speed" if speed is None else f"{speed}: within a host"
-        chosen, reason = choose_plan(plan, config, dtypes)
-        if not reason:
-            reason = f"{where}: linear is for links that take time" if plan == "auto" else ASKED_FOR
+        prompt = _Prompt(config, dtypes, has_embedding, itemsize, rows, batch, block_rows)
+        chosen, plan_reason = _near_plan(plan, prompt, shm, speed, threads)
         count, lanes_reason = _near_lanes(lanes, threads)
         blocks_reason = "" if block_rows is None else ASKED_FOR
-        return Choice(chosen, reason, count, lanes_reason, block_rows, blocks_reason, kind, cast_reason)
-    block_rows, blocks_reason = _block_rows(block_rows, speed)
-    itemsize = 2 if kind is not None or travels != "float32" else 4
-    chosen, reason = choose_plan("linear" if plan == "auto" else plan, config, dtypes)
-    if not reason and plan == "auto":
-        ours, other = (
-            _moved_text(traffic(config, each, itemsize, 0, rows, batch=batch, block_rows=block_rows))
-            for each in (chosen, "folded")
-        )
-        reason = f"{speed}: {ours[0]} round trips and {ours[1]}, folded {other[0]} and {other[1]}"
-
-    def time_of(count: int) -> float:
-        return prefill_s(config, chosen, itemsize, rows, speed, lanes=count, batch=batch, block_rows=block_rows)
-
-    count, lanes_reason = _far_lanes(lanes, rows, [(each, time_of(each)) for each in (1, *_LANES)], threads)
-    return Choice(chosen, reason or ASKED_FOR, count, lanes_reason, block_rows, blocks_reason, kind, cast_reason)
+        return Tuning(chosen, plan_reason, count, lanes_reason, block_rows, blocks_reason, kind, cast_reason)
+    block_rows, blocks_reason = _remote_block_rows(block_rows, speed)
+    prompt = _Prompt(config, dtypes, has_embedding, itemsize, rows, batch, block_rows)
+    chosen, plan_reason = _remote_plan(plan, prompt, speed, lanes, threads, tee_threads)
+    count, lanes_reason = _remote_lanes(lanes, prompt.plan(chosen), speed, prompt, threads)
+    return Tuning(chosen, plan_reason, count, lanes_reason, block_rows, blocks_reason, kind, cast_reason)
 
 
 def prefill_s(
     config: ModelConfig,
-    plan: str,
+    plan: Plan,
     itemsize: int,
     rows: int,
     link: Link,
@@ -232,11 +234,11 @@ def prefill_s(
     block_rows: int | None = None,
 ) -> float:
     """Seconds that a prompt of `rows` tokens spends on the link; the module's text has the formula."""
-    pieces = min(lanes, max(rows // MIN_STRETCH_ROWS, 1))
+    chunks = min(lanes, max(rows // MIN_CHUNK_ROWS, 1))
     up_s = down_s = 0.0
     start = 0
-    for piece in range(pieces):
-        end = rows * (piece + 1) // pieces
+    for chunk in range(chunks):
+        end = rows * (chunk + 1) // chunks
         moved = traffic(
             config,
             plan,
@@ -245,32 +247,118 @@ def prefill_s(
             end - start,
             batch=batch,
             block_rows=block_rows,
-            last=piece == pieces - 1,
+            wants_logits=chunk == chunks - 1,
         )
         up_s += moved.sent * link.up_s
         down_s += moved.received * link.down_s
         start = end
-    calls = _calls(config, plan)
+    calls = plan.calls(config.num_hidden_layers)
     trips_s = calls * (link.rtt_s + _CALL_S)
-    if pieces == 1:
+    if chunks == 1:
         return up_s + down_s + trips_s
-    one_s = (up_s + down_s) / pieces + trips_s
-    return max(up_s, down_s, one_s, pieces * calls * _CALL_S) + (up_s + down_s) / pieces / calls
+    chunk_s = (up_s + down_s) / chunks + trips_s
+    return max(up_s, down_s, chunk_s, chunks * calls * _CALL_S) + (up_s + down_s) / chunks / calls
 
 
-def _calls(config: ModelConfig, plan: str) -> int:
-    per_layer, once = PLANS[plan]
-    return per_layer * config.num_hidden_layers + once
+class _Prompt(NamedTuple):
+    """What decides how much a prompt moves and computes."""
+
+    config: ModelConfig
+    dtypes: tuple[str, str]
+    has_embedding: bool
+    itemsize: int
+    rows: int
+    batch: int
+    block_rows: int | None
+
+    def plan(self, name: str) -> Plan:
+        return PLANS[name].form(self.config, self.dtypes, has_embedding=self.has_embedding)
+
+    def traffic(self, plan: Plan) -> Traffic:
+        return traffic(self.config, plan, self.itemsize, 0, self.rows, batch=self.batch, block_rows=self.block_rows)
+
+    def link_s(self, plan: Plan, link: Link, lanes: int) -> float:
+        return prefill_s(
+            self.config,
+            plan,
+            self.itemsize,
+            self.rows,
+            link,
+            lanes=lanes,
+            batch=self.batch,
+            block_rows=self.block_rows,
+        )
+
+    def linear_s(self, threads: int) -> float:
+        """Seconds of the layers' linear operations on so many cores."""
+        config = self.config
+        weights = sum(config.in_features(name) * config.out_features(name) for name in LINEARS)
+        return 2 * self.batch * self.rows * weights * config.num_hidden_layers / (threads * _FLOPS_PER_S)
+
+    def attention_s(self, threads: int) -> float:
+        """Seconds of the attention's products on so many cores: two, of half a square of scores."""
+        return 2 * self._scores * self.config.head_dim * 2 / (threads * _FLOPS_PER_S)
+
+    def scores_s(self) -> float:
+        """Seconds of writing and reading scores that a fused attention does not write."""
+        return self._scores * 4 * _SCORE_PASSES / _MEMORY_BYTES_PER_S
+
+    @property
+    def _scores(self) -> float:
+        config = self.config
+        seen = (min(config.window(layer) or self.rows, self.rows) for layer in range(config.num_hidden_layers))
+        return sum(self.batch * config.num_attention_heads * self.rows * columns / 2 for columns in seen)
 
 
-def _moved_text(moved: Traffic) -> tuple[int, str]:
-    """The calls, and the bytes of both ways."""
+def _near_plan(wanted: str, prompt: _Prompt, shm: bool, link: Link | None, threads: int) -> tuple[str, str]:
+    """The plan on a near link, and its reason."""
+    chosen, reason = choose_plan(wanted, prompt.config, prompt.dtypes)
+    if wanted != "auto":
+        return chosen, reason or ASKED_FOR
+    if threads:
+        saved_s, rest_s = prompt.scores_s(), prompt.linear_s(threads) + prompt.attention_s(threads)
+        if saved_s > max(_MIN_SAVED_S, _MIN_SAVED_SHARE * rest_s):
+            text = f"the executor computes with cores, too: fused attention here saves {saved_s:.2g} s of scores"
+            return _TEE_ATTENTION, f"{text}, for {prompt.rows} rows"
+    if reason:
+        return chosen, reason
+    where = "shared memory" if shm else "a link of unknown speed" if link is None else f"{link}: within a host"
+    return chosen, f"{where}: {_MINIMAL} is for links that take time"
+
+
+def _remote_plan(
+    wanted: str, prompt: _Prompt, link: Link, lanes: int | None, threads: int, tee_threads: int
+) -> tuple[str, str]:
+    """The plan on a remote link, and its reason."""
+    chosen, reason = choose_plan(_MINIMAL if wanted == "auto" else wanted, prompt.config, prompt.dtypes)
+    if wanted != "auto":
+        return chosen, reason or ASKED_FOR
+    plan, here = prompt.plan(chosen), prompt.plan(_TEE_ATTENTION)
+    seconds, here_s = (
+        prompt.link_s(each, link, _remote_lanes(lanes, each, link, prompt, threads)[0]) for each in (plan, here)
+    )
+    if threads:
+        seconds += prompt.scores_s()
+    else:
+        here_s += prompt.attention_s(tee_threads)
+    (calls, nbytes), (here_calls, here_nbytes) = (_shown(prompt.traffic(each)) for each in (plan, here))
+    if here_s < _MAX_TIME_RATIO * seconds:
+        text = f"{link}: {here_calls} round trips and {here_nbytes}, {here_s:.3g} s; {chosen} {calls} and {nbytes}"
+        return _TEE_ATTENTION, f"{text}, {seconds:.3g} s"
+    if reason:
+        return chosen, reason
+    other_calls, other_nbytes = _shown(prompt.traffic(prompt.plan("folded")))
+    return chosen, f"{link}: {calls} round trips and {nbytes}, folded {other_calls} and {other_nbytes}"
+
+
+def _shown(moved: Traffic) -> tuple[int, str]:
+    """The calls, and the bytes of both directions as text."""
     nbytes = moved.sent + moved.received
     return moved.calls, f"{nbytes / 1e9:.3g} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.3g} MB"
 
 
 def _near_lanes(wanted: int | None, threads: int) -> tuple[int, str]:
-    """How many lanes where the link takes no time, and why."""
+    """The lanes where the link takes no time, and the reason."""
     if wanted is not None:
         return wanted, ASKED_FOR
     if threads:
@@ -278,24 +366,27 @@ def _near_lanes(wanted: int | None, threads: int) -> tuple[int, str]:
     return 2, "the executor computes beside our cores"
 
 
-def _far_lanes(wanted: int | None, rows: int, times: Sequence[tuple[int, float]], threads: int) -> tuple[int, str]:
-    """How many lanes on a link that takes time, and why. `times`: (lanes, seconds on the link), of one lane first."""
+def _remote_lanes(wanted: int | None, plan: Plan, link: Link, prompt: _Prompt, threads: int) -> tuple[int, str]:
+    """The lanes on a remote link, and the reason."""
     if wanted is not None:
-        return _near_lanes(wanted, threads)
-    most = rows // MIN_STRETCH_ROWS
-    if most < 2:
-        return 1, f"{rows} rows: not cut below {2 * MIN_STRETCH_ROWS}"
-    (_, one_s), (best, best_s), *more = times
-    for count, time_s in more:
-        if count <= most and time_s < _WORTH * best_s:
+        return wanted, ASKED_FOR
+    max_lanes = prompt.rows // MIN_CHUNK_ROWS
+    if max_lanes < 2:
+        return 1, f"{prompt.rows} rows: not cut below {2 * MIN_CHUNK_ROWS}"
+    one_s = prompt.link_s(plan, link, 1)
+    best = _REMOTE_LANES[0]
+    best_s = prompt.link_s(plan, link, best)
+    for count in _REMOTE_LANES[1:]:
+        time_s = prompt.link_s(plan, link, count)
+        if count <= max_lanes and time_s < _MAX_TIME_RATIO * best_s:
             best, best_s = count, time_s
-    if best_s >= one_s:  # all that is known to take time is the calls
-        return _near_lanes(wanted, threads)
-    found = min(best, most)
-    return found, f"{one_s:.3g} s on the link one after another, {best_s:.3g} s at once"
+    if best_s >= one_s:  # only calls take time: there are no bytes to overlap
+        return _near_lanes(None, threads)
+    return min(best, max_lanes), f"{one_s:.3g} s on the link one after another, {best_s:.3g} s at once"
 
 
-def _block_rows(wanted: int | None, link: Link) -> tuple[int, str]:
+def _remote_block_rows(wanted: int | None, link: Link) -> tuple[int, str]:
+    """The rows in a block of scores on a remote link, and the reason."""
     if wanted is not None:
         return wanted, ASKED_FOR
     bytes_per_s, rows = _SMALL_BLOCKS
@@ -304,16 +395,14 @@ def _block_rows(wanted: int | None, link: Link) -> tuple[int, str]:
     return _BLOCK_ROWS, "fewer scores behind the diagonal travel"
 
 
-def _cast(wanted: str, travels: str, shm: bool, near: bool, link: Link | None) -> tuple[str | None, str]:
-    """What float32 travels as, and why. Over what cannot be measured nothing is cast unless it is asked for."""
+def _cast(wanted: str, link_dtype: str, shm: bool, near: bool, link: Link | None) -> tuple[str | None, str]:
+    """The dtype of float32 tensors on the link (None: float32), and the reason."""
     if shm:
         return None, "shared memory: nothing travels"
-    if travels != "float32":
-        return None, f"{travels} travels: nothing to cast"
-    if wanted == "off":
-        return None, ASKED_FOR
+    if link_dtype != "float32":
+        return None, f"{link_dtype} travels: nothing to cast"
     if wanted != "auto":
-        return wanted, ASKED_FOR
+        return None if wanted == "off" else wanted, ASKED_FOR
     if link is None:
         return None, "a link of unknown speed"
     if near:

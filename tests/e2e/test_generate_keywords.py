@@ -25,7 +25,7 @@ import fastsplit
 from fastsplit import SplitModelForCausalLM
 from fastsplit.errors import SettingError
 from fastsplit.executor.service import Executor
-from fastsplit.hf import _UNSUPPORTED
+from fastsplit.hf.refused import UNSUPPORTED
 from fastsplit.models import open_model
 
 SHAPE = {"vocab_size": 260, "num_hidden_layers": 2}
@@ -269,7 +269,7 @@ def test_each_keyword_is_in_one_of_the_two_tables() -> None:
     documented = (own | SETTINGS | FORWARD | {"trust_remote_code"}) - {"self", "kwargs"}
     assert documented - set(SAME) - set(REFUSED) == set()
     assert set(SAME) & set(REFUSED) == set()
-    assert set(REFUSED) == set(_UNSUPPORTED)
+    assert set(REFUSED) == set(UNSUPPORTED)
 
 
 def tokens(result: Any) -> list[list[int]]:

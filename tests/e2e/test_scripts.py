@@ -19,12 +19,13 @@ import torch
 import fastsplit
 from fastsplit import gpu_side as gpu_side_script
 from fastsplit import tee_side
+from fastsplit.executor import device as devices
 from fastsplit.executor.service import Executor
-from fastsplit.executor.service import device as devices
 from fastsplit.models import open_model
 from fastsplit.split.ops import PLANS
-from fastsplit.tee import remote
-from fastsplit.tee.remote import RemoteModel, share_cores
+from fastsplit.tee import open as open_module
+from fastsplit.tee.open import share_cores
+from fastsplit.tee.remote import RemoteModel
 from fastsplit.wire.transport import spin
 
 pytest.importorskip("transformers")
@@ -417,7 +418,7 @@ def test_the_tee_side_does_not_spin_on_cores_that_the_gpu_side_computes_with(
 
     monkeypatch.setattr(spin, "cores", lambda: 2)
     monkeypatch.delenv("FASTSPLIT_SPIN_US", raising=False)
-    monkeypatch.setattr(remote, "share_cores", share)
+    monkeypatch.setattr(open_module, "share_cores", share)
     handlers = {**executor.handlers, "describe": describe}
     with fastsplit.Server(f"unix://{tmp_path}/s", handlers, arrays="torch") as server:
         flags = ("--model", "random:tiny", "--prefill", "3", "--max-new-tokens", "2")

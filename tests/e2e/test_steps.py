@@ -15,7 +15,7 @@ from fastsplit.models import Model, open_model
 from fastsplit.split.ops import PLANS, traffic
 from fastsplit.tee.remote import RemoteModel
 from fastsplit.tee.runner import Runner
-from fastsplit.tee.tuning import Choice, Link, choose
+from fastsplit.tee.tuning import Link, Tuning, tune
 from fastsplit.wire.transport.meter import LinkEstimate
 
 TOLERANCE = 2e-5
@@ -64,17 +64,17 @@ def test_a_cache_goes_on_by_another_plan_than_filled_it(
 
 
 @pytest.mark.parametrize("rows", [100, 300])
-def test_a_choice_is_what_runs(models: Callable[[str], Named], unix_uri: str, rows: int) -> None:
+def test_a_tuning_is_what_runs(models: Callable[[str], Named], unix_uri: str, rows: int) -> None:
     model, reference = models("grouped heads")
-    choice = choose(model.config, "float32", rows, link=SLOW, cast="off")
+    tuning = tune(model.config, "float32", rows, link=SLOW, cast="off")
     ids = random_ids(1, rows + 1)
     expected = reference(ids).logits
-    with split(model, unix_uri, plan="per-op", choice=choice) as (runner, channel), runner.new_cache() as cache:
-        assert (runner.plan, runner.lanes) == (choice.plan, choice.lanes) == ("linear", 1 if rows == 100 else 4)
+    with split(model, unix_uri, plan="per-op", choice=tuning) as (runner, channel), runner.new_cache() as cache:
+        assert (runner.plan, runner.lanes) == (tuning.plan, tuning.lanes) == ("linear", 1 if rows == 100 else 4)
         before = channel.stats.calls
         logits = runner.forward(ids[:, :rows], cache)
-        layers, stretches = model.config.num_hidden_layers, choice.lanes
-        per_layer, once = PLANS[choice.plan]
+        layers, stretches = model.config.num_hidden_layers, tuning.lanes
+        per_layer, once = PLANS[tuning.plan]
         calls = stretches * (per_layer * layers + once) - (stretches - 1)
         assert channel.stats.calls - before == calls, "a stretch for each lane, and all but the last end early"
         before = channel.stats.calls
@@ -89,9 +89,9 @@ def test_what_is_cast_on_the_link_alone_is_near(models: Callable[[str], Named], 
     model, reference = models("grouped heads")
     ids = random_ids(1, 140)
     expected = reference(ids).logits
-    choice = choose(model.config, "float32", 140, link=SLOW, cast=cast)
+    tuning = tune(model.config, "float32", 140, link=SLOW, cast=cast)
     sizes = {}
-    for how in (choice, Choice(choice.plan, "", 2, "")):
+    for how in (tuning, Tuning(tuning.plan, "", 2, "")):
         with split(model, "tcp://127.0.0.1:0", plan="auto", choice=how) as (runner, channel):
             before = channel.stats.as_dict()
             with runner.new_cache() as cache:

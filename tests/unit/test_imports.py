@@ -44,7 +44,7 @@ def test_importing_fastsplit_imports_no_torch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["models", "models.families", "split.ops", "tee.tuning", "cli", "gpu_side", "tee_side"]
+    "module", ["models", "models.families", "split.ops", "tee", "tee.tuning", "cli", "gpu_side", "tee_side"]
 )
 def test_what_runs_before_anything_is_computed_imports_no_torch(tmp_path: Path, module: str) -> None:
     """A wrong flag, or a model that is not there, is answered at once."""
@@ -78,6 +78,17 @@ def test_the_split_model_is_imported_when_it_is_first_asked_for(tmp_path: Path) 
     )
     done = _python("-c", code, cwd=tmp_path)
     assert (done.returncode, done.stdout.strip()) == (0, "False True True"), done.stderr
+
+
+def test_open_split_is_imported_when_it_is_first_asked_for(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    code = (
+        "import fastsplit.tee, sys; before = 'torch' in sys.modules; from fastsplit.tee import Split, open_split; "
+        "from fastsplit.tee.open import open_split as own; "
+        "print(before, open_split is own, 'transformers' in sys.modules, hasattr(fastsplit.tee, 'nothing'))"
+    )
+    done = _python("-c", code, cwd=tmp_path)
+    assert (done.returncode, done.stdout.strip()) == (0, "False True False False"), done.stderr
 
 
 @pytest.mark.parametrize("name", ["SplitModel", "splitmodelforcausallm", "__path_of_nothing__", "torch"])

@@ -20,10 +20,11 @@ from fastsplit.executor.service import Executor
 from fastsplit.models import open_model
 from fastsplit.split.ops import PLANS, choose_block_rows, packed_elements, row_blocks, traffic
 from fastsplit.tee import runner as runner_module
-from fastsplit.tee.remote import RemoteModel, share_cores
+from fastsplit.tee.open import share_cores
+from fastsplit.tee.remote import RemoteModel
 from fastsplit.tee.runner import Runner
 from fastsplit.tee.sampling import check_finite
-from fastsplit.tee.tuning import Choice
+from fastsplit.tee.tuning import Tuning
 from fastsplit.wire.call import Client
 from fastsplit.wire.stats import Stats
 from fastsplit.wire.transport import spin
@@ -258,13 +259,13 @@ def test_a_cast_is_asked_for_in_each_call_of_a_pass_and_nowhere_else(cast: str |
     assert {how for op, how in seen if op in ("open", "close")} == {None}
 
 
-def test_a_choice_stands_for_the_single_options() -> None:
-    choice = Choice("folded", "", 3, "", block_rows=32, cast="bfloat16")
-    runner = make_runner(LocalBackend(), "per-op", lanes=7, choice=choice)
+def test_a_tuning_stands_for_the_single_options() -> None:
+    tuning = Tuning("folded", "", 3, "", block_rows=32, cast="bfloat16")
+    runner = make_runner(LocalBackend(), "per-op", lanes=7, choice=tuning)
     assert (runner.plan, runner.lanes, runner.cast) == ("folded", 3, "bfloat16")
     assert runner._stretch_rows(1, 0, 200) == [64, 64, 72]
-    assert runner.choice is choice
-    assert make_runner(LocalBackend()).choice is None
+    assert runner.tuning is runner.choice is tuning
+    assert make_runner(LocalBackend()).tuning is None
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------

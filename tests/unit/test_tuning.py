@@ -10,7 +10,7 @@ import pytest
 
 from fastsplit.models import PRESETS, ModelConfig
 from fastsplit.split.ops import PLANS, Traffic, choose_block_rows, packed_elements, row_blocks, traffic
-from fastsplit.tee.tuning import ASKED_FOR, MIN_STRETCH_ROWS, Link, choose, look, may_overlap, prefill_s
+from fastsplit.tee.tuning import ASKED_FOR, MIN_CHUNK_ROWS, Link, may_overlap, measure_link, prefill_s, tune
 
 
 class Estimate(NamedTuple):
@@ -38,20 +38,20 @@ NEAR: dict[str, dict[str, Any]] = {
 
 
 def pick(config: ModelConfig = LLAMA, rows: int = 1024, dtype: str = "float32", **options: Any) -> Any:
-    choice = choose(config, dtype, rows, **options)
-    reasons = [choice.plan_reason, choice.lanes_reason, choice.cast_reason]
-    if choice.block_rows is not None:
-        reasons.append(choice.block_rows_reason)
+    tuning = tune(config, dtype, rows, **options)
+    reasons = [tuning.plan_reason, tuning.lanes_reason, tuning.cast_reason]
+    if tuning.block_rows is not None:
+        reasons.append(tuning.block_rows_reason)
     for reason in reasons:
         assert reason and "\n" not in reason
-    lines = choice.lines()
+    lines = tuning.lines()
     assert [line.split()[0] for line in lines if line.split()[0] in ("plan", "lanes", "cast")] == [
         "plan",
         "lanes",
         "cast",
     ]
     assert all(": " in line for line in lines)
-    return choice
+    return tuning
 
 
 # ---- links -----------------------------------------------------------------------------------------------------------
@@ -61,19 +61,19 @@ def pick(config: ModelConfig = LLAMA, rows: int = 1024, dtype: str = "float32", 
 @pytest.mark.parametrize(("threads", "lanes"), [(0, 2), (1, 1), (8, 1)])
 def test_within_a_host_things_are_as_auto_always_had_them(name: str, threads: int, lanes: int) -> None:
     for rows in (1, 30, 1024):
-        choice = pick(rows=rows, threads=threads, **NEAR[name])
-        assert (choice.plan, choice.lanes) == ("folded", lanes)
-        assert (choice.block_rows, choice.cast) == (None, None)
+        tuning = pick(rows=rows, threads=threads, **NEAR[name])
+        assert (tuning.plan, tuning.lanes) == ("folded", lanes)
+        assert (tuning.block_rows, tuning.cast) == (None, None)
 
 
 @pytest.mark.parametrize("name", FAR)
 @pytest.mark.parametrize("threads", [0, 8])
 def test_on_a_link_that_takes_time_the_plan_is_linear_in_several_lanes(name: str, threads: int) -> None:
-    choice = pick(link=FAR[name], threads=threads)
-    assert choice.plan == "linear"
-    assert 4 <= choice.lanes <= 8
-    assert choice.block_rows == {"10 Gbit/s": 64, "1 Gbit/s": 32, "100 Mbit/s": 32}[name]
-    assert choice.cast == {"10 Gbit/s": None, "1 Gbit/s": "float16", "100 Mbit/s": "float16"}[name]
+    tuning = pick(link=FAR[name], threads=threads)
+    assert tuning.plan == "linear"
+    assert 4 <= tuning.lanes <= 8
+    assert tuning.block_rows == {"10 Gbit/s": 64, "1 Gbit/s": 32, "100 Mbit/s": 32}[name]
+    assert tuning.cast == {"10 Gbit/s": None, "1 Gbit/s": "float16", "100 Mbit/s": "float16"}[name]
 
 
 @pytest.mark.parametrize(("cast", "gigabytes"), [("off", (4.72, 5.13)), ("float16", (2.36, 2.56))])
@@ -92,16 +92,16 @@ def test_the_reason_for_linear_is_fewer_calls_and_fewer_bytes(cast: str, gigabyt
 @pytest.mark.parametrize("name", FAR)
 def test_a_prompt_that_is_not_cut_has_one_lane(name: str) -> None:
     for rows in (1, 10, 127):
-        choice = pick(rows=rows, link=FAR[name])
-        assert (choice.plan, choice.lanes) == ("linear", 1)
-        assert choice.lanes_reason == f"{rows} rows: not cut below 128"
+        tuning = pick(rows=rows, link=FAR[name])
+        assert (tuning.plan, tuning.lanes) == ("linear", 1)
+        assert tuning.lanes_reason == f"{rows} rows: not cut below 128"
 
 
 @pytest.mark.parametrize("name", FAR)
 @pytest.mark.parametrize("rows", [128, 200, 256, 500, 2048])
 def test_stretches_have_64_rows_or_more(name: str, rows: int) -> None:
-    choice = pick(rows=rows, link=FAR[name])
-    assert 1 <= choice.lanes <= max(rows // MIN_STRETCH_ROWS, 1)
+    tuning = pick(rows=rows, link=FAR[name])
+    assert 1 <= tuning.lanes <= max(rows // MIN_CHUNK_ROWS, 1)
 
 
 @pytest.mark.parametrize("plan", ["auto", "folded"])
@@ -115,8 +115,8 @@ def test_the_longer_a_round_trip_the_more_lanes(plan: str) -> None:
 def test_a_link_of_which_only_the_round_trip_is_known_to_take_time() -> None:
     """There are no bytes to overlap: only calls."""
     for threads, lanes in ((0, 2), (4, 1)):
-        choice = pick(link=Estimate(0.01), threads=threads)
-        assert (choice.plan, choice.lanes, choice.cast) == ("linear", lanes, None)
+        tuning = pick(link=Estimate(0.01), threads=threads)
+        assert (tuning.plan, tuning.lanes, tuning.cast) == ("linear", lanes, None)
 
 
 def test_speeds_that_are_no_number_to_divide_by_cost_nothing() -> None:
@@ -137,9 +137,9 @@ def test_a_cast_pays_where_half_the_bytes_take_longer(up: float | None, down: fl
 @pytest.mark.parametrize("name", FAR)
 def test_families_without_linear_have_lanes_all_the_same(name: str) -> None:
     for config, plan in ((GEMMA, "fused"), (QWEN, "folded"), (replace(LLAMA, attention_bias=True), "folded")):
-        choice = pick(config, 256, link=FAR[name])
-        assert choice.plan == plan
-        assert choice.lanes >= 1
+        tuning = pick(config, 256, link=FAR[name])
+        assert tuning.plan == plan
+        assert tuning.lanes >= 1
     assert pick(replace(LLAMA, attention_bias=True), link=FAR[name]).lanes >= 4
     assert "gemma2: norms after attention" in pick(GEMMA, link=FAR[name]).plan_reason
     assert pick(QWEN, link=FAR[name]).plan_reason == "qwen3: norms of q and k come between the products"
@@ -147,16 +147,16 @@ def test_families_without_linear_have_lanes_all_the_same(name: str) -> None:
 
 @pytest.mark.parametrize("dtypes", [("float16", None), ("float32", "float16")])
 def test_float16_in_executor_or_wire_is_fused(dtypes: tuple[str, str | None]) -> None:
-    choice = pick(dtype=dtypes[0], wire_dtype=dtypes[1], link=METRO)
-    assert (choice.plan, choice.cast) == ("fused", None)
-    assert choice.plan_reason == "float16: the residual stream may leave its range"
+    tuning = pick(dtype=dtypes[0], wire_dtype=dtypes[1], link=METRO)
+    assert (tuning.plan, tuning.cast) == ("fused", None)
+    assert tuning.plan_reason == "float16: the residual stream may leave its range"
 
 
 @pytest.mark.parametrize("dtypes", [("bfloat16", None), ("float32", "bfloat16"), ("float16", None)])
 @pytest.mark.parametrize("cast", ["auto", "float16", "bfloat16", "off"])
 def test_what_travels_in_16_bits_is_not_cast(dtypes: tuple[str, str | None], cast: str) -> None:
-    choice = pick(dtype=dtypes[0], wire_dtype=dtypes[1], link=WAN, cast=cast)
-    assert (choice.cast, choice.cast_reason) == (None, f"{dtypes[1] or dtypes[0]} travels: nothing to cast")
+    tuning = pick(dtype=dtypes[0], wire_dtype=dtypes[1], link=WAN, cast=cast)
+    assert (tuning.cast, tuning.cast_reason) == (None, f"{dtypes[1] or dtypes[0]} travels: nothing to cast")
 
 
 def test_wide_wires_of_narrow_executors_are_cast() -> None:
@@ -164,8 +164,8 @@ def test_wide_wires_of_narrow_executors_are_cast() -> None:
 
 
 def test_a_length_that_is_not_known_is_a_typical_one_that_the_model_has() -> None:
-    assert choose(LLAMA, "float32", link=WAN) == choose(LLAMA, "float32", 512, link=WAN)
-    assert choose(replace(LLAMA, max_position_embeddings=100), "float32", link=WAN).lanes == 1
+    assert tune(LLAMA, "float32", link=WAN) == tune(LLAMA, "float32", 512, link=WAN)
+    assert tune(replace(LLAMA, max_position_embeddings=100), "float32", link=WAN).lanes == 1
 
 
 # ---- what is asked for -----------------------------------------------------------------------------------------------
@@ -174,41 +174,41 @@ def test_a_length_that_is_not_known_is_a_typical_one_that_the_model_has() -> Non
 @pytest.mark.parametrize("link", [None, METRO, WAN])
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_plan_that_is_asked_for(link: Estimate | None, plan: str) -> None:
-    choice = pick(link=link, plan=plan)
-    assert (choice.plan, choice.plan_reason) == (plan, ASKED_FOR)
-    assert choice.lanes == (1 if link is None else 4)
+    tuning = pick(link=link, plan=plan)
+    assert (tuning.plan, tuning.plan_reason) == (plan, ASKED_FOR)
+    assert tuning.lanes == (1 if link is None else 4)
 
 
 @pytest.mark.parametrize("link", [None, METRO])
 def test_a_plan_that_the_model_cannot_have_is_replaced_with_the_models_reason(link: Estimate | None) -> None:
-    choice = pick(QWEN, link=link, plan="linear")
-    assert choice.plan == "folded"
-    assert choice.plan_reason == "qwen3: norms of q and k come between the products"
+    tuning = pick(QWEN, link=link, plan="linear")
+    assert tuning.plan == "folded"
+    assert tuning.plan_reason == "qwen3: norms of q and k come between the products"
 
 
 @pytest.mark.parametrize("link", [None, LOOPBACK, METRO, WAN])
 @pytest.mark.parametrize("lanes", [1, 3, 16])
 def test_lanes_that_are_asked_for(link: Estimate | None, lanes: int) -> None:
     for rows in (40, 1024):
-        choice = pick(rows=rows, link=link, lanes=lanes)
-        assert (choice.lanes, choice.lanes_reason) == (lanes, ASKED_FOR)
-        assert choice.plan == ("linear" if link in (METRO, WAN) else "folded")
+        tuning = pick(rows=rows, link=link, lanes=lanes)
+        assert (tuning.lanes, tuning.lanes_reason) == (lanes, ASKED_FOR)
+        assert tuning.plan == ("linear" if link in (METRO, WAN) else "folded")
     assert pick(link=link, lanes=lanes, plan="linear").lanes == lanes
 
 
 @pytest.mark.parametrize("link", [None, LOOPBACK, LAN, WAN])
 @pytest.mark.parametrize("cast", ["off", "bfloat16", "float16"])
 def test_a_cast_that_is_asked_for(link: Estimate | None, cast: str) -> None:
-    choice = pick(link=link, cast=cast)
-    assert (choice.cast, choice.cast_reason) == (None if cast == "off" else cast, ASKED_FOR)
-    choice = pick(link=link, cast=cast, shm=True)
-    assert (choice.cast, choice.cast_reason) == (None, "shared memory: nothing travels")
+    tuning = pick(link=link, cast=cast)
+    assert (tuning.cast, tuning.cast_reason) == (None if cast == "off" else cast, ASKED_FOR)
+    tuning = pick(link=link, cast=cast, shm=True)
+    assert (tuning.cast, tuning.cast_reason) == (None, "shared memory: nothing travels")
 
 
 @pytest.mark.parametrize("link", [None, WAN])
 def test_blocks_that_are_asked_for(link: Estimate | None) -> None:
-    choice = pick(link=link, block_rows=100)
-    assert (choice.block_rows, choice.block_rows_reason) == (100, ASKED_FOR)
+    tuning = pick(link=link, block_rows=100)
+    assert (tuning.block_rows, tuning.block_rows_reason) == (100, ASKED_FOR)
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_smaller_blocks_move_less() -> None:
 
 
 class _Channel:
-    """What `look` asks of a channel."""
+    """What `measure_link` asks of a channel."""
 
     def __init__(self, uri: str, shm: bool = False, link: Estimate = METRO) -> None:
         self.uri, self.shm, self.link = uri, shm, link
@@ -304,13 +304,13 @@ class _Channel:
 )
 def test_a_link_within_the_host_is_not_measured(uri: str, shm: bool, looks: bool) -> None:
     channel: Any = _Channel(uri, shm)
-    assert look(channel, 7.0) == (WAN if looks else None)
+    assert measure_link(channel, 7.0) == (WAN if looks else None)
     assert channel.measured == ([(2**20, 7.0)] if looks else [])
 
 
 def test_a_slow_link_is_measured_with_fewer_bytes() -> None:
     channel: Any = _Channel("tcp://10.0.0.2:9", link=Estimate(0.1, None, 1e6))
-    look(channel)
+    measure_link(channel)
     assert channel.measured == [(250_000, 60.0)]
 
 
@@ -330,4 +330,4 @@ def test_bytes_travel_beside_the_computing_where_there_may_be_lanes(uri: str, la
 
 def test_nothing_is_asked_of_a_channel_but_what_is_here() -> None:
     channel: Any = SimpleNamespace(shm=True)
-    assert look(channel) is None
+    assert measure_link(channel) is None
