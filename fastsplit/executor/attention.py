@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..extras import torch
-from ..split.ops import Block
+from ..split.blocks import Block
 
 __all__ = ["scores", "weighted_values"]
 

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 from ..errors import LimitError, SettingError
 from ..extras import torch
 from ..models import ModelConfig
+from ..split.blocks import Block
+from ..split.contract import MAX_LANES
 from ..split.kv_cache import Budget, KVStore, Memory
-from ..split.ops import MAX_LANES, Block
 
 if TYPE_CHECKING:
     from ..wire.call import Client
@@ -48,7 +49,7 @@ class Lane:
 class KVCache(KVStore):
     """A store with its lanes. Hold `lock` for everything but `close`. Made and found by `KVCaches`.
 
-    `link_dtype`: the dtype that the client sends and gets.
+    `link_dtype`: the dtype that the client sends and gets; `link_name` is its name.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class KVCache(KVStore):
         super().__init__(config, dtype, batch, capacity, budget)
         self.lock = threading.Lock()
         self.link_dtype = link_dtype
+        self.link_name = str(link_dtype).removeprefix("torch.")
         self.lanes: dict[int, Lane] = {}
 
     def lane(self, number: object) -> Lane:

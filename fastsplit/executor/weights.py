@@ -1,9 +1,11 @@
 """A model's weights as the executor computes with them.
 
-Weights that meet the same input lie side by side in one matrix (q, k, v; gate, up): with few rows one product does for
-all of them, and each alone is a view. Rules. On the CPU in fp32 a matrix is stored [in, out], elsewhere [out, in]: of
-the two, what single rows are faster with (MKL out of memory, SmolLM2's shapes: 30.3 GB/s against 27.2; with 1024 rows
-there is no difference). Every weight is held once; norms too, for the plans that fold them into what follows.
+Weights of the same input lie side by side in one matrix (q, k, v; gate, up): a single row takes one product for all of
+them, and each alone is a view.
+
+Rules. A matrix is stored [in, out] on the CPU in fp32, and [out, in] elsewhere: the order in which a product with a
+single row is faster. Every weight is held once. Norm weights are held for the plans that fold them into the next
+product.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from ..models.checkpoint import EMBEDDING, LM_HEAD
 __all__ = ["GROUPS", "LayerWeights", "Linear", "Weights"]
 
 GROUPS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
-"""A layer's linear operations, those with the same input together."""
+"""The linear operations of a layer; those in one tuple have the same input."""
 
 
 class Linear(NamedTuple):
@@ -36,17 +38,18 @@ class Linear(NamedTuple):
 
 
 class LayerWeights:
-    """One layer. `linears`: by name, and by group as a tuple of names: ("q", "k"), ("q", "k", "v"), ("gate", "up")."""
+    """One layer. `linears`: by name, and by tuple of names for several together: ("q", "k"), ("q", "k", "v"),
+    ("gate", "up")."""
 
     def __init__(self) -> None:
         self.linears: dict[str | tuple[str, ...], Linear] = {}
         self.attention_norm: torch.Tensor | None = None
-        """What stands before q, k, v; [hidden]."""
+        """The weight of the norm before q, k, v [hidden]; None where norms cannot be folded."""
         self.mlp_norm: torch.Tensor | None = None
 
 
 class Weights:
-    """All of them, on one device, in one dtype."""
+    """The weights of all layers, on one device, in one dtype."""
 
     def __init__(
         self,
@@ -55,7 +58,7 @@ class Weights:
         dtype: torch.dtype,
         progress: Callable[[Iterable[Any], int], Iterable[Any]],
     ) -> None:
-        """Reads them all, one at a time: `progress(items, total)`. Raises ModelError."""
+        """Reads all weights, one at a time; `progress(items, total)` wraps the iteration. Raises ModelError."""
         config = model.config
         self._transposed = device.type == "cpu" and dtype == torch.float32
         self._device, self._dtype = device, dtype
@@ -74,14 +77,14 @@ class Weights:
                 lm_head = weight.to(device, dtype)
             else:
                 norms[name] = weight
-        # one that is stored although tied is most often the same
+        # A tied lm_head that the checkpoint stores is mostly equal to the embedding: then it is held once.
         if lm_head is None or (config.tie_word_embeddings and torch.equal(lm_head, self.embedding)):
             lm_head = self.embedding
         self.lm_head = Linear(lm_head.t(), None)
         used = norm_names(config)
         self.final_norm = self._norm(config, norms[used[-1]])
         for layer, weights in enumerate(self.layers):
-            if not config.post_norms:  # with them nothing can be folded
+            if not config.post_norms:  # otherwise no norm can be folded
                 before_attention, before_mlp = used[2 * layer : 2 * layer + 2]
                 weights.attention_norm = self._norm(config, norms[before_attention])
                 weights.mlp_norm = self._norm(config, norms[before_mlp])
@@ -90,7 +93,8 @@ class Weights:
         return (weight.float() + config.norm_offset).to(self._device, self._dtype)
 
     def _places(self, config: ModelConfig, layer: int) -> list[tuple[str, torch.Tensor]]:
-        """Memory for a layer's linear operations: where each weight goes by its checkpoint name, as it lies there."""
+        """Makes the memory of a layer's linear operations. Returns (name in the checkpoint, where it goes, as it lies
+        there)."""
         places = []
         linears = self.layers[layer].linears
         for names in GROUPS:
