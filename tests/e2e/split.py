@@ -160,16 +160,18 @@ def split(
     plan: str,
     dtype: str = "float32",
     device: Device | None = None,
+    trusted: bool = True,
     **options: Any,
 ) -> Iterator[tuple[Runner, fastsplit.Channel]]:
-    """Both sides on `uri`, the TEE side with the trusted copy. `options`: the Runner's."""
+    """Both sides on `uri`, the TEE side with the trusted copy (without one, if `trusted` is False). `options`: the
+    Runner's."""
     executor = Executor(model, dtype=dtype, device=device)
     with (
         fastsplit.Server(uri, executor.handlers, arrays="torch") as server,
         fastsplit.connect(server.uri, arrays="torch") as channel,
         torch.inference_mode(),
     ):
-        yield Runner(RemoteModel.fetch(channel, model), channel, plan, **options), channel
+        yield Runner(RemoteModel.fetch(channel, model if trusted else None), channel, plan, **options), channel
 
 
 PACKED_MULTIPLE = 1024
@@ -179,11 +181,11 @@ PACKED_MULTIPLE = 1024
 class Message(NamedTuple):
     """One call, and the bytes of the tensors in it."""
 
-    op: str
+    steps: str
     sent: int
     received: int
     private: int = 0
-    """Of those sent, what is made nowhere else than in private memory: token ids, `keep`."""
+    """Of those sent, what is made nowhere else than in private memory: token ids, selected rows."""
 
 
 def messages(
@@ -194,95 +196,129 @@ def messages(
     start: int = 0,
     batch: int = 1,
     keep: str = "last",
-    last: bool = True,
+    wants_logits: bool = True,
     itemsize: int = 4,
+    at_home: bool = True,
+    exact: bool | None = None,
 ) -> list[Message]:
-    """The calls of one stretch of a forward pass, without padding: `rows` of each sequence behind `start` positions.
+    """The calls of one chunk of a forward pass, without padding: `rows` of each sequence behind `start` positions.
 
     What the split has to move and nothing else: kv heads are never repeated, V and the cache stay where they are (but
-    for the new rows of V in per-op and batched), scores end at the diagonal, and behind the last layer's scores
-    go only the rows that are wanted. `last`: whether the stretch has a wanted row at all.
+    for the new rows of V in per-op, batched and tee-attention), scores end at the diagonal, and behind the last layer's
+    scores go only the rows that are wanted. `wants_logits`: whether the chunk has a wanted row at all.
+
+    For tee-attention. `at_home`: the embeddings are looked up in the TEE. `exact`: norms are not folded; None: for
+    models that have norms behind attention and MLP.
     """
     hidden, inter, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
     heads, q, kv = config.num_attention_heads, config.out_features("q"), config.out_features("k")
     layers, n = config.num_hidden_layers, batch * rows
-    kept = keep == "last" and rows > 1
-    ids, only = 8 * n, 8 * batch if kept else 0
+    selects = keep == "last" and rows > 1 and wants_logits
+    ids, selected = 8 * n, 8 * batch if selects else 0
+    select = "select " if selects else ""
     scales = 4 * n if n > 1 else 0  # of one row it is an attribute
     tables = 2 * 4 * rows * config.rope.rotary_dim(config.head_dim) // 2
+    here = plan == "tee-attention"
+    if exact is None:
+        exact = here and config.post_norms
     found: list[Message] = []
 
-    def add(op: str, sent: int, received: int, more: int = 0, private: int = 0) -> None:
+    def add(steps: str, sent: int, received: int, more: int = 0, private: int = 0) -> None:
         """Elements that are sent and received, and bytes beside them."""
-        found.append(Message(op, itemsize * sent + more, itemsize * received, private))
+        found.append(Message(steps, itemsize * sent + more, itemsize * received, private))
 
     def scores(layer: int) -> int:
         """Elements of a layer's scores, whole rows but for what is behind the diagonal or before the window; as many
         as lie in their tensor, which has a round number of them."""
         window = config.window(layer)
-        if layer == layers - 1 and kept:
+        if layer == layers - 1 and selects:
             blocks = row_blocks(1, start + rows, 1, window)
         else:
             blocks = row_blocks(rows, start + rows, choose_block_rows(rows), window)
         elements = batch * heads * sum(block.rows * block.columns for block in blocks)
         return -(-elements // PACKED_MULTIPLE) * PACKED_MULTIPLE
 
-    if plan in ("per-op", "batched", "fused"):
-        add("embedding", 0, n * hidden, ids, ids)
-    elif plan == "folded" or (layers == 1 and not last):
-        add("embedding_qkv", 0, n * (hidden + q + kv), ids, ids)
-    else:
-        own = only if layers == 1 else 0
-        add("embedding_scores", 0, n * hidden + scores(0), ids + tables + own, ids + own)
+    qkv = q + 2 * kv
+    if plan in ("per-op", "batched", "fused") or (exact and not at_home):
+        add("embed", 0, n * hidden, ids, ids)
+    elif plan == "folded":
+        add("embed norm qkv store_v", 0, n * (hidden + q + kv), ids, ids)
+    elif plan == "minimal" and layers == 1 and not wants_logits:
+        add("embed tables norm qkv store_v rope store_k", 0, n * hidden, ids + tables, ids)
+    elif plan == "minimal":
+        own, which = (selected, select) if layers == 1 else (0, "")
+        text = f"embed tables norm qkv store_v rope store_k {which}scores"
+        add(text, 0, n * hidden + scores(0), ids + tables + own, ids + own)
+    elif not exact and at_home:
+        add("residual norm qkv", n * hidden, n * qkv)
+    elif not exact:
+        add("embed norm qkv", 0, n * (hidden + qkv), ids, ids)
     for layer in range(layers):
         final = layer == layers - 1
-        r = batch if final and kept else n
-        ends = final and not last
-        if plan in ("per-op", "batched"):
-            widths = ((q,), (kv,), (kv,)) if plan == "per-op" else ((q, kv, kv),)
-            for together in widths:
-                add("linear", n * hidden, n * sum(together))
-        elif plan == "fused":
-            add("qkv", n * hidden, n * (q + kv))
-        if ends and plan == "linear" and layers > 1:
-            add("values_gate_up", 0, 0, scales)
-            return found
-        if ends:
-            alone = scales if plan in ("folded", "linear") else 0
-            add("scores", n * kv, 0, alone)
-            if plan in ("per-op", "batched"):
-                add("values", n * kv, 0)
-            return found
-        if plan != "linear":
-            own = only if final and plan == "folded" else 0
-            more = scales if plan == "folded" else 0
-            add("scores", r * q + n * kv, scores(layer), own + more, own)
-        if plan in ("per-op", "batched"):
-            add("values", scores(layer) + n * kv, r * q)
-            add("linear", r * q, r * hidden)
-        elif plan == "fused":
-            add("values_o", scores(layer), r * hidden)
-        else:
-            more = scales if plan == "linear" else 0
-            add("values_gate_up", scores(layer), r * (hidden + 2 * inter), more)
+        r = batch if final and selects else n
+        ends = final and not wants_logits
+        own, which = (selected, select) if final else (0, "")
+        # the products before the scores
         if plan == "per-op":
-            add("linear", r * hidden, r * inter)
-            add("linear", r * hidden, r * inter)
-        elif plan in ("batched", "fused"):
-            add("linear", r * hidden, r * 2 * inter)
+            for name, width in (("q", q), ("k", kv), ("v", kv)):
+                add(name, n * hidden, n * width)
+        elif plan == "batched" or exact:
+            add("qkv", n * hidden, n * qkv)
+        elif plan == "fused":
+            add("qkv store_v", n * hidden, n * (q + kv))
+        # a chunk that only fills the cache is over with the last layer's keys and values
+        if ends:
+            if plan in ("per-op", "batched"):
+                add("store_k", n * kv, 0)
+                add("store_v", n * kv, 0)
+            elif plan == "fused":
+                add("store_k", n * kv, 0)
+            elif plan == "folded":
+                add("store_k scale_v", n * kv, 0, scales)
+            elif plan == "minimal":
+                add("scale_kv", 0, 0, scales)
+            return found
+        # scores
         if plan in ("per-op", "batched", "fused"):
-            add("linear", r * inter, r * hidden)
-        elif final:
-            add("down_lm_head", r * inter, r * (hidden + vocab))
+            add("store_k scores", r * q + n * kv, scores(layer))
         elif plan == "folded":
-            add("down_qkv", n * inter, n * (hidden + q + kv))
+            add(f"store_k scale_v {which}scores", r * q + n * kv, scores(layer), own + scales, own)
+        # weighted values, and what follows up to the activation
+        if plan in ("per-op", "batched"):
+            add("store_v values", scores(layer) + n * kv, r * q)
+            add("o", r * q, r * hidden)
+        elif plan == "fused":
+            add("values o", scores(layer), r * hidden)
+        elif plan == "folded":
+            add("values o add norm gate_up", scores(layer), r * (hidden + 2 * inter))
+        elif plan == "minimal":
+            add("scale_kv values o add norm gate_up", scores(layer), r * (hidden + 2 * inter), scales)
+        elif exact:
+            add("o", r * q, r * hidden)
         else:
-            final_next = layer == layers - 2
-            own = only if final_next and last else 0
-            more = 0 if final_next and not last else scores(layer + 1)
-            add("down_scores", n * inter, n * hidden + more, own, own)
-    if plan in ("per-op", "batched", "fused"):
-        rows_out = batch if kept else n
+            add(f"{which}o add norm gate_up", r * q, r * (hidden + 2 * inter), own, own)
+        if plan == "per-op":
+            add("gate", r * hidden, r * inter)
+            add("up", r * hidden, r * inter)
+        elif plan in ("batched", "fused") or exact:
+            add("gate_up", r * hidden, r * 2 * inter)
+        # behind the activation
+        if plan in ("per-op", "batched", "fused") or exact:
+            add("down", r * inter, r * hidden)
+        elif final:
+            add("down add norm lm_head", r * inter, r * (hidden + vocab))
+        elif plan == "folded":
+            add("down add norm qkv store_v", n * inter, n * (hidden + q + kv))
+        elif here:
+            add("down add norm qkv", n * inter, n * (hidden + qkv))
+        elif layer == layers - 2 and not wants_logits:
+            add("down add norm qkv store_v rope store_k", n * inter, n * hidden)
+        else:
+            own, which = (selected, select) if layer == layers - 2 else (0, "")
+            text = f"down add norm qkv store_v rope store_k {which}scores"
+            add(text, n * inter, n * hidden + scores(layer + 1), own, own)
+    if plan in ("per-op", "batched", "fused") or exact:
+        rows_out = batch if selects else n
         add("lm_head", rows_out * hidden, rows_out * vocab)
     return found
 

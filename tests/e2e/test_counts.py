@@ -1,4 +1,5 @@
-"""What a forward pass moves, call by call: operations and bytes are those of a formula (split.py), in every plan."""
+"""What a forward pass moves, call by call: steps and bytes are those of a formula (split.py), in every plan; in
+tee-attention in all of its four forms."""
 
 from __future__ import annotations
 
@@ -40,6 +41,8 @@ class Watched:
 
     def __init__(self, channel: fastsplit.Channel) -> None:
         self.seen: list[Message] = []
+        self.dtypes: list[str] = []
+        """Of all tensors that were sent."""
         self._channel = channel
 
     @property
@@ -52,7 +55,8 @@ class Watched:
     def call(self, op: str, /, *tensors: torch.Tensor, expect: Any = None, **attrs: Any) -> Any:
         sent = sum(tensor.nbytes for tensor in tensors)
         reply = self._channel.call(op, *tensors, expect=expect, **attrs)
-        self.seen.append(Message(op, sent, sum(tensor.nbytes for tensor in reply)))
+        self.seen.append(Message(attrs.get("steps", op), sent, sum(tensor.nbytes for tensor in reply)))
+        self.dtypes += [str(tensor.dtype).removeprefix("torch.") for tensor in tensors]
         return reply
 
     def submit(self, op: str, /, *tensors: torch.Tensor, expect: Any = None, **attrs: Any) -> Any:
@@ -62,6 +66,12 @@ class Watched:
         """What was seen since the last time."""
         seen, self.seen = self.seen, []
         return seen
+
+
+def cut(runner: Runner, counts: list[int]) -> None:
+    """Chunks of so many rows, in a plan that has no scores whose memory is limited, and so one chunk for each lane."""
+    if PLANS[runner.plan].has_cache_here:
+        runner._cutter.cut = lambda *_: counts  # type: ignore[method-assign]
 
 
 def _formula(*args: Any, **options: Any) -> list[Message]:
@@ -88,6 +98,43 @@ def test_every_call_moves_what_the_formula_says_and_nothing_else(
                         expected = _formula(model.config, runner.plan, rows=rows, start=cache.length, keep=keep)
                         runner.forward(torch.arange(rows).unsqueeze(0) % 97, cache, keep=keep)
                         assert backend.taken() == expected
+
+
+@pytest.mark.parametrize("name", ["grouped heads", "attention bias", "qwen3", "gemma2", "gemma3"])
+@pytest.mark.parametrize("trusted", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_every_form_of_attention_in_the_tee_moves_what_the_formula_says(
+    tmp_path: Path, uri: str, name: str, trusted: bool, dtype: str
+) -> None:
+    """Token ids go to the executor only where the TEE has no copy of the embedding's weights; and rows of the last
+    layer only where one of them goes on."""
+    model = make_model(tmp_path / "model", CONFIGS[name])
+    exact = name.startswith("gemma") or dtype == "float16"
+    itemsize = 4 if dtype == "float32" else 2
+    with split(model, uri, plan="tee-attention", dtype=dtype) as (_, channel):
+        backend = Watched(channel)
+        runner = Runner(RemoteModel.fetch(channel, model if trusted else None), backend, "tee-attention")
+        for prompt in (1, 40):
+            for keep in ("last", "all"):
+                with runner.new_cache(1, prompt + 3) as cache:
+                    backend.taken()
+                    backend.dtypes.clear()
+                    for rows in (prompt, 1, 7):
+                        expected = _formula(
+                            model.config,
+                            "tee-attention",
+                            rows=rows,
+                            start=cache.length,
+                            keep=keep,
+                            itemsize=itemsize,
+                            at_home=trusted,
+                            exact=exact,
+                        )
+                        runner.forward(torch.arange(rows).unsqueeze(0) % 97, cache, keep=keep)
+                        assert backend.taken() == expected
+                    selected = 0 if exact or keep == "all" else (prompt > 1) + 1
+                    assert backend.dtypes.count("int64") == (0 if trusted else 3) + selected
+                    assert set(backend.dtypes) <= {dtype, "int64"}
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -160,7 +207,7 @@ def test_heads_do_not_grow_with_the_prompt_but_for_its_blocks(tmp_path: Path, ur
     assert 0 < received < HEAD_NBYTES * len(expected)
 
 
-@pytest.mark.parametrize("plan", ["fused", "folded", "linear"])
+@pytest.mark.parametrize("plan", ["fused", "folded", "minimal"])
 def test_v_and_the_cache_never_travel(tmp_path: Path, uri: str, plan: str) -> None:
     """Whatever is in the cache, a step moves the same bytes, but for scores."""
     model = make_model(tmp_path / "model", {"max_position_embeddings": 2048})
@@ -183,18 +230,35 @@ def test_v_and_the_cache_never_travel(tmp_path: Path, uri: str, plan: str) -> No
     assert [more - less for less, more in zip(sizes[5], sizes[1023])] == [less_nbytes, less_nbytes]
 
 
+def test_steps_move_the_same_whatever_is_in_the_cache_where_the_cache_is_in_the_tee(tmp_path: Path, uri: str) -> None:
+    """No scores: not even these grow."""
+    model = make_model(tmp_path / "model", {"max_position_embeddings": 2048})
+    with split(model, uri, plan="tee-attention") as (_, channel):
+        backend = Watched(channel)
+        runner = Runner(RemoteModel.fetch(channel, model), backend, "tee-attention")
+        seen = []
+        for past in (5, 1023, 2047):
+            with runner.new_cache(1, past + 1) as cache:
+                runner.forward(torch.arange(past).unsqueeze(0) % 97, cache)
+                backend.taken()
+                runner.forward(torch.tensor([[3]]), cache)
+                seen.append(backend.taken())
+    assert seen[0] == seen[1] == seen[2] == _formula(model.config, "tee-attention", rows=1)
+
+
 @pytest.mark.parametrize("plan", PLANS)
-def test_a_stretch_without_a_wanted_row_ends_with_its_keys_and_values(tmp_path: Path, uri: str, plan: str) -> None:
+def test_a_chunk_without_a_wanted_row_ends_with_its_keys_and_values(tmp_path: Path, uri: str, plan: str) -> None:
     layers, rows = 3, 300
     model = make_model(tmp_path / "model", {})
     config = model.config
-    saved = {"per-op": 5, "batched": 4, "fused": 4, "folded": 2, "linear": 1}[plan]
+    saved = {"per-op": 5, "batched": 4, "fused": 4, "folded": 2, "minimal": 1, "tee-attention": 2}[plan]
     per_layer, once = PLANS[plan].call_counts
     with split(model, uri, plan=plan) as (_, channel):
         backend = Watched(channel)
         scores_nbytes = 4 * config.num_attention_heads * 128 * 300
         runner = Runner(RemoteModel.fetch(channel, model), backend, plan, scores_nbytes=scores_nbytes)
-        counts = runner._stretch_rows(1, 0, rows)
+        cut(runner, [128, 128, 44])
+        counts = runner._cutter.cut(1, 0, rows)
         assert len(counts) > 1
         ids = torch.arange(rows).unsqueeze(0) % 97
         with runner.new_cache(1, rows) as cache:
@@ -202,9 +266,9 @@ def test_a_stretch_without_a_wanted_row_ends_with_its_keys_and_values(tmp_path: 
             chunked = runner.forward(ids, cache)
             expected, start = [], 0
             for count in counts:
-                last = start + count == rows
-                own = _formula(config, plan, rows=count, start=start, last=last)
-                assert len(own) == per_layer * layers + once - (0 if last else saved)
+                wanted = start + count == rows
+                own = _formula(config, plan, rows=count, start=start, wants_logits=wanted)
+                assert len(own) == per_layer * layers + once - (0 if wanted else saved)
                 expected += own
                 start += count
             assert backend.taken() == expected
@@ -214,18 +278,19 @@ def test_a_stretch_without_a_wanted_row_ends_with_its_keys_and_values(tmp_path: 
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_a_stretch_that_stores_only_of_a_model_with_one_layer(tmp_path: Path, uri: str, plan: str) -> None:
+def test_a_chunk_that_stores_only_of_a_model_with_one_layer(tmp_path: Path, uri: str, plan: str) -> None:
     model = make_model(tmp_path / "model", {"num_hidden_layers": 1})
     with split(model, uri, plan=plan) as (_, channel):
         backend = Watched(channel)
         runner = Runner(RemoteModel.fetch(channel, model), backend, plan, scores_nbytes=4 * 6 * 100 * 100)
-        counts = runner._stretch_rows(1, 0, 200)
+        cut(runner, [100, 100])
+        counts = runner._cutter.cut(1, 0, 200)
         with runner.new_cache(1, 200) as cache:
             backend.taken()
             runner.forward(torch.arange(200).unsqueeze(0) % 97, cache)
         expected, start = [], 0
         for count in counts:
-            expected += _formula(model.config, plan, rows=count, start=start, last=start + count == 200)
+            expected += _formula(model.config, plan, rows=count, start=start, wants_logits=start + count == 200)
             start += count
         assert backend.taken()[:-1] == expected
     assert len(counts) > 1
