@@ -1,7 +1,8 @@
 """How the rows of a pass are cut into chunks.
 
-One chunk for each lane, of about equal bytes on the link; more of them where the memory for scores asks for it. All
-lanes are under way at once, and the longest way of a chunk through a layer is then the shortest that it can be.
+One chunk for each lane, of about equal bytes on the link; more of them where memory asks for it: that of the
+scores, or, where attention is computed here, of the masks and of the largest message. All lanes are under way at once,
+and the longest way of a chunk through a layer is then the shortest that it can be.
 
 Rules. A chunk has whole blocks of rows, and at least MIN_CHUNK_ROWS of them unless the prompt or the memory has less.
 """
@@ -20,15 +21,17 @@ MIN_CHUNK_ROWS = 64
 
 class Cutter:
     """Cuts the passes of one model and plan. `scores_nbytes`: memory that a chunk's scores may take in the link's dtype
-    of `itemsize` bytes. `block_rows`: rows in a block of scores; None: the default."""
+    of `itemsize` bytes; without scores, its masks and its largest message each. `block_rows`: rows in a
+    block of scores; None: the default."""
 
     def __init__(
         self, config: ModelConfig, plan: Plan, itemsize: int, lanes: int, block_rows: int | None, scores_nbytes: int
     ) -> None:
-        self._heads = config.num_attention_heads
+        self._heads = 1 if plan.has_cache_here else config.num_attention_heads  # masks are the same for all heads
         self._itemsize = itemsize
         self._lanes = lanes
-        self._scores_nbytes = None if plan.has_cache_here else scores_nbytes
+        self._scores_nbytes = scores_nbytes
+        self._message_width = config.hidden_size + 2 * config.intermediate_size if plan.has_cache_here else 0
         self._grain = min(choose_block_rows(1, block_rows), choose_block_rows(1))
         # Elements of a row that travel in a layer, both ways; of a score, both ways.
         self._row_width = 2 * config.hidden_size + 3 * config.intermediate_size
@@ -50,12 +53,13 @@ class Cutter:
                 count = max(least, min(round(share / grain), spare // grain) * grain)
                 if rows - count < MIN_CHUNK_ROWS:
                     count = rows
-            if self._scores_nbytes is not None:
-                # count * (start + count) scores at most
-                scores = self._scores_nbytes // (batch * self._heads * self._itemsize)
-                fitting = max(int((start * start / 4 + scores) ** 0.5 - start / 2), 1)
-                if count > fitting:
-                    count = fitting - fitting % grain if fitting > grain else fitting
+            # count * (start + count) scores at most
+            elements = self._scores_nbytes // (batch * self._itemsize)
+            fitting = max(int((start * start / 4 + elements // self._heads) ** 0.5 - start / 2), 1)
+            if self._message_width:
+                fitting = min(fitting, max(elements // self._message_width, 1))
+            if count > fitting:
+                count = fitting - fitting % grain if fitting > grain else fitting
             counts.append(count)
             start += count
             rows -= count

@@ -26,6 +26,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from ..errors import SettingError
 from ..extras import torch
 from ..models import ModelConfig
 from ..split.blocks import Block
@@ -289,7 +290,11 @@ class Interpreter:
         assert table is not None
         ids = state.chunk.ids
         x = self._backend.empty((*ids.shape, table.shape[1]), self._link_dtype)
-        rows = table.index_select(0, ids.reshape(-1))
+        try:
+            rows = table.index_select(0, ids.reshape(-1))
+        except IndexError:
+            text = f"ids: {int(ids.min())} to {int(ids.max())}, expected 0 to {len(table) - 1}"
+            raise SettingError(text) from None
         if self._config.embedding_multiplier != 1:
             rows.mul_(torch.tensor(self._config.embedding_multiplier, dtype=table.dtype, device="cpu"))
         x.copy_(rows.view(x.shape))
@@ -366,7 +371,7 @@ class Interpreter:
             values["q"] = self._sent(values["q"], self._link_dtype)
         if not self.plan.folds:
             values["x"] = selected_rows(values["x"], selected)
-        self.recorder.lap("rotary")
+        self.recorder.lap("rotary", 0)
 
     def _store(self, state: _State, layer: int, nth: int) -> None:
         """Keys and values go to the KV cache in the TEE."""

@@ -65,10 +65,10 @@ class Recorder:
             self.wall_ns += elapsed_ns
             self.phases_ns[name] = self.phases_ns.get(name, 0) + elapsed_ns
 
-    def lap(self, name: str) -> None:
-        """Assigns the time since the last mark to the TEE operation `name`."""
+    def lap(self, name: str, count: int = 1) -> None:
+        """Assigns the time since the last mark to the TEE operation `name`, as `count` of them."""
         if self._running:
-            self._count("tee", name, self._mark(name), 0 if name == "other" else 1)
+            self._count("tee", name, self._mark(name), 0 if name == "other" else count)
 
     def sending(self, stats: Stats, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Runs `work(*args, **kwargs)`, which sends a request; a later `call` waits for its reply."""

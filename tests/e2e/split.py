@@ -15,6 +15,8 @@ from fastsplit.executor.device import Device
 from fastsplit.executor.service import Executor
 from fastsplit.models import Model, ModelConfig, open_model
 from fastsplit.split.blocks import choose_block_rows, row_blocks
+from fastsplit.split.plan import PLANS
+from fastsplit.tee.chunks import Cutter
 from fastsplit.tee.remote import RemoteModel
 from fastsplit.tee.runner import Runner
 
@@ -171,7 +173,18 @@ def split(
         fastsplit.connect(server.uri, arrays="torch") as channel,
         torch.inference_mode(),
     ):
-        yield Runner(RemoteModel.fetch(channel, model if trusted else None), channel, plan, **options), channel
+        runner = Runner(RemoteModel.fetch(channel, model if trusted else None), channel, plan, **options)
+        yield cut_as_with_scores(runner, options.get("scores_nbytes"), options.get("block_rows")), channel
+
+
+def cut_as_with_scores(runner: Runner, scores_nbytes: int | None, block_rows: int | None = None) -> Runner:
+    """The same runner, which cuts prompts as one does whose scores may take `scores_nbytes` (None: as it is). So tests
+    of chunks mean the same for plans that have no scores."""
+    if scores_nbytes is not None and PLANS[runner.plan].has_cache_here:
+        itemsize = DTYPES[runner.wire_dtype].itemsize
+        args = (itemsize, runner.lanes, block_rows, scores_nbytes)
+        runner._cutter = Cutter(runner.config, PLANS["folded"], *args)
+    return runner
 
 
 PACKED_MULTIPLE = 1024

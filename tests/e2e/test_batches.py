@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 from split import CONFIGS, load_hf, make_model, relative_error, split
 
 import fastsplit
-from fastsplit.errors import DeadlineError, RemoteOpError
+from fastsplit.errors import DeadlineError, RemoteOpError, SettingError
 from fastsplit.executor.service import Executor
 from fastsplit.models import Model, open_model
 from fastsplit.split.blocks import Block, packed_elements
@@ -31,13 +31,13 @@ TOLERANCE = 2e-5
 FAMILIES: dict[str, tuple[str, ...]] = {
     "grouped heads": tuple(PLANS),
     "everything at once": ("fused", "folded"),
-    "mistral": ("folded", "linear"),
+    "mistral": ("folded", "minimal", "tee-attention"),
     "qwen2 with windows": ("fused", "folded"),
-    "qwen3": ("folded",),
-    "gemma2": ("fused",),
+    "qwen3": ("folded", "tee-attention"),
+    "gemma2": ("fused", "tee-attention"),
     "gemma3": ("fused",),
-    "phi3": ("fused", "linear"),
-    "granite": ("fused", "folded", "linear"),
+    "phi3": ("fused", "minimal", "tee-attention"),
+    "granite": ("fused", "folded", "minimal"),
 }
 """The plans that are tested: one family has all, the others those that differ in what they have of their own."""
 LENGTHS = [57, 1, 33, 52]
@@ -344,9 +344,10 @@ def test_reordering_is_hf_selecting_sequences(llama: Named, unix_uri: str, plan:
             assert_same(logits, hf_logits(reference, ids, mask)[:, -count:])
 
 
-def test_wrong_lengths_and_indices_leave_the_cache_as_it_was(llama: Named, unix_uri: str) -> None:
+@pytest.mark.parametrize("plan", ["auto", "tee-attention"])
+def test_wrong_lengths_and_indices_leave_the_cache_as_it_was(llama: Named, unix_uri: str, plan: str) -> None:
     ids = random_ids(2, 9)
-    with split(llama[0], unix_uri, plan="auto") as (runner, channel), runner.new_cache(2) as cache:
+    with split(llama[0], unix_uri, plan=plan) as (runner, channel), runner.new_cache(2) as cache:
         expected = runner.forward(ids, cache, keep="all")
         calls = channel.stats.calls
         for length in (-1, 10, 2**40):
@@ -357,7 +358,7 @@ def test_wrong_lengths_and_indices_leave_the_cache_as_it_was(llama: Named, unix_
                 cache.reorder(indices)
         assert channel.stats.calls == calls
         for wrong in ([2], [0, -1], [0, 2**40]):
-            with pytest.raises(RemoteOpError, match="indices: "):
+            with pytest.raises((RemoteOpError, SettingError), match="indices: "):
                 cache.reorder(torch.tensor(wrong))
         assert (cache.batch, cache.length) == (2, 9)
         cache.truncate(4)
@@ -384,7 +385,7 @@ WRONG: dict[str, tuple[torch.Tensor, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("plan", ["fused", "folded", "linear"])
+@pytest.mark.parametrize("plan", ["fused", "folded", "minimal", "tee-attention"])
 def test_wrong_arguments_name_themselves_send_nothing_and_leave_the_cache_as_it_was(
     llama: Named, unix_uri: str, plan: str
 ) -> None:
@@ -397,7 +398,7 @@ def test_wrong_arguments_name_themselves_send_nothing_and_leave_the_cache_as_it_
             with pytest.raises(ValueError, match=f"^{name.split(':')[0]}: "):
                 runner.forward(wrong, cache, **options)
             assert (cache.length, cache.mask, channel.stats.calls) == (5, None, calls), name
-        with pytest.raises(RemoteOpError, match=r"ids: .*expected 0 to 96"):
+        with pytest.raises((RemoteOpError, SettingError), match=r"ids: .*expected 0 to 96"):
             runner.forward(torch.full((2, 3), VOCAB), cache)
         assert (cache.length, cache.mask) == (5, None)
         assert_same(runner.forward(ids[:, 5:], cache, keep="all"), hf_logits(reference, ids)[:, 5:])
@@ -467,7 +468,7 @@ def prepared(runner: Runner) -> tuple[Cache, torch.Tensor]:
         ("batched", 1, False),
         *(
             (plan, count, after)
-            for plan in ("fused", "folded", "linear")
+            for plan in ("fused", "folded", "minimal", "tee-attention")
             for count in (5, 1)
             for after in (False, True)
         ),

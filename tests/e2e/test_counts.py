@@ -18,7 +18,7 @@ from fastsplit.tee.runner import Runner
 from fastsplit.wire.stats import Stats
 
 pytest.importorskip("transformers")
-from split import CONFIGS, PACKED_MULTIPLE, Message, make_model, messages, split
+from split import CONFIGS, PACKED_MULTIPLE, Message, cut_as_with_scores, make_model, messages, split
 
 pytestmark = pytest.mark.matrix(one_in=4)
 
@@ -66,12 +66,6 @@ class Watched:
         """What was seen since the last time."""
         seen, self.seen = self.seen, []
         return seen
-
-
-def cut(runner: Runner, counts: list[int]) -> None:
-    """Chunks of so many rows, in a plan that has no scores whose memory is limited, and so one chunk for each lane."""
-    if PLANS[runner.plan].has_cache_here:
-        runner._cutter.cut = lambda *_: counts  # type: ignore[method-assign]
 
 
 def _formula(*args: Any, **options: Any) -> list[Message]:
@@ -257,7 +251,7 @@ def test_a_chunk_without_a_wanted_row_ends_with_its_keys_and_values(tmp_path: Pa
         backend = Watched(channel)
         scores_nbytes = 4 * config.num_attention_heads * 128 * 300
         runner = Runner(RemoteModel.fetch(channel, model), backend, plan, scores_nbytes=scores_nbytes)
-        cut(runner, [128, 128, 44])
+        cut_as_with_scores(runner, scores_nbytes)
         counts = runner._cutter.cut(1, 0, rows)
         assert len(counts) > 1
         ids = torch.arange(rows).unsqueeze(0) % 97
@@ -283,7 +277,7 @@ def test_a_chunk_that_stores_only_of_a_model_with_one_layer(tmp_path: Path, uri:
     with split(model, uri, plan=plan) as (_, channel):
         backend = Watched(channel)
         runner = Runner(RemoteModel.fetch(channel, model), backend, plan, scores_nbytes=4 * 6 * 100 * 100)
-        cut(runner, [100, 100])
+        cut_as_with_scores(runner, 4 * 6 * 100 * 100)
         counts = runner._cutter.cut(1, 0, 200)
         with runner.new_cache(1, 200) as cache:
             backend.taken()

@@ -21,6 +21,7 @@ from fastsplit import SplitModelForCausalLM, tee_side
 from fastsplit.errors import LimitError, ModelError, RemoteOpError
 from fastsplit.executor.service import Executor
 from fastsplit.models import ModelConfig, open_model
+from fastsplit.split.plan import STEP_LISTS
 from fastsplit.tee.remote import RemoteModel
 from fastsplit.tee.runner import Runner
 from fastsplit.tee.sampling import Sampling, sample
@@ -43,8 +44,20 @@ def config(rope: dict[str, Any] | None = None, **changes: Any) -> str:
     return json.dumps({**values, **changes})
 
 
-def tee(executor: Executor, handlers: dict[str, Callable[..., Any]], *flags: str) -> int:
-    with fastsplit.Server("tcp://127.0.0.1:0", {**executor.handlers, **handlers}, arrays="torch") as server:
+def lying(executor: Executor, lies: dict[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
+    """An executor's handlers with others in their place, for operations or for the steps of `run`."""
+    by_steps = {name: lie for name, lie in lies.items() if name not in executor.handlers}
+    assert set(by_steps) <= set(STEP_LISTS)
+
+    def run(call: fastsplit.Call) -> Any:
+        return by_steps.get(call.attrs["steps"], executor.handlers["run"])(call)
+
+    return {**executor.handlers, **{op: lie for op, lie in lies.items() if op not in by_steps}, "run": run}
+
+
+def tee(executor: Executor, lies: dict[str, Callable[..., Any]], *flags: str) -> int:
+    """`lies`: handlers, by the operation or the steps of `run` that they answer."""
+    with fastsplit.Server("tcp://127.0.0.1:0", lying(executor, lies), arrays="torch") as server:
         return tee_side.main(["--connect", server.uri, *(flags or ("--prefill", "5", "--max-new-tokens", "2"))])
 
 
@@ -123,25 +136,25 @@ def test_threads_are_a_hint_and_no_more(executor: Executor, capfd: pytest.Captur
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("plan", ["batched", "folded"])
+@pytest.mark.parametrize("plan", ["batched", "folded", "tee-attention"])
 @pytest.mark.parametrize("flags", [("0",), ("2",), ("2", "--temperature", "1"), ("0", "--format", "json")])
 def test_logits_that_are_not_finite(
     executor: Executor, capfd: pytest.CaptureFixture[str], value: float, plan: str, flags: tuple[str, ...]
 ) -> None:
     logits = torch.zeros(1, 1, 256)
     logits[0, 0, 7] = value
-    lies = {"lm_head": lambda call: logits, "down_lm_head": lambda call: (torch.ones(1, 1, 64), logits)}
+    lies = {"lm_head": lambda call: logits, "down add norm lm_head": lambda call: (torch.ones(1, 1, 64), logits)}
     assert tee(executor, lies, "--prefill", "2", "--plan", plan, "--max-new-tokens", *flags) == 4
     assert "lm_head, logits" in last_line(capfd)
 
 
-@pytest.mark.parametrize("plan", ["folded", "linear"])
+@pytest.mark.parametrize("plan", ["folded", "minimal", "tee-attention"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, 0.0, 1e38])
 def test_a_residual_stream_that_makes_no_sense(
     executor: Executor, capfd: pytest.CaptureFixture[str], value: float, plan: str
 ) -> None:
     """Its length is what everything is scaled by: whatever it is, nothing is chosen by numbers that are none."""
-    lies = {"down_lm_head": lambda call: (torch.full((1, 1, 64), value), torch.ones(1, 1, 256))}
+    lies = {"down add norm lm_head": lambda call: (torch.full((1, 1, 64), value), torch.ones(1, 1, 256))}
     code = tee(executor, lies, "--prefill", "2", "--plan", plan, "--max-new-tokens", "1", "--format", "json")
     if value == value:
         assert code == 0
@@ -151,7 +164,7 @@ def test_a_residual_stream_that_makes_no_sense(
         assert "lm_head, logits" in last_line(capfd)
 
 
-@pytest.mark.parametrize("plan", ["per-op", "folded", "linear"])
+@pytest.mark.parametrize("plan", ["per-op", "folded", "minimal", "tee-attention"])
 @pytest.mark.parametrize("rows", ["1", "3"])
 def test_a_residual_stream_of_zeros_and_no_epsilon(
     executor: Executor, capfd: pytest.CaptureFixture[str], rows: str, plan: str
@@ -159,8 +172,8 @@ def test_a_residual_stream_of_zeros_and_no_epsilon(
     """It has no length: one row or many, what comes of it is no number, and nothing is chosen by it."""
     lies = {
         **describe(config(rms_norm_eps=0.0)),
-        "embedding": lambda call: torch.zeros(1, int(rows), 64),
-        "down_lm_head": lambda call: (torch.zeros(1, 1, 64), torch.ones(1, 1, 256)),
+        "embed": lambda call: torch.zeros(1, int(rows), 64),
+        "down add norm lm_head": lambda call: (torch.zeros(1, 1, 64), torch.ones(1, 1, 256)),
     }
     assert tee(executor, lies, "--prefill", rows, "--plan", plan, "--max-new-tokens", "1") == 4
     assert "lm_head, logits" in last_line(capfd)
@@ -173,8 +186,8 @@ def test_the_text_of_an_error_is_one_plain_line(
     def fail(call: fastsplit.Call) -> None:
         raise RuntimeError(text)
 
-    assert tee(executor, {"scores": fail}) == 1
-    assert last_line(capfd).startswith("tee_side: scores: RuntimeError: ")
+    assert tee(executor, {"run": fail}) == 1
+    assert last_line(capfd).startswith("tee_side: run: RuntimeError: ")
 
 
 REPLIES: dict[str, Callable[..., Any]] = {
@@ -187,38 +200,46 @@ REPLIES: dict[str, Callable[..., Any]] = {
 }
 
 
-OPS = {
-    "describe": "auto",
-    "tee_weights": "auto",
-    "open": "auto",
-    "embedding": "batched",
-    "linear": "batched",
-    "scores": "batched",
-    "values": "batched",
-    "lm_head": "batched",
-    "qkv": "fused",
-    "values_o": "fused",
-    "embedding_qkv": "folded",
-    "values_gate_up": "folded",
-    "down_qkv": "folded",
-    "down_lm_head": "folded",
-    "embedding_scores": "linear",
-    "down_scores": "linear",
+FOLDED_START, MINIMAL_START = "embed norm qkv store_v", "embed tables norm qkv store_v rope store_k scores"
+HOME = ("--model", "random:tiny")
+OPS: dict[str, tuple[str, ...]] = {
+    "describe": ("auto",),
+    "tee_weights": ("auto",),
+    "open": ("auto",),
+    **dict.fromkeys(("q", "k", "v", "gate", "up"), ("per-op",)),
+    **dict.fromkeys(("embed", "qkv", "store_k scores", "store_v values", "o", "gate_up", "down"), ("batched",)),
+    "lm_head": ("batched",),
+    "qkv store_v": ("fused",),
+    "values o": ("fused",),
+    FOLDED_START: ("folded",),
+    "store_k scale_v scores": ("folded",),
+    "store_k scale_v select scores": ("folded",),
+    "values o add norm gate_up": ("folded",),
+    "down add norm qkv store_v": ("folded",),
+    "down add norm lm_head": ("folded",),
+    MINIMAL_START: ("minimal",),
+    "scale_kv values o add norm gate_up": ("minimal",),
+    "down add norm qkv store_v rope store_k select scores": ("minimal",),
+    "embed norm qkv": ("tee-attention",),
+    "residual norm qkv": ("tee-attention", *HOME),
+    "o add norm gate_up": ("tee-attention",),
+    "select o add norm gate_up": ("tee-attention", *HOME),
+    "down add norm qkv": ("tee-attention",),
 }
-"""Each operation whose reply is needed, and a plan that has it."""
+"""Each operation, and the steps of each call, whose reply is needed; a plan that has it, and flags."""
 
 
 @pytest.mark.parametrize(
     ("op", "name"),
     [
         *((op, "another shape") for op in list(OPS)[3:]),
-        *(("down_qkv", name) for name in REPLIES if name != "another shape"),
+        *(("down add norm qkv store_v", name) for name in REPLIES if name != "another shape"),
     ],
 )
 def test_a_reply_that_was_not_asked_for(
     executor: Executor, capfd: pytest.CaptureFixture[str], op: str, name: str
 ) -> None:
-    assert tee(executor, {op: REPLIES[name]}, "--prefill", "5", "--plan", OPS[op]) == 4
+    assert tee(executor, {op: REPLIES[name]}, "--prefill", "5", "--plan", *OPS[op]) == 4
     assert "protocol: a reply" in last_line(capfd)
 
 
@@ -238,7 +259,7 @@ def test_a_session_that_is_none(executor: Executor, capfd: pytest.CaptureFixture
 @pytest.mark.parametrize("op", OPS)
 def test_a_gpu_side_that_leaves(executor: Executor, capfd: pytest.CaptureFixture[str], op: str) -> None:
     leave = {op: lambda call: call._served.core.connection.transport.shutdown()}
-    assert tee(executor, leave, "--prefill", "5", "--plan", OPS[op]) == 3
+    assert tee(executor, leave, "--prefill", "5", "--plan", *OPS[op]) == 3
     assert "connection: " in last_line(capfd)
 
 
@@ -295,23 +316,30 @@ def test_requests_that_would_make_a_large_reply_are_refused() -> None:
     ):
         number = channel.call("open", batch=1, capacity=0, dtype="float32").attrs["session"]
         at = {"session": number, "lane": 0, "layer": 0, "start": 0}
-        for op, tensors, attrs in (
-            ("embedding", (ids,), at),
-            ("embedding_qkv", (ids,), at),
-            ("embedding_qkv", (ids[:, :150],), at),  # the embedding alone is not too large
-            ("embedding_scores", (some, tables, tables), {**at, "first": 0, "last": 130}),
-            ("linear", (torch.zeros(1, 80, 64),), {"layer": 0, "names": ["gate"]}),
-            ("linear", (torch.zeros(2, 25, 64),), {"layer": 0, "names": ["gate", "up"]}),
+        for steps, tensors, attrs in (
+            ("embed", (ids,), {}),
+            (FOLDED_START, (ids,), {}),
+            (FOLDED_START, (ids[:, :150],), {}),  # the embedding alone is not too large
+            (MINIMAL_START, (some, tables, tables), {"first": 0, "last": 130}),
+            ("gate", (torch.zeros(1, 80, 64),), {}),
+            ("gate_up", (torch.zeros(1, 50, 64),), {}),
             ("lm_head", (torch.zeros(1, 40, 64),), {}),
-            ("qkv", (torch.zeros(1, 120, 64),), at),
-            ("scores", (torch.zeros(1, 60, 6, 16),), {**at, "first": 0, "last": 60}),
+            ("qkv", (torch.zeros(1, 120, 64),), {}),
+            ("qkv store_v", (torch.zeros(1, 120, 64),), {}),
+            ("store_k scores", (torch.zeros(1, 60, 6, 16),), {"first": 0, "last": 60}),
+            ("residual norm qkv", (torch.zeros(1, 120, 64),), {}),
+            ("residual norm qkv", (torch.zeros(1, 60, 64),), None),
+            ("o add norm gate_up", (torch.zeros(1, 60, 64),), {}),
         ):
+            if attrs is None:
+                channel.call("run", *tensors, steps=steps, **at)  # what the next one needs
+                continue
             with pytest.raises(RemoteOpError, match=f"{LimitError.__name__}: a reply of .* bytes, expected at most"):
-                channel.call(op, *tensors, **attrs)
+                channel.call("run", *tensors, steps=steps, **at, **attrs)
         own = other.call("open", batch=1, capacity=0, dtype="float32").attrs["session"]
-        assert other.call("embedding", ids[:, :9], **{**at, "session": own})[0].shape == (1, 9, 64)
+        assert other.call("run", ids[:, :9], steps="embed", **{**at, "session": own})[0].shape == (1, 9, 64)
         with pytest.raises(RemoteOpError, match="not open on this connection"):
-            other.call("embedding", ids[:, :9], **at)
+            other.call("run", ids[:, :9], steps="embed", **at)
 
 
 @pytest.mark.parametrize(
@@ -353,15 +381,16 @@ def test_a_hostile_client_fills_no_log_with_tracebacks(
                 {},
                 {"session": 99, "layer": 0, "start": 0},
                 {"session": session, "lane": 0, "layer": 0, "start": 0, "length": -1, "blocks": [1, 2, 3]},
-                {"session": session, "lane": 99, "layer": 0, "start": 10**6, "names": ["q"]},
+                {"session": session, "lane": 99, "layer": 0, "start": 10**6},
                 {"session": "x", "layer": -1, "start": 1.5, "batch": 1, "capacity": -1, "dtype": "int8"},
             ]
             tensors = [(), (torch.ones(3),), (torch.full((1, 1, 1), 10**6),) * 3, (torch.full((1, 1), -1),)]
-            for op, attrs, given in itertools.product(sorted(executor.handlers), attributes, tensors):
-                if op not in ("describe", "tee_weights", "close"):
-                    with pytest.raises(RemoteOpError):
-                        channel.call(op, *given, **attrs)
-                    failed += 1
+            ops = sorted(set(executor.handlers) - {"describe", "tee_weights", "close", "run"})
+            wrong = [*((op, {}) for op in ops), *(("run", {"steps": steps}) for steps in (5, "q k", *STEP_LISTS))]
+            for (op, steps), attrs, given in itertools.product(wrong, attributes, tensors):
+                with pytest.raises(RemoteOpError):
+                    channel.call(op, *given, **steps, **attrs)
+                failed += 1
     records = [record for record in caplog.records if record.name == "fastsplit.server"]
     assert len(records) == failed
     assert {record.levelname for record in records} == {"WARNING"}
@@ -372,17 +401,17 @@ def test_a_hostile_client_fills_no_log_with_tracebacks(
 
 
 def _stalled(directory: Path, after: int) -> tuple[dict[str, Any], threading.Event]:
-    """An executor's handlers, of which "scores" waits from its `after`th call on, until it is let go."""
+    """An executor's handlers that wait at the `after`th call for scores, and from then on, until they are let go."""
     go_on = threading.Event()
     handlers = dict(Executor(open_model(str(directory))).handlers)
-    scores, calls = handlers["scores"], itertools.count(1)
+    run, calls = handlers["run"], itertools.count(1)
 
     def stalls(call: Any) -> Any:
-        if next(calls) >= after:
+        if call.attrs["steps"] == "store_k scores" and next(calls) >= after:
             go_on.wait(20)
-        return scores(call)
+        return run(call)
 
-    return {**handlers, "scores": stalls}, go_on
+    return {**handlers, "run": stalls}, go_on
 
 
 @pytest.mark.parametrize(("query", "after"), [("", 4), ("?shm=off", 1)])
@@ -395,12 +424,12 @@ def test_a_stalled_executor_costs_one_deadline_and_the_error_names_the_call(
         with fastsplit.connect(server.uri, call_timeout_s=0.5) as channel:
             runner = Runner(RemoteModel.fetch(channel, None), channel, "fused")
             started = time.monotonic()
-            with torch.inference_mode(), pytest.raises(fastsplit.DeadlineError, match=r"^scores: no reply within"):
+            with torch.inference_mode(), pytest.raises(fastsplit.DeadlineError, match=r"^run: no reply within"):
                 list(runner.generate(torch.arange(5), 3))
             assert time.monotonic() - started < 0.9
         with SplitModelForCausalLM.connect(server.uri, tmp_path, plan="fused", call_timeout_s=0.5) as model:
             started = time.monotonic()
-            with pytest.raises(fastsplit.DeadlineError, match=r"^scores: no reply within"):
+            with pytest.raises(fastsplit.DeadlineError, match=r"^run: no reply within"):
                 model.generate(torch.arange(5)[None], max_new_tokens=3, do_sample=False, pad_token_id=0)
             assert time.monotonic() - started < 0.9
         go_on.set()

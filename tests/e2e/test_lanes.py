@@ -1,4 +1,4 @@
-"""Long prompts in stretches, one after another or several under way at once: the same logits, in memory that stays
+"""Long prompts in chunks, one after another or several under way at once: the same logits, in memory that stays
 flat, in an order that the caches can rely on."""
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 
 pytest.importorskip("transformers")
 from lazy_driver import LazyDriver
-from split import CONFIGS, load_hf, make_model, relative_error, split
+from split import CONFIGS, cut_as_with_scores, load_hf, make_model, relative_error, split
 
 import fastsplit
 from fastsplit.errors import RemoteOpError
@@ -29,8 +29,10 @@ from fastsplit.executor.service import Executor
 from fastsplit.models import Model, open_model
 from fastsplit.split.contract import MAX_LANES
 from fastsplit.split.plan import PLANS
+from fastsplit.tee.masks import _corner
+from fastsplit.tee.masks import GeometryMaker
 from fastsplit.tee.remote import RemoteModel
-from fastsplit.tee.runner import Runner, _corner
+from fastsplit.tee.runner import Runner
 from fastsplit.wire.call import Client
 from fastsplit.wire.stats import Stats
 
@@ -45,13 +47,13 @@ TOLERANCE = 2e-5
 FAMILIES: dict[str, tuple[str, ...]] = {
     "grouped heads": tuple(PLANS),
     "everything at once": ("folded",),
-    "dynamic rope": ("linear",),
-    "mistral": ("folded", "linear"),
+    "dynamic rope": ("minimal",),
+    "mistral": ("folded", "minimal", "tee-attention"),
     "qwen2 with windows": ("fused", "folded"),
     "qwen3": ("folded",),
-    "gemma2": ("fused",),
+    "gemma2": ("fused", "tee-attention"),
     "gemma3": ("fused",),
-    "phi3": ("fused", "linear"),
+    "phi3": ("fused", "minimal", "tee-attention"),
 }
 """The plans that are tested: one family has all, the others those that differ in what they have of their own."""
 Named = tuple[Model, Any]
@@ -93,18 +95,18 @@ def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     assert relative_error(ours, theirs) <= TOLERANCE
 
 
-# ---- stretches -------------------------------------------------------------------------------------------------------
+# ---- chunks -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("family", "plan"), [(family, plan) for family, plans in FAMILIES.items() for plan in plans])
-def test_a_prompt_as_long_as_the_model_goes_in_many_stretches(
+def test_a_prompt_as_long_as_the_model_goes_in_many_chunks(
     models: Callable[[str], Named], unix_uri: str, family: str, plan: str
 ) -> None:
     model, reference = models(family)
     ids = random_ids(1, LIMIT)
     expected = hf_logits(reference, ids)
     with split(model, unix_uri, plan=plan, scores_nbytes=SCORE_NBYTES * 9000) as (runner, _):
-        assert runner.plan == plan and len(runner._stretch_rows(1, 0, LIMIT)) > 15
+        assert runner.plan == plan and len(runner._cutter.cut(1, 0, LIMIT)) > 15
         with runner.new_cache(1, LIMIT) as cache:
             logits = runner.forward(ids, cache, keep="all")
             assert cache.length == LIMIT
@@ -113,7 +115,7 @@ def test_a_prompt_as_long_as_the_model_goes_in_many_stretches(
     assert_same(logits, expected)
     assert_same(last, expected[:, -1:])
     with split(model, unix_uri, plan=plan) as (runner, _), runner.new_cache() as cache:
-        assert runner._stretch_rows(1, 0, LIMIT) == [LIMIT]
+        assert runner._cutter.cut(1, 0, LIMIT) == [LIMIT]
         assert_same(runner.forward(ids, cache, keep="all"), logits)
 
 
@@ -127,7 +129,7 @@ def test_however_little_memory_there_is_at_least_one_row_goes(
     mask = torch.arange(20) >= torch.tensor([[0], [7], [19]])
     keep = torch.tensor([5, 13, 19])
     with split(model, unix_uri, plan=plan, scores_nbytes=scores_nbytes) as (runner, _):
-        assert max(runner._stretch_rows(3, 0, 20)) <= 7
+        assert max(runner._cutter.cut(3, 0, 20)) <= 7
         with runner.new_cache(3) as cache:
             logits = runner.forward(ids, cache, mask=mask, keep=keep)
         with runner.new_cache(3) as cache:
@@ -140,13 +142,13 @@ def test_however_little_memory_there_is_at_least_one_row_goes(
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("lanes", [1, 2, 4])
 @pytest.mark.parametrize("start", [0, 1, 100, 10_000])
-def test_stretches_are_all_rows_and_fit_the_memory(
+def test_chunks_are_all_rows_and_fit_the_memory(
     llama: Named, unix_uri: str, batch: int, lanes: int, start: int
 ) -> None:
     nbytes = SCORE_NBYTES * 300_000
     with split(llama[0], unix_uri, plan="auto", lanes=lanes, scores_nbytes=nbytes) as (runner, _):
         for rows in (1, 2, 127, 128, 129, 1000, 4096):
-            counts = runner._stretch_rows(batch, start, rows)
+            counts = runner._cutter.cut(batch, start, rows)
             assert sum(counts) == rows and min(counts) >= 1
             at = start
             for count in counts:
@@ -200,7 +202,7 @@ class LocalBackend:
         self.in_flight = 0
         self.most_in_flight = 0
         self.requests: list[tuple[str, int, int, int]] = []
-        """op, lane, layer, start; of those that belong to a lane."""
+        """steps, lane, layer, start; of those that belong to a lane."""
         self._client = Client()
         self._handlers = Executor(model, device=device).handlers
 
@@ -218,7 +220,7 @@ class LocalBackend:
 
     def call(self, op: str, /, *tensors: torch.Tensor, expect: Any = None, **attrs: Any) -> Any:
         if "lane" in attrs:
-            self.requests.append((op, attrs["lane"], attrs["layer"], attrs["start"]))
+            self.requests.append((attrs["steps"], attrs["lane"], attrs["layer"], attrs["start"]))
         attrs = {name: list(value) if isinstance(value, tuple) else value for name, value in attrs.items()}
         call: Any = SimpleNamespace(
             op=op, tensors=tensors, attrs=attrs, reply_attrs={}, empty=self.empty, client=self._client
@@ -244,7 +246,8 @@ class LocalBackend:
         return SimpleNamespace(result=result)
 
     def runner(self, model: Model, plan: str, **options: Any) -> Runner:
-        return Runner(RemoteModel.fetch(self, model), self, plan, **options)
+        runner = Runner(RemoteModel.fetch(self, model), self, plan, **options)
+        return cut_as_with_scores(runner, options.get("scores_nbytes"))
 
 
 @pytest.mark.parametrize(
@@ -254,14 +257,14 @@ class LocalBackend:
         ("fused", 3, False),
         ("folded", 3, False),
         ("fused", 1, True),
-        ("linear", 1, True),
-        ("linear", 3, False),
-        ("linear", 3, True),
+        ("minimal", 1, True),
+        ("minimal", 3, False),
+        ("minimal", 3, True),
         ("folded", 3, True),
     ],
 )
 def test_memory_that_tensors_travel_in_stays_flat(llama: Named, plan: str, lanes: int, padding: bool) -> None:
-    """However long the prompt: of scores there is what was allowed, and of everything else what a stretch takes."""
+    """However long the prompt: of scores there is what was allowed, and of everything else what a chunk takes."""
     model, _ = llama
     most = {}
     for rows, scores_nbytes in ((512, 2**19), (1024, 2**19), (1026, 2**30)):
@@ -278,20 +281,23 @@ def test_memory_that_tensors_travel_in_stays_flat(llama: Named, plan: str, lanes
     assert most[1024] <= 1.1 * most[512]
     assert most[512] <= lanes * (2**19 + 2**19)
     if lanes == 1:
-        assert most[1024] < most[1026] / 2, "in one stretch it is more"
+        assert most[1024] < most[1026] / 2, "in one chunk it is more"
 
 
+@pytest.mark.parametrize("plan", ["folded", "tee-attention"])
 @pytest.mark.parametrize("padding", [False, True])
-def test_memory_for_masks_stays_flat(llama: Named, monkeypatch: pytest.MonkeyPatch, padding: bool) -> None:
-    """What says which scores are hidden has as many elements as they have, for each head's."""
+def test_memory_for_masks_stays_flat(
+    llama: Named, monkeypatch: pytest.MonkeyPatch, padding: bool, plan: str
+) -> None:
+    """What says which scores are masked has as many elements as they have, for each head's."""
     model, _ = llama
     alive: dict[int, int] = {}
     most = 0
-    hidden_of = Runner._hidden
+    masked_of = GeometryMaker._masked
 
-    def hidden(self: Runner, *args: Any) -> Any:
+    def masked(self: GeometryMaker, *args: Any) -> Any:
         nonlocal most
-        parts = hidden_of(self, *args)
+        parts = masked_of(self, *args)
         for _, mask in parts:
             if id(mask) not in alive:  # some are kept, and come again
                 alive[id(mask)] = mask.nbytes
@@ -299,11 +305,11 @@ def test_memory_for_masks_stays_flat(llama: Named, monkeypatch: pytest.MonkeyPat
             most = max(most, sum(alive.values()))
         return parts
 
-    monkeypatch.setattr(Runner, "_hidden", hidden)
+    monkeypatch.setattr(GeometryMaker, "_masked", masked)
     found = []
     for rows in (256, 1024):
         backend = LocalBackend(model)
-        runner = backend.runner(model, "folded", scores_nbytes=2**19)
+        runner = backend.runner(model, plan, scores_nbytes=2**19)
         most = 0
         with torch.inference_mode():
             runner.forward(
@@ -331,7 +337,7 @@ def test_lanes_give_what_one_gives(llama: Named, unix_uri: str, plan: str, lanes
     given = None if padding == "none" else mask
     with split(model, unix_uri, plan=plan, lanes=lanes, scores_nbytes=LONG_NBYTES) as (runner, _):
         assert runner.lanes == lanes
-        assert len(runner._stretch_rows(batch, 0, rows)) > 3
+        assert len(runner._cutter.cut(batch, 0, rows)) > 3
         with runner.new_cache(batch) as cache:
             logits = runner.forward(ids[:, :rows], cache, mask=given, keep=keep)
             after = runner.forward(ids[:, rows:], cache, keep="all")
@@ -357,20 +363,23 @@ def padded_long(padding: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 ROWS = [(3, 139), (3, 269), (200, 133), (139, 269)]
-"""Of stretches 0 and 1, 0 and 3, 1 and 1, 1 and 3."""
+"""Of chunks 0 and 1, 0 and 3, 1 and 1, 1 and 3."""
 
 
 @pytest.mark.parametrize(
     ("plan", "lanes"),
-    [("per-op", 3), *((plan, lanes) for plan in ("fused", "folded", "linear") for lanes in (1, 2, 3))],
+    [
+        ("per-op", 3),
+        *((plan, lanes) for plan in ("fused", "folded", "minimal", "tee-attention") for lanes in (1, 2, 3)),
+    ],
 )
 @pytest.mark.parametrize("rows", ROWS)
-def test_rows_of_different_stretches(llama: Named, unix_uri: str, plan: str, lanes: int, rows: tuple[int, int]) -> None:
+def test_rows_of_different_chunks(llama: Named, unix_uri: str, plan: str, lanes: int, rows: tuple[int, int]) -> None:
     model, reference = llama
     ids, mask = padded_long("left")
     ids, keep = ids[:, :270], torch.tensor(rows)
     with split(model, unix_uri, plan=plan, lanes=lanes, scores_nbytes=LONG_NBYTES) as (runner, _):
-        assert len(runner._stretch_rows(2, 0, 270)) == 4
+        assert len(runner._cutter.cut(2, 0, 270)) == 4
         with runner.new_cache(2) as cache:
             logits = runner.forward(ids, cache, mask=mask, keep=keep)
     assert_same(logits[:, 0], hf_logits(reference, ids, mask)[torch.arange(2), keep])
@@ -385,10 +394,12 @@ def test_rows_of_different_stretches(llama: Named, unix_uri: str, plan: str, lan
         ("qwen2", "folded"),
         ("gemma3", "fused"),
         ("phi3", "folded"),
-        ("phi3", "linear"),
+        ("phi3", "minimal"),
         ("granite", "fused"),
         ("granite", "folded"),
-        ("granite", "linear"),
+        ("granite", "minimal"),
+        ("gemma2", "tee-attention"),
+        ("qwen3", "tee-attention"),
     ],
 )
 def test_lanes_of_other_families(models: Callable[[str], Named], unix_uri: str, family: str, plan: str) -> None:
@@ -431,7 +442,7 @@ def test_lanes_out_of_range(llama: Named, unix_uri: str, lanes: int) -> None:
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("lanes", [2, 3, 5])
-def test_no_stretch_is_ever_ahead_of_one_before_it(llama: Named, plan: str, lanes: int) -> None:
+def test_no_chunk_is_ever_ahead_of_one_before_it(llama: Named, plan: str, lanes: int) -> None:
     model, _ = llama
     backend = LocalBackend(model)
     runner = backend.runner(model, plan, lanes=lanes, scores_nbytes=SCORE_NBYTES * 300 * 30)
@@ -439,13 +450,13 @@ def test_no_stretch_is_ever_ahead_of_one_before_it(llama: Named, plan: str, lane
         runner.forward(random_ids(1, 300), runner.new_cache())
     starts: dict[tuple[str, int], list[int]] = {}
     numbers: dict[int, set[int]] = {}
-    for op, lane, layer, start in backend.requests:
-        starts.setdefault((op, layer), []).append(start)
+    for steps, lane, layer, start in backend.requests:
+        starts.setdefault((steps, layer), []).append(start)
         numbers.setdefault(lane, set()).add(start)
-    stretches = max(map(len, starts.values()))
-    assert stretches > lanes
-    for (op, layer), found in starts.items():
-        assert found == sorted(found), f"{op} of layer {layer}"
+    chunks = max(map(len, starts.values()))
+    assert chunks > lanes
+    for (steps, layer), found in starts.items():
+        assert found == sorted(found), f"{steps} of layer {layer}"
     assert runner.lanes == lanes and sorted(numbers) == list(range(lanes))
     assert backend.most_in_flight == lanes and backend.in_flight == 0
     # whoever writes a layer's keys and values has done so before anybody behind it reads them
@@ -512,7 +523,7 @@ def failing_at(model: Model, uri: str, plan: str, lanes: int) -> Iterator[tuple[
         runner = Runner(
             RemoteModel.fetch(channel, None), channel, plan, lanes=lanes, scores_nbytes=SCORE_NBYTES * 60 * 10
         )
-        yield runner, channel, left
+        yield cut_as_with_scores(runner, SCORE_NBYTES * 60 * 10), channel, left
 
 
 @pytest.mark.parametrize(
@@ -527,7 +538,7 @@ def test_an_error_in_one_lane_ends_the_pass_and_nothing_else(
         before = channel.stats.calls
         expected = runner.forward(ids, cache, keep="all")
         calls = channel.stats.calls - before
-        assert len(runner._stretch_rows(1, 0, 60)) > lanes
+        assert len(runner._cutter.cut(1, 0, 60)) > lanes
         for number in (0, 1, 2, 3, 7, calls // 2, calls - 5, calls - 1):
             cache.truncate(0)
             left[:] = [number]

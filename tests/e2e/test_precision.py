@@ -37,7 +37,7 @@ COMBINATIONS: list[Dtypes] = [(executor, wire, tee) for executor, wire, tee in i
 
 def runs(plan: str, dtypes: Dtypes) -> bool:
     """Whether it is this plan that runs, and not another one instead."""
-    return plan not in ("folded", "linear") or "float16" not in dtypes[:2]
+    return plan not in ("folded", "minimal") or "float16" not in dtypes[:2]
 
 
 class Reference:
@@ -102,10 +102,10 @@ def test_errors_are_those_of_the_coarsest(
 
 OTHERS: dict[str, tuple[str, ...]] = {
     "everything at once": ("fused", "folded"),
-    "mistral": ("fused", "folded", "linear"),
-    "qwen3": ("fused", "folded"),
-    "gemma2": ("batched", "fused"),
-    "granite": ("fused", "folded", "linear"),
+    "mistral": ("fused", "folded", "minimal", "tee-attention"),
+    "qwen3": ("fused", "folded", "tee-attention"),
+    "gemma2": ("batched", "fused", "tee-attention"),
+    "granite": ("fused", "folded", "minimal"),
 }
 SOME: list[Dtypes] = [
     ("bfloat16", "bfloat16", "bfloat16"),
@@ -163,7 +163,7 @@ def test_a_batch_with_padding_is_as_precise(references: Callable[[str], Referenc
         ),
         runner.new_cache(2) as cache,
     ):
-        assert len(runner._stretch_rows(2, 0, count + 9)) > 3
+        assert len(runner._cutter.cut(2, 0, count + 9)) > 3
         logits = runner.forward(ids, cache, mask=mask, keep="all")
     assert reference.error(logits[0, 9:]) <= FACTOR * reference.own["bfloat16"]
 
@@ -171,7 +171,7 @@ def test_a_batch_with_padding_is_as_precise(references: Callable[[str], Referenc
 # ---- what is chosen --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("plan", ["auto", "folded", "linear"])
+@pytest.mark.parametrize("plan", ["auto", "folded", "minimal"])
 @pytest.mark.parametrize(("executor", "wire"), [("float16", None), ("float32", "float16"), ("float16", "float32")])
 def test_float16_is_fused_and_says_so(
     references: Callable[[str], Reference], unix_uri: str, plan: str, executor: str, wire: str | None
@@ -179,12 +179,12 @@ def test_float16_is_fused_and_says_so(
     model = references("grouped heads").model
     with split(model, unix_uri, plan=plan, dtype=executor, wire_dtype=wire) as (runner, _):
         assert (runner.plan, runner.plan_reason) == ("fused", "float16: the residual stream may leave its range")
-    for plan in ("per-op", "batched", "fused"):
+    for plan in ("per-op", "batched", "fused", "tee-attention"):
         with split(model, unix_uri, plan=plan, dtype=executor, wire_dtype=wire) as (runner, _):
             assert (runner.plan, runner.plan_reason) == (plan, "")
 
 
-@pytest.mark.parametrize("plan", ["fused", "folded", "linear"])
+@pytest.mark.parametrize("plan", ["fused", "folded", "minimal", "tee-attention"])
 def test_a_residual_stream_beyond_float16_is_fine_in_bfloat16(tmp_path: Path, unix_uri: str, plan: str) -> None:
     model = make_model(tmp_path / "model", {**CONFIGS["granite"], "embedding_multiplier": 3e5})
     ids = torch.arange(30)[None]
@@ -214,7 +214,7 @@ def test_what_nobody_says_follows_the_executor(
         assert (runner.wire_dtype, runner.tee_dtype) == (wire, tee)
 
 
-@pytest.mark.parametrize("plan", ["fused", "folded", "linear"])
+@pytest.mark.parametrize("plan", ["fused", "folded", "minimal", "tee-attention"])
 def test_half_as_wide_numbers_are_half_the_bytes(
     references: Callable[[str], Reference], socket_dir: Path, plan: str
 ) -> None:

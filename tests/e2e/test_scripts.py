@@ -155,8 +155,9 @@ def test_json_is_one_document_with_hf_logits(gpu_side: tuple[GpuSide, Path], pla
     assert report["rpc_calls"] == 5 * (per_layer * 3 + once)
     assert report["setup_calls"] == 4, "describe, tee_weights, open, close"
     assert report["shm"] is True
-    keep = 1 if plan in ("folded", "linear") else 0
-    assert report["bytes_copied"] == 8 * (6 + 4 + keep), "token ids, and the prompt's row that is wanted"
+    ids_sent = 0 if plan == "tee-attention" else 6 + 4  # which looks them up here
+    selected = 1 if PLANS[plan].folds else 0
+    assert report["bytes_copied"] == 8 * (ids_sent + selected), "token ids, and the prompt's row that is wanted"
     assert report["bytes_shared"] > 10_000 > report["bytes_copied"]
     parts = ("serialization_s", "communication_s", "gpu_compute_s", "tee_compute_s")
     assert sum(report[part] for part in parts) == pytest.approx(report["wall_s"], rel=0.02)
@@ -431,10 +432,10 @@ def test_lanes_that_are_asked_for_run_in_each_plan(gpu_side: tuple[GpuSide, Path
     flags = ("--model", str(model), "--prefill", "300", "--max-new-tokens", "2", "--format", "json", "--lanes", "2")
     found = {
         plan: json.loads(inside("tee_side", "--connect", side.uri, *flags, "--plan", plan).stdout)
-        for plan in ("folded", "linear")
+        for plan in ("folded", "minimal")
     }
-    assert {plan: report["lanes"] for plan, report in found.items()} == {"folded": 2, "linear": 2}
-    assert found["folded"]["tokens"] == found["linear"]["tokens"]
+    assert {plan: report["lanes"] for plan, report in found.items()} == {"folded": 2, "minimal": 2}
+    assert found["folded"]["tokens"] == found["minimal"]["tokens"]
 
 
 def test_a_network_link_is_measured_and_what_is_chosen_for_it_is_said(tmp_path: Path) -> None:

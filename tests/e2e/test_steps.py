@@ -43,7 +43,7 @@ def random_ids(batch: int, length: int) -> torch.Tensor:
     return torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(3))
 
 
-@pytest.mark.parametrize(("plan", "lanes"), [("linear", 3), ("linear", 1), ("folded", 3), ("fused", 3)])
+@pytest.mark.parametrize(("plan", "lanes"), [("minimal", 3), ("minimal", 1), ("folded", 3), ("fused", 3)])
 def test_a_cache_goes_on_by_another_plan_than_filled_it(
     models: Callable[[str], Named], unix_uri: str, plan: str, lanes: int
 ) -> None:
@@ -55,7 +55,7 @@ def test_a_cache_goes_on_by_another_plan_than_filled_it(
     expected = reference(ids, attention_mask=mask.long(), position_ids=positions, use_cache=False).logits
     with split(model, unix_uri, plan=plan, lanes=lanes, block_rows=32) as (first, channel), first.new_cache(2) as cache:
         found = [first.forward(ids[:, :230], cache, mask=mask[:, :230], keep="all")]
-        for other in (each for each in PLANS if each != plan):
+        for other in (each for each in PLANS if each != plan and not PLANS[each].has_cache_here):
             runner = Runner(RemoteModel.fetch(channel, model), channel, other)
             for rows in (1, 9):
                 end = cache.length + rows
@@ -64,20 +64,39 @@ def test_a_cache_goes_on_by_another_plan_than_filled_it(
     assert relative_error(torch.cat(found, dim=1)[mask], expected[mask]) <= TOLERANCE
 
 
-@pytest.mark.parametrize("rows", [100, 300])
-def test_a_tuning_is_what_runs(models: Callable[[str], Named], unix_uri: str, rows: int) -> None:
+def test_a_cache_in_the_tee_goes_on_by_another_form_of_its_plan(models: Callable[[str], Named], unix_uri: str) -> None:
+    """By one that sends token ids, since it has no copy of the embedding's weights; by another number of lanes."""
     model, reference = models("grouped heads")
-    tuning = tune(model.config, "float32", rows, link=SLOW, cast="off")
+    ids = random_ids(2, 280)
+    mask = torch.arange(280) >= torch.tensor([[0], [61]])
+    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+    expected = reference(ids, attention_mask=mask.long(), position_ids=positions, use_cache=False).logits
+    found: list[torch.Tensor] = []
+    with split(model, unix_uri, plan="tee-attention", lanes=3) as (first, channel), first.new_cache(2) as cache:
+        second = Runner(RemoteModel.fetch(channel, None), channel, "tee-attention", block_rows=32)
+        for runner, rows in ((first, 230), (second, 1), (second, 9), (first, 1), (second, 30), (first, 9)):
+            end = cache.length + rows
+            found.append(runner.forward(ids[:, cache.length : end], cache, mask=mask[:, :end], keep="all"))
+    assert cache.length == 280
+    assert relative_error(torch.cat(found, dim=1)[mask], expected[mask]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("plan", ["minimal", "tee-attention"])
+@pytest.mark.parametrize("rows", [100, 300])
+def test_a_tuning_is_what_runs(models: Callable[[str], Named], unix_uri: str, rows: int, plan: str) -> None:
+    model, reference = models("grouped heads")
+    tuning = tune(model.config, "float32", rows, link=SLOW, cast="off", plan=plan)
+    saved = {"minimal": 1, "tee-attention": 2}[plan]
     ids = random_ids(1, rows + 1)
     expected = reference(ids).logits
     with split(model, unix_uri, plan="per-op", choice=tuning) as (runner, channel), runner.new_cache() as cache:
-        assert (runner.plan, runner.lanes) == (tuning.plan, tuning.lanes) == ("linear", 1 if rows == 100 else 4)
+        assert (runner.plan, runner.lanes) == (tuning.plan, tuning.lanes) == (plan, 1 if rows == 100 else 4)
         before = channel.stats.calls
         logits = runner.forward(ids[:, :rows], cache)
-        layers, stretches = model.config.num_hidden_layers, tuning.lanes
-        per_layer, once = (PLANS[tuning.plan].call_counts,)
-        calls = stretches * (per_layer * layers + once) - (stretches - 1)
-        assert channel.stats.calls - before == calls, "a stretch for each lane, and all but the last end early"
+        layers, chunks = model.config.num_hidden_layers, tuning.lanes
+        per_layer, once = PLANS[tuning.plan].call_counts
+        calls = chunks * (per_layer * layers + once) - saved * (chunks - 1)
+        assert channel.stats.calls - before == calls, "a chunk for each lane, and all but the last end early"
         before = channel.stats.calls
         step = runner.forward(ids[:, rows:], cache)
         assert channel.stats.calls - before == per_layer * layers + once
@@ -110,19 +129,20 @@ def test_what_is_cast_on_the_link_alone_is_near(models: Callable[[str], Named], 
 def test_the_model_of_time_counts_what_the_runner_sends(
     models: Callable[[str], Named], unix_uri: str, plan: str
 ) -> None:
-    """All stretches, up to what their messages say beside the tensors."""
+    """All chunks, up to what their messages say beside the tensors."""
     model, _ = models("mistral")
     rows = 300
     with split(model, f"{unix_uri}?shm=off", plan=plan, block_rows=32, lanes=3) as (runner, channel):
-        counts = runner._stretch_rows(1, 0, rows)
+        counts = runner._cutter.cut(1, 0, rows)
         assert len(counts) == runner.lanes
         with runner.new_cache(1, rows) as cache:
             before = channel.stats.as_dict()
             runner.forward(random_ids(1, rows), cache)
             after = channel.stats.as_dict()
+    form = PLANS[plan].form(model.config, ("float32",), has_embedding=True)
     parts, start = [], 0
     for count in counts:
-        parts.append(traffic(model.config, plan, 4, start, count, block_rows=32, last=start + count == rows))
+        parts.append(traffic(model.config, form, 4, start, count, block_rows=32, wants_logits=start + count == rows))
         start += count
     assert after["calls"] - before["calls"] == sum(part.calls for part in parts)
     sent, received = sum(part.sent for part in parts), sum(part.received for part in parts)
