@@ -122,6 +122,15 @@ def test_a_peer_on_this_host_is_near_whatever_was_measured(monkeypatch: pytest.M
             assert split.link == WAN
 
 
+@pytest.mark.parametrize("alias", PLAN_ALIASES)
+def test_the_script_takes_another_name_of_a_plan(alias: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with fastsplit.Server("tcp://127.0.0.1:0", Executor(MODEL).handlers, arrays="torch") as server:
+        flags = ["--prefill", "3", "--max-new-tokens", "1", "--format", "json", "--plan", alias]
+        assert tee_side.main(["--connect", server.uri, "--model", "random:tiny", *flags]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["plan"], report["plan_wanted"], report["plan_reason"]) == (*2 * (PLAN_ALIASES[alias],), "")
+
+
 @pytest.mark.parametrize("remote", [True, False])
 def test_script_model_of_transformers_and_library_get_the_same_tuning(
     uri: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], remote: bool
