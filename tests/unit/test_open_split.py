@@ -15,6 +15,7 @@ from fastsplit import tee_side
 from fastsplit.errors import ClosedError, SettingError, VerificationError
 from fastsplit.executor.service import Executor
 from fastsplit.models import open_model
+from fastsplit.split.plan import PLAN_ALIASES
 from fastsplit.tee import Split, open_split
 from fastsplit.tee import open as open_module
 from fastsplit.tee.remote import RemoteModel
