@@ -343,7 +343,7 @@ def test_every_rival_brings_the_bytes_there_and_back_and_leaves_nothing_behind(t
             for nbytes in (64, 65536):
                 assert ("round trip", name, nbytes) in rows or ("one way", name, nbytes) in rows, name
     for row in rows.values():
-        assert len(row["p50_us"]) == (row["what"] == "round trip")
+        assert (row["median"]["p50_us"] is not None) == (row["what"] == "round trip")
         assert 0 < row["median"]["mean_us"] < 1e6
         assert row["link"] == row["system"].partition(":")[0]
     assert_nothing_left(before)
