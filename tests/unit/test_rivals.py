@@ -145,7 +145,9 @@ def test_scores_are_one_square_of_all_heads(backend: RivalBackend, executor: Exe
     session = opened(backend)
     backend.call("run", k[:, :2], steps="store_k", **at(session, layer=1))
     assert backend.stats.calls == 0  # keys alone stay here
-    (scores,) = backend.call("run", q, k[:, 2:], steps="store_k scores", **at(session, layer=1, start=2), first=0, last=9)
+    (scores,) = backend.call(
+        "run", q, k[:, 2:], steps="store_k scores", **at(session, layer=1, start=2), first=0, last=9
+    )
     repeats = config.num_attention_heads // config.num_key_value_heads
     expected = torch.einsum("nhd,thd->hnt", q[0], k[0].repeat_interleave(repeats, dim=1)) * config.scale
     torch.testing.assert_close(scores, expected.reshape(-1))
