@@ -111,7 +111,8 @@ class Runner:
             embedding=model.embedding() if self._plan.embeds_here else None,
             guard=guard,
         )
-        self._geometry = GeometryMaker(model.config, self._dtype, block_rows)
+        # Blocks of scores that do not travel need not be small for the link.
+        self._geometry = GeometryMaker(model.config, self._dtype, None if self._plan.has_cache_here else block_rows)
         self._cutter = Cutter(
             model.config, self._plan, getattr(torch, wire_dtype).itemsize, self.lanes, block_rows, scores_nbytes
         )
