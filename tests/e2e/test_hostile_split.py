@@ -21,6 +21,7 @@ from fastsplit import SplitModelForCausalLM, tee_side
 from fastsplit.errors import LimitError, ModelError, RemoteOpError
 from fastsplit.executor.service import Executor
 from fastsplit.models import ModelConfig, open_model
+from fastsplit.split.contract import CONTRACT
 from fastsplit.split.plan import STEP_LISTS
 from fastsplit.tee.remote import RemoteModel
 from fastsplit.tee.runner import Runner
@@ -52,7 +53,7 @@ def lying(executor: Executor, lies: dict[str, Callable[..., Any]]) -> dict[str, 
     def run(call: fastsplit.Call) -> Any:
         return by_steps.get(call.attrs["steps"], executor.handlers["run"])(call)
 
-    return {**executor.handlers, **{op: lie for op, lie in lies.items() if op not in by_steps}, "run": run}
+    return {**executor.handlers, "run": run, **{op: lie for op, lie in lies.items() if op not in by_steps}}
 
 
 def tee(executor: Executor, lies: dict[str, Callable[..., Any]], *flags: str) -> int:
@@ -62,7 +63,8 @@ def tee(executor: Executor, lies: dict[str, Callable[..., Any]], *flags: str) ->
 
 
 def describe(text: Any, **changes: Any) -> dict[str, Callable[..., Any]]:
-    said = {"config": text, "dtype": "float32", "name": "x", "threads": 1, **changes}
+    said = {"config": text, "contract": CONTRACT, "dtype": "float32", "name": "x", "threads": 1, **changes}
+    said = {name: value for name, value in said.items() if value is not None}
     return {"describe": lambda call: call.reply_attrs.update(said)}
 
 
@@ -113,7 +115,18 @@ def test_a_configuration_that_makes_no_sense(executor: Executor, capfd: pytest.C
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("threads", "\x1b[2J"), ("threads", -1), ("threads", 1.5), ("threads", True), ("dtype", "\x1b[2J"), ("dtype", 5)],
+    [
+        ("contract", None),
+        ("contract", CONTRACT + 1),
+        ("contract", "\x1b[2J" * 9),
+        ("contract", [CONTRACT]),
+        ("threads", "\x1b[2J"),
+        ("threads", -1),
+        ("threads", 1.5),
+        ("threads", True),
+        ("dtype", "\x1b[2J"),
+        ("dtype", 5),
+    ],
 )
 def test_a_description_that_makes_no_sense(
     executor: Executor, capfd: pytest.CaptureFixture[str], name: str, value: Any

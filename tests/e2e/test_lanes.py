@@ -286,9 +286,7 @@ def test_memory_that_tensors_travel_in_stays_flat(llama: Named, plan: str, lanes
 
 @pytest.mark.parametrize("plan", ["folded", "tee-attention"])
 @pytest.mark.parametrize("padding", [False, True])
-def test_memory_for_masks_stays_flat(
-    llama: Named, monkeypatch: pytest.MonkeyPatch, padding: bool, plan: str
-) -> None:
+def test_memory_for_masks_stays_flat(llama: Named, monkeypatch: pytest.MonkeyPatch, padding: bool, plan: str) -> None:
     """What says which scores are masked has as many elements as they have, for each head's."""
     model, _ = llama
     alive: dict[int, int] = {}

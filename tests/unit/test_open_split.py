@@ -118,7 +118,7 @@ def test_a_peer_on_this_host_is_near_whatever_was_measured(monkeypatch: pytest.M
     monkeypatch.setattr(open_module, "Channel", _Channel)
     with fastsplit.Server("tcp://127.0.0.1:0", Executor(MODEL).handlers, arrays="torch") as server:
         with open_split(server.uri, MODEL, rows=256) as split:
-            plan = "folded" if near else "minimal"
+            plan = "folded" if near else "tee-attention"
             assert (split.tuning.plan, split.tuning.cast) == (plan, None if near else "float16")
             assert split.link == WAN
 
@@ -153,7 +153,7 @@ def test_script_model_of_transformers_and_library_get_the_same_tuning(
     ):
         tuning = split.tuning
         assert model.runner.tuning == tuning
-    assert tuning.plan == ("minimal" if remote else "folded")
+    assert tuning.plan == ("tee-attention" if remote else "folded")
     for name in ("plan", "plan_reason", "lanes", "lanes_reason", "block_rows", "cast_reason"):
         assert report[name] == getattr(tuning, name)
     assert report["cast"] == (tuning.cast or "off")
