@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
 
-from ..errors import ClosedError, ModelError, PeerLostError, RemoteProtocolError, SettingError, VerificationError
+from ..errors import (
+    ClosedError,
+    LimitError,
+    ModelError,
+    PeerLostError,
+    RemoteProtocolError,
+    SettingError,
+    VerificationError,
+)
 from ..extras import torch
 from ..models import DTYPES, Model, ModelConfig
 from ..models.checkpoint import EMBEDDING
@@ -150,7 +158,13 @@ class Cache:
             raise SettingError(f"indices: {int(indices.min())} to {int(indices.max())}, expected 0 to {self.batch - 1}")
         self._backend.call("reorder", indices, expect=(), session=self.number)
         if self.store is not None:
-            self.store.reorder(HostMemory(), indices)
+            try:
+                self.store.reorder(HostMemory(), indices)
+            except LimitError:  # nothing has changed here; the executor's cache is empty, but has a number of sequences
+                self._backend.call(
+                    "reorder", torch.zeros(self.batch, dtype=torch.int64, device="cpu"), expect=(), session=self.number
+                )
+                raise
         self.batch = len(indices)
         if self.mask is not None:
             self.mask = self.mask[indices]

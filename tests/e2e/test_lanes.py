@@ -29,8 +29,7 @@ from fastsplit.executor.service import Executor
 from fastsplit.models import Model, open_model
 from fastsplit.split.contract import MAX_LANES
 from fastsplit.split.plan import PLANS
-from fastsplit.tee.masks import _corner
-from fastsplit.tee.masks import GeometryMaker
+from fastsplit.tee.masks import GeometryMaker, _corner
 from fastsplit.tee.remote import RemoteModel
 from fastsplit.tee.runner import Runner
 from fastsplit.wire.call import Client

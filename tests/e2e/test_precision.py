@@ -18,7 +18,7 @@ from split import CONFIGS, DTYPES, load_hf, make_model, relative_error, split
 from fastsplit.errors import ModelError
 from fastsplit.executor.service import Executor
 from fastsplit.models import Model, open_model
-from fastsplit.split import functional as llama
+from fastsplit.split import functional
 from fastsplit.split.plan import PLANS
 
 pytestmark = pytest.mark.matrix
@@ -253,16 +253,16 @@ def test_norms_sum_in_fp32_and_round_once(dtype: torch.dtype) -> None:
     x = (torch.randn(8, 4096, generator=generator) * 300).to(dtype)  # fp16 could not even hold one square
     weight = torch.rand(4096, generator=generator) + 0.5
     exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt()
-    scale = llama.inverse_rms(x, 1e-5)
+    scale = functional.inverse_rms(x, 1e-5)
     assert isinstance(scale, torch.Tensor) and scale.dtype == torch.float32
     torch.testing.assert_close(x.double() * scale, exact, rtol=1e-5, atol=0)
-    one = llama.inverse_rms(x[:1], 1e-5)
+    one = functional.inverse_rms(x[:1], 1e-5)
     assert isinstance(one, float) and math.isclose(one, float(scale[0]), rel_tol=1e-5)
-    out = llama.rms_norm(x, weight, 1e-5, torch.empty_like(x))
+    out = functional.rms_norm(x, weight, 1e-5, torch.empty_like(x))
     assert float((out == (exact * weight).to(dtype)).float().mean()) > 0.999
     heads = x.view(8, 16, 256).clone()
     expected = heads.double() / (heads.double().square().mean(-1, keepdim=True) + 1e-5).sqrt()
-    assert llama.head_norm_(heads, torch.ones(16, 256), 1e-5) is heads
+    assert functional.head_norm_(heads, torch.ones(16, 256), 1e-5) is heads
     assert float((heads == expected.to(dtype)).float().mean()) > 0.999
 
 
@@ -270,19 +270,19 @@ def test_norms_sum_in_fp32_and_round_once(dtype: torch.dtype) -> None:
 def test_softmax_sums_in_fp32(dtype: torch.dtype) -> None:
     """In bf16 a sum of ones would end at 256, in fp16 at 2048."""
     scores = torch.full((1, 2, 3, 4096), 7.0).to(dtype)
-    llama.softmax_(scores, [])
+    functional.softmax_(scores, [])
     assert bool((scores == 2.0**-12).all())
     scores = torch.randn(1, 2, 3, 4096, generator=torch.Generator().manual_seed(0)).to(dtype)
     expected = scores.double().softmax(-1)
-    llama.softmax_(scores, [])
+    functional.softmax_(scores, [])
     rounding = torch.finfo(dtype).eps / 2 * 1.01
     torch.testing.assert_close(scores.double(), expected, rtol=rounding, atol=torch.finfo(dtype).smallest_normal / 2)
 
 
 def test_one_row_of_zeros_without_epsilon_is_what_many_rows_are() -> None:
-    many = llama.inverse_rms(torch.zeros(2, 8), 0.0)
+    many = functional.inverse_rms(torch.zeros(2, 8), 0.0)
     assert isinstance(many, torch.Tensor) and bool(many.isinf().all())
-    assert llama.inverse_rms(torch.zeros(1, 8), 0.0) == math.inf
+    assert functional.inverse_rms(torch.zeros(1, 8), 0.0) == math.inf
 
 
 @pytest.mark.parametrize("dtype", NARROW)
@@ -295,6 +295,6 @@ def test_a_norms_scale_costs_the_gate_no_precision(dtype: torch.dtype) -> None:
     for given in (None, scale):
         wide = 1.0 if given is None else given.double()
         expected = torch.nn.functional.silu(gate.double() * wide) * (up.double() * wide)
-        found = llama.gated_("silu", gate.clone(), up.clone(), given)
+        found = functional.gated_("silu", gate.clone(), up.clone(), given)
         errors.append(float(((found.double() - expected).square().mean() / expected.square().mean()).sqrt()))
     assert errors[1] <= 1.1 * errors[0]

@@ -172,13 +172,14 @@ def test_a_plan_that_this_model_cannot_have_is_another_one_and_the_report_says_w
     side = GpuSide("--model", str(tmp_path / "model"), listen=f"unix://{tmp_path}/gpu.sock")
     try:
         flags = ("--connect", side.uri, "--model", str(tmp_path / "model"), "--prefill", "5", "--max-new-tokens", "2")
-        done = inside("tee_side", *flags, "--plan", "linear", "--format", "json")
-        report = json.loads(done.stdout)
         reason = "qwen2: biases of q and k come between the products"
-        assert (report["plan"], report["plan_wanted"], report["plan_reason"]) == ("folded", "linear", reason)
-        assert report["rpc_calls"] == 2 * (3 * 3 + 1)
+        for name in ("minimal", "linear"):  # and its name of before
+            done = inside("tee_side", *flags, "--plan", name, "--format", "json")
+            report = json.loads(done.stdout)
+            assert (report["plan"], report["plan_wanted"], report["plan_reason"]) == ("folded", "minimal", reason)
+            assert report["rpc_calls"] == 2 * (3 * 3 + 1)
         text = inside("tee_side", *flags, "--plan", "linear").stderr
-        assert f"\nplan folded instead of linear: {reason}\n" in text
+        assert f"\nplan folded instead of minimal: {reason}\n" in text
         report = json.loads(inside("tee_side", *flags, "--wire-dtype", "float16", "--format", "json").stdout)
         reason = "float16: the residual stream may leave its range"
         assert (report["plan"], report["plan_wanted"], report["plan_reason"]) == ("fused", "auto", reason)

@@ -7,7 +7,6 @@ import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +18,7 @@ from fastsplit.errors import RemoteProtocolError, VerificationError
 from fastsplit.executor.service import Executor
 from fastsplit.models import open_model
 from fastsplit.split.blocks import choose_block_rows, packed_elements, row_blocks
-from fastsplit.split.contract import traffic
+from fastsplit.split.contract import CONTRACT
 from fastsplit.split.plan import PLANS
 from fastsplit.tee import runner as runner_module
 from fastsplit.tee.open import share_cores
@@ -32,7 +31,7 @@ from fastsplit.wire.stats import Stats
 from fastsplit.wire.transport import spin
 
 MODEL = open_model("random:tiny")
-LOGITS = ("lm_head", "down_lm_head")
+LOGITS = ("lm_head", "down add norm lm_head")
 
 
 class Reply(list[torch.Tensor]):
@@ -56,6 +55,7 @@ class LocalBackend:
         self.most_nbytes = 0
         self.private_nbytes = 0
         self.calls: list[str] = []
+        """Operations; of `run`, the steps."""
         self.before: Callable[[str], object] = lambda op: None
         """Called before each operation, and after it."""
         self.after: Callable[[str, list[torch.Tensor]], object] = lambda op, results: None
@@ -79,8 +79,9 @@ class LocalBackend:
         self.alive_nbytes -= span[1] - span[0]
 
     def call(self, op: str, /, *tensors: torch.Tensor, expect: Any = None, **attrs: Any) -> Reply:
-        self.calls.append(op)
-        self.before(op)
+        what = attrs.get("steps", op)
+        self.calls.append(what)
+        self.before(what)
         for tensor in tensors:
             assert tensor.is_contiguous()
             start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
@@ -92,7 +93,7 @@ class LocalBackend:
         results = [] if results is None else [results] if isinstance(results, torch.Tensor) else list(results)
         if expect is not None:
             assert [(str(each.dtype)[6:], tuple(each.shape)) for each in results] == list(expect)
-        self.after(op, results)
+        self.after(what, results)
         return Reply(results, call.reply_attrs)
 
     def submit(self, op: str, /, *tensors: torch.Tensor, expect: Any = None, **attrs: Any) -> Any:
@@ -100,9 +101,16 @@ class LocalBackend:
         return SimpleNamespace(result=lambda: reply)
 
 
-def make_runner(backend: LocalBackend, plan: str = "batched", dtype: str = "float32", **options: Any) -> Runner:
-    remote = RemoteModel("tiny", MODEL.config, dtype, MODEL.tee_weights())
+def make_runner(
+    backend: LocalBackend, plan: str = "batched", dtype: str = "float32", *, trusted: bool = False, **options: Any
+) -> Runner:
+    """`trusted`: with a trusted copy, from which tee-attention takes the embedding's weights."""
+    remote = RemoteModel("tiny", MODEL.config, dtype, MODEL.tee_weights(), trusted=MODEL if trusted else None)
     return Runner(remote, backend, plan, **options)
+
+
+FORMS = [*((plan, False) for plan in PLANS), ("tee-attention", True)]
+"""Plans, and whether with a trusted copy: where that is the same, without."""
 
 
 def row(*ids: int) -> torch.Tensor:
@@ -112,36 +120,39 @@ def row(*ids: int) -> torch.Tensor:
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("plan", "trusted"), FORMS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("keep", ["last", "all"])
 @pytest.mark.parametrize("lanes", [1, 2])
-def test_only_token_ids_and_rows_to_keep_are_sent_from_private_memory(
-    plan: str, dtype: str, keep: str, lanes: int
+def test_only_token_ids_and_selected_rows_are_sent_from_private_memory(
+    plan: str, trusted: bool, dtype: str, keep: str, lanes: int
 ) -> None:
+    """No ids where the embedding's weights are here; and a selected row only where the residual stream is there."""
     backend = LocalBackend(dtype)
-    runner = make_runner(backend, plan, dtype, lanes=lanes)
+    runner = make_runner(backend, plan, dtype, lanes=lanes, trusted=trusted)
+    each = 0 if trusted and plan == "tee-attention" else 8
     with torch.inference_mode(), runner.new_cache() as cache:  # it has to grow, twice
         for ids in (torch.arange(150), torch.tensor([7]), torch.arange(160)):
             runner.forward(ids.unsqueeze(0), cache, keep=keep)
-            wanted = 8 if plan in ("folded", "linear") and keep == "last" and len(ids) > 1 else 0
-            assert backend.private_nbytes == 8 * len(ids) + wanted
+            folds = PLANS[plan].folds and dtype != "float16"
+            wanted = 8 if folds and keep == "last" and len(ids) > 1 else 0
+            assert backend.private_nbytes == each * len(ids) + wanted
             backend.private_nbytes = 0
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(("plan", "trusted"), FORMS)
 @pytest.mark.parametrize("tee", ["float32", "bfloat16"])
 @pytest.mark.parametrize("wire", ["float32", "bfloat16"])
-def test_what_is_cast_is_sent_from_shared_memory_too(plan: str, tee: str, wire: str) -> None:
+def test_what_is_cast_is_sent_from_shared_memory_too(plan: str, trusted: bool, tee: str, wire: str) -> None:
     backend = LocalBackend()
-    runner = make_runner(backend, plan, tee_dtype=tee, wire_dtype=wire)
+    runner = make_runner(backend, plan, tee_dtype=tee, wire_dtype=wire, trusted=trusted)
     with torch.inference_mode(), runner.new_cache() as cache:
         for ids in (torch.arange(150), torch.tensor([7])):
             logits = runner.forward(ids.unsqueeze(0), cache)
             assert logits.dtype == torch.float32
             assert bool(logits.isfinite().all())
-        wanted = 8 if plan in ("folded", "linear") else 0
-        assert backend.private_nbytes == 8 * 151 + wanted
+        ids_nbytes = 0 if trusted and plan == "tee-attention" else 8 * 151
+        assert backend.private_nbytes == ids_nbytes + (8 if PLANS[plan].folds else 0)
 
 
 def _most(plan: str, rows: int) -> int:
@@ -155,14 +166,18 @@ def _most(plan: str, rows: int) -> int:
     blocks = row_blocks(rows, rows, choose_block_rows(rows))
     scores = packed_elements(1, config.num_attention_heads, blocks)
     tables = rows * config.head_dim
-    norm = 2 * hidden  # the residual stream, and what the norm wrote
+    norm = 2 * hidden  # the residual stream, and what norms write to
     if plan in ("per-op", "batched"):
-        return 4 * max(norm + q + 2 * kv + scores, norm + scores + kv + q, norm + 2 * inter)
+        return 4 * max(norm + q + 2 * kv + scores, norm + scores + kv + q, norm + 2 * inter + hidden)
     if plan == "fused":
-        return 4 * max(norm + q + kv + scores, norm + scores + hidden, norm + 2 * inter)
-    own = tables if plan == "linear" else 0
+        return 4 * max(norm + q + kv + scores, norm + scores + hidden, norm + 2 * inter + hidden)
     scales = rows  # of the norms
-    return 4 * (own + 2 * hidden + 2 * inter + max(scores, 0 if plan == "linear" else q + kv) + scales)
+    if rows == 20 and plan != "minimal":
+        scales += q + kv  # small replies are one block, all of which stays as long as the residual stream in it
+    if plan == "tee-attention":  # q, k and v, which go to the cache, and what attention wrote
+        return 4 * (2 * hidden + max(q + 2 * kv + q, 2 * inter + max(q, q + 2 * kv)) + scales)
+    own = tables if plan == "minimal" else 0
+    return 4 * (own + 2 * hidden + 2 * inter + max(scores, 0 if plan == "minimal" else q + kv) + scales)
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -179,8 +194,8 @@ def test_what_is_not_needed_is_let_go_within_the_layer(plan: str, rows: int) -> 
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_stretches_keep_memory_flat(plan: str) -> None:
-    """Twice the prompt in stretches takes hardly more."""
+def test_chunks_keep_memory_flat(plan: str) -> None:
+    """Twice the prompt in chunks takes hardly more."""
     most = []
     for rows in (1536, 3072):
         backend = LocalBackend()
@@ -192,54 +207,7 @@ def test_stretches_keep_memory_flat(plan: str) -> None:
     assert most[1] <= 1.25 * most[0]
 
 
-@pytest.mark.parametrize("scores_nbytes", [1, 10**5, 10**6, 10**9])
-@pytest.mark.parametrize("start", [0, 77])
-@pytest.mark.parametrize("lanes", [1, 2])
-def test_stretches_are_whole_blocks_within_the_memory_for_scores(scores_nbytes: int, start: int, lanes: int) -> None:
-    runner = make_runner(LocalBackend(), scores_nbytes=scores_nbytes, lanes=lanes)
-    for batch in (1, 3):
-        for rows in (1, 127, 128, 129, 1000):
-            counts = runner._stretch_rows(batch, start, rows)
-            assert sum(counts) == rows
-            at = start
-            for count in counts:
-                nbytes = 4 * batch * MODEL.config.num_attention_heads * count * (at + count)
-                assert count == 1 or nbytes <= scores_nbytes
-                assert count < 128 or count % 128 == 0 or count == counts[-1]
-                at += count
-            if lanes == 2 and rows == 1000 and scores_nbytes == 10**9:
-                assert len(counts) >= 2
-
-
-@pytest.mark.parametrize("lanes", [2, 3, 4, 8])
-@pytest.mark.parametrize("block_rows", [32, 64, None])
-@pytest.mark.parametrize("start", [0, 500])
-def test_each_lane_has_a_stretch_and_all_of_them_about_the_same_to_move(
-    lanes: int, block_rows: int | None, start: int
-) -> None:
-    runner = make_runner(LocalBackend(), "folded", lanes=lanes, block_rows=block_rows)
-    for rows in (512, 1000, 1024, 2048):
-        counts = runner._stretch_rows(1, start, rows)
-        grain = block_rows or 128
-        assert len(counts) == min(lanes, rows // grain) or (grain == 128 and len(counts) < lanes)
-        assert min(counts) >= 64
-        assert all(count % grain == 0 for count in counts[:-1])
-        if rows >= 4 * lanes * grain:
-            moved, at = [], start
-            for count in counts:
-                part = traffic(MODEL.config, "folded", 4, at, count, block_rows=block_rows)
-                moved.append(part.sent + part.received)
-                at += count
-            assert max(moved) <= 1.5 * min(moved)
-
-
-def test_a_prompt_with_lanes_that_is_short_is_not_cut() -> None:
-    runner = make_runner(LocalBackend(), "folded", lanes=4, block_rows=32)
-    assert [runner._stretch_rows(1, 0, rows) for rows in (1, 64, 100, 127)] == [[1], [64], [100], [127]]
-    assert runner._stretch_rows(1, 0, 128) == [64, 64]
-
-
-# ---- casts and choices -----------------------------------------------------------------------------------------------
+# ---- casts and tunings -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("lanes", [1, 2])
@@ -265,7 +233,7 @@ def test_a_tuning_stands_for_the_single_options() -> None:
     tuning = Tuning("folded", "", 3, "", block_rows=32, cast="bfloat16")
     runner = make_runner(LocalBackend(), "per-op", lanes=7, choice=tuning)
     assert (runner.plan, runner.lanes, runner.cast) == ("folded", 3, "bfloat16")
-    assert runner._stretch_rows(1, 0, 200) == [64, 64, 72]
+    assert runner._cutter.cut(1, 0, 200) == [64, 64, 72]
     assert runner.tuning is runner.choice is tuning
     assert make_runner(LocalBackend()).tuning is None
 
@@ -353,7 +321,7 @@ def test_arguments_that_do_not_fit_are_refused_before_anything_is_sent(name: str
             runner.forward(row(1), cache)
 
 
-@pytest.mark.parametrize("plan", ["batched", "linear"])
+@pytest.mark.parametrize("plan", ["batched", "minimal", "tee-attention"])
 @pytest.mark.parametrize("lanes", [-1, 0, 17])
 def test_a_number_of_lanes_that_there_is_not(lanes: int, plan: str) -> None:
     with pytest.raises(ValueError, match=f"^lanes: {lanes}, expected 1 to 16$"):
@@ -373,34 +341,10 @@ def test_one_lane_is_the_default_for_a_model_of_which_nothing_else_is_known() ->
     assert (remote.threads, make_runner(LocalBackend()).lanes) == (1, 1)
 
 
-@pytest.mark.parametrize("lanes", [1, 2])
-def test_masks_are_made_when_their_stretch_starts(monkeypatch: pytest.MonkeyPatch, lanes: int) -> None:
-    """Those of a long prompt would not fit all at once."""
-    backend = LocalBackend()
-    runner = make_runner(backend, scores_nbytes=4 * MODEL.config.num_attention_heads * 128 * 1024, lanes=lanes)
-    counts = runner._stretch_rows(1, 0, 1024)
-    assert len(counts) > 3
-    calls: list[int] = []
-    attention = runner._attention
-
-    def watch(*args: Any) -> Any:
-        calls.append(len([op for op in backend.calls if op == "embedding"]))
-        return attention(*args)
-
-    monkeypatch.setattr(runner, "_attention", watch)
-    with torch.inference_mode(), runner.new_cache() as cache:
-        runner.forward(torch.arange(1024).unsqueeze(0) % 256, cache)
-    assert calls == list(range(len(counts))), "each after the stretch before it has started, none before"
-    finished = [index for index, op in enumerate(backend.calls) if op == "embedding"]
-    if lanes == 1:
-        per_stretch = [end - start for start, end in pairwise(finished)]
-        assert min(per_stretch) > 2 * MODEL.config.num_hidden_layers, "the one before is over then"
-
-
 # ---- trust -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("plan", ["batched", "folded"])
+@pytest.mark.parametrize("plan", ["batched", "folded", "tee-attention"])
 def test_what_is_sampled_is_what_was_found_finite(monkeypatch: pytest.MonkeyPatch, plan: str) -> None:
     """The peer changes what it sent whenever it likes: here as a token is drawn, and as logits are looked at."""
     shared: list[torch.Tensor] = []
@@ -451,6 +395,7 @@ class _Channel:
         self.weights = {name: weight.clone() for name, weight in MODEL.tee_weights().items()}
         self.described: dict[str, Any] = {
             "config": MODEL.config.to_json(),
+            "contract": CONTRACT,
             "dtype": "float32",
             "name": "tiny",
             "threads": 2,
@@ -518,6 +463,18 @@ def test_callers_sleep_at_once_where_the_executor_needs_all_cores(
     channel: Any = SimpleNamespace(shm=shm, spin_us=50.0)
     share_cores(channel, RemoteModel("x", MODEL.config, "float32", {}, threads))
     assert channel.spin_us == expected
+
+
+@pytest.mark.parametrize("trusted", [None, MODEL], ids=["no copy", "a trusted copy"])
+@pytest.mark.parametrize("version", [None, CONTRACT - 1, CONTRACT + 1, str(CONTRACT), [CONTRACT]], ids=str)
+def test_an_executor_of_another_version(version: Any, trusted: Any) -> None:
+    channel: Any = _Channel()
+    channel.described["contract"] = version
+    with pytest.raises(RemoteProtocolError, match=r"^describe, contract: .*, expected 2: .* of another version$"):
+        RemoteModel.fetch(channel, trusted)
+    del channel.described["contract"]
+    with pytest.raises(RemoteProtocolError, match=r"^describe, contract: None, "):
+        RemoteModel.fetch(channel, trusted)
 
 
 @pytest.mark.parametrize("dtype", [None, "int8", 5])

@@ -10,7 +10,7 @@ import pytest
 from fastsplit.split.blocks import row_blocks
 
 torch = pytest.importorskip("torch")
-llama = pytest.importorskip("fastsplit.split.functional")
+functional = pytest.importorskip("fastsplit.split.functional")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROUNDED = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -44,7 +44,7 @@ def _inverse_rms(x: torch.Tensor) -> torch.Tensor:
 def test_inverse_rms_of_rows_is_a_tensor(dtype: torch.dtype, shape: tuple[int, ...], size: float) -> None:
     x = (torch.randn(shape) * size).to(dtype)
     before = x.clone()
-    scale = llama.inverse_rms(x, EPS)
+    scale = functional.inverse_rms(x, EPS)
     assert (scale.dtype, scale.shape) == (torch.float32, (*shape[:-1], 1))
     torch.testing.assert_close(scale.double(), _inverse_rms(x), rtol=1e-6, atol=0)
     assert torch.equal(x, before)
@@ -54,10 +54,10 @@ def test_inverse_rms_of_rows_is_a_tensor(dtype: torch.dtype, shape: tuple[int, .
 @pytest.mark.parametrize("shape", [(48,), (1, 48), (1, 1, 48)])
 def test_inverse_rms_of_one_row_is_the_same_number_as_a_float(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape).to(dtype)
-    scale = llama.inverse_rms(x, EPS)
+    scale = functional.inverse_rms(x, EPS)
     assert type(scale) is float
     assert scale == pytest.approx(float(_inverse_rms(x)), rel=1e-6)
-    both = llama.inverse_rms(x.expand(2, *shape), EPS)
+    both = functional.inverse_rms(x.expand(2, *shape), EPS)
     assert scale == pytest.approx(float(both.flatten()[0]), rel=2e-7)
 
 
@@ -66,16 +66,16 @@ def test_inverse_rms_of_zeros_is_what_eps_leaves_and_nan_stays(rows: int) -> Non
     def first(scale: Any) -> float:
         return float(scale if isinstance(scale, float) else scale.flatten()[0])
 
-    assert first(llama.inverse_rms(torch.zeros(rows, 48), EPS)) == pytest.approx(EPS**-0.5)
-    assert first(llama.inverse_rms(torch.full((rows, 48), math.inf), EPS)) == 0
-    assert math.isnan(first(llama.inverse_rms(torch.full((rows, 48), math.nan), EPS)))
+    assert first(functional.inverse_rms(torch.zeros(rows, 48), EPS)) == pytest.approx(EPS**-0.5)
+    assert first(functional.inverse_rms(torch.full((rows, 48), math.inf), EPS)) == 0
+    assert math.isnan(first(functional.inverse_rms(torch.full((rows, 48), math.nan), EPS)))
 
 
 def test_inverse_rms_of_large_fp16_rows_is_finite() -> None:
     """Squares of them are not."""
     x = torch.full((2, 64), 60000.0, dtype=torch.float16)
-    torch.testing.assert_close(llama.inverse_rms(x, EPS), torch.full((2, 1), 1 / 60000.0), rtol=1e-3, atol=0)
-    assert llama.inverse_rms(x[:1], EPS) == pytest.approx(1 / 60000, rel=1e-3)
+    torch.testing.assert_close(functional.inverse_rms(x, EPS), torch.full((2, 1), 1 / 60000.0), rtol=1e-3, atol=0)
+    assert functional.inverse_rms(x[:1], EPS) == pytest.approx(1 / 60000, rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -85,12 +85,12 @@ def test_rms_norm_writes_where_it_is_told(dtype: torch.dtype, rows: int) -> None
     weight = torch.randn(48)
     before = x.clone()
     memory = torch.full((rows + 2, 48), torch.nan, dtype=dtype)
-    out = llama.rms_norm(x, weight, EPS, memory[1:-1])
+    out = functional.rms_norm(x, weight, EPS, memory[1:-1])
     assert out.data_ptr() == memory[1:].data_ptr()
     assert bool(memory[0].isnan().all() and memory[-1].isnan().all())
     _close(out, x.double() * _inverse_rms(x) * weight.double(), ROUNDED[dtype])
     assert torch.equal(x, before), "the residual stream is still needed"
-    assert torch.equal(llama.rms_norm(x, weight, EPS, x), out), "into itself"
+    assert torch.equal(functional.rms_norm(x, weight, EPS, x), out), "into itself"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -100,7 +100,7 @@ def test_head_norm_in_place_has_a_weight_for_each_head(dtype: torch.dtype, shape
     weight = torch.randn(6, 16)
     exact = x.double() * _inverse_rms(x) * weight.double()
     address = x.data_ptr()
-    assert llama.head_norm_(x, weight, EPS).data_ptr() == address
+    assert functional.head_norm_(x, weight, EPS).data_ptr() == address
     _close(x, exact, ROUNDED[dtype])
 
 
@@ -109,7 +109,7 @@ def test_head_norm_of_a_part_leaves_the_rest_alone(dtype: torch.dtype) -> None:
     whole = torch.randn(3, 8, 16).to(dtype)
     part, rest = whole[:, :6], whole[:, 6:].clone()
     exact = part.double() * _inverse_rms(part)
-    llama.head_norm_(part, torch.ones(6, 16), EPS)
+    functional.head_norm_(part, torch.ones(6, 16), EPS)
     _close(part, exact, ROUNDED[dtype])
     assert torch.equal(whole[:, 6:], rest)
 
@@ -138,7 +138,7 @@ def test_rotary_turns_pairs_in_place(dtype: torch.dtype, batch: int, own_tables:
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     exact = _turned(x, cos, sin)
     address = x.data_ptr()
-    assert llama.rotary_(x, cos, sin).data_ptr() == address
+    assert functional.rotary_(x, cos, sin).data_ptr() == address
     _close(x, exact, CHAINED[dtype])
 
 
@@ -151,7 +151,7 @@ def test_rotary_of_part_of_each_head_and_with_a_scale(dtype: torch.dtype) -> Non
     cos, sin = (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
     rest = whole[..., 12:].clone()
     exact = _turned(whole[..., :12], cos, sin)
-    llama.rotary_(whole[..., :12], cos, sin)
+    functional.rotary_(whole[..., :12], cos, sin)
     _close(whole[..., :12], exact, CHAINED[dtype])
     assert torch.equal(whole[..., 12:], rest)
 
@@ -176,7 +176,7 @@ def test_softmax_of_blocks_in_place_is_the_masked_one(
         part = scores[:, :, own[0], own[1]].clone()
         address = part.data_ptr()
         hidden = [(slice(None), ~mask[own][None, None])]
-        assert llama.softmax_(part, hidden).data_ptr() == address
+        assert functional.softmax_(part, hidden).data_ptr() == address
         _close(part, exact[:, :, own[0], own[1]], ROUNDED[dtype])
         outside = exact[:, :, own[0]].clone()
         outside[..., own[1]] = 0
@@ -191,7 +191,7 @@ def test_softmax_hides_corners_and_masks_of_each_sequence() -> None:
     hidden[..., 2:] |= corner
     hidden[..., :3] |= padding
     exact = scores.double().masked_fill(hidden, -math.inf).softmax(-1)
-    _close(llama.softmax_(scores, [(slice(2, None), corner), (slice(0, 3), padding)]), exact, 2e-6)
+    _close(functional.softmax_(scores, [(slice(2, None), corner), (slice(0, 3), padding)]), exact, 2e-6)
 
 
 @pytest.mark.parametrize("columns", [1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 1000, 1024, 4096])
@@ -199,14 +199,14 @@ def test_softmax_hides_corners_and_masks_of_each_sequence() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_softmax_into_its_own_input_is_exact(dtype: torch.dtype, rows: int, columns: int) -> None:
     scores = (torch.randn(1, 3, rows, columns) * 5).to(dtype)
-    assert torch.equal(llama.softmax_(scores.clone(), []), scores.softmax(-1))
+    assert torch.equal(functional.softmax_(scores.clone(), []), scores.softmax(-1))
     odd = torch.randn(3 * rows * columns + 1)[1:].to(dtype).view(1, 3, rows, columns)  # not aligned
-    assert torch.equal(llama.softmax_(odd.clone(), []), odd.softmax(-1))
+    assert torch.equal(functional.softmax_(odd.clone(), []), odd.softmax(-1))
 
 
 def test_softmax_of_huge_scores_is_finite() -> None:
     scores = torch.tensor([[[[3e38, -3e38, 3e38, 0.0]]]])
-    assert llama.softmax_(scores, []).flatten().tolist() == [0.5, 0, 0.5, 0]
+    assert functional.softmax_(scores, []).flatten().tolist() == [0.5, 0, 0.5, 0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -214,7 +214,7 @@ def test_softcap_bends_large_numbers_in_place(dtype: torch.dtype) -> None:
     x = (torch.randn(3, 40) * 100).to(dtype)
     exact = 50 * torch.tanh(x.double() / 50)
     address = x.data_ptr()
-    assert llama.softcap_(x, 50.0).data_ptr() == address
+    assert functional.softcap_(x, 50.0).data_ptr() == address
     _close(x, exact, CHAINED[dtype])
 
 
@@ -246,7 +246,7 @@ def test_gated_is_the_formula_in_place(dtype: torch.dtype, act: str, with_bias: 
     scale = {"none": None, "one": 0.7, "rows": torch.rand(4, 1) + 0.5}[scaling]
     exact = _gated(act, gate, up, scale, bias)
     address = gate.data_ptr()
-    assert llama.gated_(act, gate, up, scale, bias).data_ptr() == address
+    assert functional.gated_(act, gate, up, scale, bias).data_ptr() == address
     _close(gate, exact, CHAINED[dtype])
 
 
@@ -258,13 +258,13 @@ def test_pieces_give_what_the_whole_does(
 ) -> None:
     gate, up = torch.randn(11, 64).to(dtype), torch.randn(11, 64).to(dtype)
     scale, bias = torch.rand(11, 1), torch.randn(2, 64)
-    whole = llama.gated_(act, gate.clone(), up.clone(), scale, bias)
-    monkeypatch.setattr(llama, "_PIECE_NBYTES", nbytes)
-    assert torch.equal(llama.gated_(act, gate, up, scale, bias), whole)
+    whole = functional.gated_(act, gate.clone(), up.clone(), scale, bias)
+    monkeypatch.setattr(functional, "_PIECE_NBYTES", nbytes)
+    assert torch.equal(functional.gated_(act, gate, up, scale, bias), whole)
 
 
 @pytest.mark.parametrize("value", [-1e4, 1e4])
 @pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh"])
 def test_gated_of_numbers_far_out_is_finite(act: str, value: float) -> None:
     gate = torch.full((1, 8), value)
-    assert llama.gated_(act, gate, torch.ones(1, 8)).flatten().tolist() == [max(value, 0)] * 8
+    assert functional.gated_(act, gate, torch.ones(1, 8)).flatten().tolist() == [max(value, 0)] * 8
