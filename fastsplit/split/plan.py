@@ -386,8 +386,12 @@ def choose_plan(wanted: str, config: ModelConfig, dtypes: Sequence[str]) -> tupl
 
 
 _LETTERS = {
-    **{"x": "h", "normed": "h", "delta": "h", "attended": "Q", "q": "Q", "k": "K", "v": "K", "qk": "QK"},
-    **{"gate": "I", "up": "I", "gated": "I", "gate_up": "II", "scores": "S", "weights": "S"},
+    **dict.fromkeys(("x", "normed", "delta"), "h"),
+    **dict.fromkeys(("q", "attended"), "Q"),
+    **dict.fromkeys(("k", "v"), "K"),
+    **dict.fromkeys(("gate", "up", "gated"), "I"),
+    **dict.fromkeys(("scores", "weights"), "S"),
+    **{"qk": "QK", "gate_up": "II"},
 }
 """A value's elements for each row, as a sum of what `plan_table` calls by these letters."""
 
@@ -442,9 +446,7 @@ def _moved(plan: Plan, direction: str) -> str:
 def seen_table() -> str:
     """What the executor sees under each plan, as a Markdown table for docs/architecture.md."""
     named = {plan.name: plan for plan in PLANS.values()}
-    named |= {
-        f"{plan.name}, embedding in the TEE": plan.at_home for plan in PLANS.values() if plan.at_home is not plan
-    }
+    named |= {f"{plan.name}, embedding in the TEE": plan.at_home for plan in PLANS.values() if plan.at_home is not plan}
     lines = [f"| | {' | '.join(named)} |", "|---" * (len(named) + 1) + "|"]
     rows: dict[str, list[str]] = {what: [] for what, _, _ in _SEEN}
     for plan in named.values():
