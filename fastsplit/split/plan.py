@@ -391,7 +391,8 @@ _LETTERS = {
     **dict.fromkeys(("k", "v"), "K"),
     **dict.fromkeys(("gate", "up", "gated"), "I"),
     **dict.fromkeys(("scores", "weights"), "S"),
-    **{"qk": "QK", "gate_up": "II"},
+    "qk": "QK",
+    "gate_up": "II",
 }
 """A value's elements for each row, as a sum of what `plan_table` calls by these letters."""
 
