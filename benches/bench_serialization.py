@@ -24,10 +24,9 @@ The floor is numpy's copy of the payload from warm memory into warm memory: once
 Rules. Values, dtype, shape, op and attributes of what came out are checked after the time was taken, and that it can be
 written to; what is wrong fails. What is not installed or does not load is skipped, and says so. No garbage is collected
 meanwhile. In each pass every contestant has its block of rounds; every other pass goes in reversed order, and the
-result is the median of the passes' medians, so that what drifts favours nobody. The JSON is pytest-benchmark's own, its
-`stats` over all passes: medians of each figure, but the least minimum, the greatest maximum, and all rounds;
-`extra_info` has each pass's median, what is counted (`wire_nbytes`) and what contestants say of themselves
-(`copies_encode`, `safe`, ...).
+result is the median of the passes' medians, so that drift favours none. The JSON is pytest-benchmark's own, its `stats`
+over all passes: medians of each figure, but the least minimum, the greatest maximum, and all rounds. `serializers` has
+what contestants say of themselves (`copies_encode`, `safe`, ...).
 """
 
 from __future__ import annotations
@@ -50,12 +49,12 @@ from typing import Any
 import pytest
 import torch
 
-from benches.environment import add_output, keep_whole
+from benches.environment import add_output, keep_whole, save
 from benches.rounds import progress
 from benches.serializers import FLOOR, SERIALIZERS, Message, Serializer, open_serializer
 from benches.serializers.serializer import wire_nbytes
 
-__all__ = ["MESSAGES", "check", "main", "merge", "table"]
+__all__ = ["MESSAGES", "check", "main", "merge", "stored", "table"]
 
 MESSAGES: dict[str, tuple[tuple[int, ...], ...]] = {
     "row": ((1, 2048),),
@@ -222,8 +221,27 @@ def _merged(same: list[dict[str, Any]]) -> dict[str, Any]:
         else:  # counts of outliers as text, iterations
             stats[key] = value
     stats["ops"] = 1 / stats["mean"]
-    extra = same[0]["extra_info"] | {"passes_median_s": [one["median"] for one in whole]}
-    return same[0] | {"stats": stats, "extra_info": extra}
+    return same[0] | {"stats": stats}
+
+
+_OF_CONTESTANTS = ("how", "general", "copies_encode", "copies_decode", "safe", "note")
+_OF_MESSAGES = ("serializer", "payload_nbytes", "wire_nbytes", "writable")
+_STATS = ("min", "max", "mean", "stddev", "median", "iqr", "outliers", "ops", "rounds", "iterations")
+
+
+def stored(merged: dict[str, Any]) -> dict[str, Any]:
+    """As it is kept: what contestants say of themselves once, and the statistics that pytest-benchmark compares."""
+    contestants: dict[str, Any] = {}
+    rows = []
+    for one in merged["benchmarks"]:
+        info, stats = one["extra_info"], one["stats"]
+        contestants[info["serializer"]] = {key: info[key] for key in _OF_CONTESTANTS}
+        row = {key: one[key] for key in ("group", "name", "fullname", "param")}
+        row["extra_info"] = {key: info[key] for key in _OF_MESSAGES}
+        rows.append(row | {"stats": {key: stats[key] for key in _STATS}})
+    machine = {key: value for key, value in merged["machine_info"].items() if key != "cpu"}
+    about = {key: merged[key] for key in ("environment", "version", "datetime", "commit_info")}
+    return {**about, "machine_info": machine, "serializers": contestants, "benchmarks": rows}
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
@@ -296,7 +314,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--only", nargs="+", metavar="TEXT", help="those with TEXT in MESSAGE-DTYPE-TASK-NAME, beside memcpy"
     )
-    add_output(parser, "serialization.json", parts=True)
+    add_output(parser, "serialization.json")
     args = parser.parse_args(argv)
     keep_whole(parser, args, ("quick", "only"), [args.output])
     passes = args.passes or (1 if args.quick else 2)
@@ -314,10 +332,8 @@ def main(argv: list[str] | None = None) -> int:
                 return 1
             documents.append(json.loads(path.read_text(encoding="utf-8")))
     merged = merge(documents)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(merged, indent=1) + "\n", encoding="utf-8")
     print(table(merged))
-    print(args.output)
+    print(save(stored(merged), args.output))
     return 1 if failed else 0
 
 

@@ -18,7 +18,7 @@ What the columns are. p50, p99: of all single round trips, the former by round a
 all rounds together. Of a pipelined transport it is what a call adds, not how long it takes. GB/s: messages of that size
 one way, until the sender knows that all have arrived. CPU: of both ends together, in us a message. x floor: times the
 quicker bare socket of that link in the same mode, on shm times a copy there and back, below which is who passes a
-reference. In the JSON is every round; it is written after each link.
+reference. The JSON has the medians, and is written after each link.
 """
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ import numpy as np
 import torch
 
 from benches.environment import add_output, describe, keep_whole, save
-from benches.placement import on_cpu, separate_cpus
-from benches.processes import OthersCpu
+from benches.processes import OthersCpu, on_cpu, separate_cpus
 from benches.rounds import interleaved, progress
 from benches.stored import bytes_text
 from benches.transports import LINKS, TRANSPORTS, Bytes
@@ -74,7 +73,7 @@ class Series:
     client_cpu_us: list[float] = field(default_factory=list)
     peer_cpu_us: list[float] = field(default_factory=list)
     trips_us: list[float] = field(default_factory=list)
-    """All of them, of all rounds: not in the JSON, p99 is."""
+    """All of them, of all rounds, for p99."""
 
     def add(self, figures: Figures) -> None:
         self.mean_us.append(figures.wall_s / self.count * 1e6)
@@ -97,8 +96,8 @@ class Series:
         }
 
     def as_dict(self) -> dict[str, Any]:
-        described = {name: value for name, value in vars(self).items() if name != "trips_us"}
-        return {**described, "median": self.median()}
+        about = {name: getattr(self, name) for name in ("what", "link", "system", "nbytes", "mode", "count")}
+        return {**about, "median": self.median()}
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
@@ -235,7 +234,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, help="default: 5, with --quick 3")
     parser.add_argument("--round-s", type=float, help="how long a transport's round is, about (default: 0.1, 0.03)")
     parser.add_argument("--not-pinned", action="store_true", help="both ends where the scheduler puts them")
-    add_output(parser, "transport.json", parts=True)
+    add_output(parser, "transport.json")
     return parser
 
 

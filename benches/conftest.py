@@ -17,7 +17,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="serializers: 128 MiB in float32 alone, and fewer rounds")
     parser.addoption("--only", action="append", metavar="TEXT", help="serializers: those with TEXT in their names")
     parser.addoption("--reverse", action="store_true", help="serializers: in reversed order")
-    parser.addoption("--output", type=Path, metavar="F", help="descriptor: the JSON file (build/bench/descriptor.json)")
     parser.addoption("--described-command", metavar="COMMAND", help="what the JSON calls the command that was run")
 
 

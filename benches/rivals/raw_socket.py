@@ -14,12 +14,15 @@ import sys
 import tempfile
 from pathlib import Path
 from time import perf_counter_ns
+from typing import Any
 
-__all__ = ["one_way_bytes_per_s"]
+__all__ = ["FEW_MESSAGES", "one_way_bytes_per_s"]
 
 _MESSAGE_NBYTES = 8 * 1024**2
 _BUFFERS = 16
 _COUNTS = (32, 256)  # messages before the clock runs, and while it does
+FEW_MESSAGES: dict[str, Any] = {"counts": (8, 48)}
+"""Of `one_way_bytes_per_s`: a quick look, to a tenth or two."""
 
 # Run by a bare interpreter: it starts at once, and has no threads that could be in the way.
 _RECEIVER = """

@@ -121,14 +121,6 @@ class Pair:
         return Run(nbytes, count, mode == "spinning", one_way, mark, self._places[nbytes])
 
     @contextmanager
-    def listening(self) -> Iterator[dict[str, float]]:
-        """A peer told to serve while this side only calls as it likes; the CPU time it used is there at the end."""
-        self.prepare(64)
-        with self._serving(self._run(64, "spinning", 0)) as served:
-            yield served
-        self.release(64)
-
-    @contextmanager
     def _serving(self, run: Run) -> Iterator[dict[str, float]]:
         """The peer at work; what it says at the end is there at the end."""
         self._process.write_line(json.dumps(asdict(run)))

@@ -61,7 +61,10 @@ def test_every_product_of_every_plan_passes_a_guard_once(tmp_path: Path, unix_ur
     model = make_model(tmp_path / "model", CONFIGS[family])
     layers = model.config.num_hidden_layers
     guard = Accountant(model)
-    with split(model, unix_uri, plan=plan, lanes=3, guard=guard) as (runner, channel), runner.new_cache(2) as cache:
+    with (
+        split(model, unix_uri, plan=plan, lanes=3, block_rows=32, guard=guard) as (runner, channel),
+        runner.new_cache(2) as cache,
+    ):
         before = channel.stats.calls
         unguarded = []
         for rows in (200, 1):
@@ -153,7 +156,7 @@ class Checker:
         if product in ("q", "k") and "qk" in values:
             return values["qk"][:, :, :heads] if product == "q" else values["qk"][:, :, heads:]
         if product in ("gate", "up"):
-            return values["gate_up"][product == "up"]
+            return values["gate_up"][int(product == "up")]
         return None  # v, where it stays on the executor
 
     def _compare(self, product: str, layer: int, x: torch.Tensor, found: torch.Tensor, *, biased: bool) -> None:
@@ -191,7 +194,7 @@ def test_a_guard_notices_a_wrong_product(tmp_path: Path, unix_uri: str, monkeypa
 
         def lie(op: str, /, *tensors: torch.Tensor, **options: Any) -> Any:
             reply = call(op, *tensors, **options)
-            if options["steps"] == "o add norm gate_up" and options["layer"] == 1:
+            if options.get("steps") == "o add norm gate_up" and options["layer"] == 1:
                 reply[1][0, 0, 3, 7] *= 1.001
             return reply
 

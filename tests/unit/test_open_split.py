@@ -15,6 +15,7 @@ from fastsplit import tee_side
 from fastsplit.errors import ClosedError, SettingError, VerificationError
 from fastsplit.executor.service import Executor
 from fastsplit.models import open_model
+from fastsplit.split.plan import PLAN_ALIASES
 from fastsplit.tee import Split, open_split
 from fastsplit.tee import open as open_module
 from fastsplit.tee.remote import RemoteModel
@@ -120,6 +121,15 @@ def test_a_peer_on_this_host_is_near_whatever_was_measured(monkeypatch: pytest.M
             plan = "folded" if near else "minimal"
             assert (split.tuning.plan, split.tuning.cast) == (plan, None if near else "float16")
             assert split.link == WAN
+
+
+@pytest.mark.parametrize("alias", PLAN_ALIASES)
+def test_the_script_takes_another_name_of_a_plan(alias: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with fastsplit.Server("tcp://127.0.0.1:0", Executor(MODEL).handlers, arrays="torch") as server:
+        flags = ["--prefill", "3", "--max-new-tokens", "1", "--format", "json", "--plan", alias]
+        assert tee_side.main(["--connect", server.uri, "--model", "random:tiny", *flags]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["plan"], report["plan_wanted"], report["plan_reason"]) == (*2 * (PLAN_ALIASES[alias],), "")
 
 
 @pytest.mark.parametrize("remote", [True, False])
