@@ -24,7 +24,6 @@ import zmq.utils.garbage
 from benches.processes import Process
 from benches.rivals.backend import RivalBackend, rival_runner
 from benches.rivals.messages import MESSAGES, Messages
-from benches.rivals.raw_socket import one_way_bytes_per_s
 from benches.rivals.service import RivalService
 from benches.rounds import interleaved
 from benches.transports import TRANSPORTS
@@ -276,16 +275,6 @@ def test_tokens_through_a_rival_are_fastsplits(backend: RivalBackend, executor: 
         backend.recorder = runner.recorder
         assert list(runner.generate(prompt, 12)) == list(ours.generate(prompt, 12))
     assert runner.recorder.ops["kv_cache"].side == "tee"
-
-
-# ---- the floor -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["unix", "tcp"])
-@pytest.mark.parametrize("buffers", [1, 3])
-def test_the_raw_socket_has_a_rate(kind: str, buffers: int) -> None:
-    rate = one_way_bytes_per_s(kind, message_nbytes=100_000, buffers=buffers, counts=(2, 10))
-    assert 1e6 < rate < 1e12
 
 
 # ---- transports ------------------------------------------------------------------------------------------------------
