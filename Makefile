@@ -48,46 +48,36 @@ coverage: $(VENV)/.test-ready ## Runs the tests and reports which lines and bran
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
-# Every contestant, with fewer sizes, tokens and rounds. Only where --output or --output-dir says so does a benchmark write
-# to benches/results/, as the next targets do.
+# Every contestant, with fewer sizes, tokens and rounds. A benchmark writes to benches/results/ only with --output or
+# --output-dir, as the next targets do.
 bench: $(VENV)/.bench-ready ## Runs the benchmarks briefly (10 minutes, 11 GB): every contestant, to build/bench/.
 	@failed=0; \
 	$(BIN)/python -m benches.bench_serialization --quick || failed=1; \
 	$(BIN)/python -m benches.bench_transport --quick || failed=1; \
 	$(BIN)/python -m benches.bench_split --quick || failed=1; \
+	$(BIN)/python -m benches.ladder --quick || failed=1; \
 	exit $$failed
 
-# Where the results go: another directory, to be compared with `python -m benches.compare benches/results DIR`.
+# Where the results go.
 RESULTS ?= benches/results
 
 bench-full: $(VENV)/.bench-ready ## Runs them whole (an hour), and writes RESULTS (benches/results/).
 	$(BIN)/python -m benches.bench_serialization --output $(RESULTS)/serialization.json
 	$(BIN)/python -m benches.bench_transport --output $(RESULTS)/transport.json
-	$(BIN)/python -m benches.bench_shm --output $(RESULTS)/shm.json
-	$(BIN)/python -m benches.counts --link --output $(RESULTS)/counts.json
+	$(BIN)/python -m benches.counts --output $(RESULTS)/counts.json
 	$(BIN)/python -m benches.bench_split --output-dir $(RESULTS)
 
 plots: $(VENV)/.bench-ready ## Draws the pictures of docs/ and writes the tables of README and docs, out of benches/results/.
 	$(BIN)/python -m benches.plots
 	$(BIN)/python -m benches.tables
 
-# Of the ladder the steps that matter most; at 100 Mbit/s those that take no ten minutes a row. What the whole ladder has
-# measured stays as it is.
-LADDER_1G := original-batched folded linear folded+float16+lanes4 auto
-LADDER_100M := folded+float16+lanes4 auto
-
 bench-remote: $(VENV)/.bench-ready ## Runs the benchmarks of remote links, through a relay on this machine (half an hour).
-	$(BIN)/python -m benches.bench_link --rounds 3 --output $(RESULTS)/link.json
-	$(BIN)/python -m benches.bench_zerocopy --output $(RESULTS)/zerocopy.json
-	$(BIN)/python -m benches.codecs --output $(RESULTS)/codecs.json
-	$(BIN)/python -m benches.bench_inflight --output $(RESULTS)/inflight.json
-	$(BIN)/python -m benches.bench_qkv --output $(RESULTS)/qkv.json
-	$(BIN)/python -m benches.ladder --links 1g --rows $(LADDER_1G) --rounds 1 --fresh --output-dir build/ladder
-	$(BIN)/python -m benches.ladder --links 100m --rows $(LADDER_100M) --rounds 1 --fresh --output-dir build/ladder
-	$(BIN)/python -m benches.bench_remote_decode --output $(RESULTS)/remote-decode-LINK.json
+	$(BIN)/python -m benches.bench_link --output $(RESULTS)/link.json
+	$(BIN)/python -m benches.ladder --rounds 1 --output $(RESULTS)/split-ladder.json
+	$(BIN)/python -m benches.bench_split decode --through 1g --output-dir $(RESULTS)
 
-ladder: $(VENV)/.bench-ready ## Runs the whole ladder: every row on every link (2 hours), and writes it to benches/results/.
-	$(BIN)/python -m benches.ladder --output-dir $(RESULTS)
+ladder: $(VENV)/.bench-ready ## Runs the ladder on every link (2 hours), and writes it to RESULTS.
+	$(BIN)/python -m benches.ladder --links loopback 10g 1g 100m --output $(RESULTS)/split-ladder.json
 
 format: $(VENV)/.test-ready ## Formats the code and fixes what can be fixed.
 	$(BIN)/ruff check --fix --exit-zero .

@@ -1,7 +1,8 @@
 """Under what circumstances something was measured, and where the result goes: the same for all benchmarks.
 
-Rules. A result goes to build/bench/ unless `--output` says otherwise; benches/results/, which the pages are written out
-of, is only written by that. A part of a run does not take the place of a whole one there, unless `--force` says so.
+Rules. A result is JSON with statistics and no raw samples, in six digits. It goes to build/bench/ unless `--output`
+says otherwise; only with `--output` it goes to benches/results/, from which the pages are written. A part of a run
+replaces a whole one there only with `--force`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import platform
 import shlex
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,35 +24,24 @@ import torch
 
 import fastsplit
 
-__all__ = ["OUTPUT", "RESULTS", "add_output", "add_output_dir", "describe", "keep_whole", "save"]
+__all__ = ["OUTPUT", "RESULTS", "ROOT", "add_output", "describe", "keep_whole", "save"]
 
-RESULTS = Path(__file__).resolve().parent / "results"
-OUTPUT = Path(__file__).resolve().parents[1] / "build" / "bench"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benches" / "results"
+OUTPUT = ROOT / "build" / "bench"
 _PACKAGES = (
-    "numpy",
-    "flatbuffers",
-    "torch",
-    "transformers",
-    "safetensors",
-    "msgpack",
-    "pyzmq",
-    "iceoryx2",
-    "grpcio",
-    "protobuf",
-    "pyarrow",
-    "msgspec",
-    "pycapnp",
+    *("fastsplit", "numpy", "flatbuffers", "torch", "transformers", "safetensors", "msgpack", "pyzmq"),
+    *("iceoryx2", "grpcio", "protobuf", "pyarrow", "msgspec", "pycapnp"),
 )
 
 
 def describe(command: Sequence[str]) -> dict[str, Any]:
     """This machine and this checkout. `command`: what was run, to run it again."""
-    root = Path(__file__).resolve().parents[1]
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": shlex.join(command),
-        "git_revision": _output(["git", "-C", str(root), "rev-parse", "HEAD"]),
-        "git_changed_files": len((_output(["git", "-C", str(root), "status", "--porcelain"]) or "").splitlines()),
+        "git_revision": _output("rev-parse", "HEAD"),
+        "git_changed_files": len((_output("status", "--porcelain") or "").splitlines()),
         "cpu": _first_value("/proc/cpuinfo", "model name") or platform.processor(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
@@ -60,27 +50,19 @@ def describe(command: Sequence[str]) -> dict[str, Any]:
         "memory": _first_value("/proc/meminfo", "MemTotal"),
         "kernel": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "packages": {"fastsplit": fastsplit.__version__, **{name: _version(name) for name in _PACKAGES}},
+        "packages": {name: _version(name) for name in _PACKAGES} | {"fastsplit": fastsplit.__version__},
         "load_average": os.getloadavg(),
     }
 
 
-def add_output(parser: argparse.ArgumentParser, file: str, *, parts: bool = False) -> None:
-    """`--output`, which is build/bench/FILE if not given. `parts`: there is `--force`, too, for `keep_whole`."""
-    text = f"the JSON file (default: build/bench/{file})"
-    parser.add_argument("--output", type=Path, metavar="FILE", default=OUTPUT / file, help=text)
-    if parts:
-        _add_force(parser)
-
-
-def add_output_dir(parser: argparse.ArgumentParser, files: str) -> None:
-    """`--output-dir`, the same for several files, and `--force`."""
-    text = f"of {files} (default: build/bench)"
-    parser.add_argument("--output-dir", type=Path, metavar="DIR", default=OUTPUT, help=text)
-    _add_force(parser)
-
-
-def _add_force(parser: argparse.ArgumentParser) -> None:
+def add_output(parser: argparse.ArgumentParser, file: str) -> None:
+    """`--output FILE` (`--output-dir DIR` where `file` ends with PART.json), by default in build/bench; and
+    `--force`."""
+    if file.endswith("PART.json"):
+        parser.add_argument("--output-dir", type=Path, metavar="DIR", default=OUTPUT, help=f"of {file} (build/bench)")
+    else:
+        text = f"the JSON file (default: build/bench/{file})"
+        parser.add_argument("--output", type=Path, metavar="FILE", default=OUTPUT / file, help=text)
     parser.add_argument("--force", action="store_true", help="replace a file of benches/results/ by a part of a run")
 
 
@@ -100,18 +82,36 @@ def keep_whole(
             )
 
 
-def save(result: dict[str, Any], path: Path) -> Path:
-    """Writes a result as JSON; returns where it is."""
+def save(result: Mapping[str, Any], path: Path) -> Path:
+    """Writes JSON beside `path`, one row a line, then puts it there: an interrupted run leaves the file of before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return path
+    unfinished = path.with_suffix(".unfinished")
+    lines = [f" {json.dumps(key)}: {_rows(_rounded(value))}" for key, value in result.items()]
+    unfinished.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    return unfinished.replace(path)
 
 
-def _output(command: list[str]) -> str | None:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+def _rows(value: Any) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
+    if isinstance(value, dict) and value and all(isinstance(one, dict) for one in value.values()):
+        return "{\n  " + ",\n  ".join(f"{json.dumps(key)}: {json.dumps(one)}" for key, one in value.items()) + "\n }"
+    return json.dumps(value)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _rounded(one) for key, one in value.items()}
+    return [_rounded(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
+def _output(*command: str) -> str | None:
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        git = ["git", "-C", str(ROOT), *command]
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    return None
 
 
 def _first_value(path: str, key: str) -> str | None:
@@ -124,7 +124,6 @@ def _first_value(path: str, key: str) -> str | None:
 
 
 def _version(package: str) -> str | None:
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return None

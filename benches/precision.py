@@ -28,11 +28,11 @@ import fastsplit
 from demo.smollm2 import model_dir
 from fastsplit.executor.service import Executor
 from fastsplit.models import DTYPES, open_model
-from fastsplit.split.ops import PLANS
 from fastsplit.tee.remote import RemoteModel
 from fastsplit.tee.runner import Runner
 
-from .environment import add_output, describe, save
+from .environment import ROOT, add_output, describe, save
+from .splits import PLAN_NAMES
 
 __all__ = ["main"]
 
@@ -64,40 +64,39 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompts = [tokenizer(prompt, return_tensors="pt")["input_ids"] for prompt in PROMPTS]
     with torch.inference_mode():
         reference = _hf(directory, "float32", prompts)
-        errors: dict[str, dict[str, float]] = {"HF": {}, **{plan: {} for plan in PLANS}}
-        ran: dict[str, dict[str, str]] = {plan: {} for plan in PLANS}
+        errors: dict[str, dict[str, float]] = {"HF": {}, **{plan: {} for plan in PLAN_NAMES}}
+        ran: dict[str, dict[str, str]] = {plan: {} for plan in PLAN_NAMES}
         for dtype in DTYPES:
             errors["HF"][dtype] = _error(_hf(directory, dtype, prompts), reference)
             with _runners(directory, dtype) as make:
-                for plan in PLANS:
+                for plan in PLAN_NAMES:
                     runner = make(plan)
                     errors[plan][dtype] = _error([_forward(runner, ids) for ids in prompts], reference)
                     ran[plan][dtype] = runner.plan
-    print("| plan | " + " | ".join(DTYPES) + " |\n|---|" + "---:|" * len(DTYPES))
-    for name, row in errors.items():
-        others = [f" ({ran[name][dtype]})" if name in ran and ran[name][dtype] != name else "" for dtype in DTYPES]
-        print(f"| {name} | " + " | ".join(f"{row[dtype]:.1e}{other}" for dtype, other in zip(DTYPES, others)) + " |")
     result = {"environment": environment, "prompts": PROMPTS, "errors": errors, "plans_that_ran": ran}
-    print(f"\n{save(result, args.output)}")
+    for plan, row in errors.items():
+        print(plan, {dtype: f"{error:.1e}" for dtype, error in row.items()}, ran.get(plan, ""))
+    print(save(result, args.output))
 
 
 def _measure_casts(directory: Path, tokenizer: Any, environment: dict[str, Any], output: Path) -> None:
-    text = (Path(__file__).resolve().parents[1] / "LICENSE").read_text(encoding="utf-8")
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
     ids = tokenizer(text, return_tensors="pt")["input_ids"][:, :_CAST_TOKENS]
     reference = _hf(directory, "float32", [ids])
     tokens = reference[0].argmax(-1)
     rows: dict[str, dict[str, dict[str, float]]] = {}
-    print(f"| plan | {' | '.join(map(str, _CASTS))} |\n|---|{'---:|' * len(_CASTS)}")
     with _runners(directory, "float32", "?shm=off") as make:
-        for plan in PLANS:
+        for plan in PLAN_NAMES:
             found = rows[plan] = {}
             for cast in _CASTS:
                 logits = _forward(make(plan, cast), ids)
                 same = int((logits.argmax(-1) == tokens).sum())
                 found[str(cast)] = {"error": _error([logits], reference), "same_tokens": same, "rows": tokens.numel()}
-            cells = [f"{each['error']:.1e} ({each['same_tokens']} of {each['rows']})" for each in found.values()]
-            print(f"| {plan} | {' | '.join(cells)} |")
-    print(f"\n{save({'environment': environment, 'casts': rows}, output)}")
+            print(
+                plan,
+                {cast: f"{one['error']:.1e} ({one['same_tokens']} of {one['rows']})" for cast, one in found.items()},
+            )
+    print(save({"environment": environment, "casts": rows}, output))
 
 
 def _hf(directory: Path, dtype: str, prompts: list[torch.Tensor]) -> list[torch.Tensor]:

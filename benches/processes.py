@@ -1,4 +1,4 @@
-"""A benchmark's other processes: starting and ending them, their memory, and who else used the machine meanwhile.
+"""A benchmark's other processes: starting and ending them, their cores and memory, and the CPU that others used.
 
 Rules. Nothing is left running: a process ends with its stdin, and is killed if it does not within 10 seconds. What
 cannot be read (another system than Linux, a hidden /proc) is None, never an error: it is only reported.
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["OthersCpu", "Process", "peak_rss_bytes", "process", "reset_peak_rss"]
+__all__ = ["OthersCpu", "Process", "memory", "on_cpu", "process", "reset_peak_rss", "separate_cpus"]
 
 
 class Process:
@@ -120,9 +120,40 @@ def reset_peak_rss(pid: int) -> None:
         Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 
-def peak_rss_bytes(pid: int) -> int | None:
+def memory(pid: int, prefix: str) -> dict[str, int]:
+    """The most that a process held, and what it holds now, in bytes. PSS counts shared memory by halves, so that two
+    processes' PSS add up to what both really take. Empty where the system does not say."""
+    found = {}
     with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return None
+        for file, key, name in (("status", "VmHWM:", "peak_rss"), ("smaps_rollup", "Pss:", "pss")):
+            for line in Path(f"/proc/{pid}/{file}").read_text().splitlines():
+                if line.startswith(key):
+                    found[f"{prefix}_{name}_bytes"] = int(line.split()[1]) * 1024
+    return found
+
+
+def separate_cpus() -> tuple[int, int] | None:
+    """Two CPUs that this process may use, on two cores where there are two. None if there is only one."""
+    cpus = sorted(os.sched_getaffinity(0))
+    by_core = {}
+    for cpu in reversed(cpus):
+        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
+        try:
+            core = ((topology / "physical_package_id").read_text(), (topology / "core_id").read_text())
+        except OSError:
+            core = ("", str(cpu))
+        by_core[core] = cpu
+    chosen = sorted(by_core.values()) if len(by_core) > 1 else cpus
+    return (chosen[0], chosen[1]) if len(chosen) > 1 else None
+
+
+@contextmanager
+def on_cpu(cpu: int | None) -> Iterator[None]:
+    """This thread on one CPU meanwhile; None leaves it where it is."""
+    before = os.sched_getaffinity(0)
+    if cpu is not None:
+        os.sched_setaffinity(0, {cpu})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)

@@ -1,16 +1,12 @@
-"""The systems that benches.bench_split compares, and the rounds in which they take turns, whatever is measured of them.
+"""The systems that bench_split and the ladder compare, their processes, and the rounds in which they take turns.
 
-    LINK-PLAN                            fastsplit: over a unix socket with shared memory (shm-), without (unix-), and
-                                         over tcp (tcp-), in one of its plans
-    original-tcp, tuned-tcp, tuned-ipc   the rivals, in plan "batched", as the original was (benches/rivals)
-    hf-eager, hf-sdpa, hf-loop           HF's own class in one process, undivided
+    LINK-PLAN, original-tcp, ...         splits: fastsplit's and the rivals' (splits.py)
+    hf-eager, hf-sdpa, hf-loop           HF's own class in one process, undivided (rivals/hf.py)
 
 How it is measured. Three processes for each dtype: this one is the TEE side and drives one `Runner` a system; one
-executor serves fastsplit and the rivals out of one copy of the weights; one runs HF. Only one system is at work at any
-moment, and only that one is connected: each thread of an executor that has a connection keeps threads for arithmetic of
-its own, and with six of them there decoding took longer (98 against 79 ms a token, folded). First
-it does a little, untimed. In every other round the order is reversed, so that what drifts on the machine does not
-favour one of them. A system whose round takes longer than --once-over seconds has that one round; HF, with which the
+executor serves fastsplit and the rivals out of one copy of the weights; one runs HF. One system at a time is at work,
+and connected. First it does a little, untimed. In every other round the order is reversed, so that drift on the machine
+favours no system. A system whose round takes longer than --once-over seconds has that one round; HF, with which the
 others are compared, has them all. Ratios are those of the same round, and the median is that of the ratios.
 """
 
@@ -27,35 +23,73 @@ from typing import Any
 import torch
 
 import fastsplit
+from fastsplit.gpu_side import SPIN_COUNT
+from fastsplit.models import open_model
 
-from .measurements import Columns, Measurement, median, table, write_whole
-from .processes import OthersCpu, Process, peak_rss_bytes, reset_peak_rss
-from .rounds import progress
-from .splits import RIVALS, Split, memory, open_splits
-from .workers import Workers
+from . import UNTOUCHED
+from .environment import save
+from .link import LinkKind
+from .processes import OthersCpu, Process, memory, reset_peak_rss
+from .rounds import Columns, Measurement, median, progress, table
+from .splits import RIVALS, Split, open_split
 
-__all__ = ["CIRCUMSTANCES", "DEFAULT_PLANS", "Document", "Phase", "Setting", "System", "measure", "system_names"]
+__all__ = ["DEFAULT_PLANS", "Document", "Phase", "Setting", "System", "Workers", "measure", "system_names"]
 
 DEFAULT_PLANS = {
-    "shm": ("folded", "fused", "linear", "batched", "per-op"),
-    "unix": ("folded", "linear", "batched"),
-    "tcp": ("folded", "linear", "batched"),
+    "shm": ("folded", "fused", "minimal", "batched", "per-op"),
+    "unix": ("folded", "minimal", "batched"),
+    "tcp": ("folded", "minimal", "batched"),
 }
 """Link -> the plans that are measured over it, unless others are asked for."""
-
-
-CIRCUMSTANCES: Columns = (
-    ("RSS GB", 12, lambda m: f"{m.get('tee_peak_rss_bytes', 0) / 1e9:.1f}+{m['worker_peak_rss_bytes'] / 1e9:.1f}"),
-    ("PSS GB", 12, lambda m: f"{m.get('tee_pss_bytes', 0) / 1e9:.1f}+{m['worker_pss_bytes'] / 1e9:.1f}"),
-    ("others s", 10, lambda m: f"{m['others_cpu_s']:.1f}"),
-)
-"""What is measured around any phase."""
 
 
 def system_names(links: Sequence[str], plans: Sequence[str] | None, hf: Sequence[str], *, rivals: bool) -> list[str]:
     """All systems over these links, each in `plans`; None: in those that the link has by default."""
     names = [f"{link}-{plan}" for link in dict.fromkeys(links) for plan in dict.fromkeys(plans or DEFAULT_PLANS[link])]
     return [*names, *(RIVALS if rivals else ()), *hf]
+
+
+class Workers:
+    """The processes that have the weights of one model in one dtype: "executor" and "hf". Both stay for the next
+    request of the same, and end with this process. OpenMP's idle threads wait in an executor as in the GPU side's
+    script, in HF's process as torch has it.
+
+    `threads`: torch's in each; 0: one for each core. `device`: of the executor.
+    """
+
+    def __init__(self, threads: int = 0, device: str = "cpu") -> None:
+        self._threads = threads
+        self._device = device
+        self._of: tuple[str, str] | None = None
+        self._running: dict[str, Process] = {}
+
+    def get(self, model: str, dtype: str, *kinds: str) -> dict[str, Process]:
+        """One of each kind, listening: `ready` has its address, an executor's all of them as JSON."""
+        if self._of != (model, dtype):
+            self.close()
+            self._of = model, dtype
+        missing = [kind for kind in kinds if kind not in self._running]
+        for kind in missing:
+            progress(f"starting: {kind}, {dtype}")
+            options = ["--model", model, "--dtype", dtype, "--threads", str(self._threads)]
+            environment = UNTOUCHED
+            if kind == "executor":
+                options += ["--device", self._device]
+                environment = {"GOMP_SPINCOUNT": str(SPIN_COUNT)} if UNTOUCHED["OMP_WAIT_POLICY"] is None else {}
+            self._running[kind] = Process(f"benches.rivals.{kind}", *options, environment=environment, wait=False)
+        for kind in missing:  # which have been loading side by side
+            self._running[kind].wait_ready()
+        return self._running
+
+    def close(self) -> None:
+        while self._running:
+            self._running.popitem()[1].close()
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 @dataclass
@@ -68,26 +102,22 @@ class System:
     split: Split | None = None
     hf: fastsplit.Channel | None = None
 
-    @property
-    def kind(self) -> str:
-        if self.hf is not None:
-            return "hf"
-        return "rival" if self.name in RIVALS else "fastsplit"
-
     def row(self) -> dict[str, Any]:
-        """What is said of it in the results. The link is fastsplit's own, as is the plan."""
-        link, _, plan = self.name.partition("-") if self.kind == "fastsplit" else (None, "", None)
-        shm, reason = (None, "") if self.split is None else (self.split.shm, self.split.shm_reason)
-        return {"system": self.name, "link": link, "plan": plan, "kind": self.kind, "shm": shm, "reason": reason}
+        """What is said of it in the results. Link and plan are fastsplit's alone."""
+        kind = "hf" if self.hf is not None else "rival" if self.name in RIVALS else "fastsplit"
+        link, _, plan = self.name.partition("-") if kind == "fastsplit" else (None, "", None)
+        shm, reason = (None, "") if self.split is None else (self.split.shm, self.split.reason)
+        return {"system": self.name, "link": link, "plan": plan, "kind": kind, "shm": shm, "reason": reason}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """On what, and how often, systems are measured."""
+    """On what, and how often, systems are measured. `relay`: what the splits' tcp goes through."""
 
     model: str
     rounds: int
     once_over_s: float
+    relay: LinkKind | None = None
 
     @property
     def model_name(self) -> str:
@@ -102,24 +132,21 @@ class Phase:
     columns: Columns
     size: Mapping[str, int]
     """How many tokens, by what they are."""
-    ops_key: str
-    """Where a measurement has seconds by operation."""
-    ops_unit: tuple[str, float]
-    """What these are shown in: its name, and how many of it are a second."""
+    rows: int
+    """Of the prompt."""
 
-    def warm_up(self, system: System) -> None:
-        raise NotImplementedError
+    def warm_up(self, system: System) -> None: ...
 
     def run(self, system: System) -> Measurement:
+        """Seconds and bytes by name; what is a dict is by operation, and for the table on the screen alone."""
         raise NotImplementedError
 
     def compare(self, measured: Mapping[str, Measurement]) -> None:
         """Puts into each of a round's measurements, by system, how it compares with HF's."""
-        raise NotImplementedError
 
-    def summary(self, row: Mapping[str, Any]) -> Measurement:
+    def summary(self, row: Mapping[str, Any], rounds: Sequence[Measurement]) -> Measurement:
         """The medians of a system's rounds, and what follows from them."""
-        return median(row["rounds"])
+        return median(rounds)
 
 
 class Document:
@@ -128,35 +155,33 @@ class Document:
     def __init__(self, path: Path, environment: dict[str, Any], options: dict[str, Any], **more: Any) -> None:
         self.path = path
         self.rows: list[dict[str, Any]] = []
-        self.content = {"environment": environment, "options": options, "rows": self.rows, **more}
+        self.content = {"environment": environment, "options": options, **more, "rows": self.rows}
 
     def write(self) -> None:
-        write_whole(self.path, self.content)
+        save(self.content, self.path)
 
     def close(self) -> None:
-        """Notes who else was busy meanwhile; and where it all is."""
+        """Notes the machine's load meanwhile, and prints the path."""
         self.content["environment"]["load_average_after"] = os.getloadavg()
         self.write()
         print(self.path, end="\n\n")
 
 
-# ---- measuring -------------------------------------------------------------------------------------------------------
-
-
 @contextmanager
-def _connected(name: str, processes: Mapping[str, Process], setting: Setting) -> Iterator[System]:
-    """A system with a connection of its own, for as long as it is its turn."""
+def _connected(name: str, processes: Mapping[str, Process], setting: Setting, rows: int) -> Iterator[System]:
+    """A system with a connection of its own, for its turn."""
     with ExitStack() as stack:
         if name.startswith("hf-"):
             hf = processes["hf"]
             yield System(name, hf.pid, hf=stack.enter_context(fastsplit.connect(hf.ready, call_timeout_s=600)))
             return
-        (split,) = open_splits(stack, [name], setting.model, processes["real"])
-        yield System(name, split.worker_pid, split)
+        executor, model = processes["executor"], open_model(setting.model)
+        split = open_split(stack, name, model, executor, rows=rows, relay=setting.relay)
+        yield System(name, executor.pid, split)
 
 
 def _measured(phase: Phase, system: System) -> Measurement:
-    """One round of a system, with the memory that it took and the CPU time that others did."""
+    """One round of a system, with the memory that it took and the CPU time of other programs."""
     gc.collect()
     pids = {"worker": system.worker_pid} if system.hf is not None else {"tee": os.getpid(), "worker": system.worker_pid}
     for pid in pids.values():
@@ -165,7 +190,6 @@ def _measured(phase: Phase, system: System) -> Measurement:
     measured = phase.run(system)
     measured["others_cpu_s"] = others.seconds()
     for side, pid in pids.items():
-        measured[f"{side}_peak_rss_bytes"] = peak_rss_bytes(pid)
         measured.update(memory(pid, side))
     return measured
 
@@ -184,53 +208,54 @@ def measure(
 
     `finish` is called before these are made.
     """
-    kinds = {"hf" if name.startswith("hf-") else "real": None for name in names}
-    processes = dict(zip(kinds, workers.get(setting.model, dtype, *kinds)))
+    kinds = dict.fromkeys("hf" if name.startswith("hf-") else "executor" for name in names)
+    processes = workers.get(setting.model, dtype, *kinds)
     rows: dict[str, dict[str, Any]] = {}
+    rounds: dict[str, list[Measurement]] = {}
     slow: set[str] = set()
+
+    def keep(names: Sequence[str]) -> dict[str, Measurement]:
+        medians = {name: phase.summary(rows[name], rounds[name]) for name in names}
+        for name, found in medians.items():
+            kept = {key: value for key, value in found.items() if not isinstance(value, dict)}
+            rows[name].update(rounds=len(rounds[name]), median=kept)
+        document.write()
+        return medians
+
     with torch.inference_mode():
         for number in range(setting.rounds):
             turn: dict[str, Measurement] = {}
             for name in names if number % 2 == 0 else reversed(names):
                 if name in slow:
                     continue
-                with _connected(name, processes, setting) as system:
+                with _connected(name, processes, setting, phase.rows) as system:
                     phase.warm_up(system)
                     measured = turn[name] = _measured(phase, system)
                     if name not in rows:
-                        about = {"phase": phase.name, "dtype": dtype, **system.row(), **phase.size}
-                        rows[name] = {**about, "rounds": [], "median": {}}
+                        rows[name] = {"phase": phase.name, "dtype": dtype, **system.row(), **phase.size}
                         document.rows.append(rows[name])
-                rows[name]["rounds"].append(measured)
+                rounds.setdefault(name, []).append(measured)
                 phase.compare(turn)
-                for one in turn:  # HF's turn may have come last
-                    rows[one]["median"] = phase.summary(rows[one])
-                document.write()
-                wall_s = measured["wall_s"]
-                progress(f"{phase.name}, {dtype}, round {number + 1}: {name} {wall_s:.2f} s")
-                if wall_s > setting.once_over_s and rows[name]["kind"] != "hf":
+                keep(list(turn))  # HF's turn may have come last
+                progress(f"{phase.name}, {dtype}, round {number + 1}: {name} {measured['wall_s']:.2f} s")
+                if measured["wall_s"] > setting.once_over_s and not name.startswith("hf-"):
                     slow.add(name)
     finish()
-    for row in document.rows:  # also those of another dtype: what `finish` found out may be theirs, too
-        row["median"] = phase.summary(row)
-    document.write()
+    medians = keep(list(rows))
     size = ", ".join(f"{count} {of.replace('_', ' ')}" for of, count in phase.size.items())
-    return [
-        f"{phase.name}: {setting.model_name}, {size}, {dtype}, medians of {setting.rounds} at most",
-        *_lines(phase, rows),
-    ]
+    title = f"{phase.name}: {setting.model_name}, {size}, {dtype}, medians of {setting.rounds} at most"
+    columns = (
+        *phase.columns,
+        ("PSS GB", 12, lambda m: f"{m.get('tee_pss_bytes', 0) / 1e9:.1f}+{m['worker_pss_bytes'] / 1e9:.1f}"),
+        ("others s", 10, lambda m: f"{m['others_cpu_s']:.1f}"),
+    )
+    notes = {name: [*_by_operation(found), *filter(None, [rows[name]["reason"]])] for name, found in medians.items()}
+    return [title, table("system", columns, medians, notes)]
 
 
-def _lines(phase: Phase, rows: Mapping[str, dict[str, Any]]) -> list[str]:
-    medians = {name: {**row["median"], "rounds": len(row["rounds"])} for name, row in rows.items()}
-    lines = [table("system", (*phase.columns, ("rounds", 8, lambda m: str(m["rounds"]))), medians, {})]
-    unit, units_a_second = phase.ops_unit
-    for name, measured in medians.items():
-        ops = measured.get(phase.ops_key, {})
+def _by_operation(found: Measurement) -> Iterator[str]:
+    for ops in (value for value in found.values() if isinstance(value, dict)):
         for side in ("tee", "gpu"):
             parts = sorted(((op["total_s"], of) for of, op in ops.items() if op["side"] == side), reverse=True)
             if parts:
-                text = ", ".join(f"{of} {total_s * units_a_second:.3f}" for total_s, of in parts)
-                lines.append(f"{name}, {side}, {unit}: {text}")
-    lines += [f"{name}: {row['reason']}" for name, row in rows.items() if row["reason"]]
-    return lines
+                yield f"{side}, ms: " + ", ".join(f"{of} {total_s * 1e3:.3g}" for total_s, of in parts)

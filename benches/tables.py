@@ -1,18 +1,13 @@
-"""Tables and figures in README.md and docs, generated from the stored JSON, so that none of them is typed.
+"""The tables of README.md and docs, generated from the stored JSON, so that none of them is typed.
 
     python -m benches.tables            writes them anew
     python -m benches.tables --check    exit code 1 if one is not what the JSON gives; nothing is written
 
-In Markdown, what stands between `<!-- measured: NAME -->` and `<!-- end measured -->`, each a line of its own, is the
-table NAME of `TABLES`. It ends with a line that names the files, when they were measured, and of which revision.
+The lines between `<!-- measured: NAME -->` and `<!-- end measured -->`, each a line of its own, are the table NAME of
+`TABLES`. A table ends with a line that names the file, when it was measured, and of which revision.
 
-A figure in prose stands between `<!-- figure: FILE.json#selector|format -->` and `<!-- end figure -->`, in any line.
-benches/stored.py says what a selector is. `a / b` is a ratio; either may be a number, and a second selector without a
-file is of the same one. In a Markdown table the bar has to be written as `\\|`. The format is one of `seconds`,
-`bytes`, `text`, `date`, `revision`, or a format of Python's and what follows it: `.2f s`, `.1f times`, `.0%`, `,d`.
-
-What stands in fenced code is left alone, and so is a marker right behind a backtick. A selector that finds nothing, a
-marker without an end, a table that is not known: an error with file and line, exit code 1; the rest is still written.
+In all tables a bold figure is the best of its group. References (a bare socket, a copy within one process) are in
+italics and never bold. Times are medians over rounds; the benchmark's docstring says what a column is.
 """
 
 from __future__ import annotations
@@ -20,191 +15,405 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .environment import RESULTS
-from .report_links import LINK_TABLES
-from .report_tables import TABLES as MODEL_TABLES
-from .stored import Missing, bytes_text, load, seconds_text, select, split_outside_quotes
+from .environment import RESULTS, ROOT
+from .stored import LINKS, Missing, bytes_text, link_title, load, origin, seconds_text, transport_rows
 
-__all__ = ["DOCUMENTS", "figure", "main", "updated"]
+__all__ = ["DOCUMENTS", "TABLES", "main", "updated"]
 
-TABLES = {**MODEL_TABLES, **LINK_TABLES}
-"""What makes a table of a folder of results, by name."""
-ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benches" / "README.md")
+DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+_BLOCK = re.compile(
+    r"(^<!-- measured: (?P<name>[^\n]+) -->\n)(?P<table>.*?)(^<!-- end measured -->$)", re.DOTALL | re.MULTILINE
+)
+_MARKER = re.compile(r"^<!-- (?:end )?measured", re.MULTILINE)
+_MODES = ("spinning", "sleeping")
+_SIZES = (64, 65536, 2**20, 8 * 2**20, 128 * 2**20)
+_REFERENCE = "*italics*: a reference, out of competition"
+_NULL = "an executor that computes nothing"
+_Row = dict[str, Any]
 
-_BLOCK = re.compile(r"\s*<!-- measured: (.+?) -->\s*")
-_BLOCK_END = re.compile(r"\s*<!-- end measured -->\s*")
-_FENCE = re.compile(r"\s*(```+|~~~+)")
-_FIGURE = re.compile(r"(?<!`)(<!-- figure: (?P<what>.+?) -->)(?P<shown>.*?)(<!-- end figure -->)", re.DOTALL)
-_FIGURE_START = re.compile(r"(?<!`)<!-- figure:")
-_FORMAT = re.compile(r"(?P<spec>,?(?:\.\d+)?[defg%])(?P<unit>.*)")
-_NAMED: dict[str, Callable[[Any], str]] = {
-    "seconds": seconds_text,
-    "bytes": bytes_text,
-    "text": str,
-    "date": lambda text: str(text)[:10],
-    "revision": lambda text: str(text)[:7],
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], name: str, document: _Row, note: str = "") -> str:
+    lines = [
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (head, ["---"] * len(head), *rows)
+    ]
+    source = f"<sub>{note}{'; ' if note else ''}`{name}`, {origin(document)}</sub>"
+    return "\n".join(["", *lines, "", source, ""])
+
+
+def _cell(value: float | None, best: float | None, text: Callable[[float], str] = seconds_text) -> str:
+    """Everything that reads like the best is bold: below the last digit shown nothing wins."""
+    if value is None:
+        return ""
+    return f"**{text(value)}**" if best is not None and text(value) == text(best) else text(value)
+
+
+def _shown(value: float | None, text: Callable[[float], str] = "{:.2f}".format) -> str:
+    return "" if value is None else text(value)
+
+
+# ---- transports and serializers --------------------------------------------------------------------------------------
+
+
+def _us_text(us: float) -> str:
+    return seconds_text(us / 1e6)
+
+
+def _round_trips(results: Path) -> str:
+    document = load(results, "transport.json")
+    systems, rows = document["systems"], {mode: transport_rows(document, "round trip", mode) for mode in _MODES}
+    columns = [(mode, size) for mode in _MODES for size in _SIZES]
+    lines = []
+
+    def figure(name: str, column: tuple[str, int]) -> float | None:
+        found: float | None = rows[column[0]].get((name, column[1]), {}).get("median", {}).get("p50_us")
+        return found
+
+    def place(name: str) -> tuple[Any, ...]:
+        """References last. By the first figure, those that only sleep behind those that spin."""
+        first = [figure(name, column) for column in (columns[0], columns[len(_SIZES)])]
+        return systems[name]["floor"], first[0] is None, *(value or 0.0 for value in first)
+
+    for link, title in LINKS.items():
+        names = sorted((name for name in systems if systems[name]["link"] == link), key=place)
+        # a pipelined call's figure is what it adds, which is no round trip: it competes with none of them
+        compared = [name for name in names if not systems[name]["floor"] and systems[name].get("latency", True)]
+        best = [min((v for name in compared if (v := figure(name, c)) is not None), default=None) for c in columns]
+        lines += [[f"**{title}**", *[""] * len(columns)]] if names else []
+        for name in names:
+            label = systems[name]["label"] + " *" * (systems[name]["how"] == "common")
+            cells = [_cell(figure(name, c), b if name in compared else None, _us_text) for c, b in zip(columns, best)]
+            floor = systems[name]["floor"]
+            lines.append([f"*{cell}*" if cell and floor else cell for cell in (label, *cells)])
+    note = f"medians; {document['placement']}; {_REFERENCE}; \\*: as commonly written"
+    head = [f"{mode}: " * (size == _SIZES[0]) + bytes_text(size, binary=True) for mode, size in columns]
+    return _table(["", *head], lines, "transport.json", document, note)
+
+
+def _properties(results: Path) -> str:
+    """What each transport does and gives, those with the same together."""
+    document = load(results, "transport.json")
+    same: dict[tuple[str, ...], tuple[dict[str, None], dict[str, None]]] = {}
+    for about in document["systems"].values():
+        labels, links = same.setdefault(tuple(about[key] for key in ("how", "copies", "writable", "safe")), ({}, {}))
+        labels[about["label"]] = links[about["link"]] = None
+    head = ["", "over", "measured as", "copies of a message", "writable", "safe with a hostile peer"]
+    lines = [
+        ["; ".join(labels), ", ".join(links), how.replace("floor", "a reference"), *rest]
+        for (how, *rest), (labels, links) in same.items()
+    ]
+    return _table(head, lines, "transport.json", document)
+
+
+def _serialization(results: Path) -> str:
+    document = load(results, "serialization.json")
+    about, tasks = document["serializers"], ("encode", "decode", "both")
+    found: dict[str, dict[str, float]] = {}
+    extra: dict[str, _Row] = {}
+    for one in document["benchmarks"]:
+        message, _, task = one["group"].partition(": ")
+        if message == "hidden float32":
+            extra[name := one["extra_info"]["serializer"]] = one["extra_info"]
+            found.setdefault(name, {})[task] = one["stats"]["median"]
+    compared = [name for name in found if about[name]["general"]]
+    best = {task: min((found[n][task] for n in compared if task in found[n]), default=None) for task in tasks}
+    memcpy = found.get("memcpy", {}).get("both")
+    lines = []
+    for name in sorted(found, key=lambda name: (name == "memcpy", found[name].get("both", 9e9))):
+        both, said = found[name].get("both"), about[name]
+        cells = [_cell(found[name].get(task), best[task] if name in compared else None) for task in tasks]
+        cells += [
+            f"{both / memcpy:.2g}" if both and memcpy else "",
+            f"{extra[name]['wire_nbytes'] - extra[name]['payload_nbytes']:,}",
+        ]
+        # the reasons behind "partly: ..." stay in the JSON
+        cells += [f"{said['copies_encode']} / {said['copies_decode']}", str(said["safe"]).partition(":")[0]]
+        label = name + " *" * (said["how"] == "common") + " T" * (not said["general"])
+        lines.append([f"*{cell}*" for cell in (name, *cells)] if name == "memcpy" else [label, *cells])
+    note = (
+        f"[1024, 2048] float32, medians; {_REFERENCE}; \\*: as commonly written; T: tensors alone, out of competition"
+    )
+    head = ["", *tasks, "÷ memcpy", "bytes beside the tensor's", "copies: encode / decode", "safe"]
+    return _table(head, lines, "serialization.json", document, note)
+
+
+# ---- the split -------------------------------------------------------------------------------------------------------
+
+_SYSTEMS = {
+    "hf-sdpa": "Hugging Face in one process, sdpa",
+    "shm-folded": "fastsplit over shared memory (`folded`)",
+    "tcp-folded": "fastsplit over tcp (`folded`)",
+    "hf-eager": "Hugging Face in one process, eager",
+    "original-tcp": "the original",
 }
 
 
-def figure(what: str, results: Path) -> str:
-    """The text of one figure, from what stands behind `figure:` in its marker."""
-    expression, bar, form = " ".join(what.split()).rpartition("|")
-    expression = expression.removesuffix("\\").strip()
-    form = form.strip()
-    if not bar:
-        raise Missing(f"{what!r} has no format: FILE.json#selector|format")
-    top, *below = split_outside_quotes(expression, " / ")
-    if len(below) > 1:
-        raise Missing(f"{what!r}: one ratio at most")
-    name, _, _ = top.partition("#")
-    value = _operand(top, name, results)
-    if below:
-        divisor = _operand(below[0], name, results)
-        try:
-            value = value / divisor
-        except (TypeError, ZeroDivisionError) as error:
-            raise Missing(f"{value!r} / {divisor!r}: {error}") from None
-    try:
-        if form in _NAMED:
-            return _NAMED[form](value)
-        matched = _FORMAT.fullmatch(form)
-        if matched is None:
-            raise Missing(f"{form!r} is no format: one of {', '.join(_NAMED)}, or .2f and a unit")
-        spec, unit = matched.groups()
-        return f"{round(value) if spec.endswith('d') else value:{spec}}{unit}"
-    except (TypeError, ValueError) as error:
-        raise Missing(f"{form!r} cannot be the format of {value!r}: {error}") from None
+def _system(row: _Row) -> str:
+    return str(row["system"]) + {"hf": ", one process", "rival": " (rival)"}.get(row["kind"], "")
 
 
-def _operand(text: str, name: str, results: Path) -> Any:
-    text = text.strip()
-    try:
-        return float(text)
-    except ValueError:
-        pass
-    before, hash_sign, path = text.partition("#")
-    return select(load(results, before), path) if hash_sign else select(load(results, name), text)
+def _of_split(document: _Row, figure: str, dtype: str) -> list[_Row]:
+    rows = [row for row in document["rows"] if row["dtype"] == dtype and figure in row["median"]]
+    return sorted(rows, key=lambda row: float(row["median"][figure]))
+
+
+def _prefill_short(results: Path) -> str:
+    document = load(results, "split-prefill.json")
+    rows = [row for row in _of_split(document, "wall_s", "float32") if row["system"] in _SYSTEMS]
+    head = ["1024 tokens, TinyLlama-1.1B's shape", "time", "÷ sdpa", "of it communication and serialization", "calls"]
+    lines = []
+    for row in rows:
+        m = row["median"]
+        moved = _shown(None if row["kind"] == "hf" else m["communication_s"] + m["serialization_s"], seconds_text)
+        lines.append(
+            [
+                _SYSTEMS[row["system"]],
+                seconds_text(m["wall_s"]),
+                _shown(m.get("wall_to_sdpa")),
+                moved,
+                _shown(m.get("rpc_calls"), str),
+            ]
+        )
+    return _table(head, lines, "split-prefill.json", document, "float32, both sides on the same two cores, medians")
+
+
+def _split(results: Path, name: str, wall: str, part: str, ratios: dict[str, str], calls: str) -> str:
+    """By system the time in float32 and where it goes, and beside it the time in bfloat16."""
+    document = load(results, name)
+    rows = _of_split(document, wall, "float32")
+    other = {row["system"]: row["median"] for row in _of_split(document, wall, "bfloat16")}
+    if not rows:
+        raise Missing(f"{name} has nothing in float32")
+    best, best_other = rows[0]["median"][wall], min((m[wall] for m in other.values()), default=None)
+    error = any("logits_error" in row["median"] for row in rows)
+    head = [
+        "",
+        "float32",
+        *ratios,
+        "GPU side",
+        "TEE side",
+        "serialization",
+        "communication",
+        "calls",
+        *["through sockets", "error"] * error,
+    ]
+    head += ["bfloat16", next(iter(ratios))] * bool(other)
+    lines = []
+    for row in rows:
+        m, b = row["median"], other.get(row["system"], {})
+        cells = [_system(row), _cell(m[wall], best), *(_shown(m.get(key)) for key in ratios.values())]
+        parts = ("gpu_compute", "tee_compute", "serialization", "communication")
+        cells += [_shown(m.get(f"{part}{one}_s"), seconds_text) for one in parts]
+        cells.append(_shown(m.get(calls), "{:.0f}".format))
+        if error:
+            moved = None if row["kind"] == "hf" else m["bytes_sent"] + m["bytes_received"]
+            cells += [_shown(moved, bytes_text), _shown(m.get("logits_error"), "{:.1e}".format)]
+        if other:
+            cells += [_cell(b.get(wall), best_other), _shown(b.get(next(iter(ratios.values()))))]
+        lines.append(cells)
+    return _table(head, lines, name, document, f"{rows[0]['tokens']} tokens; medians")
+
+
+def _decode_far(results: Path) -> str:
+    name = "split-decode-1g.json"
+    document = load(results, name)
+    round_trip_s, rows = document["relay"]["round_trip_s"], _of_split(document, "step_s", "float32")
+    lines = [
+        [
+            row["system"],
+            f"{1 / m['step_s']:.2f}",
+            f"{1 / (m['calls_per_token'] * round_trip_s):.2f}",
+            f"{m['calls_per_token']:.0f}",
+        ]
+        for row in rows
+        if (m := row["median"]).get("calls_per_token")
+    ]
+    options = document["options"]
+    note = f"{options['model']}, {link_title('', document['relay'])}" + f", {_NULL}" * (
+        options.get("executor") == "null"
+    )
+    return _table(["", "tokens/s", "what the round trips allow", "calls a token"], lines, name, document, note)
+
+
+def _ladder(results: Path) -> str:
+    document = load(results, "split-ladder.json")
+    rows = document["rows"]  # an interrupted run names links without rows
+    links = {link: about for link, about in document["links"].items() if any(link in row["measured"] for row in rows)}
+    least = {link: min(row["measured"][link]["wall_s"] for row in rows if link in row["measured"]) for link in links}
+    titles = {link: link_title(link, about) for link, about in links.items()}
+    lines = []
+    for row in rows:
+        expected, found = row.get("predicted"), row["measured"]
+        last = next(iter(found.values()))
+        moved = f"{(last['bytes_sent'] + last['bytes_received']) / 1e9:.2f}"
+        cells = [
+            f"{row['step']} (`{row['row']}`)",
+            f"{expected['speed_up']:.1f}x" if expected else "",
+            str(last["rpc_calls"]),
+            moved,
+        ]
+        for link in links:
+            m = found.get(link)
+            faster = f"{m['speed_up']:.1f}x; " if m and "speed_up" in m else ""
+            cells.append(f"{_cell(m['wall_s'], least[link])} ({faster}{m['wall_s'] / m['floor_s']:.2f})" if m else "")
+        lines.append(cells)
+    executors = {"null": _NULL, "real": "the real executor"}
+    notes = [
+        f"{titles[link]}: {about['tokens']} tokens, {executors[about['executor']]}, {origin(about)}"
+        for link, about in links.items()
+    ]
+    notes.append(
+        "in parentheses: times faster than the original; times the floor; calls and GB: those of the first link"
+    )
+    return _table(
+        ["step", "predicted", "calls", "GB", *titles.values()], lines, "split-ladder.json", document, "; ".join(notes)
+    )
+
+
+_CONTENTS = {
+    "per-op": "q, k, v, scores, weighted values, o, gate, up, down",
+    "batched": "q+k+v, scores, weighted values, o, gate+up, down",
+    "fused": "q+k (v stays), scores, values+o, gate+up, down",
+    "folded": "scores, values+o+gate+up, down+next q+k",
+    "minimal": "values+o+gate+up, down+next q+k+scores",
+}
+
+
+def _plans(results: Path) -> str:
+    document = load(results, "counts.json")
+    found = {(row["plan"], row["pass"]): row for row in document["counts"] if row["model"] == "tinyllama-1.1b"}
+    lines = []
+    for plan in dict.fromkeys(plan for plan, _ in found):
+        both = [found[plan, what] for what in ("prefill", "decode")]
+        moved = [bytes_text(one["sent"] + one["received"]) for one in both]
+        lines.append([f"`{plan}`", _CONTENTS.get(plan, ""), str(both[0]["calls"]), *moved])
+    options = document["options"]
+    head = [
+        "plan",
+        "what goes in one call",
+        "calls, 22 layers",
+        f"prefill, {options['prefill']} tokens",
+        "one token after it",
+    ]
+    note = f"TinyLlama-1.1B's shape, {options['dtype']}, bytes of both directions"
+    return _table(head, lines, "counts.json", document, note)
+
+
+def _relay(results: Path) -> str:
+    document = load(results, "link.json")
+    lines = []
+    for link in document["links"]:
+        if link["rate_bit_per_s"]:
+            stated = f"{link['rate_bit_per_s'] / 1e6:,.0f} Mbit/s, {link['round_trip_s'] * 1e3:g} ms"
+            rates = (
+                " / ".join(f"{link[f'{kind}{way}_bit_per_s'] / 1e6:,.0f}" for way in ("there", "back"))
+                for kind in ("", "both_")
+            )
+            lines.append([f"`{link['link']}`", stated, *rates, seconds_text(link["round_trip_median_s"])])
+    head = ["link", "stated", "Mbit/s there / back", "both at once", "round trip of 64 bytes"]
+    return _table(head, lines, "link.json", document, "medians of rounds")
+
+
+# ---- precision -------------------------------------------------------------------------------------------------------
+
+
+def _precision(results: Path) -> str:
+    document = load(results, "precision.json")
+    ran, dtypes = document["plans_that_ran"], list(document["errors"]["HF"])
+    rows = []
+    for plan, errors in document["errors"].items():
+        others = {dtype: ran.get(plan, {}).get(dtype, plan) for dtype in dtypes}
+        runs = {dtype: f" ({other} runs)" * (other != plan) for dtype, other in others.items()}
+        rows.append([plan, *((f"{errors[dtype]:.1e}" if errors[dtype] else "0") + runs[dtype] for dtype in dtypes)])
+    note = f"max |difference| / max |logit| against HF's float32, {len(document['prompts'])} prompts"
+    return _table(["plan", *dtypes], _same_merged(rows), "precision.json", document, note)
+
+
+def _casts(results: Path) -> str:
+    document = load(results, "precision-casts.json")
+    found = document["casts"]
+    first = next(iter(found.values()))
+    rows = [
+        [plan, *(f"{one['error']:.1e} ({one['same_tokens']})" for one in by_cast.values())]
+        for plan, by_cast in found.items()
+    ]
+    note = "max |difference| / max |logit| against HF's float32; in parentheses, how many of the "
+    note += f"{next(iter(first.values()))['rows']} most likely tokens are HF's"
+    head = ["plan", *("no cast" if cast == "None" else cast for cast in first)]
+    return _table(head, _same_merged(rows), "precision-casts.json", document, note)
+
+
+def _same_merged(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Plans next to each other whose figures are the same share a line."""
+    merged: list[list[str]] = []
+    for name, *cells in rows:
+        if merged and merged[-1][1:] == cells:
+            merged[-1][0] += f", {name}"
+        else:
+            merged.append([name, *cells])
+    return merged
+
+
+# ---- the pages -------------------------------------------------------------------------------------------------------
+
+_TO_HF = {"÷ sdpa": "wall_to_sdpa", "÷ eager": "wall_to_eager"}
+_STEP_TO_HF = {"÷ sdpa": "step_to_sdpa", "÷ bare loop": "step_to_loop"}
+TABLES: dict[str, Callable[[Path], str]] = {
+    "transport-round-trip": _round_trips,
+    "transport-properties": _properties,
+    "serialization": _serialization,
+    "prefill-short": _prefill_short,
+    "prefill": lambda results: _split(results, "split-prefill.json", "wall_s", "", _TO_HF, "rpc_calls"),
+    "decode": lambda results: _split(results, "split-decode.json", "step_s", "step_", _STEP_TO_HF, "calls_per_token"),
+    "decode-1g": _decode_far,
+    "ladder": _ladder,
+    "plans": _plans,
+    "relay": _relay,
+    "precision": _precision,
+    "precision-casts": _casts,
+}
+"""Name -> what makes it of a folder of results. Raises Missing where the file is not there."""
 
 
 def updated(text: str, name: str, results: Path) -> tuple[str, list[str]]:
     """`text` as the JSON has it, and what is wrong with it as "name:line: what"."""
-    problems: list[str] = []
-    parts: list[str] = []  # of the new text
-    prose: list[str] = []  # lines that may have figures
-    lines = text.splitlines(keepends=True)
-    at = prose_at = 0
+    problems = []
 
-    def end_prose() -> None:
-        new, wrong = _with_figures("".join(prose), results)
-        parts.append(new)
-        problems.extend(f"{name}:{prose_at + line}: {what}" for line, what in wrong)
-        prose.clear()
-
-    while at < len(lines):
-        fence = _FENCE.match(lines[at])
-        block = _BLOCK.fullmatch(lines[at])
-        if not fence and not block:
-            if _BLOCK_END.fullmatch(lines[at]):
-                problems.append(f"{name}:{at + 1}: end measured, but no table has begun")
-            if not prose:
-                prose_at = at + 1
-            prose.append(lines[at])
-            at += 1
-            continue
-        end_prose()
-        end = at + 1
-        if fence:
-            closing = re.compile(rf"\s*{re.escape(fence[1])}[`~]*\s*")
-            while end < len(lines) and not closing.fullmatch(lines[end]):
-                end += 1
-            parts += lines[at : end + 1]
-        else:
-            while end < len(lines) and not _BLOCK_END.fullmatch(lines[end]):
-                if _BLOCK.fullmatch(lines[end]):
-                    end = len(lines)
-                end += 1
-            if end >= len(lines):
-                problems.append(f"{name}:{at + 1}: measured: {block[1] if block else ''} has no end")
-                parts += lines[at:]
-                return "".join(parts), problems
-            try:
-                new = [_table(block[1] if block else "", results)]
-            except Missing as error:
-                problems.append(f"{name}:{at + 1}: {error}")
-                new = lines[at + 1 : end]
-            parts += [lines[at], *new, lines[end]]
-        at = end + 1
-    end_prose()
-    return "".join(parts), problems
-
-
-def _table(name: str, results: Path) -> str:
-    if name not in TABLES:
-        raise Missing(f"there is no table {name!r}, but {', '.join(TABLES)}")
-    try:
-        return "\n" + TABLES[name](results) + "\n"
-    except (KeyError, TypeError) as error:
-        raise Missing(f"{name}: the JSON is not as expected: {type(error).__name__} {error}") from None
-
-
-def _with_figures(text: str, results: Path) -> tuple[str, list[tuple[int, str]]]:
-    problems: list[tuple[int, str]] = []
-
-    def line(position: int) -> int:
-        return text.count("\n", 0, position)
-
-    def replaced(found: re.Match[str]) -> str:
-        if _FIGURE_START.search(found[0], 1):
-            problems.append((line(found.start()), "a figure has no end"))
-            return found[0]
+    def written(block: re.Match[str]) -> str:
         try:
-            return found[1] + figure(found["what"], results) + found[4]
-        except Missing as error:
-            problems.append((line(found.start()), f"{' '.join(found['what'].split())}: {error}"))
-            return found[0]
+            if block["name"] not in TABLES:
+                raise Missing(f"there is no table {block['name']!r}, but {', '.join(TABLES)}")
+            return block[1] + TABLES[block["name"]](results) + block[4]
+        except (Missing, KeyError, TypeError) as error:
+            problems.append(f"{name}:{text.count(chr(10), 0, block.start()) + 1}: {type(error).__name__} {error}")
+            return block[0]
 
-    new = _FIGURE.sub(replaced, text)
-    ended = {found.start() for found in _FIGURE.finditer(text)}
-    last_end = max((found.end() for found in _FIGURE.finditer(text)), default=0)
-    problems += [
-        (line(start.start()), "a figure has no end")
-        for start in _FIGURE_START.finditer(text)
-        if start.start() >= last_end and start.start() not in ended
-    ]
-    return new, sorted(problems)
+    new = _BLOCK.sub(written, text)
+    outside = _BLOCK.sub("", text)
+    problems += [f"{name}: a marker without its other end: {found[0]}" for found in _MARKER.finditer(outside)]
+    return new, problems
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benches.tables", description=__doc__.partition("\n")[0])
-    parser.add_argument("files", nargs="*", type=Path, help="Markdown files (default: README.md, docs, this folder's)")
+    parser.add_argument("files", nargs="*", type=Path, help="Markdown files (default: README.md and docs)")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where the JSON is")
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if something would change")
     args = parser.parse_args(argv)
     failed = False
     for path in args.files or DOCUMENTS:
-        name = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
         text = path.read_text(encoding="utf-8")
-        new, problems = updated(text, name, args.results)
-        for problem in problems:
-            print(problem, file=sys.stderr)
-        failed |= bool(problems)
-        if new == text:
-            continue
-        if not args.check:
+        new, problems = updated(text, str(path), args.results)
+        if new != text and args.check:
+            problems.append(f"{path}: a table is not what the JSON gives: run python -m benches.tables")
+        elif new != text:
             path.write_text(new, encoding="utf-8")
-            print(f"{name}: written")
-            continue
-        failed = True
-        before, after = text.splitlines(), new.splitlines()
-        first = next(
-            (n for n, pair in enumerate(zip(before, after)) if pair[0] != pair[1]), min(len(before), len(after))
-        )
-        print(f"{name}:{first + 1}: not what the JSON gives: run python -m benches.tables", file=sys.stderr)
+            print(f"{path}: written")
+        print(*problems, sep="\n", end="\n" * bool(problems), file=sys.stderr)
+        failed |= bool(problems)
     return 1 if failed else 0
 
 

@@ -4,7 +4,7 @@ Starts the GPU side, waits for its READY line, runs the TEE side against it, and
 an error, Ctrl-C, SIGTERM. The socket lies in a private directory that is removed with it. The text goes to stdout,
 progress and the report to stderr, and the exit code is the TEE side's own (the GPU side's, if that is what failed).
 
-    python -m demo.run --prompt "Why is the sky blue?" [--max-new-tokens 64] [--plan auto]
+    python -m demo.run --prompt "Why is the sky blue?" [--max-new-tokens 64] [--plan folded]
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m demo.run", description="Completes a prompt with a split model.")
     parser.add_argument("--prompt", default="Why is the sky blue?", metavar="TEXT")
     parser.add_argument("--max-new-tokens", default="64", metavar="N")
-    parser.add_argument("--plan", default="auto")
+    parser.add_argument("--plan", default="folded", help="attention's products on the GPU side, if not given")
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGHUP, _interrupt)

@@ -1,14 +1,11 @@
 """The rivals' TEE side: one zmq REQ socket, one call at a time, the KV cache in here.
 
-How it fits the Runner. What fastsplit keeps in the executor's sessions is kept here: opening, truncating and closing
-are local, keys and values are put into a cache and sent whole, their heads repeated. `rival_runner` makes the Runner
-so that a prompt is one stretch and its scores one block: the whole square. Messages have no batch dimension.
+fastsplit keeps keys and values in the executor's KV caches; a rival keeps them here, and sends them whole, their heads
+repeated. `rival_runner` makes the Runner so that a prompt is one chunk and its scores one block: the whole square.
 
-Rules. Counted and timed as fastsplit's channel does it: `serialization_s` is what this side spends on making messages
-of tensors and tensors of messages, repeating the kv heads included; `wait_s` is sending and waiting, `remote_s` what
-the executor says that it computed. Filling the KV cache is the TEE's own work, "kv_cache" in the report, and no copy of
-a message. The executor's own (de)serialization is neither, so the report has it under communication, for all systems.
-What comes is not compared with `expect`: the original trusted its executor.
+Rules. Counted and timed as fastsplit's channel does it: `serialization_s` is this side's work on messages, repeating
+the kv heads included; `wait_s` is sending and waiting, `remote_s` what the executor says that it computed. Filling the
+KV cache is the TEE's own work. What comes is not compared with `expect`: the original trusted its executor.
 """
 
 from __future__ import annotations
@@ -22,6 +19,7 @@ import zmq
 
 from fastsplit.errors import DeadlineError, RemoteOpError
 from fastsplit.models import ModelConfig
+from fastsplit.split.plan import Plan
 from fastsplit.tee.remote import RemoteModel
 from fastsplit.tee.report import Recorder
 from fastsplit.tee.runner import Runner
@@ -107,15 +105,15 @@ class RivalBackend:
         raise NotImplementedError(f"{op}: a REQ socket has one call at a time")
 
     def call(self, op: str, /, *tensors: torch.Tensor, expect: Any = None, **attrs: Any) -> Reply:
-        """The operations of ops.py that plans "per-op" and "batched" have, for one sequence."""
-        if op in ("embedding", "linear", "lm_head"):
+        """The operations that the original's plans have, for one sequence."""
+        if op == "run":
+            steps = attrs.pop("steps")
+            if steps.startswith("store_"):
+                return (self._scores if steps.startswith("store_k") else self._values)(*tensors, **attrs)
             (x,) = tensors
-            sent = {"layer": attrs["layer"], "names": list(attrs["names"])} if op == "linear" else {}
-            return Reply([result.unsqueeze(0) for result in self._call(op, [x[0]], **sent)])
+            return Reply([result.unsqueeze(0) for result in self._call(steps, [x[0]], layer=attrs["layer"])])
         if op == "open":
             return self._open(**attrs)
-        if op in ("scores", "values"):
-            return (self._scores if op == "scores" else self._values)(*tensors, **attrs)
         if op == "close":
             del self._caches[attrs["session"]]
         elif op != "truncate":  # forgetting takes nothing: the caller's `start` says what counts
@@ -195,6 +193,15 @@ class RivalBackend:
         return results
 
 
+_BATCHED = Plan(
+    "batched",
+    "[embed] | norm [q k v] rope [store_k scores] softmax [store_v values] [o] add norm [gate up] act [down] add"
+    " | norm [lm_head]",
+)
+"""As the original had it: each result is a tensor of its own."""
+
+
 def rival_runner(model: RemoteModel, backend: RivalBackend, plan: str = "batched") -> Runner:
-    """The Runner as the original was: plan "batched", before that "per-op"; a prompt in one piece, all scores."""
-    return Runner(model, backend, plan, lanes=1, block_rows=_WHOLE, scores_nbytes=2**62)
+    """The Runner as the original was: plan "batched", before that "per-op"; a prompt in one chunk, all scores."""
+    form = _BATCHED if plan == "batched" else plan
+    return Runner(model, backend, form, lanes=1, block_rows=_WHOLE, scores_nbytes=2**62)

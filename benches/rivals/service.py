@@ -1,7 +1,7 @@
 """The rivals' GPU side: a zmq REP socket in a thread, computing with an Executor's own weights.
 
-Rules. Embedding, linear operations and lm_head are the Executor's own handlers, so the arithmetic is the same; what is
-added here is their batch dimension, and the session that the embedding asks for. Scores and values are computed here,
+Rules. Embedding, linear operations and lm_head are the Executor's own steps, so the arithmetic is the same; what is
+added here is their batch dimension and a KV cache that they ask for. Scores and values are computed here,
 since the rivals send all heads and the whole square. One request at a time, as REP has it. A reply says how long its
 computation took; a failed one says why.
 """
@@ -98,11 +98,24 @@ class RivalService:
             left, right = (tensor.to(self._executor.device.torch_device) for tensor in tensors)
             product = _values(left, right) if op == "values" else _scores(left, right, self._executor.config.scale)
             return [product.cpu()]
-        if op == "embedding":
-            attrs = {**attrs, "session": self._session, "lane": 0, "layer": 0, "start": 0}
-        call: Any = _Call(self._client, [tensor.unsqueeze(0) for tensor in tensors], attrs)
-        results = self._executor.handlers[op](call)
-        return [result.squeeze(0) for result in ([results] if isinstance(results, torch.Tensor) else results)]
+        (x,) = tensors
+        if len(x) == 1 and op in _TOGETHER:  # one product for all
+            return _TOGETHER[op](*self._run(_JOINED[op], attrs, x), self._executor.config.num_attention_heads)
+        return [result.squeeze(0) for step in op.split() for result in self._run(step, attrs, x)]
+
+    def _run(self, steps: str, attrs: dict[str, Any], x: torch.Tensor) -> list[torch.Tensor]:
+        at = {"session": self._session, "lane": 0, "start": 0, "steps": steps}
+        call: Any = _Call(self._client, [x.unsqueeze(0)], {**at, **attrs})
+        results: list[torch.Tensor] = self._executor.handlers["run"](call)
+        return results
+
+
+_JOINED = {"q k v": "qkv", "gate up": "gate_up"}
+_TOGETHER: dict[str, Any] = {
+    "q k v": lambda qk, v, heads: [qk[0, :, :heads], qk[0, :, heads:], v[0]],
+    "gate up": lambda gate_up, heads: [gate_up[0, 0], gate_up[1, 0]],
+}
+"""Steps in one call of the original's -> how the Executor's joined results of one row fall apart; views."""
 
 
 def _scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:

@@ -33,7 +33,6 @@ class MemoryClient(Client):
     checks_itself = True
     how = "floor"
     copies = "1"
-    writable = "yes"
     safe = "-"
 
     def __init__(self, address: str) -> None:

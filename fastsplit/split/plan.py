@@ -213,6 +213,12 @@ class Plan:
         """Calls of a forward pass."""
         return sum(isinstance(stage, Call) for stage in self.schedule(layers))
 
+    @property
+    def call_counts(self) -> tuple[int, int]:
+        """Calls for each layer, and calls besides."""
+        one, two = self.calls(1), self.calls(2)
+        return two - one, 2 * one - two
+
     def _schedule(self, layers: int, *, wants_logits: bool = True, selects: bool = False) -> tuple[Stage, ...]:
         """The stages of one chunk in order.
 
@@ -383,8 +389,7 @@ def plan_table() -> str:
     lines = ["| plan | calls | the steps; in brackets: one call | verifiable | KV cache |", "|---|---|---|---|---|"]
     for plan in PLANS.values():
         for form in (plan, *([plan.exact] if plan.exact is not None else [])):
-            per_layer = form.calls(2) - form.calls(1)
-            once = form.calls(1) - per_layer
+            per_layer, once = form.call_counts
             name = plan.name if form is plan else f"{plan.name}, where norms cannot be folded"
             lines.append(
                 f"| {name} | {per_layer}L + {once} | `{form.text.replace('|', '/')}` "

@@ -24,7 +24,7 @@ __all__ = ["Backend", "Cache", "RemoteModel"]
 
 
 class Backend(Protocol):
-    """The executor of a Runner: a `Channel`, or an object that behaves like one. split/contract.py has the operations."""
+    """The executor of a Runner: a `Channel`, or an object like one. split/contract.py has the operations."""
 
     @property
     def stats(self) -> Stats: ...

@@ -22,7 +22,7 @@ from ..extras import torch
 from ..split.contract import MAX_LANES
 from ..split.functional import int64
 from ..split.kv_cache import Budget, KVStore
-from ..split.plan import PLANS, choose_plan
+from ..split.plan import PLANS, Plan, choose_plan
 from .chunks import Cutter
 from .guard import Guard
 from .masks import GeometryMaker
@@ -50,13 +50,13 @@ _Active = tuple[int, int, Program, str, int, Any]
 class Runner:
     """One model, one backend, one plan. Not thread-safe. Run it under `torch.inference_mode()` or `torch.no_grad()`.
 
-    `plan`: one of `split.plan.PLANS`, or "auto"; `self.plan` is the one that runs, `self.plan_reason` says why if it is
-    another. `tee_dtype`, `wire_dtype`: what is computed in here, and what the executor sends and gets; the executor's
-    if None. `lanes`: chunks under way at once; if None 2 where the executor computes beside our cores, else 1.
-    `block_rows`: rows in a block of scores; None: the default. `cast`: "bfloat16" or "float16", what float32 tensors
-    travel as on the link alone; None: as they are. `scores_nbytes`: what the scores of a chunk may take.
-    `max_cache_nbytes`: what keys and values in the TEE may take, of all caches of this runner. `guard`: stands around
-    every call (guard.py).
+    `plan`: a name in `split.plan.PLANS`, or "auto"; `self.plan` is the one that runs, `self.plan_reason` says why if it
+    is another. A `Plan` of your own runs as it is: the backend must have its steps. `tee_dtype`, `wire_dtype`: what is
+    computed in here, and what the executor sends and gets; the executor's if None. `lanes`: chunks under way at once;
+    if None 2 where the executor computes beside our cores, else 1. `block_rows`: rows in a block of scores; None: the
+    default. `cast`: "bfloat16" or "float16", what float32 tensors travel as on the link alone; None: as they are.
+    `scores_nbytes`: what the scores of a chunk may take. `max_cache_nbytes`: what keys and values in the TEE may take,
+    of all caches of this runner. `guard`: stands around every call (guard.py).
 
     `choice`: the settings of `tune`, in place of `plan`, `lanes`, `block_rows` and `cast`; `self.tuning` afterwards,
     and `self.choice`, its older name.
@@ -66,7 +66,7 @@ class Runner:
         self,
         model: RemoteModel,
         backend: Backend,
-        plan: str = "auto",
+        plan: str | Plan = "auto",
         recorder: Recorder | None = None,
         *,
         tee_dtype: str | None = None,
@@ -83,7 +83,11 @@ class Runner:
             plan, lanes, block_rows, cast = choice.plan, choice.lanes, choice.block_rows, choice.cast
         wire_dtype = wire_dtype or model.dtype
         dtypes = (model.dtype, wire_dtype)
-        self.plan, self.plan_reason = choose_plan(plan, model.config, dtypes)
+        if isinstance(plan, Plan):
+            self.plan, self.plan_reason, self._plan = plan.name, "", plan
+        else:
+            self.plan, self.plan_reason = choose_plan(plan, model.config, dtypes)
+            self._plan = PLANS[self.plan].form(model.config, dtypes, has_embedding=model.trusted is not None)
         self.tuning = self.choice = choice
         self.config = model.config
         self.cast = cast
@@ -92,7 +96,6 @@ class Runner:
         if lanes is not None and not 1 <= lanes <= MAX_LANES:
             raise SettingError(f"lanes: {lanes}, expected 1 to {MAX_LANES}")
         self.lanes = lanes if lanes is not None else 1 if model.threads else 2
-        self._plan = PLANS[self.plan].form(model.config, dtypes, has_embedding=model.trusted is not None)
         self._dtype: torch.dtype = getattr(torch, self.tee_dtype)
         self._backend = backend
         self._how: dict[str, Any] = {} if cast is None else {"wire_dtype": cast}
@@ -108,7 +111,8 @@ class Runner:
             embedding=model.embedding() if self._plan.embeds_here else None,
             guard=guard,
         )
-        self._geometry = GeometryMaker(model.config, self._dtype, block_rows)
+        # Blocks of scores that do not travel need not be small for the link.
+        self._geometry = GeometryMaker(model.config, self._dtype, None if self._plan.has_cache_here else block_rows)
         self._cutter = Cutter(
             model.config, self._plan, getattr(torch, wire_dtype).itemsize, self.lanes, block_rows, scores_nbytes
         )

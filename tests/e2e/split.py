@@ -14,7 +14,7 @@ import fastsplit
 from fastsplit.executor.device import Device
 from fastsplit.executor.service import Executor
 from fastsplit.models import Model, ModelConfig, open_model
-from fastsplit.split.ops import choose_block_rows, row_blocks
+from fastsplit.split.blocks import choose_block_rows, row_blocks
 from fastsplit.tee.remote import RemoteModel
 from fastsplit.tee.runner import Runner
 

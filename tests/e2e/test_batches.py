@@ -19,7 +19,8 @@ import fastsplit
 from fastsplit.errors import DeadlineError, RemoteOpError
 from fastsplit.executor.service import Executor
 from fastsplit.models import Model, open_model
-from fastsplit.split.ops import PLANS, Block, packed_elements
+from fastsplit.split.blocks import Block, packed_elements
+from fastsplit.split.plan import PLANS
 from fastsplit.tee.remote import Cache, RemoteModel
 from fastsplit.tee.runner import Runner
 
@@ -246,7 +247,7 @@ def test_families_generate_as_hf_does_past_their_windows(
 @pytest.mark.parametrize("plan", PLANS)
 def test_who_is_done_costs_nothing_from_then_on(ending: Named, socket_dir: Path, plan: str) -> None:
     model, _ = ending
-    each, besides = PLANS[plan]
+    each, besides = PLANS[plan].call_counts
     calls = each * model.config.num_hidden_layers + besides
     with split(model, f"unix://{socket_dir}/s?shm=off", plan=plan) as (runner, channel):
         stats, costs, sizes = channel.stats, [], []
@@ -478,7 +479,7 @@ def test_whichever_call_fails_the_same_ids_can_be_given_again(
     executor = Executor(llama[0])
     failing = _Failing(executor)
     failing.after = after
-    each, besides = PLANS[plan]
+    each, besides = PLANS[plan].call_counts
     with served(executor, unix_uri, failing.handlers, plan) as (runner, _):
         cache, ids = prepared(runner)
         ids = ids[:, :count]

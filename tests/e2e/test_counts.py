@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import fastsplit
-from fastsplit.split.ops import PLANS, choose_block_rows
+from fastsplit.split.blocks import choose_block_rows
+from fastsplit.split.plan import PLANS
 from fastsplit.tee.remote import RemoteModel
 from fastsplit.tee.runner import Runner
 from fastsplit.wire.stats import Stats
@@ -113,7 +114,7 @@ def test_calls_of_prefill_and_of_each_step(tmp_path: Path, uri: str, layers: int
     """And all bytes through the socket: tensors, and a bounded head for each message."""
     model = make_model(tmp_path / "model", {**SMALL, "num_hidden_layers": layers})
     prompt, steps = 20, 3
-    per_layer, once = PLANS[plan]
+    per_layer, once = PLANS[plan].call_counts
     calls = per_layer * layers + once
     with split(model, f"{uri}?shm=off", plan=plan) as (runner, channel):
         assert runner.plan == plan
@@ -188,7 +189,7 @@ def test_a_stretch_without_a_wanted_row_ends_with_its_keys_and_values(tmp_path: 
     model = make_model(tmp_path / "model", {})
     config = model.config
     saved = {"per-op": 5, "batched": 4, "fused": 4, "folded": 2, "linear": 1}[plan]
-    per_layer, once = PLANS[plan]
+    per_layer, once = PLANS[plan].call_counts
     with split(model, uri, plan=plan) as (_, channel):
         backend = Watched(channel)
         scores_nbytes = 4 * config.num_attention_heads * 128 * 300

@@ -75,7 +75,12 @@ EXAMPLES = {
     "fastsplit/__init__.py": Example(
         "import fastsplit, numpy as np; x = np.ones(3, np.float32)", "assert type(y).__module__ == arrays and y[0] == 2"
     ),
-    "README.md: fastsplit": Example(check="assert type(z).__module__ == arrays and z.shape == x.shape == (1024, 2048)"),
+    "README.md: The same as a model of transformers": Example(
+        MODEL, "assert tokens.shape == (1, 6 + 64)", needs_torch=True
+    ),
+    "README.md: Tensors between two processes": Example(
+        check="assert type(z).__module__ == arrays and z.shape == x.shape == (1024, 2048)"
+    ),
     "docs/guide.md: Tensors from process to process": Example(
         check="x[:] = 5; assert (z == 5).all() and channel.stats.bytes_copied == 0"
     ),

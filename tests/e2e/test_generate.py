@@ -22,7 +22,7 @@ from fastsplit.errors import ClosedError, ModelError, VerificationError
 from fastsplit.executor.service import Executor
 from fastsplit.hf import SplitCache, SplitModelForCausalLM
 from fastsplit.models import open_model
-from fastsplit.split.ops import PLANS
+from fastsplit.split.plan import PLANS
 
 pytestmark = pytest.mark.matrix
 

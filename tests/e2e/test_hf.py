@@ -15,7 +15,7 @@ from lazy_driver import STREAMS, LazyDriver
 from fastsplit.errors import RemoteOpError, VerificationError
 from fastsplit.executor.cuda import Cuda
 from fastsplit.models import Model, open_model
-from fastsplit.split.ops import PLANS, choose_plan
+from fastsplit.split.plan import PLANS, choose_plan
 from fastsplit.tee.remote import RemoteModel
 from fastsplit.tee.runner import Runner
 from fastsplit.tee.sampling import Sampling, sample

@@ -27,7 +27,8 @@ from fastsplit.executor.cuda import Cuda
 from fastsplit.executor.device import Cpu
 from fastsplit.executor.service import Executor
 from fastsplit.models import Model, open_model
-from fastsplit.split.ops import MAX_LANES, PLANS
+from fastsplit.split.contract import MAX_LANES
+from fastsplit.split.plan import PLANS
 from fastsplit.tee.remote import RemoteModel
 from fastsplit.tee.runner import Runner, _corner
 from fastsplit.wire.call import Client

@@ -19,7 +19,7 @@ from fastsplit.errors import ModelError
 from fastsplit.executor.service import Executor
 from fastsplit.models import Model, open_model
 from fastsplit.split import functional as llama
-from fastsplit.split.ops import PLANS
+from fastsplit.split.plan import PLANS
 
 pytestmark = pytest.mark.matrix
 

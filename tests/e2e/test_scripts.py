@@ -22,7 +22,7 @@ from fastsplit import tee_side
 from fastsplit.executor import device as devices
 from fastsplit.executor.service import Executor
 from fastsplit.models import open_model
-from fastsplit.split.ops import PLANS
+from fastsplit.split.plan import PLANS
 from fastsplit.tee import open as open_module
 from fastsplit.tee.open import share_cores
 from fastsplit.tee.remote import RemoteModel
@@ -151,7 +151,7 @@ def test_json_is_one_document_with_hf_logits(gpu_side: tuple[GpuSide, Path], pla
     assert (report["cast"], report["codecs"]) == ("off", {})
     assert report["cast_reason"] == "shared memory: nothing travels"
     assert report["link"] == {"rtt_s": None, "send_bytes_per_s": None, "receive_bytes_per_s": None}
-    per_layer, once = PLANS[plan]
+    per_layer, once = PLANS[plan].call_counts
     assert report["rpc_calls"] == 5 * (per_layer * 3 + once)
     assert report["setup_calls"] == 4, "describe, tee_weights, open, close"
     assert report["shm"] is True

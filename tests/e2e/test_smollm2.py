@@ -11,7 +11,7 @@ import torch
 import fastsplit
 from fastsplit.executor.service import Executor
 from fastsplit.models import open_model
-from fastsplit.split.ops import PLANS
+from fastsplit.split.plan import PLANS
 from fastsplit.tee.remote import RemoteModel
 from fastsplit.tee.runner import Runner
 

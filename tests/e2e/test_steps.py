@@ -12,7 +12,8 @@ pytest.importorskip("transformers")
 from split import CONFIGS, load_hf, make_model, relative_error, split
 
 from fastsplit.models import Model, open_model
-from fastsplit.split.ops import PLANS, traffic
+from fastsplit.split.contract import traffic
+from fastsplit.split.plan import PLANS
 from fastsplit.tee.remote import RemoteModel
 from fastsplit.tee.runner import Runner
 from fastsplit.tee.tuning import Link, Tuning, tune
@@ -74,7 +75,7 @@ def test_a_tuning_is_what_runs(models: Callable[[str], Named], unix_uri: str, ro
         before = channel.stats.calls
         logits = runner.forward(ids[:, :rows], cache)
         layers, stretches = model.config.num_hidden_layers, tuning.lanes
-        per_layer, once = PLANS[tuning.plan]
+        per_layer, once = (PLANS[tuning.plan].call_counts,)
         calls = stretches * (per_layer * layers + once) - (stretches - 1)
         assert channel.stats.calls - before == calls, "a stretch for each lane, and all but the last end early"
         before = channel.stats.calls

@@ -11,23 +11,18 @@ from pathlib import Path
 import pytest
 
 from benches import environment
-from benches.environment import OUTPUT, RESULTS, add_output, add_output_dir, keep_whole
+from benches.environment import OUTPUT, RESULTS, add_output, keep_whole, save
 
 ROOT = Path(__file__).resolve().parents[2]
 STORED = {
     "bench_transport": ("transport.json", ["--quick"], ["--only", "memcpy"], ["--links", "shm"], ["--sizes", "64"]),
     "bench_serialization": ("serialization.json", ["--quick"], ["--only", "pickle"]),
-    "bench_shm": ("shm.json", ["profile"], ["--sizes", "8 MiB"]),
     "bench_link": ("link.json", ["--only", "1g"]),
-    "bench_inflight": ("inflight.json", ["--links", "shm"]),
-    "bench_qkv": ("qkv.json", ["--links", "loopback"]),
-    "bench_remote_decode": ("remote-decode-LINK.json", ["--rows", "folded"]),
-    "codecs": ("codecs.json", ["--codec", "zlib"]),
+    "ladder": ("split-ladder.json", ["--rows", "folded"]),
     "counts": ("counts.json", ["--plan", "folded"]),
 }
 STORED_IN_A_FOLDER = {
     "bench_split": (["prefill", "--quick"], ["decode", "--only", "shm"], ["--plans", "folded"]),
-    "ladder": (["--fresh", "--links", "1g", "--rows", "folded"],),
 }
 PARTS = [
     *(
@@ -105,7 +100,7 @@ def test_what_is_a_part(
     for kept in (stored / "a.json", tmp_path / "a.json"):
         kept.write_text("{}")
     parser = argparse.ArgumentParser()
-    add_output(parser, "a.json", parts=True)
+    add_output(parser, "a.json")
     args = _parsed(parser, *argv, "--output", str(path))
     if refused and where == "stored":
         with pytest.raises(SystemExit):
@@ -117,6 +112,14 @@ def test_what_is_a_part(
 
 def test_defaults_of_a_folder() -> None:
     parser = argparse.ArgumentParser()
-    add_output_dir(parser, "a-PART.json")
+    add_output(parser, "a-PART.json")
     args = parser.parse_args([])
     assert (args.output_dir, args.force) == (OUTPUT, False)
+
+
+def test_a_result_has_six_digits_and_a_row_a_line(tmp_path: Path) -> None:
+    rows = [{"a": 1.23456789, "b": 123456789, "c": None}, {"a": [1e-9, "x"]}]
+    path = save({"environment": {"cores": 2}, "rows": rows}, tmp_path / "new" / "a.json")
+    assert json.loads(path.read_text())["rows"] == [{"a": 1.23457, "b": 123456789, "c": None}, {"a": [1e-9, "x"]}]
+    assert len(path.read_text().splitlines()) == 7
+    assert list(path.parent.iterdir()) == [path]

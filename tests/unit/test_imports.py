@@ -44,7 +44,7 @@ def test_importing_fastsplit_imports_no_torch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["models", "models.families", "split.ops", "tee", "tee.tuning", "cli", "gpu_side", "tee_side"]
+    "module", ["models", "models.families", "split.contract", "tee", "tee.tuning", "cli", "gpu_side", "tee_side"]
 )
 def test_what_runs_before_anything_is_computed_imports_no_torch(tmp_path: Path, module: str) -> None:
     """A wrong flag, or a model that is not there, is answered at once."""

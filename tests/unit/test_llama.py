@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fastsplit.split.ops import row_blocks
+from fastsplit.split.blocks import row_blocks
 
 torch = pytest.importorskip("torch")
 llama = pytest.importorskip("fastsplit.split.functional")

@@ -15,11 +15,11 @@ from fastsplit import tee_side
 from fastsplit.errors import ClosedError, SettingError, VerificationError
 from fastsplit.executor.service import Executor
 from fastsplit.models import open_model
+from fastsplit.split.plan import PLAN_ALIASES
 from fastsplit.tee import Split, open_split
 from fastsplit.tee import open as open_module
 from fastsplit.tee.remote import RemoteModel
 from fastsplit.tee.report import Recorder
-from fastsplit.tee.tuning import PLAN_ALIASES
 from fastsplit.wire.transport.meter import LinkEstimate
 
 MODEL = open_model("random:tiny")
@@ -118,9 +118,18 @@ def test_a_peer_on_this_host_is_near_whatever_was_measured(monkeypatch: pytest.M
     monkeypatch.setattr(open_module, "Channel", _Channel)
     with fastsplit.Server("tcp://127.0.0.1:0", Executor(MODEL).handlers, arrays="torch") as server:
         with open_split(server.uri, MODEL, rows=256) as split:
-            plan = "folded" if near else PLAN_ALIASES.get("minimal", "minimal")
+            plan = "folded" if near else "minimal"
             assert (split.tuning.plan, split.tuning.cast) == (plan, None if near else "float16")
             assert split.link == WAN
+
+
+@pytest.mark.parametrize("alias", PLAN_ALIASES)
+def test_the_script_takes_another_name_of_a_plan(alias: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with fastsplit.Server("tcp://127.0.0.1:0", Executor(MODEL).handlers, arrays="torch") as server:
+        flags = ["--prefill", "3", "--max-new-tokens", "1", "--format", "json", "--plan", alias]
+        assert tee_side.main(["--connect", server.uri, "--model", "random:tiny", *flags]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["plan"], report["plan_wanted"], report["plan_reason"]) == (*2 * (PLAN_ALIASES[alias],), "")
 
 
 @pytest.mark.parametrize("remote", [True, False])
@@ -144,7 +153,7 @@ def test_script_model_of_transformers_and_library_get_the_same_tuning(
     ):
         tuning = split.tuning
         assert model.runner.tuning == tuning
-    assert tuning.plan == (PLAN_ALIASES.get("minimal", "minimal") if remote else "folded")
+    assert tuning.plan == ("minimal" if remote else "folded")
     for name in ("plan", "plan_reason", "lanes", "lanes_reason", "block_rows", "cast_reason"):
         assert report[name] == getattr(tuning, name)
     assert report["cast"] == (tuning.cast or "off")

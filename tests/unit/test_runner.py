@@ -18,7 +18,9 @@ import torch
 from fastsplit.errors import RemoteProtocolError, VerificationError
 from fastsplit.executor.service import Executor
 from fastsplit.models import open_model
-from fastsplit.split.ops import PLANS, choose_block_rows, packed_elements, row_blocks, traffic
+from fastsplit.split.blocks import choose_block_rows, packed_elements, row_blocks
+from fastsplit.split.contract import traffic
+from fastsplit.split.plan import PLANS
 from fastsplit.tee import runner as runner_module
 from fastsplit.tee.open import share_cores
 from fastsplit.tee.remote import RemoteModel
@@ -288,7 +290,7 @@ def test_a_cache_that_grows_keeps_what_was_in_it(plan: str) -> None:
 @pytest.mark.parametrize("lost", ["the request", "the reply"])
 def test_after_an_error_the_cache_is_as_before(plan: str, lost: str) -> None:
     """At each call of a step, and of a prompt: what follows gives what it would have given."""
-    per_layer, once = PLANS[plan]
+    per_layer, once = PLANS[plan].call_counts
     calls = per_layer * MODEL.config.num_hidden_layers + once
     with torch.inference_mode():
         backend = LocalBackend()

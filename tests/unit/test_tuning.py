@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import pytest
 
 from fastsplit.models import PRESETS, ModelConfig
-from fastsplit.split.ops import PLANS, Traffic, choose_block_rows, packed_elements, row_blocks, traffic
+from fastsplit.split.blocks import choose_block_rows, packed_elements, row_blocks
+from fastsplit.split.contract import Traffic, traffic
+from fastsplit.split.plan import PLAN_ALIASES, PLANS
 from fastsplit.tee.tuning import ASKED_FOR, MIN_CHUNK_ROWS, Link, may_overlap, measure_link, prefill_s, tune
 
 
@@ -177,6 +179,13 @@ def test_a_plan_that_is_asked_for(link: Estimate | None, plan: str) -> None:
     tuning = pick(link=link, plan=plan)
     assert (tuning.plan, tuning.plan_reason) == (plan, ASKED_FOR)
     assert tuning.lanes == (1 if link is None else 4)
+
+
+@pytest.mark.parametrize("link", [None, METRO])
+@pytest.mark.parametrize("alias", PLAN_ALIASES)
+def test_another_name_of_a_plan(link: Estimate | None, alias: str) -> None:
+    tuning = pick(link=link, plan=alias)
+    assert (tuning.plan, tuning.plan_reason) == (PLAN_ALIASES[alias], ASKED_FOR)
 
 
 @pytest.mark.parametrize("link", [None, METRO])

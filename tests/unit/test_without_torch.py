@@ -55,6 +55,8 @@ def needs_torch(work):
 needs_torch(lambda: fastsplit.connect(sys.argv[1], arrays="torch"))
 needs_torch(lambda: fastsplit.SplitModelForCausalLM)
 needs_torch(lambda: fastsplit.SplitModelForCausalLM)  # and again, not a half of it
+needs_torch(lambda: importlib.import_module("fastsplit.hf"))
+needs_torch(lambda: importlib.import_module("fastsplit.tee").open_split)
 for module in sys.argv[2:]:
     needs_torch(lambda: importlib.import_module("fastsplit." + module))
 
@@ -74,7 +76,7 @@ else:
 
 
 def test_numpy_alone(unix_uri: str) -> None:
-    assert "hf" in MODULES and "tee.runner" in MODULES
+    assert "hf.model" in MODULES and "tee.runner" in MODULES
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, unix_uri, *MODULES], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
@@ -84,7 +86,7 @@ def test_numpy_alone(unix_uri: str) -> None:
 
 
 def test_every_module_takes_them_from_the_extras() -> None:
-    """So that the hint is given wherever one is missing. hf.py takes names of transformers after it has asked there."""
+    """So that the hint is given wherever one is missing. hf/ takes names of transformers after it has asked there."""
     found = []
     for path in (ROOT / "fastsplit").rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -95,8 +97,10 @@ def test_every_module_takes_them_from_the_extras() -> None:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
             if {name.partition(".")[0] for name in names} & {"torch", "transformers", "safetensors", "tokenizers"}:
-                found.append(path.name)
-    assert set(found) == {"hf.py"}
+                found.append(path.relative_to(ROOT / "fastsplit").parts[0])
+                asked, taken = (path.read_text().index(f"\nfrom {name}") for name in ("..extras", "transformers"))
+                assert asked < taken
+    assert set(found) == {"hf"}
 
 
 def test_importing_brings_no_torch() -> None:

@@ -1,30 +1,20 @@
-"""The op contract: blocks cover exactly what is needed, messages stay small, plans fit their models."""
+"""Row blocks: they cover exactly what is needed, and messages stay small."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from fastsplit.models import PRESETS, ModelConfig
-from fastsplit.split.ops import (
+from fastsplit.split.blocks import (
     MAX_BLOCKS,
-    PLANS,
     Block,
-    Shapes,
     block_attrs,
     choose_block_rows,
-    choose_plan,
     packed_elements,
     parse_blocks,
     row_blocks,
 )
-
-TINYLLAMA = PRESETS["tinyllama-1.1b"]
-
-
-# ---- blocks ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("window", [0, 1, 2, 4, 100])
@@ -114,68 +104,3 @@ def test_one_blocks_attributes_are_numbers_that_do_not_change_a_messages_shape()
 def test_blocks_that_make_no_sense_are_refused(attrs: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         parse_blocks(attrs, 2, 2)
-
-
-# ---- plans -----------------------------------------------------------------------------------------------------------
-
-POST = "gemma2: norms after attention and MLP stand between what folding puts together"
-HALF = "float16: the residual stream may leave its range"
-NORMS = "qwen3: norms of q and k come between the products"
-BIASES = "llama: biases of q and k come between the products"
-CHOICES: list[tuple[dict[str, Any], tuple[str, ...], dict[str, tuple[str, str]]]] = [
-    ({}, ("float32", "float32"), {"auto": ("folded", ""), "folded": ("folded", ""), "linear": ("linear", "")}),
-    ({}, ("bfloat16", "float32"), {"auto": ("folded", ""), "linear": ("linear", "")}),
-    ({}, ("float16", "float32"), {"auto": ("fused", HALF), "folded": ("fused", HALF), "linear": ("fused", HALF)}),
-    ({}, ("float32", "float16"), {"auto": ("fused", HALF), "folded": ("fused", HALF), "linear": ("fused", HALF)}),
-    ({"attention_bias": True}, ("float32",), {"auto": ("folded", ""), "linear": ("folded", BIASES)}),
-    ({"output_bias": True, "mlp_bias": True}, ("float32",), {"auto": ("folded", ""), "linear": ("linear", "")}),
-    (
-        {"model_type": "qwen3", "qk_norm": True},
-        ("float32",),
-        {"auto": ("folded", ""), "folded": ("folded", ""), "linear": ("folded", NORMS)},
-    ),
-    (
-        {"model_type": "gemma2", "post_norms": True, "qk_norm": True},
-        ("float16",),
-        {"auto": ("fused", POST), "folded": ("fused", POST), "linear": ("fused", POST)},
-    ),
-    ({"attention_softcap": 50.0, "logits_softcap": 30.0}, ("float32",), {"linear": ("linear", "")}),
-    ({"residual_multiplier": 0.5, "embedding_multiplier": 2.0}, ("float32",), {"linear": ("linear", "")}),
-]
-
-
-@pytest.mark.parametrize(("changes", "dtypes", "expected"), CHOICES)
-def test_the_plan_follows_from_model_and_dtypes(
-    changes: dict[str, Any], dtypes: tuple[str, ...], expected: dict[str, tuple[str, str]]
-) -> None:
-    config: ModelConfig = replace(TINYLLAMA, **changes)
-    for wanted, chosen in expected.items():
-        assert choose_plan(wanted, config, dtypes) == chosen
-    for wanted in ("per-op", "batched", "fused"):
-        assert choose_plan(wanted, config, dtypes) == (wanted, ""), "any model can have these"
-
-
-@pytest.mark.parametrize("wanted", ["", "Auto", "best"])
-def test_a_plan_that_there_is_not(wanted: str) -> None:
-    with pytest.raises(ValueError, match=f"plan '{wanted}', expected one of auto, {', '.join(PLANS)}"):
-        choose_plan(wanted, TINYLLAMA, ("float32",))
-
-
-# ---- shapes ----------------------------------------------------------------------------------------------------------
-
-
-def test_shapes_follow_from_the_configuration() -> None:
-    shapes = Shapes(TINYLLAMA, "bfloat16")
-    assert shapes.hidden(2, 3) == [("bfloat16", (2, 3, 2048))]
-    assert shapes.linear(("q", "k", "down"), 2, 3) == [
-        ("bfloat16", (2, 3, 2048)),
-        ("bfloat16", (2, 3, 256)),
-        ("bfloat16", (2, 3, 2048)),
-    ]
-    assert shapes.qk(2, 3) == [("bfloat16", (2, 3, 36, 64))]
-    assert shapes.packed(2, row_blocks(40, 60, 20)) == [("bfloat16", (2 * 32 * (20 * 40 + 20 * 60),))]
-    assert shapes.packed(1, row_blocks(1, 5, 1)) == [("bfloat16", (1024,))]
-    assert shapes.values(2, 3) == [("bfloat16", (2, 3, 2048))]
-    assert shapes.gate_up(2, 3) == [("bfloat16", (2, 2, 3, 5632))]
-    assert shapes.logits(2, 1) == [("bfloat16", (2, 1, 32000))]
-    assert shapes.tee_weights() == [("float32", (45, 2048))]
