@@ -19,8 +19,8 @@ import torch
 import fastsplit
 from fastsplit import gpu_side as gpu_side_script
 from fastsplit import tee_side
+from fastsplit.executor import device as devices
 from fastsplit.executor.service import Executor
-from fastsplit.executor.service import device as devices
 from fastsplit.models import open_model
 from fastsplit.split.contract import PLANS
 from fastsplit.tee import remote

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import amount
 import pytest
 import torch
 import zmq
@@ -36,6 +37,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SOME_PLANS = ("folded", "linear", "batched")
 SPLITS = [*(("shm", plan) for plan in PLANS), *((link, plan) for link in ("unix", "tcp") for plan in SOME_PLANS)]
 HF = ("hf-eager", "hf-sdpa")
+SOME_SYSTEMS = ("shm-folded", "hf-sdpa")
+"""Which `make test` measures; `make exhaustive` measures all."""
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +107,8 @@ class Ran:
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     """The commands, all at once: they mostly wait for imports, and for a link of 5 ms."""
     directory = tmp_path_factory.mktemp("results")
-    split = ["--quick", "--model", SPEC, "--tokens", "150", "--new-tokens", "6", "--threads", "1"]
+    some = [] if amount.exhaustive else ["prefill", "--only", *SOME_SYSTEMS]
+    split = [*some, "--quick", "--model", SPEC, "--tokens", "150", "--new-tokens", "6", "--threads", "1"]
     overlap = ["--layers", "1", "--prefill", "256", "--lanes", "1", "2", "--rounds", "1"]
     commands = {
         "bench_split": [*split, "--output-dir", str(directory)],
@@ -137,6 +141,15 @@ def split_result(directory: Path, part: str) -> Any:
     return result
 
 
+def test_one_command_measures_a_prefill_by_those_that_are_named(ran: Ran) -> None:
+    rows = {row["system"]: row for row in split_result(ran.directory, "prefill")["rows"]}
+    assert set(SOME_SYSTEMS) <= set(rows)
+    for system, row in rows.items():
+        assert system in ran.tables
+        assert row["median"]["logits_error"] <= 1e-4
+
+
+@pytest.mark.matrix(one_in=0)
 def test_one_command_measures_a_prefill_by_every_system(ran: Ran) -> None:
     prefill = split_result(ran.directory, "prefill")
     assert {row["system"] for row in prefill["rows"]} == {*(f"{link}-{plan}" for link, plan in SPLITS), *RIVALS, *HF}
@@ -161,6 +174,7 @@ def test_one_command_measures_a_prefill_by_every_system(ran: Ran) -> None:
     assert all(rate > 0 for rate in prefill["raw_socket_bytes_per_s"].values())
 
 
+@pytest.mark.matrix(one_in=0)
 def test_it_measures_decoding_by_every_system(ran: Ran) -> None:
     decode = split_result(ran.directory, "decode")
     systems = {row["system"] for row in decode["rows"]}
@@ -174,6 +188,7 @@ def test_it_measures_decoding_by_every_system(ran: Ran) -> None:
             assert row["median"]["calls_per_token"] == a * 2 + b
 
 
+@pytest.mark.matrix(one_in=0)
 def test_it_measures_each_step_of_the_ladder(ran: Ran) -> None:
     ladder = split_result(ran.directory, "ladder")
     assert [row["row"] for row in ladder["rows"]] == list(STEPS)

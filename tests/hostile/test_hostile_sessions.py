@@ -370,6 +370,7 @@ def fails(peer: Peer, text: str, op: str, tensors: tuple[torch.Tensor, ...], att
     assert len(str(error.value)) < 400
 
 
+@pytest.mark.matrix(each=False)
 @pytest.mark.parametrize("name", CASES)
 def test_what_does_not_fit_is_refused_by_name(make_peer: Callable[..., Peer], name: str) -> None:
     peer = make_peer()
