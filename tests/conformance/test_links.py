@@ -358,7 +358,7 @@ def test_server_gone(channel: fastsplit.Channel, server: fastsplit.Server) -> No
 
 @pytest.mark.slow
 @pytest.mark.timeout(60)
-@pytest.mark.matrix(one_in=2)
+@pytest.mark.matrix(one_in=2, each=False)
 @pytest.mark.parametrize("shm", [False, True], ids=["unix", "shm"])
 def test_more_than_two_gibibytes(unix_uri: str, shm: bool) -> None:
     """One read, one write, one length of 32 bits or of int: each would break on this. So would one placement.
