@@ -320,6 +320,7 @@ def ones(nbytes: int) -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.matrix(one_in=0)
 def test_every_rival_brings_the_bytes_there_and_back_and_leaves_nothing_behind(tmp_path: Path) -> None:
     before, output = shm_names(), tmp_path / "result.json"
     options = ["--rounds", "1", "--quick", "--round-s", "0.01", "--sizes", "64", "65536", "--output", str(output)]
@@ -364,6 +365,7 @@ for name in sys.argv[1:]:
 
 
 @pytest.mark.slow
+@pytest.mark.matrix(one_in=0)
 def test_a_peer_that_is_killed_leaves_nothing_behind_either() -> None:
     before = shm_names()
     names = [name for name in RIVAL_TRANSPORTS if name.startswith("shm: ")]
