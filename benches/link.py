@@ -243,8 +243,7 @@ class _Flow:
 
 
 class _Pump:
-    """A thread that moves the bytes of all flows of one direction. One for both would do up to 1 Gbit/s, for less CPU
-    time, but not for 10: there each copies for most of the time."""
+    """A thread that moves the bytes of all flows of one direction. One for both would not do for 10 Gbit/s."""
 
     def __init__(self) -> None:
         self._flows: deque[_Flow] = deque()

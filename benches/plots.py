@@ -11,10 +11,8 @@ The same JSON gives the same bytes, with the same matplotlib. A picture whose JS
 that says so; the exit code is 1 only if none could be drawn. References (a bare socket, a copy within one process) are
 grey and dashed. Where a system was measured with readers that spin and with readers that sleep, the former are drawn.
 
-Colours. GitHub shows an SVG of a README as an image, in which CSS works and the page's own does not. So each colour is
-a pair: drawn is the light one, and a style sheet in the SVG replaces it by the dark one where the reader's system is
-dark. Text stays text, in the reader's own sans-serif font, which is narrower than the one that matplotlib measures
-with.
+Each colour is a pair: drawn is the light one, and a style sheet in the SVG replaces it by the dark one where the
+reader's system is dark. Text stays text, in the reader's own sans-serif font.
 """
 
 from __future__ import annotations
@@ -182,17 +180,11 @@ def _margins(drawn: Figure, left: float, right: float, top: float, bottom: float
 
 # ---- transports and serializers --------------------------------------------------------------------------------------
 
-_FAMILIES = (
-    ("fastsplit", "blue"),
-    ("iceoryx", "orange"),
-    ("zmq", "ochre"),
-    ("grpc", "pink"),
-    ("flight", "teal"),
-    ("gloo", "red"),
-    ("torch", "green"),
-    ("shared_memory", "purple"),
-    ("pipe", "purple"),
-    ("multiprocessing", "purple"),
+_FAMILIES = dict(
+    zip(
+        ("fastsplit", "iceoryx", "zmq", "grpc", "flight", "gloo", "torch", "shared_memory", "pipe"),
+        ("blue", "orange", "ochre", "pink", "teal", "red", "green", "purple", "purple"),
+    )
 )
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.2, 1.2, 1.2)))
 _MARKERS = "osD^"
@@ -207,7 +199,7 @@ _PARTS = (
 
 def _family(text: str) -> str:
     """A colour by what a system is built on: its variants differ by dashes."""
-    return next((colour for word, colour in _FAMILIES if word in text.lower()), "ink")
+    return next((colour for word, colour in _FAMILIES.items() if word in text.lower()), "ink")
 
 
 def _transport(results: Path, path: Path, what: str) -> None:

@@ -6,9 +6,8 @@ What the numbers are. max |difference| / max |logit| against HF's eager model in
 The dtype is the executor's, the wire's and the TEE's; "HF" is the same model of HF's in that dtype: what a column can
 be expected to lose. A row's name is the plan that was asked for; where another one ran, the table says which.
 
---casts: float32 on both sides, and a cast on the link alone (`--cast` of tee_side), through a unix socket without
-shared memory, over all rows of a longer prompt, since small tensors are not cast: the first 512 tokens of this
-project's licence. Beside the error, how many of the rows' most likely tokens are HF's.
+--casts: float32 on both sides, and a cast on the link alone (a unix socket without shared memory), over the first
+512 tokens of this project's licence. Beside the error, how many of the rows' most likely tokens are HF's.
 """
 
 from __future__ import annotations
@@ -41,8 +40,6 @@ PROMPTS = (
     "Write a short poem about a lighthouse keeper who counts the waves.",
     "def fibonacci(n):\n    ",
 )
-
-
 _CASTS = (None, "float16", "bfloat16")
 _CAST_TOKENS = 512
 

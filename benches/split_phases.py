@@ -113,7 +113,6 @@ class Prefill(Phase):
             if "hf-eager" in measured:
                 logits, reference = self._logits[name], self._logits["hf-eager"]
                 one["logits_error"] = float((logits - reference).abs().max() / reference.abs().max())
-                one["same_top_token"] = bool(logits.argmax() == reference.argmax())
 
     def summary(self, row: Mapping[str, Any], rounds: Sequence[Measurement]) -> Measurement:
         found = super().summary(row, rounds)

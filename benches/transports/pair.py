@@ -200,18 +200,17 @@ _RAW = {"unix": "unix: raw socket, 2 MiB buffer", "tcp": "tcp: raw socket"}
 
 
 def raw_bytes_per_s(link: str, *, quick: bool = False) -> float:
-    """The floor: the rate of a bare sendall / recv_into loop over "unix" or "tcp", the better of messages that lie in
-    no
-    cache (128 MiB) and of those that may (8 MiB). `quick`: a shorter look, to a tenth or two."""
+    """The floor: the rate of a bare sendall / recv_into loop over "unix" or "tcp", the better of messages beyond a
+    cache (128 MiB) and of those that may be in one (8 MiB). `quick`: the latter alone, to a tenth or two."""
     rates = []
-    for nbytes, count in ((128 * 1024**2, 2 if quick else 16), (8 * 1024**2, 32 if quick else 256)):
-        with ExitStack() as stack:
-            pairs, left_out = open_pairs(stack, [_RAW[link]], None, nbytes)
-            if left_out:
-                raise RuntimeError(f"{link}: {left_out}")
-            (pair,) = pairs.values()
+    with ExitStack() as stack:
+        pairs, left_out = open_pairs(stack, [_RAW[link]], None, 0)
+        if left_out:
+            raise RuntimeError(f"{link}: {left_out}")
+        (pair,) = pairs.values()
+        for nbytes, count in ((8 * 1024**2, 32),) if quick else ((8 * 1024**2, 256), (128 * 1024**2, 16)):
             pair.prepare(nbytes)
             message = np.ones(nbytes, np.uint8)
-            pair.push(message, "sleeping", max(count // 8, 1))
+            pair.push(message, "sleeping", count // 8)
             rates.append(nbytes * count / pair.push(message, "sleeping", count).wall_s)
     return max(rates)
