@@ -36,7 +36,7 @@ from .splits import RIVALS, Split, open_split
 __all__ = ["DEFAULT_PLANS", "Document", "Phase", "Setting", "System", "Workers", "measure", "system_names"]
 
 DEFAULT_PLANS = {
-    "shm": ("folded", "fused", "minimal", "batched", "per-op"),
+    "shm": ("tee-attention", "folded", "fused", "minimal", "batched", "per-op"),
     "unix": ("folded", "minimal", "batched"),
     "tcp": ("folded", "minimal", "batched"),
 }

@@ -215,6 +215,12 @@ class Plan:
         return sum(isinstance(stage, Call) for stage in self.schedule(layers))
 
     @property
+    def contents(self) -> list[str]:
+        """What goes in each call of a layer: the products, "+" between them."""
+        calls = (stage for stage in self.schedule(3) if isinstance(stage, Call) and stage.layer == 1)
+        return ["+".join(step for step in call.steps if STEPS[step].products) for call in calls]
+
+    @property
     def call_counts(self) -> tuple[int, int]:
         """Calls for each layer, and calls besides."""
         one, two = self.calls(1), self.calls(2)
