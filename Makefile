@@ -20,7 +20,7 @@ export PROMPT
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test format lint unit exhaustive coverage bench bench-full plots bench-remote ladder schema clean
+.PHONY: help demo test format lint style types unit exhaustive coverage bench bench-full plots bench-remote ladder schema clean
 
 help: ## Shows this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,19 +28,29 @@ help: ## Shows this list.
 demo: $(VENV)/.demo-ready ## Completes a prompt with a real model, split over two processes. PROMPT="..." asks your own.
 	@$(BIN)/python -m demo.run --prompt "$$PROMPT"
 
-test: lint unit ## Checks everything: format, lint, types, import arrows, tests.
+# Processes that run tests, each a file at a time: many tests wait for something, or for one core.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-lint: $(VENV)/.test-ready
+# What takes seconds comes first; the type checker runs beside the tests.
+test: style ## Checks everything: format, lint, types, import arrows, tests (some minutes).
+	@$(MAKE) --no-print-directory --jobs 2 types unit
+
+lint: style types
+
+style: $(VENV)/.test-ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-unit: $(VENV)/.test-ready lint
-	$(BIN)/python -m pytest
+types: $(VENV)/.test-ready
+	$(BIN)/mypy
 
-exhaustive: $(VENV)/.test-ready ## Runs every combination of plans, families, dtypes, lanes and padding (some minutes more).
-	$(BIN)/python -m pytest --exhaustive -m matrix
+unit: $(VENV)/.test-ready
+	$(PYTEST)
+
+exhaustive: $(VENV)/.test-ready ## Runs what `make test` runs a sample of: every combination, every repetition (many minutes).
+	$(PYTEST) --exhaustive -m matrix
 
 coverage: $(VENV)/.test-ready ## Runs the tests and reports which lines and branches they miss.
 	$(BIN)/coverage erase

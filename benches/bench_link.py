@@ -9,9 +9,7 @@ with no relay at all ("direct").
 Throughput: a second of the stated rate, there, back, and both at a time; counted where it arrives, from the first bytes
 to the last. Stated: the rate, 5 % less or more. Without a rate it says how fast a program can be before the relay is
 what is measured. Round trips: 64 bytes there and back. Stated: the round trip and twice the time of 64 bytes at that
-rate, 0.5 ms less or more; it includes the time that two processes need to wake each other, which "direct" shows. 1 MiB:
-from before it is sent until its last byte has come, one way. Stated: delay + nbytes / rate, 5 % of the latter and 0.5
-ms less or more.
+rate, 0.5 ms less or more; it includes the time that two processes need to wake each other, which "direct" shows.
 
 Links take turns in every round, in changing order; a figure is the median of the rounds. "relay CPU" is what the relay
 took of one core during "both". The exit code is 1 if a stated figure was missed.
@@ -43,17 +41,15 @@ DIRECT = LinkKind("direct", 0, 0)
 KINDS = {kind.name: kind for kind in (DIRECT, LinkKind("unlimited", 0, 0), *LINKS.values()) if kind.name != "loopback"}
 LINK_S = 1.0
 UNLIMITED_NBYTES = 2 * 1024**3  # what counts as a second of no limit
-ROUND_TRIP_NBYTES, MESSAGE_NBYTES = 64, 1024**2
+ROUND_TRIP_NBYTES = 64
 ROUND_TRIPS_S, MOST_ROUND_TRIPS, FEWEST_ROUND_TRIPS = 0.5, 1000, 50
-MESSAGES = 5  # in each round
 RATE_TOLERANCE, DELAY_TOLERANCE_S = 0.05, 0.5e-3
 _RATES = ("there_bit_per_s", "back_bit_per_s", "both_there_bit_per_s", "both_back_bit_per_s")
 
 _BLOCK_NBYTES = 1024**2
 _JOB = struct.Struct("<QQ")  # which, and how many bytes
-_TAKE, _SEND, _BOTH, _ECHO, _SEND_STAMPED = range(5)
-_ARRIVAL = struct.Struct("<dd")  # bytes a second from the first bytes, which are not counted, to the last; and when
-_STAMP = struct.Struct("<d")  # the clock that all processes of a machine share
+_TAKE, _SEND, _BOTH, _ECHO = range(4)
+_RATE = struct.Struct("<d")  # bytes a second from the first bytes, which are not counted, to the last
 
 
 # ---- both ends -------------------------------------------------------------------------------------------------------
@@ -67,8 +63,8 @@ def _send(sock: socket.socket, nbytes: int) -> None:
             nbytes -= min(nbytes, len(block))
 
 
-def _receive(sock: socket.socket, nbytes: int) -> tuple[float, float]:
-    """As `_ARRIVAL`."""
+def _receive(sock: socket.socket, nbytes: int) -> float:
+    """The `_RATE`."""
     block = memoryview(bytearray(min(nbytes, _BLOCK_NBYTES)))
     left, first_at, counted = nbytes, 0.0, 0
     while left:
@@ -78,8 +74,7 @@ def _receive(sock: socket.socket, nbytes: int) -> tuple[float, float]:
         left -= received
         if not first_at:
             first_at, counted = time.monotonic(), nbytes - received
-    last_at = time.monotonic()
-    return counted / max(last_at - first_at, 1e-9), last_at
+    return counted / max(time.monotonic() - first_at, 1e-9)
 
 
 def _exactly(sock: socket.socket, nbytes: int) -> bytes:
@@ -121,12 +116,10 @@ def _serve_one(sock: socket.socket) -> None:
                 sock.sendall(_exactly(sock, nbytes))
             elif job == _SEND:
                 _send(sock, nbytes)
-            elif job == _SEND_STAMPED:
-                sock.sendall(_STAMP.pack(time.monotonic()) + bytes(nbytes - _STAMP.size))
             else:
                 with _sending(sock, nbytes) if job == _BOTH else contextlib.nullcontext():
-                    arrival = _receive(sock, nbytes)
-                sock.sendall(_ARRIVAL.pack(*arrival))
+                    rate = _receive(sock, nbytes)
+                sock.sendall(_RATE.pack(rate))
 
 
 # ---- one link --------------------------------------------------------------------------------------------------------
@@ -138,10 +131,6 @@ class Measured:
     def __init__(self, kind: LinkKind, sock: socket.socket, relay_pid: int | None) -> None:
         self.kind = kind
         self.figures: dict[str, list[float]] = {}
-        self.relay_goes_first: bool | None = None
-        """Whether it may run before other programs: None if it has nothing to be late for."""
-        if relay_pid is not None and (kind.rate_bit_per_s or kind.round_trip_s):
-            self.relay_goes_first = os.sched_getscheduler(relay_pid) == os.SCHED_RR
         self._sock, self._relay_pid = sock, relay_pid
         self._nbytes = int(kind.rate_bit_per_s / 8 * LINK_S) or UNLIMITED_NBYTES
         few = int(ROUND_TRIPS_S / kind.round_trip_s) if kind.round_trip_s else MOST_ROUND_TRIPS
@@ -149,29 +138,33 @@ class Measured:
 
     def medians(self) -> dict[str, Any]:
         about = {"link": self.kind.name, "rate_bit_per_s": self.kind.rate_bit_per_s}
-        about |= {"round_trip_s": self.kind.round_trip_s, "relay_goes_first": self.relay_goes_first}
+        about["round_trip_s"] = self.kind.round_trip_s
         return about | {name: statistics.median(rounds) for name, rounds in self.figures.items()}
 
     def _add(self, **figures: float) -> None:
         for name, figure in figures.items():
             self.figures.setdefault(name, []).append(figure)
 
+    def warm_up(self) -> None:
+        self._sock.sendall(_JOB.pack(_TAKE, _BLOCK_NBYTES))
+        _send(self._sock, _BLOCK_NBYTES)
+        self._peer_rate()
+
     def run(self) -> None:
         self._run_throughput()
         self._run_round_trips()
-        self.run_messages()
 
     def _run_throughput(self) -> None:
         self._sock.sendall(_JOB.pack(_TAKE, self._nbytes))
         _send(self._sock, self._nbytes)
-        self._add(there_bit_per_s=self._peer_arrival()[0] * 8)
+        self._add(there_bit_per_s=self._peer_rate() * 8)
         self._sock.sendall(_JOB.pack(_SEND, self._nbytes))
-        self._add(back_bit_per_s=_receive(self._sock, self._nbytes)[0] * 8)
+        self._add(back_bit_per_s=_receive(self._sock, self._nbytes) * 8)
         cpu_s, began_at = self._relay_cpu_s(), time.monotonic()
         self._sock.sendall(_JOB.pack(_BOTH, self._nbytes))
         with _sending(self._sock, self._nbytes):
-            back = _receive(self._sock, self._nbytes)[0]
-        self._add(both_back_bit_per_s=back * 8, both_there_bit_per_s=self._peer_arrival()[0] * 8)
+            back = _receive(self._sock, self._nbytes)
+        self._add(both_back_bit_per_s=back * 8, both_there_bit_per_s=self._peer_rate() * 8)
         self._add(relay_cpu_cores=(self._relay_cpu_s() - cpu_s) / (time.monotonic() - began_at))
 
     def _run_round_trips(self) -> None:
@@ -185,21 +178,9 @@ class Measured:
         p99_s = sorted(taken_s)[int(len(taken_s) * 0.99)]
         self._add(round_trip_median_s=statistics.median(taken_s), round_trip_p99_s=p99_s)
 
-    def run_messages(self) -> None:
-        there_s, back_s = [], []
-        for _ in range(MESSAGES):
-            message = _JOB.pack(_TAKE, MESSAGE_NBYTES - _JOB.size) + bytes(MESSAGE_NBYTES - _JOB.size)
-            began_at = time.monotonic()
-            self._sock.sendall(message)
-            there_s.append(self._peer_arrival()[1] - began_at)
-            self._sock.sendall(_JOB.pack(_SEND_STAMPED, MESSAGE_NBYTES))
-            (began_at,) = _STAMP.unpack(_exactly(self._sock, _STAMP.size))
-            back_s.append(_receive(self._sock, MESSAGE_NBYTES - _STAMP.size)[1] - began_at)
-        self._add(message_there_s=statistics.median(there_s), message_back_s=statistics.median(back_s))
-
-    def _peer_arrival(self) -> tuple[float, float]:
-        rate, at = _ARRIVAL.unpack(_exactly(self._sock, _ARRIVAL.size))
-        return rate, at
+    def _peer_rate(self) -> float:
+        (rate,) = _RATE.unpack(_exactly(self._sock, _RATE.size))
+        return float(rate)
 
     def _relay_cpu_s(self) -> float:
         """By the clock of another process's CPU time (clock_getcpuclockid)."""
@@ -221,8 +202,7 @@ def _measure_links(kinds: list[LinkKind], rounds: int) -> tuple[list[dict[str, A
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             links.append(Measured(kind, sock, relay_pid))
         for link in links:  # their windows are open then
-            link.run_messages()
-            link.figures.clear()
+            link.warm_up()
         others = OthersCpu(*pids)
         for link in interleaved([links], rounds, "links"):
             link.run()
@@ -245,10 +225,6 @@ def _checks(links: list[dict[str, Any]]) -> list[dict[str, Any]]:
         what = "round_trip_median_s"
         checks.append(_check(name, what, one[what], trip_s + sent_s, DELAY_TOLERANCE_S))
         checks += [_check(name, what, one[what], rate, RATE_TOLERANCE * rate) for what in _RATES if rate]
-        for what in ("message_there_s", "message_back_s") if rate else ():
-            alone_s = MESSAGE_NBYTES * 8 / rate
-            tolerance_s = DELAY_TOLERANCE_S + RATE_TOLERANCE * alone_s
-            checks.append(_check(name, what, one[what], trip_s / 2 + alone_s, tolerance_s))
     return checks
 
 
@@ -259,8 +235,6 @@ _COLUMNS: Columns = (
     ("trip, ms", 10, lambda m: f"{m['round_trip_s'] * 1e3:.3f}"),
     ("64 B", 9, lambda m: f"{m['round_trip_median_s'] * 1e3:.3f}"),
     ("p99", 9, lambda m: f"{m['round_trip_p99_s'] * 1e3:.3f}"),
-    ("1 MiB there", 13, lambda m: f"{m['message_there_s'] * 1e3:.2f}"),
-    ("back", 9, lambda m: f"{m['message_back_s'] * 1e3:.2f}"),
 )
 
 
@@ -284,8 +258,6 @@ def main(argv: list[str] | None = None) -> int:
     checks = _checks(links)
     missed = [check for check in checks if not check["reached"]]
     print(f"{len(checks) - len(missed)} of {len(checks)} figures are as stated.", *missed, sep="\nNOT reached: ")
-    if any(link["relay_goes_first"] is False for link in links):
-        print("The relay may not run before other programs (SCHED_RR): where the CPUs are all busy it is late.")
     print(f"Other programs used {others_cpu_s} s of CPU meanwhile.")
     parameters = {"rounds": args.rounds, "link_s": LINK_S, "unlimited_nbytes": UNLIMITED_NBYTES}
     result = {"environment": environment, "parameters": parameters, "others_cpu_s": others_cpu_s}

@@ -4,29 +4,21 @@
     python -m benches.bench_serialization --quick            1 pass, 128 MiB in float32 alone: a minute
     python -m benches.bench_serialization --only "arrow" "fastsplit" "row-float32"
     python -m pytest benches/bench_serialization.py          one pass, with pytest-benchmark's own tables
-    pytest-benchmark compare A.json B.json                   two results, from before and after a change
 
 Messages. "row": a hidden state of one token, [1, 2048]. "hidden": of a prompt, [1024, 2048]. "scores": of 32 heads,
-[32, 1024, 1024], 128 MiB in float32. "qkv": what a projection gives for a prompt where eight query heads share keys
-and values, [1024, 2048] and twice [1024, 256]. Each goes with an op and two attributes, where the format can say them
-(`general`). Each in float32 and in bfloat16.
+[32, 1024, 1024], 128 MiB in float32. "qkv": [1024, 2048] and twice [1024, 256]. Each goes with an op and two
+attributes, where the format can say them (`general`), in float32 and in bfloat16.
 
 What is measured. "encode": from tensors to buffers that `socket.sendmsg` takes. "decode": from what a receiver has read
-(serializers/__init__.py: what that is) to tensors that may be written to. "both": one after the other, the decoder with
-bytes that were received before, since no socket is between them. The socket itself is in none of them. Each contestant
-encodes a message of the same kind again and again, as in a model: what it keeps between them is warm. Memory that it
-asks for anew is not, and its page faults are part of its time, as they would be; what it made is let go of before the
-next one.
-
-The floor is numpy's copy of the payload from warm memory into warm memory: once to encode, once to decode, so twice in
-"both". "x" is how many times that; far below 1 means that the payload was not touched.
+(serializers/__init__.py) to tensors that may be written to. "both": one after the other, the decoder with bytes that
+were received before. Each contestant encodes a message of the same kind again and again: what it keeps between them is
+warm, memory that it asks for anew is not. The floor is numpy's copy of the payload from warm memory into warm memory,
+twice in "both"; "x" is how many times that: far below 1 the payload was not touched.
 
 Rules. Values, dtype, shape, op and attributes of what came out are checked after the time was taken, and that it can be
-written to; what is wrong fails. What is not installed or does not load is skipped, and says so. No garbage is collected
-meanwhile. In each pass every contestant has its block of rounds; every other pass goes in reversed order, and the
-result is the median of the passes' medians, so that drift favours none. The JSON is pytest-benchmark's own, its `stats`
-over all passes: medians of each figure, but the least minimum, the greatest maximum, and all rounds. `serializers` has
-what contestants say of themselves (`copies_encode`, `safe`, ...).
+written to. What is not installed is skipped. No garbage is collected meanwhile. In each pass every contestant has its
+block of rounds; every other pass goes in reversed order, and a result is the median of the passes' medians. The JSON is
+pytest-benchmark's own; `serializers` in it has what contestants say of themselves.
 """
 
 from __future__ import annotations
@@ -35,7 +27,6 @@ import argparse
 import functools
 import json
 import math
-import shlex
 import statistics
 import subprocess
 import sys
@@ -49,8 +40,9 @@ from typing import Any
 import pytest
 import torch
 
-from benches.environment import add_output, keep_whole, save
+from benches.environment import ROOT, add_output, describe, keep_whole, save
 from benches.rounds import progress
+from benches.rounds import table as text_table
 from benches.serializers import FLOOR, SERIALIZERS, Message, Serializer, open_serializer
 from benches.serializers.serializer import wire_nbytes
 
@@ -70,6 +62,9 @@ _ROUNDS = 10
 # By --quick: how long one contestant's rounds take in a pass, about; but never fewer rounds than so many.
 _BLOCK_S = {False: 0.02, True: 0.015}
 _LEAST_ROUNDS = {False: 4, True: 2}
+_STATS = ("min", "max", "mean", "stddev", "median", "iqr", "outliers", "ops", "rounds", "iterations")
+_OF_CONTESTANTS = ("how", "general", "copies_encode", "copies_decode", "safe", "note")
+_OF_MESSAGES = ("serializer", "payload_nbytes", "wire_nbytes", "writable")
 
 
 # ---- one benchmark ---------------------------------------------------------------------------------------------------
@@ -171,21 +166,9 @@ def test_serialization(
         if task != "decode":
             received = contestant.receive(encode(sent))
         found = check(contestant, sent, decode(received))
-    benchmark.extra_info.update(
-        {
-            "message": message,
-            "dtype": dtype,
-            "task": task,
-            "serializer": serializer,
-            "payload_nbytes": sum(tensor.nbytes for tensor in sent.tensors),
-            "wire_nbytes": nbytes,
-            **{
-                name: getattr(contestant, name)
-                for name in ("how", "copies_encode", "copies_decode", "safe", "general", "bfloat16", "note")
-            },
-            **found,
-        }
-    )
+    about = {name: getattr(contestant, name) for name in _OF_CONTESTANTS}
+    sizes = {"payload_nbytes": sum(tensor.nbytes for tensor in sent.tensors), "wire_nbytes": nbytes}
+    benchmark.extra_info.update({"serializer": serializer, **sizes, **about, **found})
 
 
 # ---- all passes in one -----------------------------------------------------------------------------------------------
@@ -199,34 +182,19 @@ def merge(passes: list[dict[str, Any]]) -> dict[str, Any]:
             by_name.setdefault(one["fullname"], []).append(one)
     merged = dict(passes[0])
     merged["benchmarks"] = [_merged(same) for same in by_name.values()]
-    merged["environment"] = passes[0].get("environment", {}) | {"passes": len(passes)}
     return merged
 
 
 def _merged(same: list[dict[str, Any]]) -> dict[str, Any]:
-    whole = [one["stats"] for one in same]
+    over = {"min": min, "max": max, "rounds": sum, "total": sum}
     stats: dict[str, Any] = {}
-    for key, value in whole[0].items():
-        if key == "data":
-            continue
-        values = [one[key] for one in whole]
-        if key == "min":
-            stats[key] = min(values)
-        elif key == "max":
-            stats[key] = max(values)
-        elif key in ("rounds", "total"):
-            stats[key] = sum(values)
-        elif isinstance(value, float):
-            stats[key] = statistics.median(values)
-        else:  # counts of outliers as text, iterations
+    for key, value in same[0]["stats"].items():
+        if isinstance(value, (int, float)):  # others are counts of outliers as text
+            stats[key] = over.get(key, statistics.median)([one["stats"][key] for one in same])
+        elif key != "data":
             stats[key] = value
     stats["ops"] = 1 / stats["mean"]
     return same[0] | {"stats": stats}
-
-
-_OF_CONTESTANTS = ("how", "general", "copies_encode", "copies_decode", "safe", "note")
-_OF_MESSAGES = ("serializer", "payload_nbytes", "wire_nbytes", "writable")
-_STATS = ("min", "max", "mean", "stddev", "median", "iqr", "outliers", "ops", "rounds", "iterations")
 
 
 def stored(merged: dict[str, Any]) -> dict[str, Any]:
@@ -239,64 +207,48 @@ def stored(merged: dict[str, Any]) -> dict[str, Any]:
         row = {key: one[key] for key in ("group", "name", "fullname", "param")}
         row["extra_info"] = {key: info[key] for key in _OF_MESSAGES}
         rows.append(row | {"stats": {key: stats[key] for key in _STATS}})
-    machine = {key: value for key, value in merged["machine_info"].items() if key != "cpu"}
+    machine = {key: value for key, value in merged["machine_info"].items() if key != "cpu"} | {"node": ""}
     about = {key: merged[key] for key in ("environment", "version", "datetime", "commit_info")}
     return {**about, "machine_info": machine, "serializers": contestants, "benchmarks": rows}
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
 
-_HEADER = (
-    f"{'':<26}" + "".join(f"{task + ' us':>13}{'x':>8}" for task in TASKS) + f"{'wire B':>12}  copies  writable  safe"
-)
-
 
 def table(document: dict[str, Any]) -> str:
     """For each message and dtype, one row a contestant; quickest together first."""
-    groups: dict[tuple[str, str], dict[str, dict[str, dict[str, Any]]]] = {}
+    groups: dict[str, dict[str, dict[str, Any]]] = {}
     for one in document["benchmarks"]:
-        info = one["extra_info"]
-        rows = groups.setdefault((info["message"], info["dtype"]), {})
-        rows.setdefault(info["serializer"], {})[info["task"]] = one
-    lines = []
-    for message, message_shapes in MESSAGES.items():
-        for dtype in DTYPES:
-            rows = groups.get((message, dtype), {})
-            if not rows:
-                continue
-            shapes = " ".join(str(list(shape)) for shape in message_shapes)
-            lines += ["", f"{message} {dtype}: {shapes}", _HEADER]
-            floor = rows.get(FLOOR, {})
-            lines += [_row(name, rows[name], floor) for name in sorted(rows, key=lambda name: _order(rows[name]))]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "x: times memcpy. copies: of the payload, to encode and to decode. safe: whether what anybody sent may be",
-            "decoded; the JSON says why. T: tensors alone, without op and attributes. *: as commonly written.",
-        ]
-    )
+        group, _, task = one["group"].partition(": ")
+        groups.setdefault(group, {}).setdefault(one["extra_info"]["serializer"], {})[task] = one
+    shown = []
+    for group, rows in groups.items():
+        floor = {task: one["stats"]["median"] for task, one in rows.get(FLOOR, {}).items()}
+        medians = {}
+        for name in sorted(rows, key=lambda name, rows=rows: _order(rows[name])):
+            info = next(iter(rows[name].values()))["extra_info"]
+            label = name + " *" * (info["how"] == "common") + " T" * (not info["general"])
+            medians[label] = info | {task: one["stats"]["median"] for task, one in rows[name].items()}
+        shown.append(_lines(group, floor, medians))
+    return "\n\n".join(shown) + "\n\n*: as it is commonly written. T: tensors alone, no op and no attributes."
 
 
 def _order(tasks: dict[str, dict[str, Any]]) -> float:
-    both = tasks.get("both")
-    return math.inf if both is None else float(both["stats"]["median"])
+    return tasks["both"]["stats"]["median"] if "both" in tasks else math.inf
 
 
-def _row(name: str, tasks: dict[str, dict[str, Any]], floor: dict[str, dict[str, Any]]) -> str:
-    info = next(iter(tasks.values()))["extra_info"]
-    cells = ""
+def _lines(group: str, floor: dict[str, float], medians: dict[str, dict[str, Any]]) -> str:
+    columns: list[Any] = []
     for task in TASKS:
-        if task not in tasks:
-            cells += f"{'-':>13}{'-':>8}"
-            continue
-        median_s = tasks[task]["stats"]["median"]
-        times = f"{median_s / floor[task]['stats']['median']:.2f}" if task in floor else "-"
-        cells += f"{median_s * 1e6:>13.1f}{times:>8}"
-    label = name + (" *" if info["how"] == "common" else "") + ("" if info["general"] else " T")
-    copies = f"{info['copies_encode']} + {info['copies_decode']}"
-    writable = "yes" if info["writable"] else "no"
-    return f"{label:<26}{cells}{info['wire_nbytes']:>12}  {copies:<6}  {writable:<8}  {info['safe'].partition(':')[0]}"
+        columns.append((f"{task} us", 13, lambda m, task=task: f"{m[task] * 1e6:.1f}"))
+        columns.append(("x", 8, lambda m, task=task: f"{m[task] / floor[task]:.2f}"))
+    columns += [
+        ("wire B", 12, lambda m: str(m["wire_nbytes"])),
+        ("copies", 8, lambda m: f"{m['copies_encode']} + {m['copies_decode']}"),
+        ("writable", 10, lambda m: "yes" if m["writable"] else "no"),
+        ("safe", 8, lambda m: m["safe"].partition(":")[0]),
+    ]
+    return text_table(group, columns, medians, {})
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -320,31 +272,31 @@ def main(argv: list[str] | None = None) -> int:
     passes = args.passes or (1 if args.quick else 2)
     if passes < 1:
         parser.error(f"--passes {passes}: expected 1 or more")
-    command = ["python", "-m", "benches.bench_serialization", *argv]
+    environment = describe(["python", "-m", "benches.bench_serialization", *argv])
     documents, failed = [], False
     with tempfile.TemporaryDirectory() as folder:
         for number in range(passes):
             progress(f"pass {number + 1} of {passes}")
             path = Path(folder) / f"{number}.json"
-            failed |= not _run_pass(args, command, path, reverse=number % 2 == 1)
+            failed |= not _run_pass(args, path, reverse=number % 2 == 1)
             if not path.exists() or not path.stat().st_size:
                 print(f"pass {number + 1} has no result", file=sys.stderr)
                 return 1
             documents.append(json.loads(path.read_text(encoding="utf-8")))
-    merged = merge(documents)
+    merged = merge(documents) | {"environment": {**environment, "passes": passes}}
     print(table(merged))
     print(save(stored(merged), args.output))
     return 1 if failed else 0
 
 
-def _run_pass(args: argparse.Namespace, command: list[str], path: Path, *, reverse: bool) -> bool:
+def _run_pass(args: argparse.Namespace, path: Path, *, reverse: bool) -> bool:
     """One pass in a process of its own. Returns whether nothing failed; what was skipped or failed is printed once."""
-    options = [f"--benchmark-json={path}", f"--described-command={shlex.join(command)}"]
+    options = [f"--benchmark-json={path}"]
     options += ["--quiet", "--no-header", "--tb=short", "-p", "no:cacheprovider", "--benchmark-quiet"]
     options += ["--quick"] * args.quick + ["--reverse"] * reverse + [f"--only={text}" for text in args.only or ()]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "benches/bench_serialization.py", *options],
-        cwd=Path(__file__).resolve().parents[1],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,

@@ -14,9 +14,9 @@
 split_systems.py says how systems are measured, split_phases.py what the columns are, ladder.py has the steps from the
 original to this one. Each part writes split-PART.json (split-PART-LINK.json through a relay), after every measurement.
 
---spin-us is FASTSPLIT_SPIN_US of both sides: how long a waiting side spins before it sleeps. --tee-threads 1 leaves the
-cores to the executor: OpenMP's threads spin for a while after each parallel region, and with as many threads as cores
-on either side they do so on the other side's core. OMP_WAIT_POLICY and the like are inherited, and stand in the JSON.
+--tee-threads 1 leaves the cores to the executor: OpenMP's threads spin for a while after each parallel region, and with
+as many threads as cores on either side they do so on the other side's core. OMP_WAIT_POLICY, FASTSPLIT_SPIN_US and the
+like are inherited by all processes, and stand in the JSON.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from .splits import LINKS, PLAN_NAMES
 __all__ = ["PARTS", "main"]
 
 PARTS = {"prefill": Prefill, "decode": Decode}
-_KEPT_OPTIONS = ("quick", "plans", "links", "only", "through", "seed", "threads", "tee_threads", "device")
+_KEPT_OPTIONS = ("quick", "plans", "links", "only", "through", "threads", "tee_threads", "device")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -53,7 +53,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, metavar="N", help="of a prefill (default: 1024; --quick: 256)")
     parser.add_argument("--prompt-tokens", type=int, default=32, metavar="N", help="before decoding (default: 32)")
     parser.add_argument("--new-tokens", type=int, metavar="N", help="of decoding (default: 48; --quick: 16)")
-    parser.add_argument("--seed", type=int, default=0, help="of the ids")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="one after another (default: float32 bfloat16)")
     parser.add_argument("--plans", nargs="+", choices=PLAN_NAMES, help="fastsplit's (default: shm all, else some)")
     parser.add_argument("--links", nargs="+", choices=LINKS, help=f"fastsplit's (default: {' '.join(DEFAULT_PLANS)})")
@@ -63,7 +62,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="systems with TEXT in their names")
     parser.add_argument("--threads", type=int, default=0, help="torch's, in every process; 0: one for each core")
     parser.add_argument("--tee-threads", type=int, metavar="N", help="those of this process, if not --threads")
-    parser.add_argument("--spin-us", type=float, metavar="US", help="FASTSPLIT_SPIN_US of both sides")
     parser.add_argument("--device", default="cpu", help="the executor's: auto, cpu or cuda:N; HF is on the CPU")
     add_output(parser, "split-PART.json")
     return parser
@@ -90,8 +88,8 @@ def _run(part: str, names: dict[str, list[str]], args: argparse.Namespace, argv:
     relay = RELAYS[args.through] if args.through else None
     setting = Setting(model, args.rounds or (1 if args.quick else 3), args.once_over, relay)
     tokens = args.prompt_tokens if part == "decode" else args.tokens or (256 if args.quick else 1024)
-    generator = torch.Generator().manual_seed(args.seed)
-    ids = torch.randint(0, open_model(model).config.vocab_size, (tokens,), generator=generator)
+    vocab_size = open_model(model).config.vocab_size
+    ids = torch.randint(0, vocab_size, (tokens,), generator=torch.Generator().manual_seed(0))
     phase: Any = Prefill(ids, quick=args.quick)
     if part == "decode":
         phase = Decode(ids, args.new_tokens or (16 if args.quick else 48))
@@ -132,8 +130,6 @@ def main(argv: list[str] | None = None) -> int:
     asked = {part: {dtype: names for dtype, names in by.items() if names} for part, by in asked.items()}
     if not any(asked.values()):
         parser.error(f"--only {' '.join(args.only)}: nothing of that name")
-    if args.spin_us is not None:
-        os.environ["FASTSPLIT_SPIN_US"] = str(args.spin_us)  # the other processes inherit it
     own_threads = args.threads if args.tee_threads is None else args.tee_threads
     if own_threads:
         torch.set_num_threads(own_threads)

@@ -7,23 +7,21 @@
 transports/ has fastsplit, what one would use instead, and references: a bare socket, a copy within one process. It says
 what each of them does and does not do, what a round trip and one way are, and how the bytes are checked.
 
-How it is measured. Each end is a process of its own, on a core of its own where there are two: a transport that has
-threads (zmq, gRPC, Flight, gloo) has them on that core, too. `--not-pinned` leaves both to the scheduler, which with
-more than two cores is kinder to those. Transports of one link take turns in every round, in changing order, and only
-one is at work at any moment: the others sleep. How many messages a round has is settled before, so that it takes about
-as long for all of them; the first ones are not timed. Whoever fails, or does not answer within a minute, is left out
-from there on, and the JSON says so.
+How it is measured. Each end is a process of its own, on a core of its own where there are two, with all of its threads;
+`--not-pinned` leaves both to the scheduler. Transports of one link take turns in every round, in changing order; only
+one is at work at any moment. A round takes about as long for all of them; the first messages are not timed. A transport
+that fails, or does not answer within a minute, is left out from there on, and the JSON says so.
 
 What the columns are. p50, p99: of all single round trips, the former by round and the median of these, the latter of
-all rounds together. Of a pipelined transport it is what a call adds, not how long it takes. GB/s: messages of that size
-one way, until the sender knows that all have arrived. CPU: of both ends together, in us a message. x floor: times the
-quicker bare socket of that link in the same mode, on shm times a copy there and back, below which is who passes a
-reference. The JSON has the medians, and is written after each link.
+all rounds together; of a pipelined transport what a call adds. GB/s: messages of that size one way, until the sender
+knows that all have arrived. CPU: of both ends together, in us a message. x floor: times the quicker bare socket of that
+link in the same mode, on shm times a copy there and back.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 import sys
@@ -37,7 +35,7 @@ import torch
 
 from benches.environment import add_output, describe, keep_whole, save
 from benches.processes import OthersCpu, on_cpu, separate_cpus
-from benches.rounds import interleaved, progress
+from benches.rounds import interleaved, progress, table
 from benches.stored import bytes_text
 from benches.transports import LINKS, TRANSPORTS, Bytes
 from benches.transports.pair import Figures, Pair, answering, open_pairs
@@ -180,39 +178,29 @@ def _run(pair: Pair, one: Series, count: int, message: Bytes) -> Figures:
 
 
 def _table(series: Sequence[Series]) -> str:
-    lines = []
-    sizes = sorted({one.nbytes for one in series})
     medians = {(one.what, one.system, one.mode, one.nbytes): one.median() for one in series}
-    for link in dict.fromkeys(one.link for one in series):
-        for what in (ROUND_TRIP, ONE_WAY):
-            rows = list(dict.fromkeys((one.system, one.mode) for one in series if (one.link, one.what) == (link, what)))
-            unit = (
-                f"{'p50 us':>9}{'x floor':>9}{'p99':>9}{'CPU':>9}" if what == ROUND_TRIP else f"{'GB/s':>9}{'CPU':>9}"
-            )
-            lines += [
-                "",
-                f"{link}, {what:<38}" + "".join(f"{bytes_text(nbytes, binary=True):>{len(unit)}}" for nbytes in sizes),
-            ]
-            lines.append(f"{'':<44}" + unit * len(sizes))
-            for system, mode in sorted(rows, key=lambda row: MODES.index(row[1])):
-                cells = []
-                for nbytes in sizes:
-                    median = medians.get((what, system, mode, nbytes))
-                    floors = [medians.get((what, name, mode, nbytes)) for name in _FLOORS[link]]
-                    if link == "shm":
-                        floors = [medians.get((what, "shm: memcpy", "sleeping", nbytes))]
-                    floor_us = min((floor["p50_us"] for floor in floors if floor and floor["p50_us"]), default=None)
-                    cells.append(_cells(what, median, floor_us) if median else " " * len(unit))
-                label = f"{system.partition(': ')[2]}{', sleeping' if mode == 'sleeping' else ''}"
-                lines.append(f"{label:<44}" + "".join(cells).rstrip())
-    return "\n".join(lines)
-
-
-def _cells(what: str, median: dict[str, Any], floor_us: float | None) -> str:
-    if what == ONE_WAY:
-        return f"{_short(median['gbytes_per_s']):>9}{_short(median['cpu_us']):>9}"
-    times = "-" if floor_us is None else _short(median["p50_us"] / floor_us)
-    return f"{_short(median['p50_us']):>9}{times:>9}{_short(median['p99_us']):>9}{_short(median['cpu_us']):>9}"
+    shown = []
+    for link, what in itertools.product(dict.fromkeys(one.link for one in series), (ROUND_TRIP, ONE_WAY)):
+        rows: dict[str, dict[Any, Any]] = {}
+        for (kind, system, mode, nbytes), found in medians.items():
+            if kind == what and TRANSPORTS[system].link == link:
+                floor_mode = "sleeping" if link == "shm" else mode
+                floors = [medians.get((what, name, floor_mode, nbytes)) for name in _FLOORS[link]]
+                floor_us = min((floor["p50_us"] for floor in floors if floor and floor["p50_us"]), default=None)
+                label = TRANSPORTS[system].label + ", sleeping" * (mode == "sleeping")
+                rows.setdefault(label, {})[nbytes] = {**found, "floor_us": floor_us}
+        columns: list[Any] = []
+        for nbytes in sorted({one.nbytes for one in series}):
+            size = bytes_text(nbytes, binary=True)
+            if what == ROUND_TRIP:
+                columns.append((f"{size}: p50 us", 17, lambda row, n=nbytes: _short(row[n]["p50_us"])))
+                columns.append(("x floor", 8, lambda row, n=nbytes: _short(row[n]["p50_us"] / row[n]["floor_us"])))
+                columns.append(("p99", 9, lambda row, n=nbytes: _short(row[n]["p99_us"])))
+            else:
+                columns.append((f"{size}: GB/s", 17, lambda row, n=nbytes: _short(row[n]["gbytes_per_s"])))
+            columns.append(("CPU", 8, lambda row, n=nbytes: _short(row[n]["cpu_us"])))
+        shown.append(table(f"{link}, {what}", columns, rows, {}))
+    return "\n\n".join(shown)
 
 
 def _short(figure: float) -> str:
@@ -264,13 +252,7 @@ def main(argv: list[str] | None = None) -> int:
     result = {
         "environment": environment,
         "placement": "not pinned" if cpus is None else f"client on CPU {near}, peer on CPU {far}",
-        "parameters": {
-            "rounds": args.rounds,
-            "round_s": args.round_s,
-            "sizes_nbytes": args.sizes,
-            "max_count": MAX_COUNT,
-            "min_one_way": MIN_ONE_WAY,
-        },
+        "parameters": {"rounds": args.rounds, "round_s": args.round_s, "sizes_nbytes": args.sizes},
         "others_cpu_s": others_cpu_s,
         "left_out": left_out,
         "systems": systems,
@@ -298,17 +280,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _described(name: str, pair: Pair) -> dict[str, Any]:
     client = pair.client
-    return {
-        "link": TRANSPORTS[name].link,
-        "label": TRANSPORTS[name].label,
-        "floor": client.how == "floor",
-        "latency": client.is_latency,
-        "how": client.how,
-        "copies": client.copies,
-        "writable": client.writable,
-        "safe": client.safe,
-        "note": client.note,
-    }
+    about = {"link": TRANSPORTS[name].link, "label": TRANSPORTS[name].label, "floor": client.how == "floor"}
+    about |= {"latency": client.is_latency, "how": client.how, "copies": client.copies}
+    return about | {"writable": client.writable, "safe": client.safe}
 
 
 if __name__ == "__main__":

@@ -1,15 +1,9 @@
-"""Options of the benchmarks that run in pytest, and what their JSON says beside pytest-benchmark's own: the project's
-`environment`. They are pytest's options, so they are there when a file of benches/ is given to it."""
+"""Options of the serializers' benchmark: pytest has them when a file of benches/ is given to it."""
 
 from __future__ import annotations
 
-import shlex
-from pathlib import Path
-from typing import Any
-
 import pytest
 
-from benches.environment import describe
 from benches.serializers import FLOOR
 
 
@@ -17,7 +11,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="serializers: 128 MiB in float32 alone, and fewer rounds")
     parser.addoption("--only", action="append", metavar="TEXT", help="serializers: those with TEXT in their names")
     parser.addoption("--reverse", action="store_true", help="serializers: in reversed order")
-    parser.addoption("--described-command", metavar="COMMAND", help="what the JSON calls the command that was run")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -51,21 +44,3 @@ def _params(item: pytest.Item) -> dict[str, str]:
 def _group(item: pytest.Item) -> tuple[str, str, str]:
     params = _params(item)
     return params["message"], params["dtype"], params["task"]
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
-    command = config.getoption("--described-command")
-    words = shlex.split(command) if command else ["python", "-m", "pytest", *config.invocation_params.args]
-    output_json["machine_info"]["node"] = ""  # the host's name is nobody's business
-    output_json["environment"] = describe([described(str(word)) for word in words])
-
-
-def described(word: str) -> str:
-    """A word of a command as it may be published: no absolute path says where this checkout lies, or anything else."""
-    option, equals, value = word.rpartition("=")
-    path = Path(value)
-    if not path.is_absolute():
-        return word
-    root = Path(__file__).resolve().parents[1]
-    return option + equals + (str(path.relative_to(root)) if path.is_relative_to(root) else path.name)

@@ -45,11 +45,11 @@ from fastsplit.tee.report import codec_counts
 from .environment import add_output, describe, keep_whole
 from .link import LINKS, LinkKind
 from .processes import OthersCpu, Process
-from .rivals.raw_socket import FEW_MESSAGES, one_way_bytes_per_s
 from .rounds import Columns, Measurement, interleaved, median, progress, table
 from .split_phases import run_prefill
 from .split_systems import Document, Setting, Workers
 from .splits import Split, open_split, parse
+from .transports.pair import raw_bytes_per_s
 
 __all__ = ["STEPS", "floor_s", "main"]
 
@@ -129,15 +129,6 @@ def _said(split: Split) -> dict[str, Any]:
     codecs = {name: used["ratio"] for name, used in codec_counts(channel.stats).items()}
     said: dict[str, Any] = {"link": channel.link._asdict(), "codecs": codecs}
     return said if runner.tuning is None else {**said, "choice": runner.tuning.lines()}
-
-
-def _bandwidth(kind: LinkKind, *, quick: bool) -> float:
-    """Bytes per second in one direction. Without a limit, the better of memory that is in no cache and memory that is:
-    replies come from the former, what the TEE side works on in place may be the latter."""
-    if kind.rate_bit_per_s:
-        return kind.rate_bit_per_s / 8
-    counts = FEW_MESSAGES if quick else {}
-    return max(one_way_bytes_per_s("tcp", **counts), one_way_bytes_per_s("tcp", buffers=1, **counts))
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
@@ -246,7 +237,7 @@ def main(argv: list[str] | None = None) -> int:
             kind, measured_rounds = LINKS[link], {}
             about = {"executor": "real", "tokens": tokens, **vars(kind), "environment": origin}
             document.content["links"][link] = about
-            bytes_per_s = about["bytes_per_s"] = _bandwidth(kind, quick=args.quick)
+            bytes_per_s = about["bytes_per_s"] = kind.rate_bit_per_s / 8 or raw_bytes_per_s("tcp", quick=args.quick)
             for name, measured in _climb(names, kind, ids, setting, executor, bytes_per_s):
                 found = measured_rounds.setdefault(name, [])
                 found.append(measured)

@@ -1,22 +1,18 @@
-"""A link to measure on: a relay with a rate and a delay, which anyone can run in front of anything that listens on tcp.
+"""A link to measure on: a relay with a rate and a delay, in front of anything that listens on tcp.
 
     python -m benches.link --connect tcp://127.0.0.1:7000 [--rate-mbit 1000] [--delay-ms 2.5] [--listen URI]
 
 It prints `READY tcp://127.0.0.1:PORT`, the address to connect to instead, and ends when its stdin does. In Python
-`relay` and `through` start it as a process of its own, and LINKS has the links by name. bench_link.py checks that it
-keeps to all this. What goes around the sockets goes around the link: fastsplit must be told `?shm=off`.
+`relay` and `through` start it as a process; LINKS has the links by name. fastsplit must be told `?shm=off`.
 
 The model. A link has a rate in each direction, which all its connections share, and a delay each way, half a round
 trip. Bytes leave in order at that rate, and each arrives the delay later. What cannot leave yet waits in a queue of
-2 ms of the rate; when it is full the relay stops reading, so that the sender feels it. The rate is that of the bytes
-in the connections: no headers are counted, nothing is lost, and connecting is not delayed. The end of a stream arrives
-as the bytes do, each way on its own; a reset, at once.
+2 ms of the rate; when it is full the relay stops reading. No headers are counted, nothing is lost, and connecting is
+not delayed. The end of a stream arrives as the bytes do, each way on its own; a reset, at once.
 
-Rules. When a byte leaves and arrives is computed, never slept: being late now delays nothing that comes later, and
-since the queue reads ahead, being up to 2 ms late loses no link time. Bytes are handed on as they arrive, but at most
-every 0.25 ms, and the last ones of what was sent together exactly when they do. The waiting is done in the kernel: the
-CPU belongs to what is measured. Where the CPUs are all busy the relay is late like anybody, by milliseconds, unless it
-may run before others (SCHED_RR): root may.
+Rules. When a byte leaves and arrives is computed, never slept: being late now delays nothing that comes later. Bytes
+are handed on at most every 0.25 ms, and the last ones of a message exactly in time. The waiting is done in the kernel.
+Where the CPUs are all busy the relay is late, unless it may run before others (SCHED_RR): root may.
 """
 
 from __future__ import annotations
@@ -247,8 +243,7 @@ class _Flow:
 
 
 class _Pump:
-    """A thread that moves the bytes of all flows of one direction. One for both would do up to 1 Gbit/s, for less CPU
-    time, but not for 10: there each copies for most of the time."""
+    """A thread that moves the bytes of all flows of one direction. One for both would not do for 10 Gbit/s."""
 
     def __init__(self) -> None:
         self._flows: deque[_Flow] = deque()

@@ -1,22 +1,18 @@
 """The pictures of README.md and docs, drawn from the stored JSON: nothing in them is measured here, or typed.
 
     python -m benches.plots                        benches/results/*.json -> docs/pictures/*.svg
-    python -m benches.plots --results DIR --docs DIR --only ladder bytes
+    python -m benches.plots --results DIR --docs DIR --only ladder prefill
 
     round-trip.svg, throughput.svg    transport.json: time and GB/s by size, a panel for each link
-    serialization.svg                 serialization.json: encoding and decoding of hidden states
     prefill.svg                       split-prefill.json: where a prefill's time goes
-    bytes.svg                         counts.json
     ladder.svg                        split-ladder.json: each step, and what was predicted of it
 
 The same JSON gives the same bytes, with the same matplotlib. A picture whose JSON is missing is left out with a line
 that says so; the exit code is 1 only if none could be drawn. References (a bare socket, a copy within one process) are
 grey and dashed. Where a system was measured with readers that spin and with readers that sleep, the former are drawn.
 
-Colours. GitHub shows an SVG of a README as an image, in which CSS works and the page's own does not. So each colour is
-a pair: drawn is the light one, and a style sheet in the SVG replaces it by the dark one where the reader's system is
-dark. Text stays text, in the reader's own sans-serif font, which is narrower than the one that matplotlib measures
-with.
+Each colour is a pair: drawn is the light one, and a style sheet in the SVG replaces it by the dark one where the
+reader's system is dark. Text stays text, in the reader's own sans-serif font.
 """
 
 from __future__ import annotations
@@ -184,21 +180,14 @@ def _margins(drawn: Figure, left: float, right: float, top: float, bottom: float
 
 # ---- transports and serializers --------------------------------------------------------------------------------------
 
-_FAMILIES = (
-    ("fastsplit", "blue"),
-    ("iceoryx", "orange"),
-    ("zmq", "ochre"),
-    ("grpc", "pink"),
-    ("flight", "teal"),
-    ("gloo", "red"),
-    ("torch", "green"),
-    ("shared_memory", "purple"),
-    ("pipe", "purple"),
-    ("multiprocessing", "purple"),
+_FAMILIES = dict(
+    zip(
+        ("fastsplit", "iceoryx", "zmq", "grpc", "flight", "gloo", "torch", "shared_memory", "pipe"),
+        ("blue", "orange", "ochre", "pink", "teal", "red", "green", "purple", "purple"),
+    )
 )
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.2, 1.2, 1.2)))
 _MARKERS = "osD^"
-_BARS_SHARE = 0.66  # of a panel's width, where notes stand in a column right of the bars
 _LADDER_LINKS = ("loopback", "1g")
 _PARTS = (
     ("gpu_compute_s", "GPU side's products", "grey"),
@@ -210,7 +199,7 @@ _PARTS = (
 
 def _family(text: str) -> str:
     """A colour by what a system is built on: its variants differ by dashes."""
-    return next((colour for word, colour in _FAMILIES if word in text.lower()), "ink")
+    return next((colour for word, colour in _FAMILIES.items() if word in text.lower()), "ink")
 
 
 def _transport(results: Path, path: Path, what: str) -> None:
@@ -302,58 +291,6 @@ def _names(axes: Axes, names: list[str], emphasised: Callable[[str], bool] = lam
         text.set_fontweight("bold" if emphasised(name) else "normal")
 
 
-def _serialization(results: Path, path: Path) -> None:
-    document = load(results, "serialization.json")
-    messages = ("hidden float32", "row float32")
-    both: dict[str, dict[str, float]] = {message: {} for message in messages}
-    about: dict[str, dict[str, Any]] = {}
-    for benchmark in document["benchmarks"]:
-        message, _, task = benchmark["group"].partition(": ")
-        if message in both and task == "both":
-            name = benchmark["extra_info"]["serializer"]
-            both[message][name] = benchmark["stats"]["median"]
-            about[name] = benchmark["extra_info"] | document["serializers"][name]
-    if not all(both.values()):
-        raise Missing(f"serialization.json has not both of {', '.join(messages)}")
-    order = sorted(both[messages[0]], key=lambda name: both[messages[0]][name])
-    order = [name for name in order if not name.endswith("memcpy")]
-    drawn, panels = _figure(1, len(messages), 1.55 + _bars(len(order)), sharey=True)
-    titles = ("hidden states, [1024, 2048] float32", "of one token, [1, 2048] float32")
-    for axes, message, title in zip(panels, messages, titles):
-        values = both[message]
-        lowest = min(values[name] for name in values) / 2
-        for at, name in enumerate(order):
-            if name not in values:
-                continue
-            safe = not about[name]["safe"].startswith("no")
-            colour = "blue" if "fastsplit" in name else "teal" if safe else "red"
-            axes.barh(at, values[name] - lowest, left=lowest, height=0.66, color=_COLOURS[colour])
-            note = (
-                seconds_text(values[name])
-                + ("" if safe else " · unsafe")
-                + ("" if about[name]["writable"] else " · read-only")
-            )
-            axes.text(_BARS_SHARE + 0.04, at, note, transform=axes.get_yaxis_transform(), va="center", fontsize=8)
-        seconds = next((seconds for name, seconds in values.items() if name.endswith("memcpy")), None)
-        if seconds:
-            axes.axvline(seconds, color=_COLOURS["grey"], linestyle="--", linewidth=1.2, zorder=0)
-            axes.text(seconds, -0.75, "memcpy", color=_COLOURS["muted"], fontsize=7.5, ha="center", va="bottom")
-        axes.set_xscale("log")
-        longest = max(values.values())
-        axes.set_xlim(lowest, lowest * (longest / lowest) ** (1 / _BARS_SHARE))  # right of the bars are their notes
-        decades = [10.0**power for power in range(-9, 3) if lowest <= 10.0**power <= longest]
-        axes.xaxis.set_major_locator(FixedLocator(decades[:: 1 if len(decades) < 5 else 2]))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda s, _: _short(seconds_text(s))))
-        axes.set_title(title, pad=16, fontweight="bold")
-        _plain(axes)
-        _names(axes, order)
-    _margins(drawn, 1.9, 0.15, 0.55, 1.0, wspace=0.1)
-    note = "Encoding and decoding together, medians, log scale; red: bytes of a stranger must not be decoded"
-    _small_print(drawn, "serialization.json", document, note)
-    _save(drawn, path)
-
-
 def _prefill(results: Path, path: Path) -> None:
     document = load(results, "split-prefill.json")
     dtypes = list(dict.fromkeys(row["dtype"] for row in document["rows"]))
@@ -431,40 +368,10 @@ def _ladder(results: Path, path: Path) -> None:
     _save(drawn, path)
 
 
-def _bytes(results: Path, path: Path) -> None:
-    document = load(results, "counts.json")
-    options = document["options"]
-    bars: dict[str, list[tuple[str, float, float]]] = {"prefill": [], "decode": []}
-    for row in document["counts"]:
-        if row["model"] == "tinyllama-1.1b":
-            bars[row["pass"]].append((row["plan"], row["sent"], row["received"]))
-    drawn, panels = _figure(1, 2, 1.7 + _bars(len(bars["prefill"])) * 1.1)
-    for axes, (what, found) in zip(panels, bars.items()):
-        scale, unit = (1e9, "GB") if what == "prefill" else (1e6, "MB")
-        for at, (_, sent, received) in enumerate(found):
-            way = {"height": 0.66, "color": _COLOURS["orange"], "label": "GPU side to TEE side"}
-            axes.barh(at, sent / scale, height=0.66, color=_COLOURS["blue"], label="TEE side to GPU side")
-            axes.barh(at, received / scale, left=sent / scale, **way)
-            _value_label(axes, (sent + received) / scale, at, bytes_text(sent + received))
-        axes.set_xlim(0, max(sent + received for _, sent, received in found) / scale * 1.24)
-        title = "prefill of {} tokens" if what == "prefill" else "one token after {}"
-        axes.set_title(title.format(options["prefill"]), fontweight="bold")
-        axes.set_xlabel(unit)
-        _plain(axes)
-        _names(axes, [plan for plan, _, _ in found], lambda plan: False)
-    _legend(drawn, panels)
-    _margins(drawn, 1.4, 0.1, 0.62, 1.0, wspace=0.22)
-    note = f"Through sockets: TinyLlama-1.1B's shape, {options['dtype']}; shared memory passes tensors by reference"
-    _small_print(drawn, "counts.json", document, note)
-    _save(drawn, path)
-
-
 PICTURES: dict[str, Callable[[Path, Path], None]] = {
     "round-trip": lambda results, path: _transport(results, path, "round trip"),
     "throughput": lambda results, path: _transport(results, path, "one way"),
-    "serialization": _serialization,
     "prefill": _prefill,
-    "bytes": _bytes,
     "ladder": _ladder,
 }
 """Name -> what draws it: (results, where to). Raises Missing where the JSON is not there."""

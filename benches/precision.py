@@ -6,9 +6,8 @@ What the numbers are. max |difference| / max |logit| against HF's eager model in
 The dtype is the executor's, the wire's and the TEE's; "HF" is the same model of HF's in that dtype: what a column can
 be expected to lose. A row's name is the plan that was asked for; where another one ran, the table says which.
 
---casts: float32 on both sides, and a cast on the link alone (`--cast` of tee_side), through a unix socket without
-shared memory, over all rows of a longer prompt, since small tensors are not cast: the first 512 tokens of this
-project's licence. Beside the error, how many of the rows' most likely tokens are HF's.
+--casts: float32 on both sides, and a cast on the link alone (a unix socket without shared memory), over the first
+512 tokens of this project's licence. Beside the error, how many of the rows' most likely tokens are HF's.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ import fastsplit
 from demo.smollm2 import model_dir
 from fastsplit.executor.service import Executor
 from fastsplit.models import DTYPES, open_model
-from fastsplit.split.plan import PLANS
 from fastsplit.tee.remote import RemoteModel
 from fastsplit.tee.runner import Runner
 
-from .environment import add_output, describe, save
+from .environment import ROOT, add_output, describe, save
+from .splits import PLAN_NAMES
 
 __all__ = ["main"]
 
@@ -41,8 +40,6 @@ PROMPTS = (
     "Write a short poem about a lighthouse keeper who counts the waves.",
     "def fibonacci(n):\n    ",
 )
-
-
 _CASTS = (None, "float16", "bfloat16")
 _CAST_TOKENS = 512
 
@@ -64,40 +61,39 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompts = [tokenizer(prompt, return_tensors="pt")["input_ids"] for prompt in PROMPTS]
     with torch.inference_mode():
         reference = _hf(directory, "float32", prompts)
-        errors: dict[str, dict[str, float]] = {"HF": {}, **{plan: {} for plan in PLANS}}
-        ran: dict[str, dict[str, str]] = {plan: {} for plan in PLANS}
+        errors: dict[str, dict[str, float]] = {"HF": {}, **{plan: {} for plan in PLAN_NAMES}}
+        ran: dict[str, dict[str, str]] = {plan: {} for plan in PLAN_NAMES}
         for dtype in DTYPES:
             errors["HF"][dtype] = _error(_hf(directory, dtype, prompts), reference)
             with _runners(directory, dtype) as make:
-                for plan in PLANS:
+                for plan in PLAN_NAMES:
                     runner = make(plan)
                     errors[plan][dtype] = _error([_forward(runner, ids) for ids in prompts], reference)
                     ran[plan][dtype] = runner.plan
-    print("| plan | " + " | ".join(DTYPES) + " |\n|---|" + "---:|" * len(DTYPES))
-    for name, row in errors.items():
-        others = [f" ({ran[name][dtype]})" if name in ran and ran[name][dtype] != name else "" for dtype in DTYPES]
-        print(f"| {name} | " + " | ".join(f"{row[dtype]:.1e}{other}" for dtype, other in zip(DTYPES, others)) + " |")
     result = {"environment": environment, "prompts": PROMPTS, "errors": errors, "plans_that_ran": ran}
-    print(f"\n{save(result, args.output)}")
+    for plan, row in errors.items():
+        print(plan, {dtype: f"{error:.1e}" for dtype, error in row.items()}, ran.get(plan, ""))
+    print(save(result, args.output))
 
 
 def _measure_casts(directory: Path, tokenizer: Any, environment: dict[str, Any], output: Path) -> None:
-    text = (Path(__file__).resolve().parents[1] / "LICENSE").read_text(encoding="utf-8")
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
     ids = tokenizer(text, return_tensors="pt")["input_ids"][:, :_CAST_TOKENS]
     reference = _hf(directory, "float32", [ids])
     tokens = reference[0].argmax(-1)
     rows: dict[str, dict[str, dict[str, float]]] = {}
-    print(f"| plan | {' | '.join(map(str, _CASTS))} |\n|---|{'---:|' * len(_CASTS)}")
     with _runners(directory, "float32", "?shm=off") as make:
-        for plan in PLANS:
+        for plan in PLAN_NAMES:
             found = rows[plan] = {}
             for cast in _CASTS:
                 logits = _forward(make(plan, cast), ids)
                 same = int((logits.argmax(-1) == tokens).sum())
                 found[str(cast)] = {"error": _error([logits], reference), "same_tokens": same, "rows": tokens.numel()}
-            cells = [f"{each['error']:.1e} ({each['same_tokens']} of {each['rows']})" for each in found.values()]
-            print(f"| {plan} | {' | '.join(cells)} |")
-    print(f"\n{save({'environment': environment, 'casts': rows}, output)}")
+            print(
+                plan,
+                {cast: f"{one['error']:.1e} ({one['same_tokens']} of {one['rows']})" for cast, one in found.items()},
+            )
+    print(save({"environment": environment, "casts": rows}, output))
 
 
 def _hf(directory: Path, dtype: str, prompts: list[torch.Tensor]) -> list[torch.Tensor]:

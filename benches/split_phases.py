@@ -9,9 +9,8 @@ operation, and what its connection had, and why.
 
 Prefill. One forward pass, the last row's logits; HF has `use_cache=True` and `logits_to_keep=1`, as the split fills its
 KV cache and computes one row of logits. floor: the time that a bare sendall / recv_into loop over the same kind of
-socket, measured in this run, takes for these bytes (8 MiB messages through 128 MiB, more than a cache holds), and how
-many times that the communication took. error: the last row's logits against HF's eager in the same dtype, max
-|difference| / max |logit|.
+socket, measured in this run, takes for these bytes, and how many times that the communication took. error: the last
+row's logits against HF's eager in the same dtype, max |difference| / max |logit|.
 
 Decode. Batch 1, greedy; no token ends the sequence. Figures are those of a token after the first: the run's without its
 prefill's. hf-sdpa and hf-eager are `generate` with its cache; hf-loop is the model's forward (sdpa) in a loop with its
@@ -26,10 +25,10 @@ from typing import Any
 
 import torch
 
-from .rivals.raw_socket import FEW_MESSAGES, one_way_bytes_per_s
 from .rounds import Columns, Measurement, progress
 from .split_systems import Phase, System
 from .splits import Split
+from .transports.pair import raw_bytes_per_s
 
 __all__ = ["Decode", "Prefill", "run_prefill"]
 
@@ -88,7 +87,7 @@ class Prefill(Phase):
             return
         progress("raw sockets")
         for kind in ("unix", "tcp"):
-            rate = one_way_bytes_per_s(kind, **(FEW_MESSAGES if self._quick else {}))
+            rate = raw_bytes_per_s(kind, quick=self._quick)
             self.raw_socket_bytes_per_s[kind] = max(rate, self.raw_socket_bytes_per_s.get(kind, 0.0))
 
     def warm_up(self, system: System) -> None:
@@ -114,7 +113,6 @@ class Prefill(Phase):
             if "hf-eager" in measured:
                 logits, reference = self._logits[name], self._logits["hf-eager"]
                 one["logits_error"] = float((logits - reference).abs().max() / reference.abs().max())
-                one["same_top_token"] = bool(logits.argmax() == reference.argmax())
 
     def summary(self, row: Mapping[str, Any], rounds: Sequence[Measurement]) -> Measurement:
         found = super().summary(row, rounds)

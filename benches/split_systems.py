@@ -36,7 +36,7 @@ from .splits import RIVALS, Split, open_split
 __all__ = ["DEFAULT_PLANS", "Document", "Phase", "Setting", "System", "Workers", "measure", "system_names"]
 
 DEFAULT_PLANS = {
-    "shm": ("folded", "fused", "minimal", "batched", "per-op"),
+    "shm": ("tee-attention", "folded", "fused", "minimal", "batched", "per-op"),
     "unix": ("folded", "minimal", "batched"),
     "tcp": ("folded", "minimal", "batched"),
 }
@@ -135,8 +135,7 @@ class Phase:
     rows: int
     """Of the prompt."""
 
-    def warm_up(self, system: System) -> None:
-        raise NotImplementedError
+    def warm_up(self, system: System) -> None: ...
 
     def run(self, system: System) -> Measurement:
         """Seconds and bytes by name; what is a dict is by operation, and for the table on the screen alone."""
@@ -144,7 +143,6 @@ class Phase:
 
     def compare(self, measured: Mapping[str, Measurement]) -> None:
         """Puts into each of a round's measurements, by system, how it compares with HF's."""
-        raise NotImplementedError
 
     def summary(self, row: Mapping[str, Any], rounds: Sequence[Measurement]) -> Measurement:
         """The medians of a system's rounds, and what follows from them."""

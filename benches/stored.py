@@ -19,9 +19,6 @@ LINKS = {"shm": "shared memory", "unix": "unix sockets", "tcp": "tcp, loopback"}
 class Missing(LookupError):
     """A file that is not there, or something that is not in it."""
 
-    def __str__(self) -> str:
-        return str(self.args[0])
-
 
 def load(results: Path, name: str) -> dict[str, Any]:
     try:

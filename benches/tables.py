@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastsplit.split.plan import PLANS
+
 from .environment import RESULTS, ROOT
 from .stored import LINKS, Missing, bytes_text, link_title, load, origin, seconds_text, transport_rows
 
@@ -273,15 +275,6 @@ def _ladder(results: Path) -> str:
     )
 
 
-_CONTENTS = {
-    "per-op": "q, k, v, scores, weighted values, o, gate, up, down",
-    "batched": "q+k+v, scores, weighted values, o, gate+up, down",
-    "fused": "q+k (v stays), scores, values+o, gate+up, down",
-    "folded": "scores, values+o+gate+up, down+next q+k",
-    "minimal": "values+o+gate+up, down+next q+k+scores",
-}
-
-
 def _plans(results: Path) -> str:
     document = load(results, "counts.json")
     found = {(row["plan"], row["pass"]): row for row in document["counts"] if row["model"] == "tinyllama-1.1b"}
@@ -289,7 +282,7 @@ def _plans(results: Path) -> str:
     for plan in dict.fromkeys(plan for plan, _ in found):
         both = [found[plan, what] for what in ("prefill", "decode")]
         moved = [bytes_text(one["sent"] + one["received"]) for one in both]
-        lines.append([f"`{plan}`", _CONTENTS.get(plan, ""), str(both[0]["calls"]), *moved])
+        lines.append([f"`{plan}`", ", ".join(PLANS[plan].contents), str(both[0]["calls"]), *moved])
     options = document["options"]
     head = [
         "plan",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib.util
+import itertools
 import os
 import re
 import shutil
@@ -19,10 +20,11 @@ import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
+import amount
 import pytest
 from aio_front import Front
 
@@ -44,24 +46,70 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--exhaustive", action="store_true", help="every combination of what is marked `matrix`")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    amount.exhaustive = config.getoption("--exhaustive")  # before the tests are imported
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of a test that is marked `matrix` one combination in eight (or in `one_in`) runs by default, always the same, at
-    least one of each: all of them take minutes. `make exhaustive` runs all."""
+    """Of a test that is marked `matrix` a sample of its combinations runs by default, always the same: one in eight (or
+    in `one_in`), and as many more as it takes that each value of each parameter is among them (unless `each=False`: a
+    parameter that is itself a list of combinations). `one_in=0`: none. `make exhaustive` runs all of them."""
     if config.getoption("--exhaustive"):
         return
-    groups: dict[tuple[str, str, int], list[pytest.Item]] = {}
+    groups: dict[tuple[str, int, bool], list[pytest.Item]] = {}
     for item in items:
-        marker = item.get_closest_marker("matrix")
-        if marker is not None:
-            name = getattr(item, "originalname", None) or item.name
-            groups.setdefault((str(item.path), name, marker.kwargs.get("one_in", 8)), []).append(item)
-    left_out = set()
-    for (_, _, one_in), group in groups.items():
-        ordered = sorted(group, key=lambda item: zlib.crc32(item.name.encode()))
-        left_out.update(ordered[-(-len(ordered) // one_in) :])
+        markers = list(item.iter_markers("matrix"))
+        if markers and item.get_closest_marker("skip") is None:  # a link that this host lacks stands for no other one
+            # the nearest that says something: the test's own mark, its module's, not that of a link or a front (below)
+            said = {key: value for marker in reversed(markers) for key, value in marker.kwargs.items()}
+            name = item.nodeid.partition("[")[0]
+            groups.setdefault((name, said.get("one_in", 8), said.get("each", True)), []).append(item)
+    left_out: set[pytest.Item] = set()
+    for (_, one_in, each), group in groups.items():
+        left_out.update(set(group) - _sample(group, one_in, each=each))
     if left_out:
         config.hook.pytest_deselected(items=[item for item in items if item in left_out])
         items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """A test has the same name in every process, whatever that one's number is."""
+    return val.replace(SHM_PREFIX, "SHM_PREFIX") if isinstance(val, str) and SHM_PREFIX in val else None
+
+
+def _sample(group: list[pytest.Item], one_in: int, *, each: bool) -> set[pytest.Item]:
+    """One in `one_in` of a test's combinations, with `each` more until each value of each parameter occurs. Each time
+    the one that has most values that did not occur yet, then most pairs of values, is added."""
+    if not one_in:
+        return set()
+    values = {item: frozenset(_values(item)) for item in group}
+    pairs = {item: frozenset(itertools.combinations(_values(item), 2)) for item in group}
+    left = sorted(group, key=lambda item: zlib.crc32(item.name.encode()))
+    new_values = set().union(*values.values())
+    new_pairs = set().union(*pairs.values())
+    sample: set[pytest.Item] = set()
+    while left and ((each and new_values) or len(sample) * one_in < len(group)):
+        best = left[0]
+        if new_pairs:
+            best = max(left, key=lambda item: (len(new_values & values[item]), len(new_pairs & pairs[item])))
+        left.remove(best)
+        sample.add(best)
+        new_values -= values[best]
+        new_pairs -= pairs[best]
+    return sample
+
+
+def _values(item: pytest.Item) -> tuple[Hashable, ...]:
+    """A combination's values, each with its parameter. One that cannot be hashed is itself alone."""
+    found: list[Hashable] = []
+    callspec = getattr(item, "callspec", None)
+    for name, value in () if callspec is None else callspec.params.items():
+        try:
+            hash(value)
+        except TypeError:
+            value = id(value)
+        found.append((name, type(value), value))
+    return tuple(found)
 
 
 def _descriptors() -> set[tuple[int, str]]:
@@ -78,7 +126,11 @@ def _threads() -> set[threading.Thread]:
 
 
 def _children() -> set[int]:
-    found = set()
+    found: set[int] = set()
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)  # takes nothing, and costs a hundredth of a look
+    except ChildProcessError:
+        return found
     for task in os.listdir("/proc/self/task"):
         with contextlib.suppress(OSError):
             found.update(map(int, Path(f"/proc/self/task/{task}/children").read_text().split()))
@@ -159,7 +211,7 @@ def _why_no_vsock() -> str | None:
     return None
 
 
-_WHY_NOT: dict[str, Callable[[], str | None]] = {"tcp6": _why_no_tcp6, "vsock": _why_no_vsock}
+_WHY_NOT = {"tcp6": _why_no_tcp6(), "vsock": _why_no_vsock()}
 SOCKET_LINKS = ("unix", "tcp4", "tcp6", "vsock")
 RING_LINKS = ("shm", "shm-named", "shm-weak")
 """Shared memory with control in a ring: memfd segments, named ones, and memfd ones as on a weakly ordered processor."""
@@ -182,9 +234,6 @@ def unix_uri(socket_dir: Path) -> str:
 
 
 def _uri(link: str, socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    reason = _WHY_NOT[link]() if link in _WHY_NOT else None
-    if reason is not None:
-        pytest.skip(reason)
     if link == "shm-socket":
         monkeypatch.setattr(sharing, "semaphores", lambda: "")
     elif link == "shm-weak":
@@ -201,7 +250,12 @@ def _uri(link: str, socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     }[link]
 
 
-@pytest.fixture(params=LINKS)
+def _link(link: str) -> Any:
+    reason = _WHY_NOT.get(link)
+    return pytest.param(link, marks=[pytest.mark.matrix] if reason is None else [pytest.mark.skip(reason)])
+
+
+@pytest.fixture(params=map(_link, LINKS))
 def link(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -212,13 +266,13 @@ def uri(link: str, socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return _uri(link, socket_dir, monkeypatch)
 
 
-@pytest.fixture(params=("unix", "tcp4", "shm"))
+@pytest.fixture(params=map(_link, ("unix", "tcp4", "shm")))
 def socket_uri(request: pytest.FixtureRequest, socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The same for tests of what happens above the link: two kinds of kernel sockets that differ, and a ring."""
     return _uri(request.param, socket_dir, monkeypatch)
 
 
-@pytest.fixture(params=["blocking", pytest.param("aio", marks=pytest.mark.matrix)])
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.matrix) for name in ("blocking", "aio")])
 def front(request: pytest.FixtureRequest) -> Iterator[Front]:
     """The blocking front and the one for asyncio: `front.Server(...)` and `front.connect(...)`, used alike."""
     front = Front(request.param)

@@ -5,7 +5,6 @@
     service.py      the GPU side: a REP socket in a thread, computing with an Executor's own weights
     executor.py     a process that serves fastsplit and the rivals out of one copy of the weights
     hf.py           a process that runs the same weights in HF's own class, undivided
-    raw_socket.py   sendall / recv_into and nothing else: the floor
 
 Rules. What is called original is the original system's way, written afresh: zmq REQ/REP, msgpack, `tobytes()` on the
 way out and `frombuffer().copy()` on the way in, linear operations of the same input batched (6 calls a layer and 2),

@@ -1,14 +1,11 @@
 """The rivals' TEE side: one zmq REQ socket, one call at a time, the KV cache in here.
 
-How it fits the Runner. What fastsplit keeps in the executor's KV caches is kept here: opening, truncating and closing
-are local, keys and values are put into a cache and sent whole, their heads repeated. `rival_runner` makes the Runner
-so that a prompt is one chunk and its scores one block: the whole square. Messages have no batch dimension.
+fastsplit keeps keys and values in the executor's KV caches; a rival keeps them here, and sends them whole, their heads
+repeated. `rival_runner` makes the Runner so that a prompt is one chunk and its scores one block: the whole square.
 
-Rules. Counted and timed as fastsplit's channel does it: `serialization_s` is what this side spends on making messages
-of tensors and tensors of messages, repeating the kv heads included; `wait_s` is sending and waiting, `remote_s` what
-the executor says that it computed. Filling the KV cache is the TEE's own work, "kv_cache" in the report, and no copy of
-a message. The executor's own (de)serialization is neither, so the report has it under communication, for all systems.
-What comes is not compared with `expect`: the original trusted its executor.
+Rules. Counted and timed as fastsplit's channel does it: `serialization_s` is this side's work on messages, repeating
+the kv heads included; `wait_s` is sending and waiting, `remote_s` what the executor says that it computed. Filling the
+KV cache is the TEE's own work. What comes is not compared with `expect`: the original trusted its executor.
 """
 
 from __future__ import annotations

@@ -2,21 +2,16 @@
 
     python -m benches.rivals.hf --model random:tiny
 
-Serves over a unix socket, so that what is timed is timed here and the way to here costs nothing; prints `READY uri`
-and ends when its stdin does.
+Serves over a unix socket, and times itself; prints `READY uri` and ends when its stdin does.
 
-    prefill     ids [n] int64; attribute attention. Replies with the last position's logits [vocab] fp32; wall_s is the
-                forward pass's own time
-    generate    ids [n] int64; attributes attention, new_tokens, by. Replies with the new tokens [new_tokens] int64;
-                wall_s is all of it, decode_s what came after the first token
+    prefill     ids [n] int64; attribute attention ("eager" or "sdpa"). Replies with the last position's logits [vocab]
+                fp32; wall_s is the forward pass's own time
+    generate    ids [n] int64; attributes attention, new_tokens, by ("generate": GenerationMixin's, greedy; "forward":
+                the model's forward with its cache in a loop). Replies with the new tokens [new_tokens] int64; wall_s
+                is all of it, decode_s what came after the first token
 
-`attention` is "eager" or "sdpa". `by` is "generate", which is GenerationMixin's, greedy; or "forward": the model's
-forward called with its cache in a loop of three lines, which leaves out what `generate` does beside the model.
-
-What makes it comparable, and HF at its best: the same weights, dtype and threads; inference mode; `use_cache=True`,
-since the split fills its KV cache too; `logits_to_keep=1`, since the split computes only the last row of logits. No
-token ends a sequence, so nothing is looked for in the logits but their greatest. What HF does not do: in the last
-layer, go on with the last row alone.
+HF at its best, and comparable: the same weights, dtype and threads; inference mode; `use_cache=True` and
+`logits_to_keep=1`, as the split does. No token ends a sequence.
 """
 
 from __future__ import annotations

@@ -5,10 +5,9 @@
     Tuned       a frame of msgpack for what is said about the tensors, then one frame a tensor, which zmq sends out of
                 the tensor's own memory and which the receiver uses where zmq put it (`copy=False`)
 
-Rules. `copied_nbytes` counts the copies that this code asks for: `tobytes`, `copy`, `contiguous`. Not counted are
-those inside of the libraries: for Original, packb copies twice (into its buffer, and out of it), unpackb once, zmq
-once each way. zmq makes the frames of received messages with malloc and gives their memory to Python as writable, so
-that Tuned needs no copy on receipt; what it cannot have is memory that is reused, or aligned to more than 8 bytes.
+Rules. `copied_nbytes` counts the copies that this code asks for: `tobytes`, `copy`, `contiguous`; not those inside of
+the libraries (for Original two of packb, one of unpackb, one of zmq each way). zmq gives the memory of received frames
+to Python as writable, so Tuned needs no copy on receipt.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ Python's is handed the tensor's own memory instead ("in pieces").
 
 from __future__ import annotations
 
+import io
 import json
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from .arrays import array_of, dtype_name, flat_bytes, offset_in, tensor_of, tensor_over
-from .serializer import Message, Serializer, joined
+from .serializer import Message, Serializer
 
 __all__ = ["Batch", "Pieces", "Tensors"]
 
@@ -37,9 +38,6 @@ class Tensors(Serializer):
             pa.ipc.write_tensor(pa.Tensor.from_numpy(array_of(tensor)), stream)
         return [stream.getvalue()]
 
-    def receive(self, wire: list[Any]) -> bytearray:
-        return joined(wire)
-
     def decode(self, received: bytearray) -> Message:
         tensors = []
         with pa.BufferReader(pa.py_buffer(received)) as reader:
@@ -52,7 +50,6 @@ class Tensors(Serializer):
 class Batch(Serializer):
     """As one piece. What arrives is one bytearray."""
 
-    how = "best"
     copies_encode = 1
     copies_decode = 0
     safe = "partly: metadata, offsets and shape are checked, but what is compressed is inflated before it is refused"
@@ -73,9 +70,6 @@ class Batch(Serializer):
         schema = pa.schema(fields, {"op": message.op, "attrs": attrs})
         return pa.RecordBatch.from_arrays(columns, schema=schema)
 
-    def receive(self, wire: list[Any]) -> bytearray:
-        return joined(wire)
-
     def decode(self, received: bytearray) -> Message:
         reader = pa.BufferReader(pa.py_buffer(received))
         schema = pa.ipc.read_schema(reader)
@@ -94,10 +88,8 @@ class Batch(Serializer):
         return Message(schema.metadata[b"op"].decode(), attrs["layer"], attrs["scale"], tensors)
 
 
-class _Sink:
-    """A file of Python's, as far as Arrow's writer asks for one."""
-
-    closed = False
+class _Sink(io.RawIOBase):
+    """A file that keeps the pieces that Arrow's writer hands on."""
 
     def __init__(self) -> None:
         self.pieces: list[Any] = []
@@ -114,12 +106,6 @@ class _Sink:
 
     def writable(self) -> bool:
         return True
-
-    def flush(self) -> None:
-        pass
-
-    def close(self) -> None:
-        self.closed = True
 
 
 class Pieces(Batch):

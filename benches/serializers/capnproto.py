@@ -3,9 +3,6 @@
 A reader's views are read-only, even over memory that is not; where they lie in the bytearray that arrived is known, so
 that nothing has to be copied. The limit on what may be read is set to the message's own size: its default of 64 MiB is
 less than some messages have, and no limit would let a few bytes be read a million times.
-
-As with any format, what is said could be the message alone, and each tensor's own memory go beside it: that is what
-"protobuf, out-of-band" and its like are, and Cap'n Proto would be another of them. Here tensors are in the message.
 """
 
 from __future__ import annotations
@@ -17,7 +14,7 @@ from typing import Any
 import capnp
 
 from .arrays import array_of, copied_tensor, dtype_name, flat_bytes, offset_in, tensor_over
-from .serializer import Message, Serializer, joined
+from .serializer import Message, Serializer
 
 __all__ = ["Assigned", "InPlace"]
 
@@ -42,9 +39,6 @@ class Assigned(Serializer):
         for target, tensor in zip(tensors, message.tensors):
             target.data = array_of(tensor).tobytes()
         return [made.to_bytes()]
-
-    def receive(self, wire: list[Any]) -> bytearray:
-        return joined(wire)
 
     def decode(self, received: bytearray) -> Message:
         with _SCHEMA.Message.from_bytes(received, _limit_words(received)) as read:

@@ -1,15 +1,10 @@
 """fastsplit over a stream, with everything but the socket: sessions that have shaken hands, as a connection has them.
 
-Encoding is `collect` and `Session.request`: descriptions, limits, metadata, header; out go the frame's head and each
-tensor's own memory. Decoding is `Session.received`: header and metadata are checked against the limits and against each
-other, a place is asked for each tensor, and it becomes what a handler gets in `call.tensors`. A connection remembers
-what it has seen: of messages of one shape the first is encoded and checked in full, the others are a template with
-other numbers, of which the numbers are checked. Frames is one of those others, NewShape a first one.
-
-What a receiver has read. The first read brings the head and as much of the payload as fits the 4 KiB beside it; that
-part is copied over into the tensors (`staged_nbytes`), which is our time here. The rest lies where it was read to: in
-the tensors' own aligned buffers. To put the first 4 KiB into the session's buffer is the socket's work, and counted all
-the same, since there is no way to take it out.
+Encoding is `collect` and `Session.request`: out go the frame's head and each tensor's own memory. Decoding is
+`Session.received`: header and metadata are checked, a place is asked for each tensor, and it becomes what a handler
+gets. Of messages of one shape a connection encodes and checks the first in full (NewShape), the others by a template
+with other numbers (Frames). The first read brings the head and up to 4 KiB of the payload, which is copied over into
+the tensors (`staged_nbytes`), in our time; the rest lies where it was read to.
 """
 
 from __future__ import annotations
@@ -28,11 +23,9 @@ __all__ = ["Frames", "NewShape"]
 
 
 class Frames(Serializer):
-    how = "best"
     copies_encode = 0
     copies_decode = 0
     safe = "yes: every length, offset and count is checked before memory is asked for"
-    bfloat16 = "as itself"
     note = "what arrives within 4 KiB of the head is copied once"
 
     def __init__(self) -> None:

@@ -8,9 +8,6 @@ written and read by the calls that generated code makes. What arrives is one byt
 there, as `DataAsNumpy()` gives it, and is writable since the bytearray is. The Builder takes `bytes` alone, and copies
 them; Output() copies once more. It has no verifier in Python: offsets are followed wherever they lead, though Python
 lets them lead nowhere outside of the buffer.
-
-As with any format, what is said could be the message alone, and each tensor's own memory go beside it: that is what
-fastsplit does, with FlatBuffers. Here tensors are in the message.
 """
 
 from __future__ import annotations
@@ -22,7 +19,7 @@ from flatbuffers import number_types
 from flatbuffers.table import Table
 
 from .arrays import array_of, dtype_name, flat_bytes, tensor_over
-from .serializer import Message, Serializer, joined
+from .serializer import Message, Serializer
 
 __all__ = ["SizedVectors", "Vectors"]
 
@@ -44,9 +41,6 @@ class Vectors(Serializer):
         data = [builder.CreateByteVector(array_of(tensor).tobytes()) for tensor in message.tensors]
         _finish(builder, message, data)
         return [builder.Output()]
-
-    def receive(self, wire: list[Any]) -> bytearray:
-        return joined(wire)
 
     def decode(self, received: bytearray) -> Message:
         table = Table(received, number_types.UOffsetTFlags.py_type(_uint32(received, 0)))

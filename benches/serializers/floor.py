@@ -15,7 +15,6 @@ __all__ = ["Memcpy"]
 class Memcpy(Serializer):
     """The same single copy, whatever is measured beside it. A real receiver would have to know dtype and shape."""
 
-    how = "best"
     copies_encode = 1
     copies_decode = 1
     safe = "yes: nothing is read but the payload"

@@ -13,7 +13,7 @@ import msgpack
 from benches.rivals import messages
 
 from .arrays import array_of, dtype_name, tensor_over
-from .serializer import Message, OutOfBandBytes, Serializer, joined, out_of_band
+from .serializer import Message, OutOfBandBytes, OutOfBandSerializer, Serializer
 
 __all__ = ["Original", "OutOfBand"]
 
@@ -33,20 +33,14 @@ class Original(Serializer):
         head = {"op": message.op, "attrs": {"layer": message.layer, "scale": message.scale}}
         return self._messages.encode(head, message.tensors)
 
-    def receive(self, wire: list[Any]) -> bytearray:
-        return joined(wire)
-
     def decode(self, received: bytearray) -> Message:
         head, tensors = self._messages.decode([received])
         return Message(head["op"], head["attrs"]["layer"], head["attrs"]["scale"], tensors)
 
 
-class OutOfBand(Serializer):
+class OutOfBand(OutOfBandSerializer):
     """What is said in msgpack, then each tensor's own memory; it arrives in a buffer of its own."""
 
-    how = "best"
-    copies_encode = 0
-    copies_decode = 0
     safe = "partly: lengths and shapes are checked, but fields of any type, nested lists that claim more than came"
 
     def encode(self, message: Message) -> list[Any]:
@@ -54,9 +48,6 @@ class OutOfBand(Serializer):
         attrs = {"layer": message.layer, "scale": message.scale}
         head = msgpack.packb({"op": message.op, "attrs": attrs, "tensors": tensors})
         return [head, *map(array_of, message.tensors)]
-
-    def receive(self, wire: list[Any]) -> OutOfBandBytes:
-        return out_of_band(wire)
 
     def decode(self, received: OutOfBandBytes) -> Message:
         head, buffers = received

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import msgspec
 
 from .arrays import array_of, copied_tensor, dtype_name, flat_bytes, tensor_over
-from .serializer import Message, OutOfBandBytes, Serializer, joined, out_of_band
+from .serializer import Message, OutOfBandBytes, OutOfBandSerializer, Serializer
 
 __all__ = ["InPlace", "OutOfBand", "Structs"]
 
@@ -62,9 +62,6 @@ class Structs(Serializer):
         ]
         return [self._encoder.encode(_Whole(message.op, message.layer, message.scale, tensors))]
 
-    def receive(self, wire: list[Any]) -> bytearray:
-        return joined(wire)
-
     def decode(self, received: bytearray) -> Message:
         whole = self._decoder.decode(received)
         tensors = [copied_tensor(tensor.data, tensor.dtype, tensor.shape) for tensor in whole.tensors]
@@ -74,7 +71,6 @@ class Structs(Serializer):
 class InPlace(Serializer):
     """[head, [padding, data, padding, data, ...]]; tensors are views of the one bytearray that arrives."""
 
-    how = "best"
     copies_encode = 1
     copies_decode = 0
     safe = "yes: lengths and types are checked, the shape by this code"
@@ -95,9 +91,6 @@ class InPlace(Serializer):
             at += padding + data.nbytes
         return [self._encoder.encode((msgspec.Raw(head), parts))]
 
-    def receive(self, wire: list[Any]) -> bytearray:
-        return joined(wire)
-
     def decode(self, received: bytearray) -> Message:
         head, parts = self._decoder.decode(received)
         if len(parts) != 2 * len(head.tensors):
@@ -106,12 +99,9 @@ class InPlace(Serializer):
         return Message(head.op, head.layer, head.scale, tensors)
 
 
-class OutOfBand(Serializer):
+class OutOfBand(OutOfBandSerializer):
     """The head alone is MessagePack; each tensor's own memory follows it and arrives in a buffer of its own."""
 
-    how = "best"
-    copies_encode = 0
-    copies_decode = 0
     safe = "yes: lengths and types are checked, the shape by this code"
 
     def __init__(self) -> None:
@@ -120,9 +110,6 @@ class OutOfBand(Serializer):
 
     def encode(self, message: Message) -> list[Any]:
         return [self._encoder.encode(_head_of(message)), *map(array_of, message.tensors)]
-
-    def receive(self, wire: list[Any]) -> OutOfBandBytes:
-        return out_of_band(wire)
 
     def decode(self, received: OutOfBandBytes) -> Message:
         head = self._decoder.decode(received[0])

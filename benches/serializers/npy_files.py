@@ -16,7 +16,7 @@ import torch
 from numpy.lib import format as npy
 
 from .arrays import array_of, tensor_of
-from .serializer import Message, OutOfBandBytes, Serializer, out_of_band
+from .serializer import Message, OutOfBandBytes, OutOfBandSerializer, Serializer
 
 __all__ = ["NumpySave", "OutOfBand"]
 
@@ -51,12 +51,9 @@ class NumpySave(Serializer):
         return Message("", 0, 0.0, tensors)
 
 
-class OutOfBand(Serializer):
+class OutOfBand(OutOfBandSerializer):
     """All headers, then each tensor's own memory; it arrives in a buffer of its own."""
 
-    how = "best"
-    copies_encode = 0
-    copies_decode = 0
     safe = "yes: headers are literals of limited length, arrays no larger than what arrived"
     general = False
 
@@ -66,9 +63,6 @@ class OutOfBand(Serializer):
         for array in arrays:
             npy.write_array_header_1_0(headers, npy.header_data_from_array_1_0(array))
         return [headers.getvalue(), *arrays]
-
-    def receive(self, wire: list[Any]) -> OutOfBandBytes:
-        return out_of_band(wire)
 
     def decode(self, received: OutOfBandBytes) -> Message:
         headers = io.BytesIO(received[0])

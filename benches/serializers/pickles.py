@@ -11,7 +11,7 @@ import pickle
 from typing import Any
 
 from .arrays import array_of, dtype_name, tensor_of
-from .serializer import Message, OutOfBandBytes, Serializer, joined, out_of_band
+from .serializer import Message, OutOfBandBytes, OutOfBandSerializer, Serializer
 
 __all__ = ["OutOfBand", "Protocol4", "TorchTensors"]
 
@@ -39,9 +39,6 @@ class Protocol4(Serializer):
     def encode(self, message: Message) -> list[Any]:
         return [pickle.dumps(_content(message), protocol=4)]
 
-    def receive(self, wire: list[Any]) -> bytearray:
-        return joined(wire)
-
     def decode(self, received: bytearray) -> Message:
         return _message(pickle.loads(received))
 
@@ -53,34 +50,24 @@ class TorchTensors(Serializer):
     copies_encode = 2
     copies_decode = 2
     safe = _UNSAFE
-    bfloat16 = "as itself"
 
     def encode(self, message: Message) -> list[Any]:
         content = {"op": message.op, "layer": message.layer, "scale": message.scale, "tensors": list(message.tensors)}
         return [pickle.dumps(content, protocol=5)]
 
-    def receive(self, wire: list[Any]) -> bytearray:
-        return joined(wire)
-
     def decode(self, received: bytearray) -> Message:
         return Message(**pickle.loads(received))
 
 
-class OutOfBand(Serializer):
+class OutOfBand(OutOfBandSerializer):
     """The pickle, then each array's own memory; it arrives in a buffer of its own, and the array is made over it."""
 
-    how = "best"
-    copies_encode = 0
-    copies_decode = 0
     safe = _UNSAFE
 
     def encode(self, message: Message) -> list[Any]:
         buffers: list[pickle.PickleBuffer] = []
         head = pickle.dumps(_content(message), protocol=5, buffer_callback=buffers.append)
         return [head, *[buffer.raw() for buffer in buffers]]
-
-    def receive(self, wire: list[Any]) -> OutOfBandBytes:
-        return out_of_band(wire)
 
     def decode(self, received: OutOfBandBytes) -> Message:
         return _message(pickle.loads(received[0], buffers=received[1]))

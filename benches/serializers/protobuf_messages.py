@@ -3,12 +3,9 @@
     message Tensor { string dtype = 1; repeated uint64 shape = 2; bytes data = 3; }
     message Message { string op = 1; int64 layer = 2; double scale = 3; repeated Tensor tensors = 4; }
 
-The classes are made at run time; they are those that protoc's output would make. What arrives is one bytearray.
-
-Copies. A bytes field takes `bytes` alone (tobytes: one) and copies them into the message (two); serializing writes the
-message into a buffer (three) and that into `bytes` (four). Parsing copies a field out of what arrived (one), reading it
-makes `bytes` of it (two), and since those must not be written to, one more (three). Out of band `data` stays empty, and
-each tensor's own memory goes beside the message, into a buffer of its own.
+The classes are made at run time, as protoc's output would make them. Copies: tobytes, into the message, into a buffer,
+into `bytes`; parsing copies a field out of what arrived, reading it makes `bytes` of it, and those must not be written
+to. Out of band `data` stays empty, and each tensor's own memory goes beside the message.
 """
 
 from __future__ import annotations
@@ -18,7 +15,7 @@ from typing import Any
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 from .arrays import array_of, copied_tensor, dtype_name, tensor_over
-from .serializer import Message, OutOfBandBytes, Serializer, joined, out_of_band
+from .serializer import Message, OutOfBandBytes, OutOfBandSerializer, Serializer
 
 __all__ = ["BytesField", "OutOfBand"]
 
@@ -49,7 +46,6 @@ def _message_class() -> Any:
 
 
 class BytesField(Serializer):
-    how = "best"
     copies_encode = 4
     copies_decode = 3
     safe = "yes: lengths, depth and types are checked by the parser, the shape by numpy"
@@ -64,19 +60,13 @@ class BytesField(Serializer):
             made.tensors.add(dtype=dtype_name(tensor), shape=tensor.shape, data=array_of(tensor).tobytes())
         return [made.SerializeToString()]
 
-    def receive(self, wire: list[Any]) -> bytearray:
-        return joined(wire)
-
     def decode(self, received: bytearray) -> Message:
         parsed = self._class.FromString(received)
         tensors = [copied_tensor(tensor.data, tensor.dtype, list(tensor.shape)) for tensor in parsed.tensors]
         return Message(parsed.op, parsed.layer, parsed.scale, tensors)
 
 
-class OutOfBand(Serializer):
-    how = "best"
-    copies_encode = 0
-    copies_decode = 0
+class OutOfBand(OutOfBandSerializer):
     safe = "yes: lengths, depth and types are checked by the parser, the shape by this code"
 
     def __init__(self) -> None:
@@ -87,9 +77,6 @@ class OutOfBand(Serializer):
         for tensor in message.tensors:
             made.tensors.add(dtype=dtype_name(tensor), shape=tensor.shape)
         return [made.SerializeToString(), *map(array_of, message.tensors)]
-
-    def receive(self, wire: list[Any]) -> OutOfBandBytes:
-        return out_of_band(wire)
 
     def decode(self, received: OutOfBandBytes) -> Message:
         head, buffers = received

@@ -13,7 +13,7 @@ from typing import Any
 import safetensors.torch
 
 from .arrays import array_of, dtype_name, tensor_over
-from .serializer import Message, OutOfBandBytes, Serializer, out_of_band
+from .serializer import Message, OutOfBandBytes, OutOfBandSerializer, Serializer
 
 __all__ = ["Library", "OutOfBand"]
 
@@ -30,7 +30,6 @@ class Library(Serializer):
     copies_decode = 1
     safe = "yes: the header's length, offsets and overlaps are checked"
     general = False
-    bfloat16 = "as itself"
 
     def encode(self, message: Message) -> list[Any]:
         metadata = {"op": message.op, "layer": str(message.layer), "scale": repr(message.scale)}
@@ -45,12 +44,9 @@ class Library(Serializer):
         return Message("", 0, 0.0, [tensors[str(index)] for index in range(len(tensors))])
 
 
-class OutOfBand(Serializer):
+class OutOfBand(OutOfBandSerializer):
     """The header, then each tensor's own memory; it arrives in a buffer of its own, as the header says its size."""
 
-    how = "best"
-    copies_encode = 0
-    copies_decode = 0
     safe = "yes: names, dtypes, shapes and offsets are checked by this code"
 
     def encode(self, message: Message) -> list[Any]:
@@ -67,9 +63,6 @@ class OutOfBand(Serializer):
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         return [struct.pack("<Q", len(text)) + text, *map(array_of, message.tensors)]
-
-    def receive(self, wire: list[Any]) -> OutOfBandBytes:
-        return out_of_band(wire)
 
     def decode(self, received: OutOfBandBytes) -> Message:
         head, buffers = received

@@ -19,7 +19,6 @@ class TorchSave(Serializer):
     copies_encode = 1
     copies_decode = 1
     safe = "partly: a restricted unpickler (weights_only), which torch before 2.6 could be led around"
-    bfloat16 = "as itself"
 
     def encode(self, message: Message) -> list[Any]:
         file = io.BytesIO()

@@ -1,18 +1,6 @@
 """Transports: a message there and one of the same size back, and many one way; by fastsplit and what one uses instead.
 
-    fastsplit_calls.py   fastsplit's own: one call at a time, many in flight, asyncio
-    memory.py            a copy within one process: the floor of whoever moves bytes at all
-    raw_socket.py        sendall and recv_into and nothing else: the floor of sockets
-    iceoryx.py           iceoryx2, which copies nothing
-    shared_block.py      multiprocessing.shared_memory, and a Pipe (or a bare flag) that says when
-    pipes.py             multiprocessing.Pipe with the bytes in it
-    torch_tensors.py     torch.multiprocessing: tensors in shared memory, through a Pipe or a Queue
-    zmq_sockets.py       pyzmq, as the original system used it and tuned
-    grpc_calls.py        gRPC: a call for each message, and one stream for all
-    arrow_flight.py      Arrow Flight
-    gloo.py              torch.distributed
-    pair.py              both ends of one of them
-    peer.py              the process with the other end
+A module has the two ends of each of its contestants; pair.py joins them, peer.py is the process with the other end.
 
 Rules. Each runs at its best, or as it is commonly written where that is something else, and its module says which and
 how. Round trips: the message lies where the transport likes it best, in shared memory if it has any, and the answer is
@@ -37,12 +25,25 @@ import select
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.connection import Listener
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-__all__ = ["LINKS", "TRANSPORTS", "Bytes", "Client", "Peer", "Run", "Transport", "bytes_of", "load", "poll_of"]
+__all__ = [
+    "LINKS",
+    "TRANSPORTS",
+    "Bytes",
+    "Client",
+    "Peer",
+    "Run",
+    "Transport",
+    "bytes_of",
+    "load",
+    "poll_of",
+    "waiting",
+]
 
 LINKS = ("shm", "unix", "tcp")
 
@@ -80,15 +81,33 @@ class Peer:
         """What the run needs that takes time. The client is there already."""
 
     def serve(self, run: Run) -> None:
-        """Answers `run.count` times. If `run.mark`, adds one to each byte of the message before it answers."""
-        raise NotImplementedError
+        """Answers `run.count` times. If `run.mark`, adds one to each byte of the message before it answers.
+
+        Nothing to do where servers answer on threads of their own, as in `take`; idle they sleep."""
 
     def take(self, run: Run) -> None:
         """Receives `run.count` messages, and tells the client when it has all."""
-        raise NotImplementedError
 
     def close(self) -> None:
         """Leaves nothing behind."""
+
+
+class PipePeer(Peer):
+    """With an end of a multiprocessing Pipe: a Connection over a connected unix socket, as a Pipe's are over a pair."""
+
+    def __init__(self, directory: Path, link: str) -> None:
+        self.address = str(directory / "pipe.sock")
+        self._listener = Listener(self.address, "AF_UNIX")
+        self._pipe: Any = None
+
+    def prepare(self, run: Run) -> None:
+        if self._pipe is None:
+            self._pipe = self._listener.accept()
+
+    def close(self) -> None:
+        self._listener.close()
+        if self._pipe is not None:
+            self._pipe.close()
 
 
 class Client:
@@ -100,17 +119,12 @@ class Client:
     """Whether what a round trip took is how long it was under way; else what it added to others."""
     checks_itself: bool = False
     """Whether `push` looks at what came, since no peer has it."""
-    sizes_nbytes: tuple[int, ...] = ()
-    """What it can send; empty for anything."""
     most_nbytes: int = 1 << 40
-    note: str = ""
-    """What else there is to say of how it works here."""
-
     how: str = "best"
     """"best", "common" (as it is commonly written), or "floor"."""
     copies: str
     """Copies of a round trip's message on its way there, not the kernel's; if other, of one from ordinary memory."""
-    writable: str
+    writable: str = "yes"
     """Whether who receives may write into what it got, without a copy: "yes" or why not."""
     safe: str
     """Whether a hostile peer can do no more than send wrong numbers. "yes": all that it says is checked, also against
@@ -151,6 +165,26 @@ class Client:
         """Leaves nothing behind. The peer has ended by now, perhaps by being killed."""
 
 
+class KeepingClient(Client):
+    """With one message of each size, float32 in ordinary memory that was written to, and the last reply."""
+
+    def __init__(self, address: str) -> None:
+        self._messages: dict[int, Any] = {}
+        self._reply: Any = None
+
+    def prepare(self, nbytes: int) -> str:
+        self._messages[nbytes] = np.ones(nbytes // 4, np.float32)
+        return ""
+
+    def release(self, nbytes: int) -> None:
+        self._reply = None
+        del self._messages[nbytes]
+
+    def close(self) -> None:
+        self._reply = None
+        self._messages.clear()
+
+
 @dataclass(frozen=True)
 class Transport:
     """One way to move messages over one kind of link; `prefix`: what its two classes' names begin with."""
@@ -160,50 +194,38 @@ class Transport:
     module: str
     prefix: str
 
-    @property
-    def name(self) -> str:
-        return f"{self.link}: {self.label}"
 
-
-def _transports() -> dict[str, Transport]:
-    found = [
-        Transport("shm", "fastsplit", "fastsplit_calls", "Torch"),
-        Transport("shm", "fastsplit, numpy", "fastsplit_calls", "Numpy"),
-        Transport("shm", "fastsplit, new tensors", "fastsplit_calls", "NewTensors"),
-        Transport("shm", "fastsplit, pipelined", "fastsplit_calls", "Pipelined"),
-        Transport("shm", "fastsplit, asyncio", "fastsplit_calls", "Asyncio"),
-        Transport("shm", "iceoryx2", "iceoryx", "Bare"),
-        Transport("shm", "iceoryx2, torch tensors", "iceoryx", "Torch"),
-        Transport("shm", "shared_memory + flag", "shared_block", "Flag"),
-        Transport("shm", "shared_memory + Pipe", "shared_block", "Pipe"),
-        Transport("shm", "shared_memory + Pipe, copies", "shared_block", "CopyPipe"),
-        Transport("shm", "torch Pipe, file_system", "torch_tensors", "FileSystem"),
-        Transport("shm", "torch Pipe, file_descriptor", "torch_tensors", "FileDescriptor"),
-        Transport("shm", "torch Queue", "torch_tensors", "Queue"),
-        Transport("shm", "memcpy", "memory", "Memory"),
-    ]
-    for link in ("unix", "tcp"):
-        found += [
-            Transport(link, "fastsplit", "fastsplit_calls", "Torch"),
-            Transport(link, "fastsplit, numpy", "fastsplit_calls", "Numpy"),
-            Transport(link, "fastsplit, pipelined", "fastsplit_calls", "Pipelined"),
-            Transport(link, "fastsplit, asyncio", "fastsplit_calls", "Asyncio"),
-            Transport(link, "zmq, tuned", "zmq_sockets", "Tuned"),
-            Transport(link, "zmq, as the original", "zmq_sockets", "Original"),
-            Transport(link, "gRPC, one stream", "grpc_calls", "Stream"),
-            Transport(link, "gRPC, unary protobuf", "grpc_calls", "Unary"),
-            Transport(link, "Arrow Flight", "arrow_flight", "Flight"),
-        ]
-        if link == "unix":
-            found.append(Transport(link, "multiprocessing Pipe", "pipes", "Pipe"))
-            found.append(Transport(link, "raw socket, 2 MiB buffer", "raw_socket", "LargeBuffer"))
-        else:
-            found.append(Transport(link, "torch gloo", "gloo", "Gloo"))
-        found.append(Transport(link, "raw socket", "raw_socket", "Raw"))
-    return {transport.name: transport for transport in found}
-
-
-TRANSPORTS = _transports()
+_CONTESTANTS = (
+    ("shm unix tcp", "fastsplit", "fastsplit_calls", "Torch"),
+    ("shm unix tcp", "fastsplit, numpy", "fastsplit_calls", "Numpy"),
+    ("shm", "fastsplit, new tensors", "fastsplit_calls", "NewTensors"),
+    ("shm unix tcp", "fastsplit, pipelined", "fastsplit_calls", "Pipelined"),
+    ("shm unix tcp", "fastsplit, asyncio", "fastsplit_calls", "Asyncio"),
+    ("shm", "iceoryx2", "iceoryx", "Bare"),
+    ("shm", "iceoryx2, torch tensors", "iceoryx", "Torch"),
+    ("shm", "shared_memory + flag", "shared_block", "Flag"),
+    ("shm", "shared_memory + Pipe", "shared_block", "Pipe"),
+    ("shm", "shared_memory + Pipe, copies", "shared_block", "CopyPipe"),
+    ("shm", "torch Pipe, file_system", "torch_tensors", "FileSystem"),
+    ("shm", "torch Pipe, file_descriptor", "torch_tensors", "FileDescriptor"),
+    ("shm", "torch Queue", "torch_tensors", "Queue"),
+    ("shm", "memcpy", "memory", "Memory"),
+    ("unix tcp", "zmq, tuned", "zmq_sockets", "Tuned"),
+    ("unix tcp", "zmq, as the original", "zmq_sockets", "Original"),
+    ("unix tcp", "gRPC, one stream", "grpc_calls", "Stream"),
+    ("unix tcp", "gRPC, unary protobuf", "grpc_calls", "Unary"),
+    ("unix tcp", "Arrow Flight", "arrow_flight", "Flight"),
+    ("unix", "multiprocessing Pipe", "pipes", "Pipe"),
+    ("unix", "raw socket, 2 MiB buffer", "raw_socket", "LargeBuffer"),
+    ("tcp", "torch gloo", "gloo", "Gloo"),
+    ("unix tcp", "raw socket", "raw_socket", "Raw"),
+)
+TRANSPORTS = {
+    f"{link}: {label}": Transport(link, label, module, prefix)
+    for link in LINKS
+    for links, label, module, prefix in _CONTESTANTS
+    if link in links.split()
+}
 """By name, "LINK: LABEL"."""
 
 
@@ -218,6 +240,20 @@ def poll_of(end: Any) -> Callable[[int], Any]:
     poll = select.poll()
     poll.register(end.fileno(), select.POLLIN)
     return poll.poll
+
+
+def waiting(receive: Callable[[], Any], end: Any, spinning: bool) -> Callable[[], Any]:
+    """`receive`, behind a poll that does not wait if it is to spin."""
+    if not spinning:
+        return receive
+    poll = poll_of(end)
+
+    def spin() -> Any:
+        while not poll(0):
+            pass
+        return receive()
+
+    return spin
 
 
 def bytes_of(array: Any) -> Bytes:

@@ -1,12 +1,9 @@
 """Arrow Flight: record batches of one column, float32, which is the tensor's own memory.
 
 Round trips: DoExchange, one stream for all messages of a run; its descriptor says how many will come, and whether to
-look at them. The batch is made anew for each message, which costs a few microseconds. One way: DoPut, and one message
-of metadata from the server when it has all. Batches are sent out of the array's memory, and one of 128 MiB is one
-message. What arrives is an array in Arrow's memory without another copy, read-only, and seldom aligned even to its
-elements' four bytes: that would be a copy, too (IpcReadOptions.ensure_alignment).
-
-Only sleeping: Flight's threads, which are gRPC's, move the bytes and wake the callers.
+look at them. One way: DoPut, and one message of metadata from the server when it has all. Batches are made anew for
+each message and sent out of the array's memory. What arrives is an array in Arrow's memory without another copy,
+read-only. Only sleeping: Flight's threads, which are gRPC's, move the bytes and wake the callers.
 """
 
 from __future__ import annotations
@@ -21,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.flight
 
-from . import Bytes, Client, Peer, Run, bytes_of
+from . import Bytes, KeepingClient, Peer, Run, bytes_of
 
 __all__ = ["FlightClient", "FlightPeer"]
 
@@ -67,24 +64,16 @@ class _Server(pyarrow.flight.FlightServerBase):  # type: ignore[misc]
 
 
 class FlightPeer(Peer):
-    """Its server answers on threads of its own, all the time; idle they sleep."""
-
     def __init__(self, directory: Path, link: str) -> None:
         location = f"grpc+unix://{directory}/flight.sock" if link == "unix" else "grpc+tcp://127.0.0.1:0"
         self._server = _Server(location, self)
         self.address = location if link == "unix" else f"grpc+tcp://127.0.0.1:{self._server.port}"
 
-    def serve(self, run: Run) -> None:
-        pass
-
-    def take(self, run: Run) -> None:
-        """The server tells the client."""
-
     def close(self) -> None:
         self._server.shutdown()
 
 
-class FlightClient(Client):
+class FlightClient(KeepingClient):
     modes = ("sleeping",)
     copies = "1: the received pieces put together"
     writable = "no: Arrow's memory is read-only"
@@ -92,8 +81,8 @@ class FlightClient(Client):
     most_nbytes = 2**31 - 1 - 64 * 1024  # of a message of Flight's
 
     def __init__(self, address: str) -> None:
+        super().__init__(address)
         self._client = pyarrow.flight.FlightClient(address)
-        self._messages: dict[int, np.ndarray[Any, Any]] = {}
         self._stream: tuple[Any, Any] | None = None
 
     def _exchange(self, mark: bool, count: int) -> tuple[Any, Any]:
@@ -107,11 +96,6 @@ class FlightClient(Client):
             writer, _ = self._stream
             self._stream = None
             writer.close()
-
-    def prepare(self, nbytes: int) -> str:
-        self._messages[nbytes] = np.zeros(nbytes // 4, np.float32)
-        bytes_of(self._messages[nbytes])[:] = 0
-        return ""
 
     def trip(self, run: Run) -> Callable[[], object]:
         writer, reader = self._exchange(False, run.count)
@@ -143,10 +127,10 @@ class FlightClient(Client):
 
     def release(self, nbytes: int) -> None:
         self._end()
-        del self._messages[nbytes]
+        super().release(nbytes)
 
     def close(self) -> None:
-        self._messages.clear()
+        super().close()
         with suppress(pa.ArrowException, OSError):
             self._end()
         self._client.close()

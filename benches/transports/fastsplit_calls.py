@@ -1,15 +1,13 @@
 """fastsplit's own: calls of a handler that returns what it got, or one way of a handler that returns nothing.
 
     Torch, Numpy   `Channel.call`, one at a time; the tensor of a round trip is made by `channel.empty` before
-    Pipelined      `Channel.submit`, up to 16 requests in flight (fewer large ones: 256 MiB in all); over sockets with
-                   `overlap=True`, so that requests and replies travel at once. A round trip is then what a call adds,
-                   not how long it takes
+    Pipelined      `Channel.submit`, up to 16 requests in flight (fewer large ones: 256 MiB in all), over sockets with
+                   `overlap=True`. A round trip is then what a call adds, not how long it takes
     NewTensors     as Torch, but each call makes a tensor to send, and the handler another to answer with
     Asyncio        `fastsplit.aio` on both ends: round trips one at a time, one way as many at a time as Pipelined
 
-With shared memory ("shm", over unix://: the tensor goes and comes by reference) and without (`?shm=off`, and tcp). A
-client that asked for one and got the other is no measurement, and ends it. Spinning is what fastsplit does where there
-are two cores: for 50 us at most, then both ends sleep; sleeping is `spin_us=0` on both. An event loop sleeps always.
+With shared memory ("shm", over unix://) and without (`?shm=off`, and tcp); a client that got the other one ends the
+measurement. Spinning is fastsplit's default on two cores, 50 us at most; sleeping is `spin_us=0` on both ends.
 """
 
 from __future__ import annotations
@@ -30,20 +28,6 @@ import fastsplit
 
 from . import Bytes, Client, Peer, Run, bytes_of
 
-__all__ = [
-    "AsyncioClient",
-    "AsyncioPeer",
-    "NewTensorsClient",
-    "NewTensorsPeer",
-    "NumpyClient",
-    "NumpyPeer",
-    "PipelinedClient",
-    "PipelinedPeer",
-    "TorchClient",
-    "TorchPeer",
-    "mark",
-]
-
 SPIN_US = {"spinning": 50.0, "sleeping": 0.0}
 _IN_FLIGHT = 16
 _IN_FLIGHT_NBYTES = 256 * 1024**2
@@ -60,9 +44,7 @@ def _in_flight(nbytes: int) -> int:
     return min(max(_IN_FLIGHT_NBYTES // nbytes, 2), _IN_FLIGHT)
 
 
-class _CallPeer(Peer):
-    """Its servers answer on threads of their own, all the time; idle they sleep."""
-
+class TorchPeer(Peer):
     arrays = "torch"
     modes: tuple[str, ...] = ("spinning", "sleeping")
 
@@ -88,22 +70,15 @@ class _CallPeer(Peer):
         self.taken += 1
         (self.last,) = call.tensors
 
-    def serve(self, run: Run) -> None:
-        pass
-
-    def take(self, run: Run) -> None:
-        """The replies tell the client."""
-
     def close(self) -> None:
         for server in self._servers.values():
             server.close()
 
 
-class _CallClient(Client):
+class TorchClient(Client):
     arrays = "torch"
     overlap = False
     copies = "0; 1 from ordinary memory into shared"
-    writable = "yes"
     safe = "partly: what is said of tensors is checked, but the peer may change them while they are read"
 
     def __init__(self, address: str) -> None:
@@ -119,12 +94,8 @@ class _CallClient(Client):
             if channel.shm is not self._shm:
                 self.close()
                 raise ConnectionError(f"shm is {channel.shm}: {channel.shm_reason}")
-        self.note = f"shared memory: {channel.shm_reason}"
         if not self._shm:
             self.copies, self.safe = "0", "yes"
-
-    def channel(self, mode: str) -> fastsplit.Channel:
-        return self._channels[mode]
 
     def prepare(self, nbytes: int) -> str:
         for mode, channel in self._channels.items():
@@ -181,30 +152,22 @@ def _as_message(message: Bytes, arrays: str) -> Any:
     return torch.from_numpy(array)
 
 
-class TorchPeer(_CallPeer):
-    pass
-
-
-class TorchClient(_CallClient):
-    pass
-
-
-class NumpyPeer(_CallPeer):
+class NumpyPeer(TorchPeer):
     arrays = "numpy"
 
 
-class NumpyClient(_CallClient):
+class NumpyClient(TorchClient):
     arrays = "numpy"
 
 
-class NewTensorsPeer(_CallPeer):
+class NewTensorsPeer(TorchPeer):
     """Its echo answers with a tensor of its own making; as an answer it would be written to, which no echo does."""
 
     def _echo(self, call: fastsplit.Call) -> Any:
         return call.empty(call.tensors[0].shape, "float32")
 
 
-class NewTensorsClient(_CallClient):
+class NewTensorsClient(TorchClient):
     has_one_way = False  # there a message comes out of ordinary memory, as Torch has it
 
     def trip(self, run: Run) -> Callable[[], object]:
@@ -217,11 +180,11 @@ class NewTensorsClient(_CallClient):
         return once
 
 
-class PipelinedPeer(_CallPeer):
+class PipelinedPeer(TorchPeer):
     modes = ("spinning",)
 
 
-class PipelinedClient(_CallClient):
+class PipelinedClient(TorchClient):
     modes = ("spinning",)
     is_latency = False
     overlap = True
@@ -258,7 +221,7 @@ class PipelinedClient(_CallClient):
             future.result()
 
 
-class AsyncioPeer(_CallPeer):
+class AsyncioPeer(TorchPeer):
     """A loop in a thread of its own; handlers are plain functions, which run on it."""
 
     modes = ("sleeping",)
@@ -286,7 +249,6 @@ class AsyncioPeer(_CallPeer):
 class AsyncioClient(Client):
     modes = ("sleeping",)
     copies = "0; 1 from ordinary memory into shared"
-    writable = "yes"
     safe = "partly: what is said of tensors is checked, but the peer may change them while they are read"
 
     def __init__(self, address: str) -> None:

@@ -1,14 +1,8 @@
 """torch.distributed with gloo, its sockets on the loopback interface: `send` and `recv` of tensors between two ranks.
 
 Both ends receive into tensors that are there before, and ask for the next message (`irecv`) before they send their own:
-gloo sends no tensor before the other end has said where it goes, and so that is said early. There and back, on two
-cores that others used as well, that made 25 ms out of the 31 of `send` and `recv` for 32 MiB, the best of each, and
-470 us out of 530 for 1 MiB. One way it made no difference, and there it is `send` and `recv`. The process group's own
-`send` and `recv`, without the checks of `torch.distributed`, took 31 us instead of 43 for 64 B, nothing less for large
-tensors, and are not what one calls. Small messages are unsteady where the ends do not have a core for themselves: 80 us
-each one way to 5 ms, in whichever of these ways to 0.5 ms and more, and up to 4 ms there and back.
-
-Only sleeping: gloo's thread moves the bytes and wakes the callers.
+gloo sends no tensor before the other end has said where it goes. One way that makes no difference. Only sleeping:
+gloo's thread moves the bytes. Small messages are unsteady where the ends have no core for themselves.
 """
 
 from __future__ import annotations
@@ -92,7 +86,6 @@ class GlooPeer(Peer):
 class GlooClient(Client):
     modes = ("sleeping",)
     copies = "0"
-    writable = "yes"
     safe = "partly: nothing says what comes"
 
     def __init__(self, address: str) -> None:

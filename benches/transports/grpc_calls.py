@@ -1,28 +1,12 @@
 """gRPC: one stream for all messages, and a call with a protobuf message for each.
 
-    Stream    a stream both ways for all messages of a run, plain bytes (no serializer): `tobytes()` out, as gRPC takes
-              nothing but bytes without making bytes of it first, and `np.frombuffer` of what came, which is read-only.
-              One way a stream to the server, held back by HTTP/2's own flow control; its only reply says how many came
-    Unary     a call for each message and its reply, each a protobuf message of dtype, shape and data, made here at run
-              time: `tobytes()` in, `np.frombuffer(...).copy()` out. One way the reply is empty, and calls are made one
-              at a time
+    Stream    plain bytes: `tobytes()` out, since gRPC takes nothing else, and `np.frombuffer` of what came, read-only.
+              One way a stream to the server, held back by HTTP/2's flow control; its only reply says how many came
+    Unary     a call for each message and its reply, each a protobuf message of dtype, shape and data: `tobytes()` in,
+              `np.frombuffer(...).copy()` out. One way the reply is empty, and calls are made one at a time
 
-Both ends are the synchronous API, and message lengths are not limited, as they must not be for tensors. Only sleeping:
-gRPC's own threads move the bytes, and wake the callers.
-
-Tried for Stream, on two cores that others used as well, the best of four medians each (there and back 64 B, 1 MiB,
-32 MiB over unix sockets):
-
-    defaults                                               113 us   1.58 ms   172 ms
-    grpc.http2.bdp_probe 0, lookahead_bytes 64 MiB          99 us   1.45 ms   148 ms    used; no gain on tcp for 1 MiB
-    grpc.http2.max_frame_size 16 MiB                       111 us   1.41 ms   150 ms    slower on tcp, and one way
-    the same, and lookahead_bytes or write_buffer_size     111 us   1.47 ms   157 ms    with neither quicker
-    optimization_target latency or throughput              114 us   1.49 ms   167 ms
-    experimental.tcp_read_chunk_size 4 MiB                 113 us   1.47 ms   162 ms
-    grpc.aio on both ends                                  117 us   1.94 ms   169 ms
-    grpc.aio for the client alone                          106 us   1.39 ms   179 ms
-
-The rows of grpc.aio are of another run, in which the defaults took 117 us, 1.61 ms and 174 ms.
+Both ends are the synchronous API without limits on lengths, and only sleep: gRPC's threads move the bytes. Stream's two
+options were the quickest of nine settings, `grpc.aio` included, that were tried over unix sockets.
 """
 
 from __future__ import annotations
@@ -38,7 +22,7 @@ import grpc
 import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
-from . import Bytes, Client, Peer, Run, bytes_of
+from . import Bytes, KeepingClient, Peer, Run, bytes_of
 
 __all__ = ["StreamClient", "StreamPeer", "UnaryClient", "UnaryPeer"]
 
@@ -87,8 +71,6 @@ def _marked(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 class _GrpcPeer(Peer):
-    """Its server answers on threads of its own, all the time; idle they sleep."""
-
     options: list[tuple[str, int]]
 
     def __init__(self, directory: Path, link: str) -> None:
@@ -104,35 +86,21 @@ class _GrpcPeer(Peer):
     def _handlers(self) -> dict[str, Any]:
         raise NotImplementedError
 
-    def serve(self, run: Run) -> None:
-        pass
-
-    def take(self, run: Run) -> None:
-        """The replies tell the client."""
-
     def close(self) -> None:
         self._server.stop(_CLOSING_S).wait()  # no call is open, so that it does not take as long
         self._pool.shutdown()
 
 
-class _GrpcClient(Client):
+class _GrpcClient(KeepingClient):
     modes = ("sleeping",)
     options: list[tuple[str, int]]
 
     def __init__(self, address: str) -> None:
+        super().__init__(address)
         self._channel = grpc.insecure_channel(address, options=self.options)
-        self._messages: dict[int, np.ndarray[Any, Any]] = {}
-
-    def prepare(self, nbytes: int) -> str:
-        self._messages[nbytes] = np.zeros(nbytes // 4, np.float32)
-        bytes_of(self._messages[nbytes])[:] = 0
-        return ""
-
-    def release(self, nbytes: int) -> None:
-        del self._messages[nbytes]
 
     def close(self) -> None:
-        self._messages.clear()
+        super().close()
         self._channel.close()
 
 
@@ -235,7 +203,6 @@ class UnaryClient(_GrpcClient):
     options = _UNLIMITED
     how = "common"
     copies = "10: tobytes, three of protobuf, one into gRPC's memory, two out of it, two of protobuf, copy"
-    writable = "yes"
     safe = "partly: no limit on the size"
     most_nbytes = 2**31 - 1 - 64 * 1024  # of a protobuf message
 

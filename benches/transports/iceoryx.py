@@ -1,22 +1,14 @@
 """iceoryx2: memory is loaned, and what is loaned is sent by reference, whatever its size.
 
-Round trips by request-response at its best: one client, one server and one request at a time are all that the service
-has room for; requests and responses are slices that are loaned uninitialized and sent as they are, and their loans are
-returned by hand, which is sooner than by the collector. Received memory cannot be sent on, so that the response is a
-loan of its own: nobody writes it, either ("Bare"), although an echo of the bytes would have to copy them. "Torch" adds
-what a caller of fastsplit gets: a tensor over the request where it is made and where it arrives, and the same for the
-response; nothing is copied there, either.
+Round trips by request-response at its best: the service has room for one client, one server and one request at a time;
+requests and responses are slices that are loaned uninitialized, sent as they are, and returned by hand. Received memory
+cannot be sent on, so the response is a loan of its own, which nobody writes ("Bare"), although an echo of the bytes
+would copy them. "Torch" makes a tensor over request and response at both ends. One way by publish-subscribe without
+loss: a publisher that finds the queue (8 messages, down to 2 large ones) full asks again and again. It loans a slice,
+copies the message into it and sends it; the subscriber makes an array or tensor over it, and returns the one before.
 
-One way by publish-subscribe, of which nothing may be lost: the queue does not overflow, and a publisher that finds it
-full asks again and again. It loans a slice, copies the message into it and sends it; the subscriber makes an array
-("Torch": a tensor) over what came and returns the one before. Publishers and their queues are made for one size at a
-time, as long as pays: 8 messages, down to 2 large ones. That all has come is what a request at the end finds out.
-
-Spinning: `receive` until something is there. Sleeping: an event service each way; who sent notifies, who waits
-is in its listener's `blocking_wait`. A WaitSet around the same listener was no faster.
-
-All its files are in a directory of this benchmark's, and its names in /dev/shm begin with a prefix of this benchmark's,
-so that what iceoryx2 leaves there (one name, or all if it is killed) can be removed.
+Spinning: `receive` until something is there. Sleeping: an event service each way; the sender notifies a listener that
+is in `blocking_wait`. All its files are in a directory, and its names in /dev/shm under a prefix, of this benchmark's.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """A copy within one process: numpy's between two arrays that are warm, twice for a round trip and once one way.
 
-The floor of whoever moves the bytes at all, once; who passes a reference is below it for all but the smallest. The peer
-does nothing but be there.
+The floor of moving the bytes at all; passing a reference takes less for all but the smallest.
 """
 
 from __future__ import annotations
@@ -33,7 +32,6 @@ class MemoryClient(Client):
     checks_itself = True
     how = "floor"
     copies = "1"
-    writable = "yes"
     safe = "-"
 
     def __init__(self, address: str) -> None:

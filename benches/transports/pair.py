@@ -20,7 +20,7 @@ from benches.rounds import progress
 
 from . import TRANSPORTS, Bytes, Client, Run, load
 
-__all__ = ["ANSWER_S", "Figures", "Pair", "answering", "open_pairs"]
+__all__ = ["ANSWER_S", "Figures", "Pair", "answering", "open_pairs", "raw_bytes_per_s"]
 
 ANSWER_S = 60.0
 """How long a pair may take to start, or for what it is asked to do."""
@@ -73,7 +73,7 @@ class Pair:
     def takes(self, nbytes: int, mode: str, one_way: bool = False) -> bool:
         """Whether it has that. One way it is measured in its first mode alone."""
         client = self.client
-        if nbytes > client.most_nbytes or (client.sizes_nbytes and nbytes not in client.sizes_nbytes):
+        if nbytes > client.most_nbytes:
             return False
         return client.has_one_way and mode == client.modes[0] if one_way else mode in client.modes
 
@@ -194,3 +194,23 @@ def open_pairs(
     for name, reason in left_out.items():
         progress(f"left out: {name}: {reason}")
     return pairs, left_out
+
+
+_RAW = {"unix": "unix: raw socket, 2 MiB buffer", "tcp": "tcp: raw socket"}
+
+
+def raw_bytes_per_s(link: str, *, quick: bool = False) -> float:
+    """The floor: the rate of a bare sendall / recv_into loop over "unix" or "tcp", the better of messages beyond a
+    cache (128 MiB) and of those that may be in one (8 MiB). `quick`: the latter alone, to a tenth or two."""
+    rates = []
+    with ExitStack() as stack:
+        pairs, left_out = open_pairs(stack, [_RAW[link]], None, 0)
+        if left_out:
+            raise RuntimeError(f"{link}: {left_out}")
+        (pair,) = pairs.values()
+        for nbytes, count in ((8 * 1024**2, 32),) if quick else ((8 * 1024**2, 256), (128 * 1024**2, 16)):
+            pair.prepare(nbytes)
+            message = np.ones(nbytes, np.uint8)
+            pair.push(message, "sleeping", count // 8)
+            rates.append(nbytes * count / pair.push(message, "sleeping", count).wall_s)
+    return max(rates)

@@ -1,13 +1,8 @@
 """multiprocessing.Pipe with the bytes in it.
 
 At its best: `send_bytes` of the message's own memory, for `send` would pickle it, and `recv_bytes` with the size that
-is expected, over whose bytes an array is made: an array for each message, read-only as bytes are. `recv_bytes_into` an
-array that is writable is the same with one more copy: it reads into bytes first, too. A small message goes out behind
-its length in one write, a large one in two, and comes in by two reads or more. The send buffer is 2 MiB.
-
-A Pipe's ends are Connections over a socket pair; those here are over a connected unix socket, which is the same thing.
-Spinning: a poll that does not wait, before a message is read (`Connection.poll` makes a selector each time). One way:
-the receiver says one byte when it has everything.
+is expected, over whose bytes an array is made, read-only as bytes are; `recv_bytes_into` copies once more. The send
+buffer is 2 MiB. Spinning: a poll that does not wait. One way: the receiver says one byte when it has everything.
 """
 
 from __future__ import annotations
@@ -16,13 +11,13 @@ import os
 import socket
 from collections.abc import Callable
 from multiprocessing.connection import Client as connect_pipe
-from multiprocessing.connection import Connection, Listener
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from . import Bytes, Client, Peer, Run, poll_of
+from benches import transports
+
+from . import Bytes, KeepingClient, Run, bytes_of, poll_of
 
 __all__ = ["PipeClient", "PipePeer"]
 
@@ -52,19 +47,11 @@ def _receiver(pipe: Any, run: Run) -> Callable[[], Bytes]:
     return receive
 
 
-class PipePeer(Peer):
-    def __init__(self, directory: Path, link: str) -> None:
-        self.address = str(directory / "pipe.sock")
-        self._listener = Listener(self.address, "AF_UNIX")
-        self._connected: Connection | None = None
-
-    @property
-    def _pipe(self) -> Any:
-        return self._connected
-
+class PipePeer(transports.PipePeer):
     def prepare(self, run: Run) -> None:
-        if self._connected is None:
-            self._connected = _with_buffer(self._listener.accept())
+        if self._pipe is None:
+            super().prepare(run)
+            _with_buffer(self._pipe)
 
     def serve(self, run: Run) -> None:
         send_bytes, receive = self._pipe.send_bytes, _receiver(self._pipe, run)
@@ -81,28 +68,22 @@ class PipePeer(Peer):
             self.taken += 1
         self._pipe.send_bytes(b"!")
 
-    def close(self) -> None:
-        self._listener.close()
-        if self._connected is not None:
-            self._connected.close()
 
-
-class PipeClient(Client):
+class PipeClient(KeepingClient):
     copies = "1, of what is read"
     writable = "no: it is bytes"
     safe = "partly: nothing says what comes"
 
     def __init__(self, address: str) -> None:
+        super().__init__(address)
         self._pipe: Any = _with_buffer(connect_pipe(address, "AF_UNIX"))
-        self._messages: dict[int, Bytes] = {}
-        self._reply: Any = None
-
-    def prepare(self, nbytes: int) -> str:
-        self._messages[nbytes] = np.ones(nbytes, np.uint8)
-        return ""
 
     def trip(self, run: Run) -> Callable[[], object]:
-        send_bytes, receive, message = self._pipe.send_bytes, _receiver(self._pipe, run), self._messages[run.nbytes]
+        send_bytes, receive, message = (
+            self._pipe.send_bytes,
+            _receiver(self._pipe, run),
+            bytes_of(self._messages[run.nbytes]),
+        )
 
         def once() -> None:
             send_bytes(message)
@@ -111,7 +92,7 @@ class PipeClient(Client):
         return once
 
     def marked(self, run: Run, message: Bytes) -> Bytes:
-        self._messages[run.nbytes][:] = message
+        bytes_of(self._messages[run.nbytes])[:] = message
         self.trip(run)()
         reply: Bytes = self._reply.copy()
         return reply
@@ -123,11 +104,6 @@ class PipeClient(Client):
         if self._pipe.recv_bytes() != b"!":
             raise ConnectionError("the receiver left before it had everything")
 
-    def release(self, nbytes: int) -> None:
-        self._reply = None
-        del self._messages[nbytes]
-
     def close(self) -> None:
-        self._reply = None
-        self._messages.clear()
+        super().close()
         self._pipe.close()

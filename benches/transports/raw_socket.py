@@ -1,12 +1,8 @@
 """A socket with nothing around it: what a wake-up and the kernel's two copies cost in Python.
 
-Blocking `sendall` and a loop of `recv_into` around one buffer for all messages, so that no memory is made meanwhile; no
-header, since both ends know how much will come. Spinning: a poll that does not wait before the first read (a
-non-blocking recv, which raises as long as there is nothing, was no faster). One way: the receiver says one byte when it
-has everything.
-
-    Raw            the kernel's own buffers, as such a loop is commonly written; TCP_NODELAY on tcp
-    LargeBuffer    SO_SNDBUF of 2 MiB on unix sockets, as fastsplit has it (tcp sizes its own)
+Blocking `sendall` and a loop of `recv_into` around one buffer for all messages; no header. Spinning: a poll that does
+not wait before the first read. One way: the receiver says one byte when it has everything. "Raw" has the kernel's own
+buffers, and TCP_NODELAY on tcp; "LargeBuffer" has SO_SNDBUF of 2 MiB on unix sockets, as fastsplit.
 """
 
 from __future__ import annotations
@@ -94,7 +90,6 @@ class RawClient(Client):
     modes = ("spinning", "sleeping")
     how = "floor"
     copies = "0"
-    writable = "yes"
     safe = "partly: nothing says what comes"
     sndbuf_nbytes = 0
 

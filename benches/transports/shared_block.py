@@ -2,19 +2,13 @@
 
     Flag       a counter for each end, in the block itself: the least that two spinning Python processes can do.
                No description, one tensor, no lifetimes, and a core's order of stores for granted (as x86 has it)
-    Pipe       the tensor lies in the block already, and stays there; what is sent is a few bytes through a
-               multiprocessing Pipe: `send_bytes`, for `send` would pickle
+    Pipe       the tensor lies in the block and stays there; a few bytes go through a Pipe (`send_bytes`)
     CopyPipe   as people write it: the tensor is copied into the block, name, shape and dtype are pickled through
-               the Pipe, and who receives copies it out, so that the block is free again; the same on the way back
+               the Pipe, and the receiver copies it out; the same on the way back
 
 One way, Flag and Pipe have a ring of slots in the block, 8 down to 2 large ones: the sender copies a message into the
-next while the receiver has an array over another. Of a slot that is free again Flag's counter tells; by Pipe, where
-each word costs a system call at either end, half of the ring is given back at once. CopyPipe has its one place, and
-each message waits until the one before is copied out.
-
-At their best: blocks are made, mapped and touched once, before the clock runs, never for each message. A Pipe's ends
-are Connections over a socket pair; those here are over a connected unix socket, which is the same thing.
-Spinning, where there is a Pipe: a poll that does not wait (`Connection.poll` makes a selector each time).
+next while the receiver has an array over another. Flag's counter frees a slot, by Pipe half of the ring at once.
+Blocks are made, mapped and touched once, before the clock runs.
 """
 
 from __future__ import annotations
@@ -23,14 +17,15 @@ import contextlib
 from collections.abc import Callable
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Client as connect_pipe
-from multiprocessing.connection import Connection, Listener
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from . import Bytes, Client, Peer, Run, poll_of
+from benches import transports
+
+from . import Bytes, Client, Run, waiting
 
 __all__ = ["CopyPipeClient", "CopyPipePeer", "FlagClient", "FlagPeer", "PipeClient", "PipePeer"]
 
@@ -57,35 +52,13 @@ def _payload(block: SharedMemory, nbytes: int, slot: int = 0) -> Bytes:
     return np.frombuffer(block.buf, np.uint8, nbytes, _FLAGS_NBYTES + slot * nbytes)
 
 
-def _waiting(pipe: Any, spinning: bool) -> Callable[[], object]:
-    """`pipe.recv_bytes`, behind the poll if it is to spin."""
-    recv_bytes: Callable[[], bytes] = pipe.recv_bytes
-    if not spinning:
-        return recv_bytes
-    poll = poll_of(pipe)
-
-    def receive() -> bytes:
-        while not poll(0):
-            pass
-        return recv_bytes()
-
-    return receive
-
-
-class _BlockPeer(Peer):
+class _BlockPeer(transports.PipePeer):
     def __init__(self, directory: Path, link: str) -> None:
-        self.address = str(directory / "pipe.sock")
-        self._listener = Listener(self.address, "AF_UNIX")
-        self._connected: Connection | None = None
+        super().__init__(directory, link)
         self._blocks: dict[str, SharedMemory] = {}
 
-    @property
-    def _pipe(self) -> Any:
-        return self._connected
-
     def prepare(self, run: Run) -> None:
-        if self._connected is None:
-            self._connected = self._listener.accept()
+        super().prepare(run)
         if run.place not in self._blocks:
             self._release()
             self._blocks[run.place] = _attach(run.place)
@@ -98,14 +71,11 @@ class _BlockPeer(Peer):
 
     def close(self) -> None:
         self._release()
-        self._listener.close()
-        if self._connected is not None:
-            self._connected.close()
+        super().close()
 
 
 class _BlockClient(Client):
     copies = "0; 1 from ordinary memory into shared"
-    writable = "yes"
     safe = "no: nothing is checked, and the peer may write while it is read"
     has_slots = True
 
@@ -201,7 +171,7 @@ class FlagClient(_BlockClient):
 class PipePeer(_BlockPeer):
     def serve(self, run: Run) -> None:
         pipe = self._pipe
-        receive = _waiting(pipe, run.spinning)
+        receive = waiting(pipe.recv_bytes, pipe, run.spinning)
         for _ in range(run.count):
             receive()
             if run.mark:
@@ -210,7 +180,7 @@ class PipePeer(_BlockPeer):
 
     def take(self, run: Run) -> None:
         pipe, block, nbytes, slots = self._pipe, self._blocks[run.place], run.nbytes, _slots(run.nbytes)
-        receive, half = _waiting(pipe, run.spinning), slots // 2
+        receive, half = waiting(pipe.recv_bytes, pipe, run.spinning), slots // 2
         for number in range(run.count):
             receive()
             self.last = _payload(block, nbytes, number % slots)
@@ -221,7 +191,7 @@ class PipePeer(_BlockPeer):
 
 class PipeClient(_BlockClient):
     def trip(self, run: Run) -> Callable[[], object]:
-        send_bytes, receive = self._pipe.send_bytes, _waiting(self._pipe, run.spinning)
+        send_bytes, receive = self._pipe.send_bytes, waiting(self._pipe.recv_bytes, self._pipe, run.spinning)
 
         def once() -> None:
             send_bytes(_WORD)
@@ -230,7 +200,7 @@ class PipeClient(_BlockClient):
         return once
 
     def push(self, run: Run, message: Bytes) -> None:
-        send_bytes, receive = self._pipe.send_bytes, _waiting(self._pipe, run.spinning)
+        send_bytes, receive = self._pipe.send_bytes, waiting(self._pipe.recv_bytes, self._pipe, run.spinning)
         ring, copyto = self._ring(run.nbytes), np.copyto
         slots, half = len(ring), len(ring) // 2
         awaited = -(-run.count // half)
@@ -247,12 +217,9 @@ class PipeClient(_BlockClient):
 class CopyPipePeer(_BlockPeer):
     def serve(self, run: Run) -> None:
         pipe, blocks = self._pipe, self._blocks
-        poll = poll_of(pipe)
+        receive = waiting(pipe.recv, pipe, run.spinning)
         for _ in range(run.count):
-            if run.spinning:
-                while not poll(0):
-                    pass
-            name, shape, dtype = pipe.recv()
+            name, shape, dtype = receive()
             shared = np.ndarray(shape, dtype, blocks[name].buf, _FLAGS_NBYTES)
             array = shared.copy()
             if run.mark:
@@ -262,12 +229,9 @@ class CopyPipePeer(_BlockPeer):
 
     def take(self, run: Run) -> None:
         pipe, blocks = self._pipe, self._blocks
-        poll = poll_of(pipe)
+        receive = waiting(pipe.recv, pipe, run.spinning)
         for _ in range(run.count):
-            if run.spinning:
-                while not poll(0):
-                    pass
-            name, shape, dtype = pipe.recv()
+            name, shape, dtype = receive()
             self.last = np.ndarray(shape, dtype, blocks[name].buf, _FLAGS_NBYTES).copy()
             self.taken += 1
             pipe.send(True)
@@ -276,7 +240,6 @@ class CopyPipePeer(_BlockPeer):
 class CopyPipeClient(_BlockClient):
     how = "common"
     copies = "2, into the block and out of it"
-    writable = "yes"
     safe = "no: pickle runs what it is told"
     has_slots = False
 
@@ -292,16 +255,13 @@ class CopyPipeClient(_BlockClient):
 
     def trip(self, run: Run) -> Callable[[], object]:
         pipe, array, block = self._pipe, self._messages[run.nbytes], self._blocks[run.nbytes]
-        poll = poll_of(pipe)
+        receive = waiting(pipe.recv, pipe, run.spinning)
 
         def once() -> None:
             shared = np.ndarray(array.shape, array.dtype, block.buf, _FLAGS_NBYTES)
             np.copyto(shared, array)
             pipe.send((block.name, array.shape, array.dtype.str))
-            if run.spinning:
-                while not poll(0):
-                    pass
-            _, shape, dtype = pipe.recv()
+            _, shape, dtype = receive()
             self._reply = np.ndarray(shape, dtype, block.buf, _FLAGS_NBYTES).copy()
 
         return once
@@ -314,15 +274,12 @@ class CopyPipeClient(_BlockClient):
 
     def push(self, run: Run, message: Bytes) -> None:
         pipe, array, block = self._pipe, message.view(np.float32), self._blocks[run.nbytes]
-        poll = poll_of(pipe)
+        receive = waiting(pipe.recv, pipe, run.spinning)
         for _ in range(run.count):
             shared = np.ndarray(array.shape, array.dtype, block.buf, _FLAGS_NBYTES)
             np.copyto(shared, array)
             pipe.send((block.name, array.shape, array.dtype.str))
-            if run.spinning:
-                while not poll(0):
-                    pass
-            pipe.recv()
+            receive()
 
     def release(self, nbytes: int) -> None:
         self._reply = None

@@ -4,19 +4,11 @@
     FileDescriptor   through a Pipe; torch's default: a descriptor, fetched for each message from a sender's thread
     Queue            as commonly written: `put` of an ordinary tensor, `get`, and a descriptor for a handle
 
-The Pipes at their best: the tensor is in shared memory already (`share_memory_`), both ends keep one of each message's
-tensors alive so that torch finds its mapping again instead of making a new one, and what carries the handle is a Pipe.
-One way the sender copies each message into one of two shared tensors, and waits until the receiver has said that it has
-the tensor before it uses it again. Spinning: a poll that does not wait, before the Pipe is read.
-
-A `torch.multiprocessing.Queue` is the same Pipe behind two locks, a semaphore that counts, and a thread that pickles
-and feeds it. Each message is an ordinary tensor of its own, over the memory it comes out of, which the thread copies
-into new shared memory: a new file, its pages and its mapping for each message are the cost of writing it so. What is
-answered is what came, in shared memory already. `maxsize` is 2, since each message that waits is a file.
-
-Only a parent hands a Queue to its child. Here it is handed over as a child of `spawn` gets it, by pickle: locks and
-semaphore by their names, the ends of its Pipe as descriptors; only that these come from multiprocessing's resource
-sharer, as for any two processes with the same authkey, and not at the start. The Queues are the same from then on.
+The Pipes at their best: the tensor is in shared memory already (`share_memory_`), and both ends keep one of each
+message's tensors alive, so that torch finds its mapping again. One way the sender copies each message into one of two
+shared tensors, and waits for the receiver's word before it uses it again. A Queue copies each ordinary tensor into new
+shared memory in its thread; `maxsize` is 2, since each message that waits is a file. It is handed over as a child of
+`spawn` gets it, by pickle, with descriptors from multiprocessing's resource sharer.
 """
 
 from __future__ import annotations
@@ -29,7 +21,6 @@ import pickle
 from collections.abc import Callable
 from multiprocessing import resource_sharer
 from multiprocessing.connection import Client as connect_pipe
-from multiprocessing.connection import Connection, Listener
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
@@ -37,16 +28,9 @@ from typing import Any
 import torch
 import torch.multiprocessing
 
-from . import Bytes, Client, Peer, Run, bytes_of, poll_of
+from benches import transports
 
-__all__ = [
-    "FileDescriptorClient",
-    "FileDescriptorPeer",
-    "FileSystemClient",
-    "FileSystemPeer",
-    "QueueClient",
-    "QueuePeer",
-]
+from . import Bytes, KeepingClient, Peer, Run, bytes_of, waiting
 
 _AUTHKEY = b"fastsplit-bench"  # descriptors are fetched by who has the same; children of one parent do
 _SHARED = 2  # tensors one way
@@ -65,35 +49,25 @@ def _stop_sharing() -> None:
     resource_sharer.stop()
 
 
-class _TorchPeer(Peer):
+class _TorchPeer(transports.PipePeer):
     strategy: str
 
     def __init__(self, directory: Path, link: str) -> None:
-        self.address = str(directory / "pipe.sock")
-        self._listener = Listener(self.address, "AF_UNIX")
-        self._connected: Connection | None = None
+        super().__init__(directory, link)
         self._kept: list[Any] = []
         self._nbytes = 0
 
-    @property
-    def _pipe(self) -> Any:
-        return self._connected
-
     def prepare(self, run: Run) -> None:
         _use(self.strategy)
-        if self._connected is None:
-            self._connected = self._listener.accept()
+        super().prepare(run)
         if self._nbytes != run.nbytes:
             self._kept, self._nbytes = [], run.nbytes
 
     def serve(self, run: Run) -> None:
-        pipe = self._pipe
-        poll, kept = poll_of(pipe), self._kept
+        pipe, kept = self._pipe, self._kept
+        receive = waiting(pipe.recv, pipe, run.spinning)
         for _ in range(run.count):
-            if run.spinning:
-                while not poll(0):
-                    pass
-            tensor = pipe.recv()
+            tensor = receive()
             if run.mark:
                 bytes_of(tensor)[:] += 1
             pipe.send(tensor)
@@ -101,34 +75,27 @@ class _TorchPeer(Peer):
 
     def take(self, run: Run) -> None:
         pipe = self._pipe
-        poll = poll_of(pipe)
+        receive = waiting(pipe.recv, pipe, run.spinning)
         kept: list[Any] = [None] * _SHARED
         self._kept = kept
         for number in range(run.count):
-            if run.spinning:
-                while not poll(0):
-                    pass
-            self.last = kept[number % _SHARED] = pipe.recv()
+            self.last = kept[number % _SHARED] = receive()
             self.taken += 1
             pipe.send_bytes(b"!")
 
     def close(self) -> None:
         self._kept = []
-        self._listener.close()
-        if self._connected is not None:
-            self._connected.close()
+        super().close()
 
 
-class _TorchClient(Client):
+class _TorchClient(KeepingClient):
     strategy: str
     copies = "0; 1 from ordinary memory into shared"
-    writable = "yes"
     safe = "no: pickle runs what it is told"
 
     def __init__(self, address: str) -> None:
+        super().__init__(address)
         self._pipe: Any = connect_pipe(address, "AF_UNIX")
-        self._messages: dict[int, list[torch.Tensor]] = {}
-        self._reply: Any = None
 
     def prepare(self, nbytes: int) -> str:
         _use(self.strategy)
@@ -140,14 +107,11 @@ class _TorchClient(Client):
     def trip(self, run: Run) -> Callable[[], object]:
         _use(self.strategy)
         pipe, message = self._pipe, self._messages[run.nbytes][0]
-        poll, send, recv = poll_of(pipe), pipe.send, pipe.recv
+        send, receive = pipe.send, waiting(pipe.recv, pipe, run.spinning)
 
         def once() -> None:
             send(message)
-            if run.spinning:
-                while not poll(0):
-                    pass
-            self._reply = recv()
+            self._reply = receive()
 
         return once
 
@@ -159,14 +123,7 @@ class _TorchClient(Client):
     def push(self, run: Run, message: Bytes) -> None:
         _use(self.strategy)
         pipe, shared, source = self._pipe, self._messages[run.nbytes], torch.from_numpy(message.view("float32"))
-        poll = poll_of(pipe)
-
-        def wait() -> None:
-            if run.spinning:
-                while not poll(0):
-                    pass
-            pipe.recv_bytes()
-
+        wait = waiting(pipe.recv_bytes, pipe, run.spinning)
         for number in range(run.count):
             if number >= _SHARED:
                 wait()
@@ -176,13 +133,8 @@ class _TorchClient(Client):
         for _ in range(min(run.count, _SHARED)):
             wait()
 
-    def release(self, nbytes: int) -> None:
-        self._reply = None
-        del self._messages[nbytes]
-
     def close(self) -> None:
-        self._reply = None
-        self._messages.clear()
+        super().close()
         self._pipe.close()
         _stop_sharing()
 
@@ -244,34 +196,20 @@ class QueuePeer(Peer):
             _close(queue)
 
 
-class QueueClient(Client):
+class QueueClient(KeepingClient):
     modes = ("sleeping",)
     how = "common"
     copies = "1 there, into new shared memory, 0 back"
-    writable = "yes"
     safe = "no: pickle runs what it is told"
 
     def __init__(self, address: str) -> None:
+        super().__init__(address)
         _use("file_descriptor")
         self._asked, self._answered = pickle.loads(base64.b64decode(address))
-        self._messages: dict[int, Bytes] = {}
-        self._reply: Any = None
-
-    def prepare(self, nbytes: int) -> str:
-        message = torch.zeros(nbytes // 4)
-        bytes_of(message)[:] = 0
-        self._messages[nbytes] = bytes_of(message)
-        return ""
 
     def trip(self, run: Run) -> Callable[[], object]:
         _use("file_descriptor")
-        put, get, message, from_numpy = (
-            self._asked.put,
-            self._answered.get,
-            self._messages[run.nbytes],
-            torch.from_numpy,
-        )
-        array = message.view("float32")
+        put, get, from_numpy, array = self._asked.put, self._answered.get, torch.from_numpy, self._messages[run.nbytes]
 
         def once() -> None:
             put(from_numpy(array))  # the same one would be in shared memory the second time
@@ -280,7 +218,7 @@ class QueueClient(Client):
         return once
 
     def marked(self, run: Run, message: Bytes) -> Bytes:
-        self._messages[run.nbytes][:] = message
+        bytes_of(self._messages[run.nbytes])[:] = message
         self.trip(run)()
         return bytes_of(self._reply).copy()
 
@@ -292,13 +230,8 @@ class QueueClient(Client):
         if self._answered.get() is not True:
             raise ConnectionError("the receiver did not say that it has everything")
 
-    def release(self, nbytes: int) -> None:
-        self._reply = None
-        del self._messages[nbytes]
-
     def close(self) -> None:
-        self._reply = None
-        self._messages.clear()
+        super().close()
         for queue in (self._asked, self._answered):
             _close(queue)
         _stop_sharing()

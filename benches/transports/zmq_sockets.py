@@ -4,9 +4,8 @@
     Tuned      multipart messages, frames sent out of the tensor's own memory and used where they arrive (`copy=False`;
                small frames pyzmq copies all the same, which is quicker), and over ipc a send buffer of 2 MiB
 
-Round trips by REQ and REP. One way by PUSH and PULL with up to 16 messages waiting at either end, so that a queue of
-any length is not what is measured; the peer says over the other pair that it has all. Only sleeping: zmq's own threads
-move the bytes and wake the callers, and a caller that asks again and again would take their core.
+Round trips by REQ and REP. One way by PUSH and PULL with up to 16 messages waiting at either end; the peer says over
+the other pair that it has all. Only sleeping: zmq's own threads move the bytes and wake the callers.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import zmq
 
 from benches.rivals.messages import MESSAGES
 
-from . import Bytes, Client, Peer, Run, bytes_of
+from . import Bytes, KeepingClient, Peer, Run, bytes_of
 
 __all__ = ["OriginalClient", "OriginalPeer", "TunedClient", "TunedPeer"]
 
@@ -46,7 +45,7 @@ class _Sockets:
             sock.setsockopt(zmq.RCVHWM, _WAITING)
             if ipc and self.way == "tuned":
                 sock.setsockopt(zmq.SNDBUF, _SNDBUF_NBYTES)
-        self._messages = MESSAGES[self.way]()
+        self._way = MESSAGES[self.way]()
 
 
 class _ZmqPeer(_Sockets, Peer):
@@ -59,7 +58,7 @@ class _ZmqPeer(_Sockets, Peer):
         self.address = json.dumps(addresses)
 
     def serve(self, run: Run) -> None:
-        messages, sock = self._messages, self._asking
+        messages, sock = self._way, self._asking
         for _ in range(run.count):
             head, tensors = messages.decode(sock.recv_multipart(0, messages.zmq_copies))
             if run.mark:
@@ -67,7 +66,7 @@ class _ZmqPeer(_Sockets, Peer):
             sock.send_multipart(messages.encode(head, tensors), copy=messages.zmq_copies)
 
     def take(self, run: Run) -> None:
-        messages, sock = self._messages, self._moving
+        messages, sock = self._way, self._moving
         for _ in range(run.count):
             _, (self.last,) = messages.decode(sock.recv_multipart(0, messages.zmq_copies))
             self.taken += 1
@@ -78,23 +77,17 @@ class _ZmqPeer(_Sockets, Peer):
         self._context.destroy()
 
 
-class _ZmqClient(_Sockets, Client):
+class _ZmqClient(_Sockets, KeepingClient):
     modes = ("sleeping",)
 
     def __init__(self, address: str) -> None:
+        super().__init__(address)
         self._open(zmq.REQ, zmq.PUSH, "ipc://" in address)
         for sock, endpoint in zip((self._asking, self._moving), json.loads(address)):
             sock.connect(endpoint)
-        self._tensors: dict[int, torch.Tensor] = {}
-        self._reply: Any = None
-
-    def prepare(self, nbytes: int) -> str:
-        self._tensors[nbytes] = torch.zeros(nbytes // 4)
-        bytes_of(self._tensors[nbytes])[:] = 0
-        return ""
 
     def trip(self, run: Run) -> Callable[[], object]:
-        messages, sock, tensor = self._messages, self._asking, self._tensors[run.nbytes]
+        messages, sock, tensor = self._way, self._asking, torch.from_numpy(self._messages[run.nbytes])
 
         def once() -> None:
             sock.send_multipart(messages.encode(_HEAD, [tensor]), copy=messages.zmq_copies)
@@ -103,23 +96,19 @@ class _ZmqClient(_Sockets, Client):
         return once
 
     def marked(self, run: Run, message: Bytes) -> Bytes:
-        bytes_of(self._tensors[run.nbytes])[:] = message
+        bytes_of(self._messages[run.nbytes])[:] = message
         self.trip(run)()
         return bytes_of(self._reply).copy()
 
     def push(self, run: Run, message: Bytes) -> None:
-        messages, sock, tensor = self._messages, self._moving, torch.from_numpy(message.view("float32"))
+        messages, sock, tensor = self._way, self._moving, torch.from_numpy(message.view("float32"))
         for _ in range(run.count):
             sock.send_multipart(messages.encode(_HEAD, [tensor]), copy=messages.zmq_copies)
         self._asking.send(b"?")
         self._asking.recv()
 
-    def release(self, nbytes: int) -> None:
-        self._reply = None
-        del self._tensors[nbytes]
-
     def close(self) -> None:
-        self._reply = None
+        super().close()
         with contextlib.suppress(zmq.ZMQError):
             self._context.destroy()
 
@@ -132,7 +121,6 @@ class OriginalClient(_ZmqClient):
     way = "original"
     how = "common"
     copies = "7: tobytes, two of packb, zmq's two, unpackb's, copy"
-    writable = "yes"
     safe = "partly: no limit on the size"
 
 
@@ -143,5 +131,4 @@ class TunedPeer(_ZmqPeer):
 class TunedClient(_ZmqClient):
     way = "tuned"
     copies = "0"
-    writable = "yes"
     safe = "partly: no limit on the size"

@@ -12,12 +12,13 @@ What depends on how far the cache is filled is checked once more where it is rea
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from ..errors import LimitError, SettingError, TensorError
 from ..extras import torch
 from ..models import ModelConfig
-from ..split.blocks import Block, parse_blocks
+from ..split.blocks import Block, packed_elements, parse_blocks
 from ..split.contract import Shapes
 from .engine import Engine, Job, Routine
 from .kv_cache import KVCache, Lane
@@ -26,6 +27,8 @@ __all__ = ["Arguments", "checked_indices", "checked_int"]
 
 _PRIMARY = ("ids", "x", "normed", "qk", "k", "attended", "gated")
 """The values that say how many rows a call has."""
+
+_CHECKED_APART = ("cos", "sin", "selected")
 
 
 class Arguments:
@@ -39,7 +42,8 @@ class Arguments:
         self._layers = config.num_hidden_layers
         self._vocab_size = config.vocab_size
         shapes = Shapes(config, "")
-        self._shape = shapes.shape
+        self._shape = lru_cache(1024)(shapes.shape)
+        self._heads = config.num_attention_heads
         self._own_dtypes = {
             name: getattr(torch, shapes.dtype(name)) for name in ("ids", "selected", "cos", "sin", "scale")
         }
@@ -76,21 +80,21 @@ class Arguments:
         inputs = self._named(routine, tensors, scale is not None)
         blocks = self._blocks_back(lane) if "weights" in inputs else []
         rows = blocks[-1].start + blocks[-1].rows if blocks else self._rows(inputs, lane)
-        own_rows = {"scale": lane.rows if "scale_kv" in steps else rows, "v": lane.rows}
+        scale_rows = lane.rows if "scale_kv" in steps else rows
         for name, tensor in inputs.items():
             if name == "q":  # the rows that go on
                 free = "select" not in steps
                 count = tensor.shape[1] if free and tensor.dim() > 1 else 1
                 self._check(name, tensor, cache, count, blocks, free=free)
-            elif name not in ("cos", "sin", "selected"):
-                self._check(name, tensor, cache, own_rows.get(name, rows), blocks, free=name in _PRIMARY)
+            elif name == "v" or name == "scale":
+                self._check(name, tensor, cache, lane.rows if name == "v" else scale_rows, blocks, free=False)
+            elif name not in _CHECKED_APART:
+                self._check(name, tensor, cache, rows, blocks, free=name in _PRIMARY)
         if "cos" in inputs:
             self._check_tables(inputs["cos"], inputs["sin"], rows, batch)
         self._check_stream(routine, lane, batch, rows)
-        if scale is not None and (not isinstance(scale, float) or batch * own_rows["scale"] != 1):
-            raise SettingError(
-                f"scale: {scale!r:.30} for {batch * own_rows['scale']} rows, expected a float and one row"
-            )
+        if scale is not None and (not isinstance(scale, float) or batch * scale_rows != 1):
+            raise SettingError(f"scale: {scale!r:.30} for {batch * scale_rows} rows, expected a float and one row")
         if "scale_v" in steps and start + rows > cache.values_filled[layer]:
             raise SettingError(f"start: {start}, expected where this lane's values were put")
         if "scale_kv" in steps:
@@ -106,7 +110,7 @@ class Arguments:
             asked = 1 if "select" in steps else inputs["q"].shape[1] if "q" in inputs else rows
             blocks = parse_blocks(attrs, asked, start + rows)
         reply = self._engine.reply(routine, batch, rows, blocks)
-        nbytes = sum(elements for _, _, elements in reply) * cache.link_dtype.itemsize
+        nbytes = reply.elements * cache.link_dtype.itemsize
         if nbytes > self._max_reply_nbytes:
             raise LimitError(f"a reply of {nbytes} bytes, expected at most {self._max_reply_nbytes}")
         return Job(routine, inputs, cache, lane, layer, start, rows, scale, blocks, reply)
@@ -144,7 +148,10 @@ class Arguments:
     ) -> None:
         """`free`: the tensor itself says how many rows there are, 1 or more."""
         dtype = self._own_dtypes.get(name, cache.link_dtype)
-        shape = self._shape(name, cache.batch, rows, False, blocks)
+        if name == "weights":
+            shape: tuple[int, ...] = (packed_elements(cache.batch, self._heads, blocks),)
+        else:
+            shape = self._shape(name, cache.batch, rows, False, ())
         if tensor.dtype != dtype or tensor.shape != shape:
             wanted = (*shape[:1], None, *shape[2:]) if free else shape
             raise TensorError(_expected(name, tensor, dtype, wanted))

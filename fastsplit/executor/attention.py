@@ -26,7 +26,7 @@ def scores(
     queries [B, r, H, D], keys [B * G, capacity, D], packed flat, of `packed_elements` or more.
     """
     batch, count, heads, head_dim = queries.shape
-    group = batch * heads // len(keys)
+    group = batch * heads // keys.shape[0]
     per_row = batch * heads
     if count == 1:
         _, _, first, end = blocks[0]
@@ -42,9 +42,9 @@ def scores(
             columns = end - first
             # the scale costs nothing here: a kv head's queries must be gathered in any case
             own = by_kv_head.narrow(3, start, rows)
-            scaled = torch.mul(own, scale, out=own.new_empty(own.shape)).view(len(keys), -1, head_dim)
+            scaled = torch.mul(own, scale, out=own.new_empty(own.shape)).view(keys.shape[0], -1, head_dim)
             size = per_row * rows * columns
-            target = packed.narrow(0, offset, size).view(len(keys), -1, columns)
+            target = packed.narrow(0, offset, size).view(keys.shape[0], -1, columns)
             torch.bmm(scaled, keys.narrow(1, first, columns).transpose(1, 2), out=target)
             offset += size
     if offset < packed.shape[0]:  # memory that may have been another client's
@@ -59,7 +59,7 @@ def weighted_values(packed: torch.Tensor, values: torch.Tensor, blocks: Sequence
     batch, count, width = out.shape
     head_dim = values.shape[2]
     per_row = batch * width // head_dim
-    group = per_row // len(values)
+    group = per_row // values.shape[0]
     if count == 1:
         _, _, first, end = blocks[0]
         columns = end - first
@@ -71,7 +71,7 @@ def weighted_values(packed: torch.Tensor, values: torch.Tensor, blocks: Sequence
     for start, rows, first, end in blocks:
         columns = end - first
         size = per_row * rows * columns
-        weights = packed.narrow(0, offset, size).view(len(values), -1, columns)
+        weights = packed.narrow(0, offset, size).view(values.shape[0], -1, columns)
         weighted = torch.bmm(weights, values.narrow(1, first, columns))
         target = by_kv_head.narrow(3, start, rows)
         target.copy_(weighted.view(target.shape))

@@ -19,14 +19,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
-from itertools import accumulate
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 from ..errors import SettingError
 from ..extras import torch
 from ..models import LINEARS, ModelConfig
-from ..split.blocks import Block
+from ..split.blocks import Block, packed_elements
 from ..split.contract import Shapes
 from ..split.functional import rotary_
 from ..split.plan import STEP_LISTS, STEPS, signature
@@ -40,14 +39,24 @@ __all__ = ["Allocate", "Engine", "Job", "Reply", "Routine"]
 _SMALL_ELEMENTS = 2**14
 """The tensors of a smaller reply share one block: making each one costs as much as a small product."""
 
-_NORMS = {"qkv": "attention", "gate_up": "mlp", "lm_head": "final"}
+_NORMS = {"qkv": "attention_norm", "gate_up": "mlp_norm", "lm_head": "final_norm"}
 """The step behind a norm -> which norm it is."""
 
 Allocate = Callable[[Sequence[int], str], torch.Tensor]
 """`allocate(shape, dtype)`: memory of the host for a value of the reply, contiguous, of undefined content."""
 
-Reply = list[tuple[str, tuple[int, ...], int]]
-"""Each value of a reply: its name, its shape, and the elements to reserve for it."""
+
+class Reply(NamedTuple):
+    """What a call will reply, known before anything is computed."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    """In the order of `Routine.outputs`."""
+    elements: int
+    """Of all values together."""
+    slots: tuple[tuple[str, tuple[int, ...], tuple[int, ...], int], ...]
+    """Name, shape, strides and first element of each value, where all share one block; else empty."""
+    block: tuple[int]
+    """That block's shape."""
 
 
 class Routine:
@@ -110,17 +119,27 @@ class Engine:
         # rounded as HF rounds it
         self.embedding_multiplier = float(torch.tensor(config.embedding_multiplier, dtype=dtype, device="cpu"))
         self._shape = Shapes(config, "").shape
+        self._reply = lru_cache(1024)(self._make_reply)
 
     def reply(self, routine: Routine, batch: int, rows: int, blocks: Sequence[Block]) -> Reply:
-        """What a call will reply, known before anything is computed."""
-        found = []
+        """What a call will reply."""
+        return self._reply(routine, batch, rows, packed_elements(batch, self.heads, blocks) if blocks else 0)
+
+    def _make_reply(self, routine: Routine, batch: int, rows: int, packed: int) -> Reply:
+        shapes, slots, elements, start = [], [], 0, 0
         for name in routine.outputs:
-            shape = self._shape(name, batch, rows, False, blocks)
-            elements = math.prod(shape)
+            shape = (packed,) if name == "scores" else self._shape(name, batch, rows, False, ())
+            shapes.append(shape)
             if batch * rows == 1 and "qkv" in routine.steps and name in ("qk", "v"):
-                elements = self.qkv_width if name == "qk" else 0  # one product: v lies behind q and k
-            found.append((name, shape, elements))
-        return found
+                if name == "v":
+                    continue  # one product: v lies behind q and k
+                shape = (1, self.qkv_width)
+            strides = tuple(math.prod(shape[index + 1 :]) for index in range(len(shape)))
+            slots.append((name, shape, strides, start))
+            elements += math.prod(shape)
+            start += math.prod(shape) + 63 & -64
+        shares = len(slots) > 1 and elements <= _SMALL_ELEMENTS
+        return Reply(tuple(shapes), elements, tuple(slots) if shares else (), (start,))
 
     def run(self, job: Job, work: Work, allocate: Allocate) -> list[torch.Tensor]:
         """Runs the steps. The results, in the order of `Job.reply`, are complete when the work ends.
@@ -158,12 +177,10 @@ class _Steps:
         self.scale: torch.Tensor | float | None = job.scale
         self.replies: dict[str, torch.Tensor] = {}
         self.slots: dict[str, torch.Tensor] = {}
-        reply = job.reply
-        if len(reply) > 1 and sum(elements for _, _, elements in reply) <= _SMALL_ELEMENTS:
-            starts = list(accumulate((elements + 63 & -64 for _, _, elements in reply), initial=0))
-            block = allocate((starts[-1],), self.link)
-            for (name, _, elements), start in zip(reply, starts):
-                self.slots[name] = block.narrow(0, start, elements)
+        if job.reply.slots:
+            block = allocate(job.reply.block, self.link)
+            for name, shape, strides, start in job.reply.slots:
+                self.slots[name] = block.as_strided(shape, strides, start)
 
     # ---- the residual stream ----
 
@@ -189,14 +206,10 @@ class _Steps:
 
     def norm(self, which: str) -> None:
         """The residual stream times a norm's weight; dividing by its length is left to the TEE side."""
-        x, weights = self.lane.x, self.weights
+        x = self.lane.x
         if x is None:
             raise SettingError("lane: no residual stream there, expected `embed` before")
-        norm = {
-            "attention": weights.attention_norm,
-            "mlp": weights.mlp_norm,
-            "final": self.engine.weights.final_norm,
-        }[which]
+        norm = self.engine.weights.final_norm if which == "final_norm" else getattr(self.weights, which)
         assert norm is not None  # Routine.refusal
         normed = self.work.empty((x.shape[0] * x.shape[1], x.shape[2]), self.engine.dtype)
         self.work.run(lambda: torch.mul(_rows(x), norm, out=normed))
@@ -244,8 +257,8 @@ class _Steps:
     def linear(self, name: str) -> None:
         """One linear operation, whose result goes back."""
         linear, rows = self.weights.linears[name], _rows(self.value(STEPS[name].takes[0]))
-        output, shape, _ = self.job.reply[0]
-        self.give(output, shape, lambda out: linear(rows, out.view(len(rows), -1)))
+        output, shape = STEPS[name].gives[0], self.job.reply.shapes[0]
+        self.give(output, shape, lambda out: linear(rows, out.view(rows.shape[0], -1)))
 
     def qkv(self) -> None:
         engine, job, linears = self.engine, self.job, self.weights.linears
@@ -267,29 +280,31 @@ class _Steps:
             self.made["v"] = own.narrow(1, width - v_width, v_width).view(1, 1, -1, head_dim)
         else:
             qk, v = self.bare(linears["q", "k"]), self.bare(linears["v"])
-            self.give("qk", (batch, rows, heads, head_dim), lambda out: qk(x, out.view(len(x), -1)))
+            self.give("qk", (batch, rows, heads, head_dim), lambda out: qk(x, out.view(batch * rows, -1)))
             v_shape = (batch, rows, engine.kv_heads, head_dim)
-            self.made["v"] = self.give("v", v_shape, lambda out: v(x, out.view(len(x), -1)))
+            self.made["v"] = self.give("v", v_shape, lambda out: v(x, out.view(batch * rows, -1)))
 
     def gate_up(self) -> None:
         batch, rows, width = self.cache.batch, self.job.rows, self.engine.config.intermediate_size
         x = _rows(self.value("normed"))
-        gate, up, both = (self.bare(self.weights.linears[name]) for name in ("gate", "up", ("gate", "up")))
+        linears, shape = self.weights.linears, (2, batch, rows, width)
+        if batch * rows == 1:
+            both = self.bare(linears["gate", "up"])
+            self.give("gate_up", shape, lambda out: both(x, out.view(1, 2 * width)))
+            return
+        gate, up = self.bare(linears["gate"]), self.bare(linears["up"])
 
         def compute(out: torch.Tensor) -> None:
-            if len(x) == 1:
-                both(x, out.view(1, 2 * width))
-            else:
-                gate(x, out[0].view(-1, width))
-                up(x, out[1].view(-1, width))
+            gate(x, out[0].view(-1, width))
+            up(x, out[1].view(-1, width))
 
-        self.give("gate_up", (2, batch, rows, width), compute)
+        self.give("gate_up", shape, compute)
 
     def lm_head(self) -> None:
         x = _rows(self.value("normed"))
         lm_head = self.engine.weights.lm_head
-        shape = (self.cache.batch, self.job.rows, self.engine.config.vocab_size)
-        self.give("logits", shape, lambda out: lm_head(x, out.view(len(x), -1)))
+        shape = self.job.reply.shapes[-1]
+        self.give("logits", shape, lambda out: lm_head(x, out.view(x.shape[0], -1)))
 
     # ---- attention ----
 
@@ -336,9 +351,8 @@ class _Steps:
         queries = self.queries if self.queries is not None else self.value("q")
         _check_filled("keys", cache.keys_filled[self.layer], blocks)
         keys = cache.keys(self.layer)
-        _, shape, _ = self.job.reply[-1]
         self.lane.blocks = blocks
-        self.give("scores", shape, lambda out: attention.scores(queries, keys, blocks, scale, out))
+        self.give("scores", self.job.reply.shapes[-1], lambda out: attention.scores(queries, keys, blocks, scale, out))
 
     def values(self) -> None:
         cache, blocks, config = self.cache, self.lane.blocks, self.engine.config
@@ -357,7 +371,7 @@ class _Steps:
     def memory(self, name: str, shape: Sequence[int]) -> torch.Tensor:
         """Reply memory for a value."""
         slot = self.slots.get(name)
-        return self.allocate(shape, self.link) if slot is None else slot.view(shape)
+        return self.allocate(shape, self.link) if slot is None else slot
 
     def give(self, name: str, shape: Sequence[int], compute: Callable[[torch.Tensor], object]) -> torch.Tensor:
         """Computes a value into the reply if it goes back, else into scratch memory. Returns it, as the device has
@@ -444,6 +458,6 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 def _check_filled(what: str, filled: int, blocks: Sequence[Block]) -> None:
     """Raises SettingError where a block has columns of which nothing is stored."""
-    end = max(block.end for block in blocks)
+    end = blocks[0].end if len(blocks) == 1 else max(block.end for block in blocks)
     if end > filled:
         raise SettingError(f"layer: {filled} {what} there, expected {end}")

@@ -38,6 +38,7 @@ __all__ = [
     "Step",
     "choose_plan",
     "plan_table",
+    "seen_table",
     "signature",
 ]
 
@@ -214,6 +215,12 @@ class Plan:
         return sum(isinstance(stage, Call) for stage in self.schedule(layers))
 
     @property
+    def contents(self) -> list[str]:
+        """What goes in each call of a layer: the products, "+" between them."""
+        calls = (stage for stage in self.schedule(3) if isinstance(stage, Call) and stage.layer == 1)
+        return ["+".join(step for step in call.steps if STEPS[step].products) for call in calls]
+
+    @property
     def call_counts(self) -> tuple[int, int]:
         """Calls for each layer, and calls besides."""
         one, two = self.calls(1), self.calls(2)
@@ -384,15 +391,78 @@ def choose_plan(wanted: str, config: ModelConfig, dtypes: Sequence[str]) -> tupl
     return plan.name, first_reason
 
 
+_LETTERS = {
+    **dict.fromkeys(("x", "normed", "delta"), "h"),
+    **dict.fromkeys(("q", "attended"), "Q"),
+    **dict.fromkeys(("k", "v"), "K"),
+    **dict.fromkeys(("gate", "up", "gated"), "I"),
+    **dict.fromkeys(("scores", "weights"), "S"),
+    "qk": "QK",
+    "gate_up": "II",
+}
+"""A value's elements for each row, as a sum of what `plan_table` calls by these letters."""
+
+_SEEN = (
+    ("token ids", ("ids",), ()),
+    ("hidden states", ("x", "normed"), ("x", "normed", "delta")),
+    ("q, k and v", (), ("q", "k", "v", "qk")),
+    ("q and k, rotated", ("q", "k", "qk"), ("rotated",)),
+    ("rotary tables", ("cos", "sin"), ()),
+    ("scores", (), ("scores",)),
+    ("attention weights", ("weights",), ()),
+    ("attention's output", ("attended",), ("attended",)),
+    ("gate and up", (), ("gate", "up", "gate_up")),
+    ("act(gate) * up", ("gated",), ()),
+    ("logits", (), ("logits",)),
+)
+"""Rows of `seen_table`: what it is; the values that have it if they are sent, and if they are made."""
+
+
 def plan_table() -> str:
-    """The plans as a Markdown table, for docs/architecture.md."""
-    lines = ["| plan | calls | the steps; in brackets: one call | verifiable | KV cache |", "|---|---|---|---|---|"]
-    for plan in PLANS.values():
-        for form in (plan, *([plan.exact] if plan.exact is not None else [])):
-            per_layer, once = form.call_counts
-            name = plan.name if form is plan else f"{plan.name}, where norms cannot be folded"
-            lines.append(
-                f"| {name} | {per_layer}L + {once} | `{form.text.replace('|', '/')}` "
-                f"| {'yes' if form.verifiable else 'no'} | {'TEE' if form.has_cache_here else 'executor'} |"
-            )
+    """The plans for docs/architecture.md: their texts, and a Markdown table of calls and of what travels."""
+    named = {plan.name: plan for plan in PLANS.values()}
+    named |= {f"{plan.name}, exact": plan.exact for plan in PLANS.values() if plan.exact is not None}
+    width = max(map(len, named))
+    lines = ["```", *(f"{name:{width}}  {plan.text}" for name, plan in named.items()), "```", ""]
+    lines += ["| plan | calls | to the executor | back | KV cache | residual stream |", "|---|---|---|---|---|---|"]
+    for name, plan in named.items():
+        per_layer, once = plan.call_counts
+        cells = (
+            name,
+            f"{per_layer}L + {once}",
+            *(_moved(plan, direction) for direction in ("inputs", "outputs")),
+            "TEE" if plan.has_cache_here else "executor",
+            "executor" if plan.folds else "TEE",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _moved(plan: Plan, direction: str) -> str:
+    """The elements that a layer's calls carry for each row."""
+
+    def letters(layers: int) -> str:
+        calls = (stage for stage in plan.schedule(layers) if isinstance(stage, Call))
+        return "".join(_LETTERS.get(value, "") for call in calls for value in getattr(call, direction))
+
+    three, two = letters(3), letters(2)
+    counts = {letter: three.count(letter) - two.count(letter) for letter in "hQKIS"}
+    return " + ".join(f"{count if count > 1 else ''}{letter}" for letter, count in counts.items() if count)
+
+
+def seen_table() -> str:
+    """What the executor sees under each plan, as a Markdown table for docs/architecture.md."""
+    named = {plan.name: plan for plan in PLANS.values()}
+    named |= {f"{plan.name}, embedding in the TEE": plan.at_home for plan in PLANS.values() if plan.at_home is not plan}
+    lines = [f"| | {' | '.join(named)} |", "|---" * (len(named) + 1) + "|"]
+    rows: dict[str, list[str]] = {what: [] for what, _, _ in _SEEN}
+    for plan in named.values():
+        calls = [stage for stage in plan.schedule(2) if isinstance(stage, Call)]
+        inputs = {value for call in calls for value in call.inputs}
+        made = {value for call in calls for step in call.steps for value in STEPS[step].gives}
+        for what, if_sent, if_made in _SEEN:
+            found = ("sent" if inputs.intersection(if_sent) else "", "made" if made.intersection(if_made) else "")
+            rows[what].append(", ".join(filter(None, found)) or "no")
+    rows["every product can be checked"] = ["yes" if plan.verifiable else "no" for plan in named.values()]
+    lines += [f"| {what} | {' | '.join(cells)} |" for what, cells in rows.items()]
     return "\n".join(lines)

@@ -18,9 +18,10 @@ from ..models import Model
 from ..wire.blocking.channel import Channel
 from ..wire.transport.meter import LinkEstimate
 from ..wire.transport.spin import spin_us_beside
+from .guard import Guard
 from .remote import RemoteModel
 from .report import Recorder
-from .runner import Runner
+from .runner import MAX_CACHE_NBYTES, Runner
 from .tuning import Tuning, may_overlap, measure_link, tune
 
 __all__ = ["Split", "open_split", "share_cores"]
@@ -64,6 +65,8 @@ def open_split(
     timeout_s: float = 10.0,
     call_timeout_s: float | None = 300.0,
     recorder: Recorder | None = None,
+    guard: Guard | None = None,
+    max_cache_nbytes: int = MAX_CACHE_NBYTES,
 ) -> Split:
     """Connects to the executor at `uri` and sets up a split of its model. The caller closes the result.
 
@@ -73,7 +76,8 @@ def open_split(
     fetched model before the link is measured, and may raise to refuse it.
 
     `plan`, `lanes`, `block_rows`, `cast`: settings, see `tune`; "auto" and None are chosen for the link, which is
-    measured now. `codec`: as for `fastsplit.connect`. `tee_dtype`, `wire_dtype`, `recorder`: as for `Runner`.
+    measured now. `codec`: as for `fastsplit.connect`. `tee_dtype`, `wire_dtype`, `recorder`, `guard`,
+    `max_cache_nbytes`: as for `Runner`.
     `timeout_s`: for connecting. `call_timeout_s`: for each call; None: no limit.
 
     Raises AddressError, ConnectError and DeadlineError as `fastsplit.connect` does; VerificationError if the model is
@@ -111,7 +115,14 @@ def open_split(
                 has_embedding=model.trusted is not None,
             )
             runner = Runner(
-                model, channel, recorder=recorder, tee_dtype=tee_dtype, wire_dtype=wire_dtype, choice=tuning
+                model,
+                channel,
+                recorder=recorder,
+                tee_dtype=tee_dtype,
+                wire_dtype=wire_dtype,
+                choice=tuning,
+                guard=guard,
+                max_cache_nbytes=max_cache_nbytes,
             )
         return Split(channel, model, link, tuning, runner)
     except BaseException:

@@ -32,12 +32,13 @@ from .report import Recorder
 from .sampling import Sampling, check_finite, sample
 from .tuning import Tuning
 
-__all__ = ["Runner"]
+__all__ = ["MAX_CACHE_NBYTES", "Runner"]
 
 _SCORES_NBYTES = 256 * 2**20
 """Memory that the scores of one chunk may take, in the link's dtype."""
 
-_MAX_CACHE_NBYTES = 8 * 2**30
+MAX_CACHE_NBYTES = 8 * 2**30
+"""What keys and values in the TEE may take, unless something else is said."""
 
 _FEW_ROWS = 8
 """Up to this many rows one thread computes here: waking another takes longer than it helps, and it goes on to spin on a
@@ -76,7 +77,7 @@ class Runner:
         cast: str | None = None,
         choice: Tuning | None = None,
         scores_nbytes: int = _SCORES_NBYTES,
-        max_cache_nbytes: int = _MAX_CACHE_NBYTES,
+        max_cache_nbytes: int = MAX_CACHE_NBYTES,
         guard: Guard | None = None,
     ) -> None:
         if choice is not None:

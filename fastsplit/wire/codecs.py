@@ -94,7 +94,7 @@ class CodecRow(NamedTuple):
     """The exceptions that it raises for data that it cannot unpack and for a lack of memory, beside MemoryError: names
     in the library, or of built-in ones."""
     unpack_over_pack: float
-    """Speed of unpacking over speed of packing, for activations of a model on one core (benches/codecs.py)."""
+    """Speed of unpacking over speed of packing, for activations of a model on one core (docs/notes.md)."""
 
 
 class Estimate(NamedTuple):

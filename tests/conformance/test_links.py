@@ -23,6 +23,8 @@ import fastsplit
 
 torch = pytest.importorskip("torch")
 
+pytestmark = pytest.mark.matrix(one_in=2)
+
 HEADER_NBYTES = 40
 MAX_WAKES = 2  # bytes that a call may send through the socket beside a ring: for its frame, and for room in the ring
 
@@ -126,6 +128,7 @@ def test_call(channel: fastsplit.Channel, kind: str) -> None:
     assert np.array_equal(np.asarray(y), np.arange(6, dtype=np.float32).reshape(2, 3) * 2)
 
 
+@pytest.mark.matrix(one_in=16)
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (1,), (5, 7), (300, 500), (2, 3, 4, 5)], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "int64", "uint8", "bool", "complex64", "float16"])
 def test_round_trip(channel: fastsplit.Channel, kind: str, shape: tuple[int, ...], dtype: str) -> None:
@@ -139,6 +142,7 @@ def test_round_trip(channel: fastsplit.Channel, kind: str, shape: tuple[int, ...
     assert channel.stats.bytes_shared == 2 * _copied(channel, x)  # there and back
 
 
+@pytest.mark.matrix(one_in=8)
 @pytest.mark.parametrize("nbytes", [1, 63, 64, 513, 3900, 4096, 65536, 65537, 5_000_001])
 def test_what_arrives_is_writable_aligned_and_the_callers_own(
     channel: fastsplit.Channel, kind: str, nbytes: int
@@ -354,7 +358,7 @@ def test_server_gone(channel: fastsplit.Channel, server: fastsplit.Server) -> No
 
 @pytest.mark.slow
 @pytest.mark.timeout(60)
-@pytest.mark.matrix(one_in=2)
+@pytest.mark.matrix(one_in=2, each=False)
 @pytest.mark.parametrize("shm", [False, True], ids=["unix", "shm"])
 def test_more_than_two_gibibytes(unix_uri: str, shm: bool) -> None:
     """One read, one write, one length of 32 bits or of int: each would break on this. So would one placement.

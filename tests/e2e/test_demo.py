@@ -29,6 +29,7 @@ def directory() -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.matrix(one_in=0)
 @pytest.mark.timeout(300)
 def test_the_converted_model_is_the_packaged_one(directory: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -93,6 +93,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.matrix(each=False)
 @pytest.mark.parametrize(
     ("lengths", "mode"),
     [

@@ -23,7 +23,7 @@ from fastsplit.tee.sampling import Sampling, sample
 pytest.importorskip("transformers")
 from split import CONFIGS, LLAMA3_ROPE, load_hf, make_model, relative_error, split
 
-pytestmark = pytest.mark.matrix(one_in=3)
+pytestmark = pytest.mark.matrix
 
 PROMPT = 150
 """More than one block of rows, more than the windows and than the contexts that frequencies are scaled for."""

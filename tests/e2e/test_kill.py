@@ -17,12 +17,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from amount import times
 from soak import PATTERN, Handlers, Worker, soak_process
 
 import fastsplit
 from fastsplit.errors import ClosedError, FastsplitError, PeerLostError
 
-KILLS = int(os.environ.get("FASTSPLIT_KILLS", "10"))
+KILLS = int(os.environ.get("FASTSPLIT_KILLS", "0")) or times(10, 2)
 NOTICED_S = 0.1
 WORST_S = 1.0
 """Where other programs want the cores too; the median must be within NOTICED_S."""
@@ -64,6 +65,7 @@ def _connections(uri: str) -> Iterator[tuple[str, float]]:
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.matrix
 @pytest.mark.parametrize("doing", ["waiting", "busy"])
 def test_a_server_is_killed(unix_uri: str, doing: str) -> None:
     """Threads that wait for an answer, asleep or spinning, and such as call without end."""
@@ -101,6 +103,7 @@ class _Dropped:
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.matrix
 @pytest.mark.parametrize("spin_us", [0.0, 1e6], ids=["asleep", "spinning"])
 def test_a_client_is_killed(unix_uri: str, spin_us: float) -> None:
     """The server ends that connection at once, and goes on serving the others with right answers."""

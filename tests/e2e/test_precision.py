@@ -85,6 +85,7 @@ def check(reference: Reference, uri: str, plan: str, dtypes: Dtypes) -> None:
     assert error <= max(FACTOR * max(reference.own[dtype] for dtype in dtypes), EXACT)
 
 
+@pytest.mark.matrix(each=False)
 @pytest.mark.parametrize(
     ("plan", "dtypes"),
     [

@@ -264,6 +264,7 @@ def test_text_prompts_with_a_tokenizer(tmp_path: Path) -> None:
         assert side.stop(signal.SIGINT) == 0
 
 
+@pytest.mark.matrix(one_in=2, each=False)
 @pytest.mark.parametrize("pause_s", [0.01, 0.1])
 def test_a_second_interrupt_changes_nothing(socket_dir: Path, pause_s: float) -> None:
     """It comes while the server closes, or while the interpreter ends."""

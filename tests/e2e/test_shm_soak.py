@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from amount import times
 from soak import MAX_NBYTES, PATTERN, Worker, resident_nbytes, soak_process
 
 import fastsplit
 
-CALLS = int(os.environ.get("FASTSPLIT_SOAK_CALLS", "3000"))
+CALLS = int(os.environ.get("FASTSPLIT_SOAK_CALLS", "0")) or times(3000, 2)
 KINDS = ("numpy", "numpy", "torch")
 """Of the channels, each with THREADS threads."""
 THREADS = 2
@@ -71,6 +72,7 @@ def _settle(channels: list[fastsplit.Channel]) -> tuple[int, int]:
 
 
 @pytest.mark.timeout(1800)
+@pytest.mark.matrix
 @pytest.mark.parametrize("server_kind", ["numpy", "torch"])
 def test_soak(unix_uri: str, server_kind: str) -> None:
     calls = CALLS // 2  # of each kind of server

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import amount
 import pytest
 import torch
 import zmq
@@ -36,6 +37,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SOME_PLANS = ("folded", "minimal", "batched")
 SPLITS = [*(("shm", plan) for plan in PLAN_NAMES), *((link, plan) for link in ("unix", "tcp") for plan in SOME_PLANS)]
 HF = ("hf-eager", "hf-sdpa")
+SOME_SYSTEMS = ("shm-folded", "hf-sdpa")
+"""Which `make test` measures; `make exhaustive` measures all."""
 
 
 @pytest.fixture(scope="module")
@@ -105,11 +108,14 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     """The commands, all at once: they mostly wait for imports, and for a link of 5 ms."""
     directory = tmp_path_factory.mktemp("results")
     quick = ["--quick", "--model", SPEC, "--tokens", "150", "--threads", "1"]
+    some = [] if amount.exhaustive else ["prefill", "--only", *SOME_SYSTEMS]
     commands = {
-        "bench_split": [*quick, "--new-tokens", "6", "--output-dir", str(directory)],
+        "bench_split": [*some, *quick, "--new-tokens", "6", "--output-dir", str(directory)],
         "ladder": [*quick, "--tokens", "192", "--output", str(directory / "split-ladder.json")],
         "counts": ["--prefill", "150", "--output", str(directory / "counts.json")],
     }
+    if not amount.exhaustive:
+        del commands["ladder"]
     started = [
         subprocess.Popen(
             [sys.executable, "-m", f"benches.{module}", *options],
@@ -136,6 +142,15 @@ def split_result(directory: Path, part: str, module: str = "bench_split") -> Any
     return result
 
 
+def test_one_command_measures_a_prefill_by_those_that_are_named(ran: Ran) -> None:
+    rows = {row["system"]: row for row in split_result(ran.directory, "prefill")["rows"]}
+    assert set(SOME_SYSTEMS) <= set(rows)
+    for system, row in rows.items():
+        assert system in ran.tables
+        assert row["median"]["logits_error"] <= 1e-4
+
+
+@pytest.mark.matrix(one_in=0)
 def test_one_command_measures_a_prefill_by_every_system(ran: Ran) -> None:
     prefill = split_result(ran.directory, "prefill")
     assert {row["system"] for row in prefill["rows"]} == {*(f"{link}-{plan}" for link, plan in SPLITS), *RIVALS, *HF}
@@ -159,6 +174,7 @@ def test_one_command_measures_a_prefill_by_every_system(ran: Ran) -> None:
     assert all(rate > 0 for rate in prefill["raw_socket_bytes_per_s"].values())
 
 
+@pytest.mark.matrix(one_in=0)
 def test_it_measures_decoding_by_every_system(ran: Ran) -> None:
     decode = split_result(ran.directory, "decode")
     systems = {row["system"] for row in decode["rows"]}
@@ -171,6 +187,7 @@ def test_it_measures_decoding_by_every_system(ran: Ran) -> None:
             assert row["median"]["calls_per_token"] == PLANS[row["plan"] or "batched"].calls(2)
 
 
+@pytest.mark.matrix(one_in=0)
 def test_the_ladder_measures_each_step_on_each_link(ran: Ran) -> None:
     ladder = split_result(ran.directory, "ladder", "ladder")
     assert [row["row"] for row in ladder["rows"]] == list(STEPS)

@@ -14,6 +14,8 @@ from raw_peer import HELLO, PROBE, REQUEST, RETURN, RawPeer, connected, frame, h
 import fastsplit
 from fastsplit.errors import DeadlineError, FastsplitError
 
+pytestmark = pytest.mark.matrix(one_in=3)
+
 TCP = "tcp://127.0.0.1:0"
 LARGE = np.zeros(2**26, np.uint8)
 

@@ -37,6 +37,8 @@ from fastsplit.wire.client import ClientCore
 from fastsplit.wire.connection import Connection
 from fastsplit.wire.service import ServiceCore
 
+pytestmark = pytest.mark.matrix(one_in=3)
+
 MIB = 1024**2
 CODES, ZLIB, ZLIB_CODING = 2, 65536, 1
 Held = Callable[[], int]

@@ -17,6 +17,8 @@ from raw_peer import ABORT, CANCEL, ERROR, FLOAT32, GOODBYE, REPLY, REQUEST, con
 import fastsplit
 from fastsplit.tensors.pool import Pool
 
+pytestmark = pytest.mark.matrix(one_in=3)
+
 UINT8 = 2
 CAPS = fastsplit.Limits(max_metadata_nbytes=8192, max_message_nbytes=10**6, max_tensors=4, max_dims=4, max_attrs=16)
 
@@ -295,6 +297,7 @@ def test_many_hostile_clients_at_once(server: fastsplit.Server) -> None:
     assert len(texts) == 4 * len(REQUESTS)
 
 
+@pytest.mark.matrix(one_in=3, each=False)
 def test_distinct_shapes_do_not_fill_the_memory(server: fastsplit.Server) -> None:
     """Each request has another head, so that every one is a candidate for the cache."""
     with connected(server.uri) as peer:

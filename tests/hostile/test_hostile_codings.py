@@ -18,6 +18,8 @@ from fastsplit.errors import DeadlineError, RemoteProtocolError
 from fastsplit.schema.dtypes import BY_NAME
 from fastsplit.schema.limits import Limits
 
+pytestmark = pytest.mark.matrix(one_in=3)
+
 Serve = Callable[..., fastsplit.Server]
 Connect = Callable[..., Any]
 TCP = "tcp://127.0.0.1:0"

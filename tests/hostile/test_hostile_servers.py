@@ -16,6 +16,8 @@ import fastsplit
 from fastsplit.errors import ClosedError, PeerLostError, RemoteOpError, RemoteProtocolError
 from fastsplit.tensors.pool import Pool
 
+pytestmark = pytest.mark.matrix(one_in=3)
+
 UINT8 = 2
 
 

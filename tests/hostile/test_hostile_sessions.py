@@ -22,8 +22,9 @@ from fastsplit.errors import RemoteOpError, RemoteProtocolError
 from fastsplit.executor.service import Executor
 from fastsplit.models import Model, ModelConfig, open_model
 from fastsplit.split.blocks import MAX_BLOCKS, Block, block_attrs, packed_elements
-from fastsplit.split.contract import MAX_LANES
-from fastsplit.split.plan import PLANS
+from fastsplit.split.contract import MAX_LANES, Shapes
+from fastsplit.split.plan import PLANS, STEP_LISTS, STEPS, signature
+from fastsplit.split.plan import Call as PlanCall
 from fastsplit.tee.remote import RemoteModel
 from fastsplit.tee.runner import Runner
 
@@ -31,6 +32,25 @@ pytestmark = pytest.mark.matrix
 
 PROMPT = torch.tensor([5, 17, 96, 0, 33, 8])
 FAMILIES = ("grouped heads", "attention bias", "qwen3", "gemma2")
+
+
+QKV = "qkv store_v"
+SCORES = "store_k scores"
+SCALED_SCORES = "store_k scale_v scores"
+LAST_SCORES = "store_k scale_v select scores"
+GATE_UP = "values o add norm gate_up"
+SCALED_GATE_UP = "scale_kv values o add norm gate_up"
+EMBED_QKV = "embed norm qkv store_v"
+DOWN_QKV = "down add norm qkv store_v"
+DOWN_LOGITS = "down add norm lm_head"
+FIRST = "embed tables norm qkv store_v rope store_k scores"
+FIRST_SELECTS = "embed tables norm qkv store_v rope store_k select scores"
+NEXT = "down add norm qkv store_v rope store_k scores"
+NEXT_SELECTS = "down add norm qkv store_v rope store_k select scores"
+
+
+UNEVEN = [0, 1, 0, 3, 1, 2, 0, 1]
+"""Blocks, the last of which has fewer columns than another."""
 
 
 class Known:
@@ -102,21 +122,36 @@ class Peer:
         blocks = [Block(0, rows, 0, positions)]
         return torch.ones(packed_elements(2, self.config.num_attention_heads, blocks))
 
+    def packed_of(self, blocks: list[int]) -> torch.Tensor:
+        found = [Block(*blocks[index : index + 4]) for index in range(0, len(blocks), 4)]
+        return torch.ones(packed_elements(2, self.config.num_attention_heads, found))
+
+    def attended(self, rows: int = 3) -> torch.Tensor:
+        return self.heads(self.config.num_attention_heads, rows).flatten(2)
+
+    def behind_keys(self) -> None:
+        """Three keys and two values; scores of which an earlier block has more columns than the last one."""
+        self.run(QKV, self.x(2))
+        self.run("store_k", self.k(1), lane=1)
+        self.run(SCORES, self.qk(3), lane=1, blocks=UNEVEN)
+
     def scores(self, rows: int = 3, positions: int = 3, **at: int) -> None:
         """What is right: keys, values and scores at a layer."""
         start = at.setdefault("start", positions - rows)
         assert start == positions - rows
-        self.channel.call("qkv", self.x(rows), **self.at(**at))
-        self.channel.call("scores", self.qk(rows), **self.at(**at), first=0, last=positions)
+        self.run("qkv store_v", self.x(rows), **at)
+        self.run("store_k scores", self.qk(rows), **at, first=0, last=positions)
 
     def residual(self, rows: int = 3, lane: int = 0) -> None:
         """The residual stream in a lane."""
-        self.channel.call("embedding_qkv", self.ids(rows), **self.at(lane))
+        self.run("embed norm qkv store_v", self.ids(rows), lane=lane)
 
-    def linear(self, rows: int = 3) -> None:
-        """The first call of the linear plan."""
-        tables = self.table(rows), self.table(rows)
-        self.channel.call("embedding_scores", self.ids(rows), *tables, **self.at(), first=0, last=rows)
+    def minimal(self, rows: int = 3) -> None:
+        """The first call of the minimal plan."""
+        self.run(FIRST, self.ids(rows), self.table(rows), self.table(rows), first=0, last=rows)
+
+    def run(self, steps: str, *tensors: torch.Tensor, **attrs: Any) -> Any:
+        return self.channel.call("run", *tensors, **{**self.at(), **attrs}, steps=steps)
 
     def works(self) -> None:
         with torch.inference_mode():
@@ -139,16 +174,12 @@ Request = tuple[str, tuple[torch.Tensor, ...], dict[str, Any]]
 Case = Callable[[Peer], Request]
 
 
-def blocked(blocks: Any, rows: int = 3) -> Case:
-    return lambda peer: ("scores", (peer.qk(rows),), {**peer.at(), "blocks": blocks})
+def given(steps: str, make: Callable[[Peer], tuple[torch.Tensor, ...]], **attrs: Any) -> Case:
+    return lambda peer: (steps, make(peer), {**peer.at(), **attrs})
 
 
-def after_qkv(op: str, make: Callable[[Peer], tuple[torch.Tensor, ...]], **attrs: Any) -> Case:
-    def case(peer: Peer) -> Request:
-        peer.channel.call("qkv", peer.x(), **peer.at())
-        return op, make(peer), {**peer.at(), **attrs}
-
-    return case
+def simple(steps: str, *tensors: torch.Tensor, **attrs: Any) -> Case:
+    return given(steps, lambda peer: tensors, **attrs)
 
 
 def after(prepare: Callable[[Peer], object], case: Case) -> Case:
@@ -159,30 +190,31 @@ def after(prepare: Callable[[Peer], object], case: Case) -> Case:
     return prepared
 
 
-def simple(op: str, *tensors: torch.Tensor, **attrs: Any) -> Case:
-    return lambda peer: (op, tensors, {**peer.at(), **attrs})
+def after_qkv(steps: str, make: Callable[[Peer], tuple[torch.Tensor, ...]], **attrs: Any) -> Case:
+    return after(lambda peer: peer.run(QKV, peer.x()), given(steps, make, **attrs))
 
 
-def given(op: str, make: Callable[[Peer], tuple[torch.Tensor, ...]], **attrs: Any) -> Case:
-    return lambda peer: (op, make(peer), {**peer.at(), **attrs})
+def blocked(blocks: Any, rows: int = 3) -> Case:
+    return given(SCORES, lambda peer: (peer.qk(rows),), blocks=blocks)
 
 
-def keeping(values: Any, dtype: torch.dtype = torch.int64) -> Case:
-    """In a lane whose residual stream has these rows."""
-    scores = given("scores", lambda peer: (peer.qk(), torch.tensor(values, dtype=dtype)), first=0, last=3)
+def selecting(values: Any, dtype: torch.dtype = torch.int64, **attrs: Any) -> Case:
+    """In a lane whose residual stream has these rows, unless another one is named."""
+    tensors = torch.ones(2, 3), torch.tensor(values, dtype=dtype)
+    scores = given(LAST_SCORES, lambda peer: (peer.q(1), peer.k(), *tensors), first=0, last=3, **attrs)
     return after(Peer.residual, scores)
 
 
 def scaled(scales: torch.Tensor) -> Case:
-    return after_qkv("scores", lambda peer: (peer.qk(), scales), first=0, last=3)
+    return after_qkv(SCALED_SCORES, lambda peer: (peer.qk(), scales), first=0, last=3)
 
 
-def linear_keeping(keep: torch.Tensor) -> Case:
-    return given("embedding_scores", lambda peer: (peer.ids(), peer.table(), peer.table(), keep), first=0, last=3)
+def minimal_selecting(selected: torch.Tensor) -> Case:
+    return given(FIRST_SELECTS, lambda peer: (peer.ids(), peer.table(), peer.table(), selected), first=0, last=3)
 
 
 def tables(cos: Callable[[Peer], torch.Tensor], sin: Callable[[Peer], torch.Tensor] | None = None) -> Case:
-    return given("embedding_scores", lambda peer: (peer.ids(), cos(peer), (sin or cos)(peer)), first=0, last=3)
+    return given(FIRST, lambda peer: (peer.ids(), cos(peer), (sin or cos)(peer)), first=0, last=3)
 
 
 EMPTY = torch.zeros(0)
@@ -208,149 +240,197 @@ CASES: dict[str, tuple[str, Case]] = {
     "blocks: no rows": ("blocks: ", blocked([0, 0, 0, 3] * 2 + [0, 3, 0, 3])),
     "blocks: negative rows": ("blocks: ", blocked([0, -1, 0, 3])),
     "blocks: too many": ("blocks: ", blocked([n for row in range(MAX_BLOCKS + 1) for n in (row, 1, 0, 3)], 65)),
-    "last: beyond": ("blocks: ", simple("scores", torch.ones(2, 3, 8, 8), first=0, last=4)),
-    "last: alone": ("blocks: ", simple("scores", torch.ones(2, 3, 8, 8), last=3)),
-    "last: a word": ("blocks: ", simple("scores", torch.ones(2, 3, 8, 8), first=0, last="3")),
-    "first: a fraction": ("blocks: ", simple("scores", torch.ones(2, 3, 8, 8), first=0.5, last=3)),
-    "first: a bool": ("blocks: ", simple("scores", torch.ones(2, 3, 8, 8), first=False, last=3)),
-    "first: behind last": ("blocks: ", simple("scores", torch.ones(2, 3, 8, 8), first=3, last=2)),
-    "first: negative": ("blocks: ", simple("scores", torch.ones(2, 3, 8, 8), first=-1, last=2)),
-    "linear, blocks: beyond": (
+    "last: beyond": ("blocks: ", simple(SCORES, torch.ones(2, 3, 8, 8), first=0, last=4)),
+    "last: alone": ("blocks: ", simple(SCORES, torch.ones(2, 3, 8, 8), last=3)),
+    "last: a word": ("blocks: ", simple(SCORES, torch.ones(2, 3, 8, 8), first=0, last="3")),
+    "first: a fraction": ("blocks: ", simple(SCORES, torch.ones(2, 3, 8, 8), first=0.5, last=3)),
+    "first: a bool": ("blocks: ", simple(SCORES, torch.ones(2, 3, 8, 8), first=False, last=3)),
+    "first: behind last": ("blocks: ", simple(SCORES, torch.ones(2, 3, 8, 8), first=3, last=2)),
+    "first: negative": ("blocks: ", simple(SCORES, torch.ones(2, 3, 8, 8), first=-1, last=2)),
+    "minimal, blocks: beyond": (
         "blocks: ",
-        given("embedding_scores", lambda p: (p.ids(), p.table(), p.table()), last=9),
+        given(FIRST, lambda p: (p.ids(), p.table(), p.table()), last=9),
     ),
-    "linear, blocks: none": ("blocks: ", given("embedding_scores", lambda p: (p.ids(), p.table(), p.table()))),
+    "minimal, blocks: none": ("blocks: ", given(FIRST, lambda p: (p.ids(), p.table(), p.table()))),
     # where rows go
-    "start: a gap": ("start: 1, expected 0 to the 0 positions", given("qkv", lambda p: (p.x(),), start=1)),
+    "start: a gap": ("start: 1, expected 0 to the 0 positions", given(QKV, lambda p: (p.x(),), start=1)),
     "start: a gap behind some": (
         "start: 4, expected 0 to the 3 positions",
-        after(Peer.scores, given("qkv", lambda p: (p.x(),), start=4)),
+        after(Peer.scores, given(QKV, lambda p: (p.x(),), start=4)),
     ),
-    "start: keys alone, a gap": ("start: 7, expected 0 to the 0", given("scores", lambda p: (p.k(),), start=7)),
+    "start: keys alone, a gap": ("start: 7, expected 0 to the 0", given("store_k", lambda p: (p.k(),), start=7)),
     "start: values alone, a gap": (
         "start: 9, expected 0 to the 3",
-        after(Peer.scores, given("values", lambda p: (p.k(),), start=9)),
+        after(Peer.scores, given("store_v", lambda p: (p.k(),), start=9)),
     ),
     # tensors
-    "scores: nothing": ("0 tensors, expected qk", simple("scores")),
-    "scores: four": ("expected qk", given("scores", lambda p: (p.q(), p.k(), p.k()))),
-    "scores: no rows": ("no dimension of 0", given("scores", lambda p: (p.k(0),))),
-    "scores: another batch": ("k: ", given("scores", lambda p: (p.k(3, 1),))),
-    "scores: another dtype": ("qk?: bfloat16", given("scores", lambda p: (p.qk().bfloat16(),), first=0, last=3)),
-    "scores: a scalar": ("k: ", simple("scores", torch.tensor(1.0))),
-    "q: other heads": ("q: ", given("scores", lambda p: (p.heads(5), p.k()), first=0, last=3)),
-    "qkv: two": ("2 tensors, expected 1", given("qkv", lambda p: (p.x(), p.x()))),
-    "x: another batch": ("x: ", given("qkv", lambda p: (p.x(3, 1),))),
-    "x: no rows": ("x: ", given("qkv", lambda p: (p.x(0),))),
-    "x: another width": ("x: ", given("qkv", lambda p: (p.h(),))),
-    "x: two dimensions": ("x: ", given("qkv", lambda p: (p.x()[0],))),
-    "x: another dtype": ("x: bfloat16", given("qkv", lambda p: (p.x().bfloat16(),))),
-    "x: ints": ("x: int64", given("qkv", lambda p: (p.x().long(),))),
-    "ids: floats": ("ids: ", given("embedding", lambda p: (p.ids().float(),))),
-    "ids: another batch": ("ids: ", given("embedding", lambda p: (p.ids(3, 1),))),
-    "ids: one dimension": ("ids: ", given("embedding_qkv", lambda p: (p.ids()[0],))),
-    "ids: negative": ("ids: -1", given("embedding_qkv", lambda p: (p.ids() - 1,))),
-    "ids: no such word": ("ids: 97", given("embedding", lambda p: (p.ids() + 97,))),
-    "ids: huge": ("ids: ", given("embedding_qkv", lambda p: (p.ids() + 2**62,))),
+    "scores: nothing": ("0 tensors, expected qk", simple(SCORES)),
+    "keys: nothing": ("0 tensors, expected k", simple("store_k")),
+    "scores: four": ("expected qk", given(SCORES, lambda p: (p.q(), p.k(), p.k()))),
+    "scores: no rows": ("no dimension of 0", given("store_k", lambda p: (p.k(0),))),
+    "scores: keys alone": ("qk: ", given(SCORES, lambda p: (p.k(),), first=0, last=3)),
+    "scores: another batch": ("k: ", given("store_k", lambda p: (p.k(3, 1),))),
+    "scores: another dtype": ("qk?: bfloat16", given(SCORES, lambda p: (p.qk().bfloat16(),), first=0, last=3)),
+    "scores: a scalar": ("k: ", simple(SCORES, torch.tensor(1.0))),
+    "keys: a scalar": ("k: ", simple("store_k", torch.tensor(1.0))),
+    "q: other heads": ("q: ", given(SCORES, lambda p: (p.heads(5), p.k()), first=0, last=3)),
+    "qkv: two": ("2 tensors, expected normed", given(QKV, lambda p: (p.x(), p.x()))),
+    "x: another batch": ("normed: ", given(QKV, lambda p: (p.x(3, 1),))),
+    "x: no rows": ("normed: ", given(QKV, lambda p: (p.x(0),))),
+    "x: another width": ("normed: ", given(QKV, lambda p: (p.h(),))),
+    "x: two dimensions": ("normed: ", given(QKV, lambda p: (p.x()[0],))),
+    "x: another dtype": ("normed: bfloat16", given(QKV, lambda p: (p.x().bfloat16(),))),
+    "x: ints": ("normed: int64", given(QKV, lambda p: (p.x().long(),))),
+    "ids: floats": ("ids: ", given("embed", lambda p: (p.ids().float(),))),
+    "ids: another batch": ("ids: ", given("embed", lambda p: (p.ids(3, 1),))),
+    "ids: one dimension": ("ids: ", given(EMBED_QKV, lambda p: (p.ids()[0],))),
+    "ids: negative": ("ids: -1", given(EMBED_QKV, lambda p: (p.ids() - 1,))),
+    "ids: no such word": ("ids: 97", given("embed", lambda p: (p.ids() + 97,))),
+    "ids: huge": ("ids: ", given(EMBED_QKV, lambda p: (p.ids() + 2**62,))),
     # scores that come back
-    "packed: before any scores": ("lane: no scores", given("values_o", lambda p: (p.packed(),))),
-    "packed: before any scores, folded": ("lane: no scores", given("values_gate_up", lambda p: (p.packed(),))),
+    "packed: before any scores": ("lane: no scores", given("values o", lambda p: (p.packed(),))),
+    "packed: before any scores, folded": ("lane: no scores", given(GATE_UP, lambda p: (p.packed(),))),
     "packed: of another lane": (
         "lane: no scores",
-        after(Peer.scores, given("values_o", lambda p: (p.packed(),), lane=1)),
+        after(Peer.scores, given("values o", lambda p: (p.packed(),), lane=1)),
     ),
-    "packed: too small": ("packed: ", after(Peer.scores, given("values_o", lambda p: (p.packed()[:-1],)))),
-    "packed: too large": ("packed: ", after(Peer.scores, given("values_o", lambda p: (p.packed().repeat(2),)))),
-    "packed: empty": ("packed: ", after(Peer.scores, simple("values_o", EMPTY))),
-    "packed: two dimensions": ("packed: ", after(Peer.scores, given("values_o", lambda p: (p.packed()[None],)))),
-    "packed: another dtype": ("packed: float16", after(Peer.scores, given("values_o", lambda p: (p.packed().half(),)))),
-    "packed: two": ("2 tensors, expected 1", after(Peer.scores, given("values_o", lambda p: (p.packed(),) * 2))),
+    "packed: too small": ("weights: ", after(Peer.scores, given("values o", lambda p: (p.packed()[:-1],)))),
+    "packed: too large": ("weights: ", after(Peer.scores, given("values o", lambda p: (p.packed().repeat(2),)))),
+    "packed: empty": ("weights: ", after(Peer.scores, simple("values o", EMPTY))),
+    "packed: two dimensions": ("weights: ", after(Peer.scores, given("values o", lambda p: (p.packed()[None],)))),
+    "packed: another dtype": (
+        "weights: float16",
+        after(Peer.scores, given("values o", lambda p: (p.packed().half(),))),
+    ),
+    "packed: two": ("2 tensors, expected weights", after(Peer.scores, given("values o", lambda p: (p.packed(),) * 2))),
     "packed: at a layer without values": (
         "layer: 1, of which the session holds nothing",
-        after(Peer.scores, given("values_o", lambda p: (p.packed(),), layer=1)),
+        after(Peer.scores, given("values o", lambda p: (p.packed(),), layer=1)),
     ),
     "packed: without a residual stream": (
         "rows, expected None, of the residual stream",
-        after(Peer.scores, given("values_gate_up", lambda p: (p.packed(),))),
+        after(Peer.scores, given(GATE_UP, lambda p: (p.packed(),))),
     ),
-    "values: nothing": ("0 tensors, expected packed and v", simple("values")),
-    "values: before any scores": ("v: ", given("values", lambda p: (p.packed(), p.k()))),
-    "values: other rows than the scores": ("v: ", after(Peer.scores, given("values", lambda p: (p.packed(), p.k(2))))),
-    "values: too small": ("packed: ", after(Peer.scores, given("values", lambda p: (p.packed()[1:], p.k())))),
+    "values: nothing": ("0 tensors, expected weights, v", simple("store_v values")),
+    "values: before any scores": ("lane: no scores", given("store_v values", lambda p: (p.packed(), p.k()))),
+    "values: alone, before any keys": ("v: ", given("store_v", lambda p: (p.k(),))),
+    "values: none, before any keys": ("no dimension of 0", given("store_v", lambda p: (p.k(0),))),
+    "values: other rows than the scores": (
+        "v: ",
+        after(Peer.scores, given("store_v values", lambda p: (p.packed(), p.k(2)))),
+    ),
+    "values: too small": (
+        "weights: ",
+        after(Peer.scores, given("store_v values", lambda p: (p.packed()[1:], p.k()))),
+    ),
+    "values: fewer than a block that is not the last one": (
+        "layer: 2 values there, expected 3",
+        after(lambda p: p.behind_keys(), given("values o", lambda p: (p.packed_of(UNEVEN),), lane=1)),
+    ),
     # one row of each
-    "keep: beyond": ("keep: 0 to 3, expected 0 to 2", keeping([0, 3])),
-    "keep: negative": ("keep: -1 to 2", keeping([-1, 2])),
-    "keep: huge": ("keep: ", keeping([0, 2**62])),
-    "keep: too few": ("keep: ", keeping([1])),
-    "keep: int32": ("keep: int32", keeping([1, 2], torch.int32)),
-    "keep: floats": ("keep: float32", keeping([1, 2], torch.float32)),
-    "keep: without a residual stream": (
-        "keep: 3 rows, expected those of the residual stream in this lane",
-        after_qkv("scores", lambda peer: (peer.qk(), torch.tensor([0, 1])), first=0, last=3),
+    "selected: beyond": ("selected: 0 to 3, expected 0 to 2", selecting([0, 3])),
+    "selected: negative": ("selected: -1 to 2", selecting([-1, 2])),
+    "selected: huge": ("selected: ", selecting([0, 2**62])),
+    "selected: too few": ("selected: ", selecting([1])),
+    "selected: int32": ("selected: int32", selecting([1, 2], torch.int32)),
+    "selected: floats": ("selected: float32", selecting([1, 2], torch.float32)),
+    "selected: without a residual stream": (
+        "selected: 3 rows, expected those of the residual stream in this lane",
+        after_qkv(LAST_SCORES, lambda p: (p.q(1), p.k(), torch.ones(2, 3), torch.tensor([0, 1])), first=0, last=3),
     ),
-    "keep: of another lane": (
-        "keep: 3 rows, expected those of the residual stream in this lane",
+    "selected: of another lane": (
+        "selected: 3 rows, expected those of the residual stream in this lane",
+        selecting([0, 1], lane=1),
+    ),
+    "selected: all rows of q": (
+        "q: ",
         after(
             Peer.residual,
-            given("scores", lambda peer: (peer.qk(), torch.tensor([0, 1])), first=0, last=3, lane=1),
+            given(LAST_SCORES, lambda p: (p.q(), p.k(), torch.ones(2, 3), torch.tensor([0, 1])), first=0, last=3),
         ),
     ),
-    "linear, keep: beyond": ("keep: ", linear_keeping(torch.tensor([0, 3]))),
-    "linear, keep: two dimensions": ("keep: ", linear_keeping(torch.tensor([[0, 1]]))),
-    "linear, keep: floats": ("keep: ", linear_keeping(torch.tensor([0.0, 1.0]))),
-    "keep: all rows asked for": (
+    "selected: q and k together": (
+        "3 tensors, expected q, k, scale, selected",
+        after(
+            Peer.residual,
+            given(LAST_SCORES, lambda p: (p.qk(), torch.ones(2, 3), torch.tensor([0, 1])), first=0, last=3),
+        ),
+    ),
+    "selected: more rows than one go on": (
+        "selected: 3 rows, expected those of the residual stream in this lane",
+        after(
+            Peer.residual,
+            given("select o add norm gate_up", lambda p: (p.attended(), torch.tensor([0, 1]))),
+        ),
+    ),
+    "selected: before attention in the TEE, beyond": (
+        "selected: 0 to 3, expected 0 to 2",
+        after(
+            Peer.residual,
+            given("select o add norm gate_up", lambda p: (p.attended(1), torch.tensor([0, 3]))),
+        ),
+    ),
+    "minimal, selected: beyond": ("selected: ", minimal_selecting(torch.tensor([0, 3]))),
+    "minimal, selected: two dimensions": ("selected: ", minimal_selecting(torch.tensor([[0, 1]]))),
+    "minimal, selected: floats": ("selected: ", minimal_selecting(torch.tensor([0.0, 1.0]))),
+    "selected: all rows asked for": (
         "blocks: ",
-        after(Peer.linear, given("down_scores", lambda p: (p.h(), p.ids()[:, 0]), layer=1, first=0, last=9)),
+        after(Peer.minimal, given(NEXT_SELECTS, lambda p: (p.h(), p.ids()[:, 0]), first=0, last=9)),
     ),
     # what a norm left
-    "scales: another dtype": ("scales: float64", scaled(torch.ones(2, 3, dtype=torch.float64))),
-    "scales: other rows": ("scales: ", scaled(torch.ones(2, 2))),
-    "scales: another batch": ("scales: ", scaled(torch.ones(1, 3))),
+    "scales: another dtype": ("scale: float64", scaled(torch.ones(2, 3, dtype=torch.float64))),
+    "scales: other rows": ("scale: ", scaled(torch.ones(2, 2))),
+    "scales: another batch": ("scale: ", scaled(torch.ones(1, 3))),
     "scale: for many rows": (
         "scale: 1.0 for 6 rows",
-        after_qkv("scores", lambda p: (p.qk(),), first=0, last=3, scale=1.0),
+        after_qkv(SCALED_SCORES, lambda p: (p.qk(),), first=0, last=3, scale=1.0),
     ),
-    "scale: a word": ("scale: 'x'", after_qkv("scores", lambda p: (p.qk(),), first=0, last=3, scale="x")),
-    "scale: a bool": ("scale: True ", after_qkv("scores", lambda p: (p.qk(),), first=0, last=3, scale=True)),
-    "scale: an int": ("scale: 1 ", after_qkv("scores", lambda p: (p.qk(),), first=0, last=3, scale=1)),
+    "scale: a word": ("scale: 'x'", after_qkv(SCALED_SCORES, lambda p: (p.qk(),), first=0, last=3, scale="x")),
+    "scale: a bool": ("scale: True ", after_qkv(SCALED_SCORES, lambda p: (p.qk(),), first=0, last=3, scale=True)),
+    "scale: an int": ("scale: 1 ", after_qkv(SCALED_SCORES, lambda p: (p.qk(),), first=0, last=3, scale=1)),
     "scales: of no values": (
         "start: 0, expected where this lane's values were put",
-        given("scores", lambda p: (p.qk(), torch.ones(2, 3)), first=0, last=3),
+        given(SCALED_SCORES, lambda p: (p.qk(), torch.ones(2, 3)), first=0, last=3),
     ),
     "scales: of fewer values": (
         "start: 0, expected where this lane's values were put",
-        after_qkv("scores", lambda p: (p.qk(5), torch.ones(2, 5)), first=0, last=5),
+        after_qkv(SCALED_SCORES, lambda p: (p.qk(5), torch.ones(2, 5)), first=0, last=5),
     ),
-    "scales: linear, other rows": (
-        "scales: ",
-        after(Peer.linear, given("values_gate_up", lambda p: (p.packed(), torch.ones(2, 1)))),
+    "scales: minimal, other rows": (
+        "scale: ",
+        after(Peer.minimal, given(SCALED_GATE_UP, lambda p: (p.packed(), torch.ones(2, 1)))),
     ),
-    "scales: linear, elsewhere": (
+    "scales: minimal, elsewhere": (
         "start: 3, expected where this lane's rows were put",
-        after(Peer.linear, given("values_gate_up", lambda p: (p.packed(), torch.ones(2, 3)), start=3)),
+        after(Peer.minimal, given(SCALED_GATE_UP, lambda p: (p.packed(), torch.ones(2, 3)), start=3)),
+    ),
+    "scales: none": ("1 tensors, expected qk, scale", after_qkv(SCALED_SCORES, lambda p: (p.qk(),), first=0, last=3)),
+    "scales: both": (
+        "q: ",
+        after_qkv(SCALED_SCORES, lambda p: (p.qk(), torch.ones(2, 3)), first=0, last=3, scale=1.0),
     ),
     # the residual stream
-    "h: without a residual stream": ("residual stream in this lane", given("down_qkv", lambda p: (p.h(),), layer=1)),
+    "h: without a residual stream": ("residual stream in this lane", given(DOWN_QKV, lambda p: (p.h(),))),
     "h: other rows": (
         "rows, expected .2, 3., of the residual",
-        after(Peer.residual, given("down_qkv", lambda p: (p.h(2),), layer=1)),
+        after(Peer.residual, given(DOWN_QKV, lambda p: (p.h(2),))),
     ),
     "h: of another lane": (
         "residual stream in this lane",
-        after(Peer.residual, given("down_lm_head", lambda p: (p.h(),), lane=1)),
+        after(Peer.residual, given(DOWN_LOGITS, lambda p: (p.h(),), lane=1)),
     ),
-    "h: another batch": ("h: ", after(Peer.residual, given("down_lm_head", lambda p: (p.h(3, 1),)))),
-    "h: another width": ("h: ", after(Peer.residual, given("down_qkv", lambda p: (p.x(),), layer=1))),
-    "h: another dtype": ("h: float16", after(Peer.residual, given("down_qkv", lambda p: (p.h().half(),), layer=1))),
-    "h: before the first layer": (
-        "layer: 0, expected 1 or more",
-        after(Peer.residual, given("down_qkv", lambda p: (p.h(),))),
+    "h: another batch": ("gated: ", after(Peer.residual, given(DOWN_LOGITS, lambda p: (p.h(3, 1),)))),
+    "h: another width": ("gated: ", after(Peer.residual, given(DOWN_QKV, lambda p: (p.x(),)))),
+    "h: another dtype": ("gated: float16", after(Peer.residual, given(DOWN_QKV, lambda p: (p.h().half(),)))),
+    "h: behind the last layer": (
+        "layer: 2, expected 0 to 1",
+        after(Peer.residual, given(DOWN_QKV, lambda p: (p.h(),), layer=2)),
     ),
-    "h: nothing": ("0 tensors, expected 1", after(Peer.residual, simple("down_qkv", layer=1))),
-    "h: three": ("3 tensors, expected h", given("down_scores", lambda p: (p.h(),) * 3, layer=1)),
+    "h: nothing": ("0 tensors, expected gated", after(Peer.residual, simple(DOWN_QKV))),
+    "h: three": ("3 tensors, expected gated", given(NEXT, lambda p: (p.h(),) * 3)),
     "h: no rotary tables": (
         "lane: no rotary tables",
-        after(Peer.residual, given("down_scores", lambda p: (p.h(),), layer=1, first=0, last=3)),
+        after(Peer.residual, given(NEXT, lambda p: (p.h(),), first=0, last=3)),
     ),
     # rotary tables
     "cos: too wide": ("cos: ", tables(lambda p: torch.ones(1, 3, p.config.head_dim // 2 + 1))),
@@ -362,7 +442,7 @@ CASES: dict[str, tuple[str, Case]] = {
     "cos: another dtype": ("cos: bfloat16", tables(lambda p: p.table().bfloat16())),
     "sin: another shape": ("sin: ", tables(lambda p: p.table(), lambda p: p.table(3, 2))),
     "sin: another dtype": ("sin: float64", tables(lambda p: p.table(), lambda p: p.table().double())),
-    "sin: missing": ("2 tensors, expected ids, cos, sin", given("embedding_scores", lambda p: (p.ids(), p.table()))),
+    "sin: missing": ("2 tensors, expected ids, cos, sin", given(FIRST, lambda p: (p.ids(), p.table()))),
 }
 
 
@@ -372,30 +452,35 @@ def fails(peer: Peer, text: str, op: str, tensors: tuple[torch.Tensor, ...], att
     assert len(str(error.value)) < 400
 
 
+def refused(peer: Peer, text: str, steps: Any, tensors: tuple[torch.Tensor, ...], attrs: dict[str, Any]) -> None:
+    fails(peer, text, "run", tensors, attrs if steps is None else {**attrs, "steps": steps})
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_what_does_not_fit_is_refused_by_name(make_peer: Callable[..., Peer], name: str) -> None:
     peer = make_peer()
     text, case = CASES[name]
-    fails(peer, text, *case(peer))
+    refused(peer, text, *case(peer))
     peer.works()
     peer.channel.call("truncate", session=peer.session, length=0)
     peer.scores()  # the session itself can be used, too
-    peer.channel.call("values_o", peer.packed(), **peer.at())
+    peer.run("values o", peer.packed())
 
 
 NUMBERS: list[Any] = [None, -1, 2**40, 2**62, "0", "", 0.0, [0], ["0"], [], b"0", math.nan, True, False, [0.5], [True]]
 
 
-@pytest.mark.parametrize("op", ["embedding", "qkv", "scores", "values_gate_up", "down_scores"])
+@pytest.mark.parametrize("steps", ["embed", QKV, SCORES, "store_k", "gate_up", SCALED_GATE_UP, NEXT, "lm_head"])
 @pytest.mark.parametrize("field", ["session", "lane", "layer", "start"])
-def test_where_it_is_about_is_checked(make_peer: Callable[..., Peer], op: str, field: str) -> None:
+def test_where_it_is_about_is_checked(make_peer: Callable[..., Peer], steps: str, field: str) -> None:
     peer = make_peer()
-    bounds = {"session": [0, peer.session + 1], "lane": [MAX_LANES], "layer": [3], "start": [2**31]}
+    layers = 2 if steps == NEXT else 3
+    bounds = {"session": [0, peer.session + 1], "lane": [MAX_LANES], "layer": [layers], "start": [2**31]}
     for value in [*NUMBERS, *bounds[field]]:
         attrs = {**peer.at(), field: value}
         if value is None:
             del attrs[field]
-        fails(peer, f"{field}: ", op, (peer.ids(),), attrs)
+        refused(peer, f"{field}: ", steps, (peer.ids(),), attrs)
     assert peer.known.executor.sessions.nbytes == 0
     peer.works()
 
@@ -423,8 +508,8 @@ INDICES: dict[str, tuple[str, tuple[torch.Tensor, ...]]] = {
     "none": ("indices: 0 of them", (torch.zeros(0, dtype=torch.int64),)),
     "far too many": ("indices: 65537 of them", (torch.zeros(2**16 + 1, dtype=torch.int64),)),
     "more than there is memory for": ("KV caches of ", (torch.zeros(2**16, dtype=torch.int64),)),
-    "nothing": ("0 tensors, expected 1", ()),
-    "two": ("2 tensors, expected 1", (torch.tensor([0]),) * 2),
+    "nothing": ("0 tensors, expected indices", ()),
+    "two": ("2 tensors, expected indices", (torch.tensor([0]),) * 2),
 }
 
 
@@ -474,8 +559,8 @@ def test_nothing_is_allocated_on_a_peers_word(
         return empty(self, shape, dtype)
 
     monkeypatch.setattr(work, "empty", counting)
-    fails(peer, "KV caches of .* expected at most", "qkv", (peer.x(1, batch),), peer.at(session=number))
-    fails(peer, "KV caches of .* expected at most", "scores", (peer.k(1, batch),), peer.at(session=number))
+    refused(peer, "KV caches of .* expected at most", QKV, (peer.x(1, batch),), peer.at(session=number))
+    refused(peer, "KV caches of .* expected at most", "store_k", (peer.k(1, batch),), peer.at(session=number))
     assert max(asked, default=0) <= 4 * batch * peer.config.hidden_size
     assert peer.known.executor.sessions.nbytes == 0
     monkeypatch.undo()
@@ -486,10 +571,10 @@ def test_scores_may_be_asked_for_twice_and_come_back_once(make_peer: Callable[..
     peer = make_peer()
     peer.scores()
     peer.scores(2, 5)
-    fails(peer, "packed: ", "values_o", (peer.packed(900, 5),), peer.at())
+    refused(peer, "weights: ", "values o", (peer.packed(900, 5),), peer.at())
     peer.scores(2, 5)
-    peer.channel.call("values_o", peer.packed(2, 5), **peer.at())
-    fails(peer, "lane: no scores", "values_o", (peer.packed(2, 5),), peer.at())
+    peer.run("values o", peer.packed(2, 5))
+    refused(peer, "lane: no scores", "values o", (peer.packed(2, 5),), peer.at())
     peer.works()
 
 
@@ -501,10 +586,10 @@ def test_scores_of_what_was_truncated_do_not_come_back(make_peer: Callable[..., 
     ):
         peer.scores(start=0)
         forget()
-        fails(peer, "lane: no scores", "values_o", (peer.packed(),), peer.at())
+        refused(peer, "lane: no scores", "values o", (peer.packed(),), peer.at())
     peer.scores(100, 100)
-    peer.channel.call("qkv", peer.x(1), **peer.at(lane=1))  # from the start again: there is one value now
-    fails(peer, "layer: 1 values there, expected 100", "values_o", (peer.packed(100, 100),), peer.at())
+    peer.run(QKV, peer.x(1), lane=1)  # from the start again: there is one value now
+    refused(peer, "layer: 1 values there, expected 100", "values o", (peer.packed(100, 100),), peer.at())
     peer.works()
 
 
@@ -513,11 +598,13 @@ def test_rows_are_only_kept_of_a_residual_stream_that_has_them(make_peer: Callab
     """On a GPU an index out of range ends the process's use of it, for all clients."""
     peer = make_peer()
     peer.residual(3 if again else 2)
-    peer.channel.call("qkv", peer.x(3), **peer.at())
-    request = "scores", (peer.qk(), torch.tensor([2, 2])), {**peer.at(), "blocks": [0, 3, 0, 3]}
+    peer.run(QKV, peer.x(3))
+    tensors = peer.q(1), peer.k(), torch.ones(2, 3), torch.tensor([2, 2])
+    attrs = {"blocks": [0, 1, 0, 3]}
     if again:
-        peer.channel.call(*request[:1], *request[1], **request[2])
-    fails(peer, "keep: 3 rows, expected those of the residual stream in this lane", *request)
+        peer.run(LAST_SCORES, *tensors, **attrs)
+    text = "selected: 3 rows, expected those of the residual stream in this lane"
+    refused(peer, text, LAST_SCORES, tensors, {**peer.at(), **attrs})
     peer.works()
 
 
@@ -527,46 +614,181 @@ def test_only_the_sessions_own_dtype_is_taken(make_peer: Callable[..., Peer], dt
     at = peer.at(session=peer.open(2, 0, dtype))
     for other in (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8):
         if other == getattr(torch, dtype):
-            (qk,) = peer.channel.call("qkv", peer.x().to(other), **at)
+            (qk,) = peer.run(QKV, peer.x().to(other), **at)
             assert qk.dtype == other
         else:
             name = str(other).removeprefix("torch.")
-            fails(peer, f"x: {name} .*, expected {dtype}", "qkv", (peer.x().to(other),), at)
+            refused(peer, f"normed: {name} .*, expected {dtype}", QKV, (peer.x().to(other),), at)
     peer.works()
 
 
-@pytest.mark.parametrize(
-    ("family", "op"),
-    [
-        ("attention bias", "embedding_scores"),
-        ("attention bias", "down_scores"),
-        ("qwen3", "embedding_scores"),
-        ("qwen3", "down_scores"),
-        ("gemma2", "embedding_qkv"),
-        ("gemma2", "embedding_scores"),
-        ("gemma2", "values_gate_up"),
-        ("gemma2", "down_qkv"),
-    ],
-)
-def test_operations_that_a_model_does_not_have(make_peer: Callable[..., Peer], family: str, op: str) -> None:
+@pytest.mark.parametrize("family", ["attention bias", "qwen3", "gemma2"])
+@pytest.mark.parametrize("steps", [text for text, steps in STEP_LISTS.items() if "norm" in steps])
+def test_operations_that_a_model_does_not_have(make_peer: Callable[..., Peer], family: str, steps: str) -> None:
+    """Refused before anything is looked at, and nothing is changed."""
+    if family != "gemma2" and "rope" not in steps:
+        pytest.skip("this model has them")
     peer = make_peer(family)
     text = "norms cannot be folded" if family == "gemma2" else "q and k cannot stay here"
-    if not op.startswith("embedding"):
-        text = f"({text}|of the residual stream in this lane)"
-    first = {"first": 0, "last": 3}
-    start = given("embedding_scores", lambda p: (p.ids(), p.table(), p.table()), **first)
-    if op.startswith("embedding"):
-        case = start if op == "embedding_scores" else given(op, lambda p: (p.ids(),))
-        fails(peer, text, *case(peer))
-    else:  # what came before leaves what it had done until it was refused
-        fails(peer, "cannot (be folded|stay here)", *start(peer))
-        if op == "values_gate_up":
-            peer.scores()
-            fails(peer, text, op, (peer.packed(),), peer.at())
-        elif op == "down_scores":
-            fails(peer, text, op, (peer.h(),), {**peer.at(layer=1), **first})
-        else:
-            fails(peer, text, op, (peer.h(),), peer.at(layer=1))
+    peer.scores()
+    nbytes = peer.known.executor.sessions.nbytes
+    for tensors in ((), (peer.ids(),), (peer.packed(),), (peer.h(),)):
+        refused(peer, text, steps, tensors, {**peer.at(), "first": 0, "last": 3})
+    assert peer.known.executor.sessions.nbytes == nbytes
+    peer.run("values o", peer.packed())
+    peer.works()
+
+
+# ---- every list of steps ---------------------------------------------------------------------------------------------
+
+NO_STEPS: list[Any] = [
+    *(None, "", " ", "embed ", " embed", "embed  norm qkv", "EMBED", "embed\n", "embed,norm", "attention", "softmax"),
+    *(
+        "norm",
+        "add",
+        "rope",
+        "select",
+        "tables",
+        "scores",
+        "values",
+        "residual",
+        "store",
+        "describe",
+        "run",
+        "__init__",
+    ),
+    *("embed embed", "qkv store_v store_v", "store_k store_k scores", "down add add norm lm_head"),
+    *("scores store_k", "o values", "norm embed qkv", "lm_head norm add down", "store_v qkv"),
+    *("embed norm lm_head", "embed norm gate_up", "down add norm gate_up", "o add norm lm_head"),
+    *(" ".join(STEPS), "embed " * 100, "x" * 2**15),
+    *(["embed"], ["embed", "norm", "qkv", "store_v"], [], [1], 0, 1, 1.5, True, b"embed", b""),
+]
+
+
+@pytest.mark.parametrize("value", NO_STEPS, ids=lambda value: repr(value)[:30])
+def test_what_is_no_list_of_steps(make_peer: Callable[..., Peer], value: Any) -> None:
+    peer = make_peer()
+    refused(peer, "steps: ", value, (peer.ids(),), peer.at())
+    peer.works()
+
+
+def test_steps_in_an_order_that_no_plan_has(make_peer: Callable[..., Peer]) -> None:
+    peer = make_peer()
+    lists = {" ".join(pair) for pair in itertools.product(STEPS, repeat=2)}
+    lists |= {
+        " ".join(order) for text in STEP_LISTS.values() if len(text) < 5 for order in itertools.permutations(text)
+    }
+    lists |= {" ".join(text[:-1]) for text in STEP_LISTS.values()} | {
+        " ".join(text[1:]) for text in STEP_LISTS.values()
+    }
+    for text in lists - set(STEP_LISTS) - {""}:
+        refused(peer, "steps: ", text, (peer.ids(),), peer.at())
+    peer.works()
+
+
+def valid(peer: Peer, text: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors by name, and attributes, with which a list of steps runs behind the minimal plan's first call."""
+    steps, config, rows = STEP_LISTS[text], peer.config, 3
+    shapes, blocks = Shapes(config, "float32"), [Block(0, rows, 0, rows)]
+    tensors = {}
+    for name in signature(steps, joined=False)[0]:
+        shape = shapes.shape(name, 2, rows, "select" in steps and name in ("q", "attended"), blocks)
+        dtype = getattr(torch, shapes.dtype(name))
+        tensors[name] = torch.zeros(shape, dtype=dtype) if dtype == torch.int64 else torch.ones(shape, dtype=dtype)
+    return tensors, {**peer.at(), **({"first": 0, "last": rows} if "scores" in steps else {})}
+
+
+def renew(peer: Peer) -> None:
+    peer.channel.call("truncate", session=peer.session, length=0)
+    peer.minimal()
+
+
+@pytest.mark.parametrize("text", STEP_LISTS)
+def test_every_list_of_steps_takes_what_the_contract_says_and_nothing_else(
+    make_peer: Callable[..., Peer], text: str
+) -> None:
+    peer = make_peer()
+    renew(peer)
+    tensors, attrs = valid(peer, text)
+    names = list(tensors)
+    replies = peer.channel.call("run", *tensors.values(), **attrs, steps=text)
+    assert len(replies) == len(signature(STEP_LISTS[text], joined=False)[1])
+    wrong: list[tuple[str, list[torch.Tensor]]] = []
+    for index, (name, tensor) in enumerate(tensors.items()):
+        own = {torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.uint8} - {tensor.dtype}
+        changed = [tensor.to(dtype) for dtype in own]
+        changed += [tensor[None], tensor[0], tensor.flatten()[:0], tensor.new_zeros(())]
+        if tensor.dim() > 1:
+            changed.append(tensor.flatten())
+        for dim in range(tensor.dim()):
+            if dim == 1 and name not in ("v", "scale", "selected", "cos", "sin"):
+                changed.append(tensor.narrow(1, 0, 0))  # how many rows there are may be free
+            else:
+                changed.append(torch.cat([tensor, tensor.narrow(dim, 0, 1)], dim))
+                changed.append(tensor.narrow(dim, 1, tensor.shape[dim] - 1))
+        before, after_it = list(tensors.values())[:index], list(tensors.values())[index + 1 :]
+        wrong += [(name, [*before, each.contiguous(), *after_it]) for each in changed]
+    for name, given in wrong:
+        renew(peer)
+        field = (
+            "(q|qk|k|v|sin|cos|selected|scale|weights|attended|lane|start|ids|[0-9]|.2, )" if len(names) > 1 else name
+        )
+        refused(peer, field, text, tuple(given), attrs)
+    for count in {0, len(names) - 1, len(names) + 1, len(names) + 5} - {len(names)}:
+        renew(peer)
+        given = ([*tensors.values()] * 3 + [torch.ones(1)] * 6)[:count]
+        refused(peer, "", text, tuple(given), attrs)
+    for name, value in (("ids", 97), ("ids", -1), ("ids", 2**62), ("selected", 3), ("selected", -1)):
+        if name in names:
+            renew(peer)
+            given = [tensor.clone().fill_(value) if each == name else tensor for each, tensor in tensors.items()]
+            refused(peer, f"{name}: ", text, tuple(given), attrs)
+    for value in (0.5, "x", True, 1, b"1", [1.0]):
+        if "scale" in names:  # of six rows
+            renew(peer)
+            given = [tensor for name, tensor in tensors.items() if name != "scale"]
+            refused(peer, "scale: ", text, tuple(given), {**attrs, "scale": value})
+    renew(peer)
+    peer.channel.call("run", *tensors.values(), **attrs, steps=text)
+    peer.works()
+
+
+STATE = {"values", "add", "select", "scale_v", "scale_kv"}
+
+
+@pytest.mark.parametrize("text", STEP_LISTS)
+def test_steps_need_what_a_lane_has(make_peer: Callable[..., Peer], text: str) -> None:
+    """In a session where nothing was done, and in a lane where nothing was done."""
+    peer = make_peer()
+    steps = set(STEP_LISTS[text])
+    tensors, attrs = valid(peer, text)
+    if ("embed" in steps or not steps & STATE) and text != "store_v":
+        peer.channel.call("run", *tensors.values(), **attrs, steps=text)
+        return
+    state = "(lane|start|v|scale): |rows, expected"
+    refused(peer, state, text, tuple(tensors.values()), attrs)
+    renew(peer)
+    if steps != {"store_k", "scale_v", "scores"} and steps != {"store_k", "scale_v"}:  # values are the session's
+        refused(peer, state, text, tuple(tensors.values()), {**attrs, "lane": 1})
+    peer.channel.call("run", *tensors.values(), **attrs, steps=text)
+    peer.works()
+
+
+@pytest.mark.parametrize("text", [text for text, steps in STEP_LISTS.items() if "scores" in steps])
+def test_every_list_with_scores_needs_blocks(make_peer: Callable[..., Peer], text: str) -> None:
+    peer = make_peer()
+    for blocks in (
+        {},
+        {"last": 3},
+        {"blocks": []},
+        {"blocks": [0, 2, 0, 3]},
+        {"first": 0, "last": 99},
+        {"blocks": "x"},
+    ):
+        renew(peer)
+        tensors, attrs = valid(peer, text)
+        del attrs["first"], attrs["last"]
+        refused(peer, "blocks: ", text, tuple(tensors.values()), {**attrs, **blocks})
     peer.works()
 
 
@@ -574,7 +796,7 @@ def test_many_wrong_requests_on_one_connection(make_peer: Callable[..., Peer]) -
     peer = make_peer()
     for turn, (text, case) in enumerate(CASES.values()):
         peer.session = peer.open()
-        fails(peer, text, *case(peer))
+        refused(peer, text, *case(peer))
         peer.channel.call("close", session=peer.session)
         if turn % 20 == 0:
             peer.works()
@@ -593,10 +815,10 @@ def test_what_is_behind_the_scores_is_nobody_elses(
     elements = 2 * other.config.num_attention_heads * rows * rows
     sent = packed_elements(2, other.config.num_attention_heads, [Block(0, rows, 0, rows)])
     assert sent > elements
-    other.channel.call("qkv", other.x(rows), **other.at())
+    other.run(QKV, other.x(rows))
     for _ in range(5):
-        fails(peer, "session: ", "values_o", (torch.full((sent,), secret),), peer.at(session=2**40))
-        (packed,) = other.channel.call("scores", other.qk(rows), **other.at(), first=0, last=rows)
+        refused(peer, "session: ", "values o", (torch.full((sent,), secret),), peer.at(session=2**40))
+        (packed,) = other.run(SCORES, other.qk(rows), first=0, last=rows)
         assert packed.shape == (sent,)
         assert not bool(packed[elements:].any())
     peer.works()
@@ -605,29 +827,35 @@ def test_what_is_behind_the_scores_is_nobody_elses(
 # ---- executors that lie ----------------------------------------------------------------------------------------------
 
 OPS = {
-    "per-op": ("embedding", "linear", "scores", "values", "lm_head"),
-    "fused": ("embedding", "qkv", "scores", "values_o", "linear", "lm_head"),
-    "folded": ("embedding_qkv", "scores", "values_gate_up", "down_qkv", "down_lm_head"),
-    "linear": ("embedding_scores", "values_gate_up", "down_scores", "down_lm_head"),
+    name: list(
+        dict.fromkeys(stage.text for stage in plan.at_home.schedule(3, selects=True) if isinstance(stage, PlanCall))
+    )
+    for name, plan in PLANS.items()
 }
+"""Plan -> the steps of its calls for a prompt, where the TEE side has a trusted copy."""
+CALLS = [(plan, steps) for plan, calls in OPS.items() for steps in calls]
 
 
 @pytest.fixture
 def lied_to(
     known: Callable[[str], Known], unix_uri: str, serve: Callable[..., Any], connect: Callable[..., Any]
 ) -> Iterator[Callable[..., Runner]]:
-    """A runner whose executor changes its replies by `lie(call, reply)` for the operation `op`."""
+    """A runner whose executor changes its replies by `lie(call, reply)` for an operation, or the calls of `run` with
+    some steps."""
     numbers = itertools.count()
     with torch.inference_mode():
 
         def make(plan: str, op: str, lie: Callable[[fastsplit.Call, list[torch.Tensor]], Any]) -> Runner:
             truth = known("grouped heads")
             handlers = dict(truth.executor.handlers)
+            steps, op = (op, "run") if op in STEP_LISTS else (None, op)
             honest = handlers[op]
 
             def lying(call: fastsplit.Call) -> Any:
                 with torch.inference_mode():  # as the executor's own handlers, whose tensors are changed here
                     reply = honest(call)
+                    if call.attrs.get("steps") != steps:
+                        return reply
                     tensors = list(reply) if isinstance(reply, (tuple, list)) else [] if reply is None else [reply]
                     return lie(call, tensors)
 
@@ -661,7 +889,7 @@ LIES: dict[str, Callable[[fastsplit.Call, list[torch.Tensor]], Any]] = {
 }
 
 
-@pytest.mark.parametrize(("plan", "op"), [(plan, op) for plan, ops in OPS.items() for op in ops])
+@pytest.mark.parametrize(("plan", "op"), CALLS)
 def test_replies_of_the_wrong_shape(lied_to: Callable[..., Runner], plan: str, op: str) -> None:
     for name, lie in LIES.items():
         steps = lied_to(plan, op, lie).generate(PROMPT, 3)
@@ -704,7 +932,7 @@ def test_logits_that_are_no_numbers(lied_to: Callable[..., Runner], plan: str, v
         next(steps)
 
 
-@pytest.mark.parametrize(("plan", "op"), [(plan, op) for plan, ops in OPS.items() for op in ops])
+@pytest.mark.parametrize(("plan", "op"), CALLS)
 def test_numbers_out_of_all_measure_are_tokens_or_one_clear_error(
     lied_to: Callable[..., Runner], plan: str, op: str
 ) -> None:
@@ -729,5 +957,5 @@ def test_numbers_out_of_all_measure_are_tokens_or_one_clear_error(
 
 
 def test_plans_are_all_lied_to() -> None:
-    assert set(OPS) | {"batched"} == set(PLANS)
+    assert set(OPS) == set(PLANS)
     assert block_attrs([Block(0, 3, 0, 3)]) == {"first": 0, "last": 3}, "as these tests send them"

@@ -44,6 +44,8 @@ from raw_peer import (
 import fastsplit
 from fastsplit.errors import DeadlineError, FastsplitError, PeerLostError, RemoteProtocolError
 
+pytestmark = pytest.mark.matrix(one_in=3)
+
 UINT8 = 2
 KIB = 1024
 NBYTES = 64 * KIB

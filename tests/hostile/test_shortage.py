@@ -50,6 +50,8 @@ from fastsplit.tensors.pool import Memory, Pool
 from fastsplit.wire import codecs as codec
 from fastsplit.wire.shm.segment import Memfd, Named
 
+pytestmark = pytest.mark.matrix(one_in=3)
+
 MIB = 1024**2
 UINT8 = 2
 NOFILE = r"no file descriptor left: RLIMIT_NOFILE is \d+"

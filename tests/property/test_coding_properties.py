@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from amount import times
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -22,7 +23,9 @@ from fastsplit.wire.events import Failed, Request
 from fastsplit.wire.rules import CODES
 from fastsplit.wire.session import Session
 
-modest = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+pytestmark = pytest.mark.matrix
+
+modest = settings(max_examples=times(80, 2), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 LIMITS = Limits(max_message_nbytes=2**16)
 DTYPES = ("float32", "float64", "float16", "int8", "int32", "int64", "bool", "complex64")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from amount import times
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from raw_peer import hello
@@ -24,8 +25,10 @@ from fastsplit.wire.events import Failed, Reply, Request
 from fastsplit.wire.rules import TYPES
 from fastsplit.wire.session import Session
 
+pytestmark = pytest.mark.matrix
+
 LIMITS = Limits(max_message_nbytes=2**16, max_tensors=8, max_dims=5, max_attrs=16, max_metadata_nbytes=8192)
-modest = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+modest = settings(max_examples=times(150), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 shapes = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 tensors = st.lists(st.tuples(st.sampled_from(sorted(BY_CODE)), shapes), max_size=5)
@@ -161,7 +164,7 @@ wide_attributes = st.one_of(
 )
 
 
-@settings(modest, max_examples=600)
+@settings(modest, max_examples=times(600))
 @given(caps, st.one_of(ops, st.integers(3900, 5000).map(lambda n: "o" * n)), wide_tensors, wide_attributes)
 def test_what_a_sender_lets_pass_a_receiver_accepts(limits: Limits, op: str, descs: Any, attrs: Any) -> None:
     """And what a receiver would refuse a sender refuses, with a LimitError."""
@@ -222,7 +225,7 @@ mutations = st.lists(
 )
 
 
-@settings(modest, max_examples=400)
+@settings(modest, max_examples=times(400))
 @given(ops, tensors, attributes, mutations, st.lists(st.integers(1, 500), min_size=1))
 def test_valid_frames_with_damage(op: str, descs: Any, attrs: Any, damage: list[Any], cuts: list[int]) -> None:
     """Either it still means something, within the caps, or it is a RemoteProtocolError; never anything else."""

@@ -9,6 +9,7 @@ import struct
 import tracemalloc
 from typing import Any
 
+import amount
 import flatbuffers
 import numpy as np
 import pytest
@@ -366,12 +367,14 @@ def test_other_writers_orders_decode_whatever_they_hint() -> None:
 # ---- hostile ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.matrix
 def test_cached_decode_is_full_decode_under_mutation() -> None:
     """Change any byte of a message whose head is known: the cached way and a fresh decoder must agree."""
+    changes = (1, 0xFF)
     for op, tensors, attrs in MESSAGES:
         data, hint = encode(op, tensors, attrs)
         for at in range(len(data)):
-            for change in (1, 0xFF):
+            for change in changes if amount.exhaustive else changes[at % 2 :][:1]:
                 mutated = bytearray(data)
                 mutated[at] ^= change
                 warm = typed_decoder()

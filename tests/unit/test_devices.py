@@ -25,6 +25,8 @@ from fastsplit.executor.device import Cpu, open_device
 from fastsplit.executor.service import Executor
 from fastsplit.models import open_model
 from fastsplit.split.blocks import Block, block_attrs, packed_elements, row_blocks
+from fastsplit.split.contract import CONTRACT
+from fastsplit.split.plan import STEP_LISTS
 from fastsplit.wire.call import Client
 
 MODEL = open_model("random:tiny")
@@ -84,103 +86,102 @@ def steps(dtype: str, session: int) -> Iterator[Step]:
     keep = torch.tensor([4, 1])
     scales, one_scale = random(2, 5, kind=torch.float32), random(2, 1, kind=torch.float32)
     qk, q, k, v = HEADS + KV_HEADS, HEADS, KV_HEADS, KV_HEADS
-    names = ["q", "k", "v"]
 
-    yield Step("embedding", [ids], at(0), ["in", *give(1)])
-    yield Step("linear", [random(2, 5, HIDDEN)], {"layer": 1, "names": names}, ["in", *give(3)])
-    yield Step("linear", [random(1, 1, HIDDEN)], {"layer": 1, "names": names}, ["in", *give(1)])
-    yield Step("lm_head", [random(2, 1, HIDDEN)], {}, ["in", *give(1)])
+    def run(steps: str, tensors: list[torch.Tensor], where: dict[str, Any], order: list[str], blocks: Any = ()) -> Step:
+        attrs = {**where, "steps": steps, **(block_attrs(blocks) if blocks else {})}
+        return Step("run", tensors, attrs, order, scores(blocks) if blocks else 0)
+
+    yield run("embed", [ids], at(0), ["in", *give(1)])
+    for each in ("q", "k", "v", "gate", "up", "lm_head"):
+        yield run(each, [random(2, 5, HIDDEN)], at(1), ["in", *give(1)])
+    yield run("qkv", [random(2, 5, HIDDEN)], at(1), ["in", *give(2)])
+    yield run("gate_up", [random(2, 5, HIDDEN)], at(1), ["in", *give(1)])
+    yield run("o", [random(2, 5, HEADS * HEAD_DIM)], at(1), ["in", *give(1)])
+    yield run("down", [random(2, 1, INTER)], at(1), ["in", *give(1)])
     # per-op and batched, of layer 1
     tensors = [random(2, 5, q, HEAD_DIM), random(2, 5, k, HEAD_DIM)]
-    yield Step("scores", tensors, {**at(1), **block_attrs(blocks)}, ["in", "in", "compute", *give(1)], scores(blocks))
-    yield Step("values", [packed(blocks), random(2, 5, v, HEAD_DIM)], at(1), ["in", "compute", "in", *give(1)])
+    yield run("store_k scores", tensors, at(1), ["in", "compute", "in", *give(1)], blocks)
+    tensors = [packed(blocks), random(2, 5, v, HEAD_DIM)]
+    yield run("store_v values", tensors, at(1), ["in", "compute", "in", *give(1)])
+    yield run("store_k", [random(2, 5, k, HEAD_DIM)], at(1), ["in", "compute"])
+    yield run("store_v", [random(2, 5, v, HEAD_DIM)], at(1), ["in", "compute"])
     # fused: q and k there and back, v stays; then the next token
-    yield Step("qkv", [random(2, 5, HIDDEN)], at(0), ["in", *give(1), "compute", "compute"])
-    yield Step(
-        "scores",
-        [random(2, 5, qk, HEAD_DIM)],
-        {**at(0), **block_attrs(blocks)},
-        ["in", "compute", *give(1)],
-        scores(blocks),
-    )
-    yield Step("values_o", [packed(blocks)], at(0), ["in", "compute", *give(1)])
-    yield Step("qkv", [random(2, 1, HIDDEN)], at(0, 5), ["in", *give(1), "compute", "compute"])
-    yield Step(
-        "scores",
-        [random(2, 1, qk, HEAD_DIM)],
-        {**at(0, 5), **block_attrs(next_one)},
-        ["in", "compute", *give(1)],
-        scores(next_one),
-    )
-    yield Step("values_o", [packed(next_one)], at(0, 5), ["in", "compute", *give(1)])
+    yield run("qkv store_v", [random(2, 5, HIDDEN)], at(0), ["in", *give(1), "compute", "compute"])
+    yield run("store_k scores", [random(2, 5, qk, HEAD_DIM)], at(0), ["in", "compute", *give(1)], blocks)
+    yield run("values o", [packed(blocks)], at(0), ["in", "compute", *give(1)])
+    yield run("qkv store_v", [random(2, 1, HIDDEN)], at(0, 5), ["in", *give(1), "compute", "compute"])
+    yield run("store_k scores", [random(2, 1, qk, HEAD_DIM)], at(0, 5), ["in", "compute", *give(1)], next_one)
+    yield run("values o", [packed(next_one)], at(0, 5), ["in", "compute", *give(1)])
     yield Step("truncate", [], {"session": session, "length": 0}, [])
     # folded, the last layer with one row of each sequence
     attended = ["compute", "compute", "out", "compute", "compute", "out"]
-    yield Step("embedding_qkv", [ids], at(0), ["in", *give(1), "compute", *give(1), "compute", "compute"])
-    yield Step(
-        "scores",
-        [random(2, 5, qk, HEAD_DIM), scales],
-        {**at(0), **block_attrs(blocks)},
-        ["in", "compute", "in", "compute", *give(1)],
-        scores(blocks),
-    )
-    yield Step("values_gate_up", [packed(blocks)], at(0), ["in", *attended])
-    yield Step("down_qkv", [random(2, 5, INTER)], at(1), ["in", *give(1), "compute", *give(1), "compute", "compute"])
+    stored = ["compute", *give(1), "compute", "compute"]
+    yield run("embed norm qkv store_v", [ids], at(0), ["in", *give(1), *stored])
+    tensors = [random(2, 5, qk, HEAD_DIM), scales]
+    yield run("store_k scale_v scores", tensors, at(0), ["in", "compute", "in", "compute", *give(1)], blocks)
+    yield run("values o add norm gate_up", [packed(blocks)], at(0), ["in", *attended])
+    yield run("down add norm qkv store_v", [random(2, 5, INTER)], at(0), ["in", *give(1), *stored])
     tensors = [random(2, 1, q, HEAD_DIM), random(2, 5, k, HEAD_DIM), scales, keep]
-    yield Step(
-        "scores",
-        tensors,
-        {**at(1), **block_attrs(one)},
-        ["in", "in", "compute", "in", "compute", "in", "compute", *give(1)],
-        scores(one),
-    )
-    yield Step("values_gate_up", [packed(one)], at(1), ["in", *attended])
-    yield Step("down_lm_head", [random(2, 1, INTER)], at(1), ["in", *give(1), "compute", *give(1)])
-    # linear, the same; then the next token
+    order = ["in", "compute", "in", "compute", "in", "compute", "in", *give(1)]
+    yield run("store_k scale_v select scores", tensors, at(1), order, one)
+    yield run("values o add norm gate_up", [packed(one)], at(1), ["in", *attended])
+    yield run("down add norm lm_head", [random(2, 1, INTER)], at(1), ["in", *give(1), "compute", *give(1)])
+    yield run("embed norm qkv store_v", [ids], at(0), ["in", *give(1), *stored])
+    yield run("store_k scale_v", [random(2, 5, k, HEAD_DIM), scales], at(0), ["in", "compute", "in", "compute"])
+    # minimal, the same; then the next token
     tables = [random(1, 5, HEAD_DIM // 2, kind=torch.float32) for _ in range(2)]
-    projected = ["compute", "compute", "compute", "compute", "compute", "out"]
-    yield Step(
-        "embedding_scores",
-        [ids, *tables],
-        {**at(0, lane=1), **block_attrs(blocks)},
-        ["in", *give(1), "in", "in", *projected],
-        scores(blocks),
-    )
-    scaled = ["in", "in", "compute", "compute"]
-    yield Step("values_gate_up", [packed(blocks), scales], at(0, lane=1), [*scaled, *attended])
-    yield Step(
-        "down_scores",
-        [random(2, 5, INTER), keep],
-        {**at(1, lane=1), **block_attrs(one)},
-        ["in", *give(1), *projected[:4], "in", "compute", "compute", *projected[4:]],
-        scores(one),
-    )
-    yield Step("values_gate_up", [packed(one), scales], at(1, lane=1), [*scaled, *attended])
-    yield Step("down_lm_head", [random(2, 1, INTER)], at(1, lane=1), ["in", *give(1), "compute", *give(1)])
+    first = "embed tables norm qkv store_v rope store_k"
+    following = "down add norm qkv store_v rope store_k"
+    gate_up = "scale_kv values o add norm gate_up"
+    projected = 5 * ["compute"]  # the norm, the product, v's storing, the rotation, k's storing
+    scaled = ["in", "compute", "compute"]
+    order = ["in", *give(1), "in", "in", *projected, *give(1)]
+    selecting = [*projected, "in", "compute", "compute", *give(1)]
+    yield run(f"{first} scores", [ids, *tables], at(0, lane=1), order, blocks)
+    yield run(gate_up, [packed(blocks), scales], at(0, lane=1), [*scaled, "in", *attended])
+    tensors = [random(2, 5, INTER), keep]
+    yield run(f"{following} select scores", tensors, at(0, lane=1), ["in", *give(1), *selecting], one)
+    yield run(gate_up, [packed(one), scales], at(1, lane=1), [*scaled, "in", *attended])
+    yield run("down add norm lm_head", [random(2, 1, INTER)], at(1, lane=1), ["in", *give(1), "compute", *give(1)])
+    yield run(first, [ids, *tables], at(0, lane=1), ["in", *give(1), "in", "in", *projected])
+    yield run("scale_kv", [scales], at(0, lane=1), scaled)
+    tensors = [ids, *tables, keep]
+    yield run(f"{first} select scores", tensors, at(0, lane=1), ["in", *give(1), "in", "in", *selecting], one)
+    yield run(gate_up, [packed(one), scales], at(0, lane=1), [*scaled, "in", *attended])
     tables = [random(1, 1, HEAD_DIM // 2, kind=torch.float32) for _ in range(2)]
-    yield Step(
-        "embedding_scores",
-        [one_id, *tables],
-        {**at(0, 5, lane=1), **block_attrs(next_one)},
-        ["in", *give(1), "in", "in", *projected],
-        scores(next_one),
-    )
-    yield Step("values_gate_up", [packed(next_one), one_scale], at(0, 5, lane=1), [*scaled, *attended])
+    yield run(f"{first} scores", [one_id, *tables], at(0, 5, lane=1), order, next_one)
+    yield run(gate_up, [packed(next_one), one_scale], at(0, 5, lane=1), [*scaled, "in", *attended])
+    yield run(following, [random(2, 1, INTER)], at(0, lane=1), ["in", *give(1), *projected])
+    tables = [random(2, 1, HEAD_DIM // 2, kind=torch.float32) for _ in range(2)]
+    yield run(f"{first} scores", [one_id, *tables], at(0, lane=1), order, [Block(0, 1, 0, 1)])
+    order = ["in", *give(1), *projected, *give(1)]
+    yield run(f"{following} scores", [random(2, 1, INTER)], at(0, lane=1), order, [Block(0, 1, 0, 1)])
+    # attention in the TEE
+    reply = ["compute", *give(2)]
+    yield run("embed norm qkv", [ids], at(0), ["in", *give(1), *reply])
+    yield run("o add norm gate_up", [random(2, 5, q * HEAD_DIM)], at(0), ["in", *give(1), "compute", *give(1)])
+    yield run("down add norm qkv", [random(2, 5, INTER)], at(0), ["in", *give(1), *reply])
+    tensors = [random(2, 1, q * HEAD_DIM), keep]
+    order = ["in", "compute", "in", *give(1), "compute", *give(1)]
+    yield run("select o add norm gate_up", tensors, at(1), order)
+    yield run("down add norm lm_head", [random(2, 1, INTER)], at(1), ["in", *give(1), "compute", *give(1)])
+    yield run("residual norm qkv", [random(2, 5, HIDDEN)], at(0), ["in", "compute", *reply])
     # a new order, one more sequence; and a cache that has to grow
+    yield run("qkv store_v", [random(2, 5, HIDDEN)], at(0), ["in", *give(1), "compute", "compute"])
+    yield run("store_k", [random(2, 5, k, HEAD_DIM)], at(0), ["in", "compute"])
     moved = 4 * ["compute"]  # keys and values of two layers
     yield Step("reorder", [torch.tensor([1, 0, 1])], {"session": session}, ["in", *moved])
     yield Step("reorder", [torch.tensor([2, 0])], {"session": session}, ["in", *moved])
-    more = row_blocks(70, 76, 70)
-    yield Step("qkv", [random(2, 70, HIDDEN)], at(0, 6), ["in", *give(1), "compute", "compute", "compute"])
-    yield Step(
-        "scores",
-        [random(2, 70, qk, HEAD_DIM)],
-        {**at(0, 6), **block_attrs(more)},
-        ["in", "compute", "compute", *give(1)],
-        scores(more),
-    )
-    yield Step("values_o", [packed(more)], at(0, 6), ["in", "compute", *give(1)])
+    more = row_blocks(70, 75, 70)
+    yield run("qkv store_v", [random(2, 70, HIDDEN)], at(0, 5), ["in", *give(1), "compute", "compute", "compute"])
+    order = ["in", "compute", "compute", *give(1)]
+    yield run("store_k scores", [random(2, 70, qk, HEAD_DIM)], at(0, 5), order, more)
+    yield run("values o", [packed(more)], at(0, 5), ["in", "compute", *give(1)])
     yield Step("close", [], {"session": session}, [])
+
+
+def test_every_list_of_steps_is_among_the_steps_here() -> None:
+    assert {step.attrs.get("steps") for step in steps("float32", 1)} - {None} == set(STEP_LISTS)
 
 
 def run(executor: Executor, client: Client, step: Step) -> list[torch.Tensor]:
@@ -565,7 +566,8 @@ def test_an_executor_says_how_many_of_the_machines_cores_it_computes_with(
         Executor(MODEL, device=device).handlers["describe"](request)
         assert type(request.reply_attrs["threads"]) is int
         assert request.reply_attrs["threads"] == expected
-        assert set(request.reply_attrs) == {"config", "dtype", "name", "threads"}
+        assert set(request.reply_attrs) == {"config", "contract", "dtype", "name", "threads"}
+        assert request.reply_attrs["contract"] == CONTRACT
 
 
 def test_an_executor_loads_in_a_thread_that_ends() -> None:
@@ -643,8 +645,8 @@ def test_auto_is_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- trust -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("op", ["embedding", "embedding_qkv"])
-def test_ids_are_what_was_checked_even_if_the_caller_changes_them(op: str) -> None:
+@pytest.mark.parametrize("steps", [text for text in STEP_LISTS if text.startswith("embed")])
+def test_ids_are_what_was_checked_even_if_the_caller_changes_them(steps: str) -> None:
     ids = torch.tensor([[1, 2]])
     executor, client = Executor(MODEL), Client()
     request = call(client, batch=1, capacity=1, dtype="float32")
@@ -665,13 +667,19 @@ def test_ids_are_what_was_checked_even_if_the_caller_changes_them(op: str) -> No
             return contextlib.nullcontext(change)
 
     executor.device = Late()
-    at = {"session": request.reply_attrs["session"], "lane": 0, "layer": 0, "start": 0}
-    results = executor.handlers[op](call(client, [ids], **at))
-    rows = results if isinstance(results, torch.Tensor) else results[0]
+    at = {"session": request.reply_attrs["session"], "lane": 0, "layer": 0, "start": 0, "steps": steps}
+    tensors = [ids]
+    if "tables" in steps:
+        tensors += [torch.ones(1, 2, HEAD_DIM // 2) for _ in range(2)]
+    if "select" in steps:
+        tensors.append(torch.tensor([0]))
+    blocks = [0, 1, 0, 2] if "select" in steps else [0, 2, 0, 2]
+    rows = executor.handlers["run"](call(client, tensors, **at, **({"blocks": blocks} if "scores" in steps else {})))[0]
+    assert int(ids.min()) == 2**40
     assert torch.equal(rows[0], MODEL.load("model.embed_tokens.weight")[1:3])
 
 
-@pytest.mark.parametrize("op", ["reorder", "scores", "embedding_scores"])
+@pytest.mark.parametrize("op", ["reorder", *(text for text in STEP_LISTS if "select" in text)])
 def test_indices_are_what_was_checked_even_if_the_caller_changes_them(op: str) -> None:
     """What is looked up by an index out of range is memory of ours."""
     indices = torch.tensor([1])
@@ -699,13 +707,21 @@ def test_indices_are_what_was_checked_even_if_the_caller_changes_them(op: str) -
     if op == "reorder":
         indices.zero_()
         executor.handlers[op](call(client, [indices], session=at["session"]))
-    elif op == "scores":
-        executor.handlers["embedding_qkv"](call(client, [ids], **at))
-        taken.clear()
-        indices.fill_(1)
-        tensors = [torch.ones(1, 1, HEADS, HEAD_DIM), torch.ones(1, 2, KV_HEADS, HEAD_DIM)]
-        executor.handlers[op](call(client, [*tensors, torch.ones(1, 2), indices], **at, first=0, last=2))
     else:
-        executor.handlers[op](call(client, [ids, *tables, indices], **at, first=0, last=2))
+        first = "embed tables norm qkv store_v rope store_k"
+        if not op.startswith("embed"):
+            executor.handlers["run"](call(client, [ids, *tables], **at, steps=first))
+        taken.clear()
+        tensors = {
+            f"{first} select scores": [ids, *tables],
+            "store_k scale_v select scores": [
+                torch.ones(1, 1, HEADS, HEAD_DIM),
+                torch.ones(1, 2, KV_HEADS, HEAD_DIM),
+                torch.ones(1, 2),
+            ],
+            "down add norm qkv store_v rope store_k select scores": [torch.ones(1, 2, INTER)],
+            "select o add norm gate_up": [torch.ones(1, 1, HEADS * HEAD_DIM)],
+        }[op]
+        executor.handlers["run"](call(client, [*tensors, indices], **at, first=0, last=2, steps=op))
     assert int(indices) == 2**40
     assert all(int(tensor.max()) < 2**40 for tensor in taken)

@@ -18,6 +18,7 @@ from fastsplit import gpu_side
 from fastsplit.errors import LimitError, RemoteOpError
 from fastsplit.models import PRESETS, open_model
 from fastsplit.split.contract import MAX_LANES
+from fastsplit.split.plan import STEP_LISTS
 from fastsplit.wire.call import Client
 
 torch = pytest.importorskip("torch")
@@ -502,8 +503,8 @@ def at(cache: int, start: int = 0) -> dict[str, int]:
 def fill(channel: fastsplit.Channel, cache: int, count: int) -> None:
     """One layer's keys and values."""
     x = torch.ones(1, count, CONFIG.hidden_size)
-    (qk,) = channel.call("qkv", x, **at(cache))
-    channel.call("scores", qk[:, :, -HEADS:].contiguous(), **at(cache))
+    (qk,) = channel.call("run", x, **at(cache), steps="qkv store_v")
+    channel.call("run", qk[:, :, -HEADS:].contiguous(), **at(cache), steps="store_k")
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -566,8 +567,7 @@ def test_a_session_of_another_connection_is_out_of_reach_for_every_operation(ser
             ("truncate", (), {"session": number, "length": 0}),
             ("reorder", (torch.tensor([0]),), {"session": number}),
             ("close", (), {"session": number}),
-            ("qkv", (x,), at(number, 5)),
-            ("scores", (torch.ones(1, 1, HEADS, HEAD_DIM),), at(number, 5)),
+            *(("run", (x,), {**at(number, 5), "steps": steps}) for steps in STEP_LISTS),
         ):
             with pytest.raises(RemoteOpError, match=f"session: {number}, which is not open on this connection"):
                 thief.call(op, *tensors, **attrs)
@@ -579,15 +579,11 @@ def test_a_session_that_was_closed_as_a_handler_came_to_it_is_refused(executor: 
     client = Client()
     number = executor.sessions.open(client, 1, 0, torch.float32)
     executor.sessions.find(client, number).close()
-    for op, tensors in (
-        ("embedding", [torch.tensor([[1]])]),
-        ("qkv", [torch.ones(1, 1, CONFIG.hidden_size)]),
-        ("scores", [torch.ones(1, 1, HEADS, HEAD_DIM)]),
-        ("values", [torch.ones(1, 1, HEADS, HEAD_DIM)]),
-    ):
-        request: Any = SimpleNamespace(tensors=tuple(tensors), attrs=at(number), reply_attrs={}, client=client)
+    for steps in STEP_LISTS:
+        attrs = {**at(number), "steps": steps}
+        request: Any = SimpleNamespace(tensors=(torch.tensor([[1]]),), attrs=attrs, reply_attrs={}, client=client)
         with pytest.raises(ValueError, match=r"^session: it was closed meanwhile$"):
-            executor.handlers[op](request)
+            executor.handlers["run"](request)
     assert executor.sessions.nbytes == 0
     executor.sessions.close(client, number)
     assert len(executor.sessions) == 0
@@ -610,10 +606,11 @@ def test_a_call_that_fails_leaves_nothing_in_its_lane(executor: Executor) -> Non
     number = executor.sessions.open(client, 1, 0, torch.float32)
     cache = executor.sessions.find(client, number)
     ids, tables = torch.tensor([[1, 2]]), [torch.ones(1, 2, HEAD_DIM // 2) for _ in range(2)]
+    first = "embed tables norm qkv store_v rope store_k scores"
     for lane in (0, 1):
-        executor.handlers["embedding_scores"](request(lane, ids, *tables, blocks=[0, 2, 0, 2]))
-    with pytest.raises(ValueError, match="layer: 0, expected 1 or more"):
-        executor.handlers["down_scores"](request(0, torch.ones(1, 2, CONFIG.intermediate_size)))
+        executor.handlers["run"](request(lane, ids, *tables, blocks=[0, 2, 0, 2], steps=first))
+    with pytest.raises(ValueError, match="of the residual stream in this lane"):
+        executor.handlers["run"](request(0, torch.ones(1, 1, CONFIG.intermediate_size), steps="down add norm lm_head"))
     lane, other = cache.lane(0), cache.lane(1)
     assert (lane.x, lane.cos, lane.sin, lane.blocks, lane.rows) == (None, None, None, None, 0)
     assert other.x is not None
@@ -627,9 +624,24 @@ def test_values_that_were_never_stored_are_no_part_of_attention(server: fastspli
         number = opened(channel, capacity=50)
         fill(channel, number, 5)
         keys, queries = torch.ones(1, 3, HEADS, HEAD_DIM), torch.ones(1, 1, CONFIG.num_attention_heads, HEAD_DIM)
-        (packed,) = channel.call("scores", queries, keys, **at(number, 5), first=0, last=8)
+        attrs = at(number, 5)
+        (packed,) = channel.call("run", queries, keys, **attrs, first=0, last=8, steps="store_k scores")
         with pytest.raises(RemoteOpError, match="layer: 5 values there, expected 8"):
-            channel.call("values_o", packed, **at(number, 5))
+            channel.call("run", packed, **attrs, steps="values o")
+
+
+def test_values_that_were_never_stored_are_no_part_of_any_block(server: fastsplit.Server) -> None:
+    """The last block is not always the one with the most columns."""
+    with fastsplit.connect(server.uri, arrays="torch") as channel:
+        number = opened(channel, capacity=50)
+        fill(channel, number, 5)
+        heads = CONFIG.num_attention_heads
+        keys, queries = torch.ones(1, 3, HEADS, HEAD_DIM), torch.ones(1, 2, heads, HEAD_DIM)
+        attrs = at(number, 5)
+        blocks = [0, 1, 0, 8, 1, 1, 0, 2]
+        (packed,) = channel.call("run", queries, keys, **attrs, blocks=blocks, steps="store_k scores")
+        with pytest.raises(RemoteOpError, match="layer: 5 values there, expected 8"):
+            channel.call("run", packed, **attrs, steps="values o")
 
 
 def test_the_scripts_flags_are_the_limits(socket_dir: Path) -> None:

@@ -323,15 +323,18 @@ def test_with_overlap_the_thread_that_sends_runs_no_callback(unix_uri: str, serv
     channel = connect(server.uri + "?shm=off", arrays="numpy", overlap=True, call_timeout_s=20)
     assert channel._sender.workers is not None
     ran_in: list[threading.Thread] = []
+    submitted = threading.Event()
     release = channel._reader.release
 
     def find_one(sending: Any) -> None:
         release(sending)
         if threading.current_thread() in channel._sender.workers.threads:  # type: ignore[union-attr]
+            assert submitted.wait(20)  # `future` has its value
             channel._reader.callbacks.append((lambda _: ran_in.append(threading.current_thread()), future))
 
     channel._reader.release = find_one  # type: ignore[method-assign]
     future = channel.submit("echo", np.zeros(2**24, np.uint8))
+    submitted.set()
     _until(lambda: ran_in)
     assert ran_in[0] not in channel._sender.workers.threads
 

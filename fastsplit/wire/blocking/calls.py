@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from time import monotonic, perf_counter_ns
 
-from ...errors import ArenaFull, ClosedError, DeadlineError
+from ...errors import ArenaFull, ClosedError, DeadlineError, LocalProtocolError
 from ...tensors import parse_expect
 from ..client import UNSET, Asked
 from ..frames import MAX_RETURNS
@@ -89,10 +89,12 @@ class Calls:
             else:
                 self._sender.send_request(future, out, head, deadline)
             core.stats.wait_s += (perf_counter_ns() - encoded_ns) * 1e-9
-        except BaseException:
+        except BaseException as error:
             if next_id and (future is None or not future._begun):
                 reader.discard(next_id)
-            raise
+            if not isinstance(error, LocalProtocolError) or self._session.may_request:
+                raise
+            # else the thread that reads has just read the connection's end
         finally:
             try:
                 if held and not handed_over:
@@ -106,6 +108,8 @@ class Calls:
                 reader.close_when_unused()
             if reader.callbacks:
                 reader.call_back()
+        if future is None:
+            raise reader.wait_for_end()
         return future
 
     def start_in_turn(self, asked: Asked) -> Future:

@@ -13,9 +13,10 @@ import operator
 import threading
 from collections import deque
 from collections.abc import Callable
+from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any
 
-from ...errors import ClosedError, FastsplitError
+from ...errors import ClosedError, FastsplitError, PeerLostError
 from ...system.forked import renew
 from ..client import ClientCore
 from ..connection import Connection
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from .watcher import Watcher
 
 __all__ = ["State"]
+
+_END_S = 0.5  # how long a reader that has read the session's end may take to end the connection
 
 
 class State:
@@ -126,6 +129,14 @@ class State:
             if self.turns:
                 self.turns.let_in()
         return error
+
+    def wait_for_end(self) -> FastsplitError:
+        """The session has ended, and the thread that reads is about to end the connection: waits for that. Returns the
+        error that did so, to be raised. The caller does not hold `connection.sending`: the reader may need it."""
+        until = monotonic() + _END_S
+        while not self.core.closed and monotonic() < until:
+            sleep(0.001)
+        return self.end(PeerLostError("the peer closed the connection"))
 
     def end(self, error: FastsplitError) -> FastsplitError:
         """Ends the connection. Returns the error that did so first, to be raised."""
