@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 
+from ..errors import SettingError
 from ..extras import torch
 
 __all__ = [
+    "embedding",
     "gated_",
     "head_norm_",
     "int64",
@@ -31,6 +33,21 @@ _PIECE_NBYTES = 3 * 2**20
 
 Scale = torch.Tensor | float
 """One number for each row: [..., rows, 1] fp32, or a float where there is one row."""
+
+
+def embedding(table: torch.Tensor, ids: torch.Tensor, multiplier: float) -> torch.Tensor:
+    """The rows of `table` [vocab, hidden] at the ids [B, n], times `multiplier` rounded to the table's dtype, as HF does.
+
+    New memory. Raises SettingError for ids outside of the table.
+    """
+    try:
+        rows = table.index_select(0, ids.reshape(-1))
+    except IndexError:
+        text = f"ids: {int(ids.min())} to {int(ids.max())}, expected 0 to {len(table) - 1}"
+        raise SettingError(text) from None
+    if multiplier != 1:
+        rows.mul_(torch.tensor(multiplier, dtype=table.dtype, device="cpu"))
+    return rows.view(*ids.shape, table.shape[1])
 
 
 def int64(values: list[int]) -> torch.Tensor:

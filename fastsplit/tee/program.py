@@ -26,12 +26,11 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from ..errors import SettingError
 from ..extras import torch
 from ..models import ModelConfig
 from ..split.blocks import Block
 from ..split.contract import Expected, Shapes
-from ..split.functional import Scale, gated_, head_norm_, inverse_rms, rms_norm, rotary_, softcap_, softmax_
+from ..split.functional import Scale, embedding, gated_, head_norm_, inverse_rms, rms_norm, rotary_, softcap_, softmax_
 from ..split.kv_cache import HostMemory, KVStore
 from ..split.plan import Call, Local, Plan
 from .attention import attend
@@ -129,7 +128,7 @@ _Stage = tuple[Call | None, "Callable[[_State, int, int], None] | None", int, in
 
 
 class Interpreter:
-    """Runs a plan for one model. `weights`: `ModelConfig.tee_weight_shapes`. `embedding` [vocab, hidden] in the
+    """Runs a plan for one model. `weights`: `ModelConfig.tee_weight_shapes`. `embedding_table` [vocab, hidden] in the
     executor's dtype: for a plan that embeds here. `dtype`: what is computed in here; `link_dtype`: what travels."""
 
     def __init__(
@@ -142,7 +141,7 @@ class Interpreter:
         dtype: torch.dtype,
         link_dtype: str,
         *,
-        embedding: torch.Tensor | None = None,
+        embedding_table: torch.Tensor | None = None,
         guard: Guard | None = None,
     ) -> None:
         self.plan = plan
@@ -150,7 +149,7 @@ class Interpreter:
         self.guard = guard
         self._config = config
         self._backend = backend
-        self._embedding = embedding
+        self._embedding = embedding_table
         self._dtype = dtype
         self._link_dtype: torch.dtype = getattr(torch, link_dtype)
         self._casts = dtype != self._link_dtype
@@ -285,19 +284,9 @@ class Interpreter:
     # ---- the TEE's steps: `nth` says which one of its name in the layer it is ----
 
     def _embed(self, state: _State, layer: int, nth: int) -> None:
-        """Looks the ids up, and multiplies as HF does: by a factor rounded to the executor's dtype."""
-        table = self._embedding
-        assert table is not None
-        ids = state.chunk.ids
-        x = self._backend.empty((*ids.shape, table.shape[1]), self._link_dtype)
-        try:
-            rows = table.index_select(0, ids.reshape(-1))
-        except IndexError:
-            text = f"ids: {int(ids.min())} to {int(ids.max())}, expected 0 to {len(table) - 1}"
-            raise SettingError(text) from None
-        if self._config.embedding_multiplier != 1:
-            rows.mul_(torch.tensor(self._config.embedding_multiplier, dtype=table.dtype, device="cpu"))
-        x.copy_(rows.view(x.shape))
+        assert self._embedding is not None
+        rows = embedding(self._embedding, state.chunk.ids, self._config.embedding_multiplier)
+        x = self._sent(rows, self._link_dtype)
         self.recorder.lap("embedding")
         if self.plan.folds:
             state.values["x"] = x

@@ -109,7 +109,7 @@ class Runner:
             self._recorder,
             self._dtype,
             wire_dtype,
-            embedding=model.embedding() if self._plan.embeds_here else None,
+            embedding_table=model.embedding() if self._plan.embeds_here else None,
             guard=guard,
         )
         # Blocks of scores that do not travel need not be small for the link.

@@ -1,5 +1,5 @@
-"""The plan tee-attention: keys and values in the TEE. Tokens are HF's, alone, padded and with beams; the cache in the TEE
-grows, is limited, truncated and reordered like one on the executor."""
+"""The plan tee-attention: keys and values in the TEE. Tokens are HF's, alone, padded and with beams; the cache in the
+TEE grows, is limited, truncated and reordered like one on the executor."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_a_cache_grows_is_limited_and_is_as_before_after_a_refusal(llama: Named,
         found = [runner.forward(ids[:, :60], cache, keep="all")]
         assert runner._budget.nbytes == cache.store.nbytes == 64 * position
         with runner.new_cache() as large:
-            with pytest.raises(LimitError, match=f"KV caches of .* expected at most {192 * position}"):
+            with pytest.raises(LimitError, match=rf"KV caches of .* expected at most {192 * position}"):
                 runner.forward(random_ids(1, 160), large)
             assert (large.length, runner._budget.nbytes <= 192 * position) == (0, True)
             runner.forward(random_ids(1, 20), large)  # a smaller one fits
@@ -184,9 +184,9 @@ def test_a_cache_of_another_kind_of_plan_is_refused(llama: Named, unix_uri: str)
         with here.new_cache() as own, there.new_cache() as other:
             expected = here.forward(ids, own), there.forward(ids, other)
             calls = channel.stats.calls
-            with pytest.raises(SettingError, match="cache: made for another plan, expected one .* are in the TEE"):
+            with pytest.raises(SettingError, match=r"cache: made for another plan, expected one .* are in the TEE"):
                 here.forward(ids, other)
-            with pytest.raises(SettingError, match="cache: made for another plan, expected one .* on the executor"):
+            with pytest.raises(SettingError, match=r"cache: made for another plan, expected one .* on the executor"):
                 there.forward(ids, own)
             assert (channel.stats.calls, own.length, other.length) == (calls, 5, 5)
             own.truncate(0)
@@ -201,7 +201,7 @@ def test_indices_out_of_range_are_refused_here(llama: Named, unix_uri: str) -> N
         runner.forward(random_ids(2, 5), cache)
         calls = channel.stats.calls
         for wrong in ([2], [0, -1], [0, 2**40]):
-            with pytest.raises(SettingError, match="^indices: .*expected 0 to 1$"):
+            with pytest.raises(SettingError, match=r"^indices: .*expected 0 to 1$"):
                 cache.reorder(torch.tensor(wrong))
         assert (channel.stats.calls, cache.batch) == (calls, 2)
 

@@ -35,6 +35,25 @@ def _inverse_rms(x: torch.Tensor) -> torch.Tensor:
     return 1 / (x.double().square().mean(-1, keepdim=True) + EPS).sqrt()
 
 
+# ---- embeddings ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("multiplier", [1, 3.3])
+def test_embedding_is_rows_of_the_table_times_a_rounded_number(dtype: torch.dtype, multiplier: float) -> None:
+    table = torch.randn(9, 4).to(dtype)
+    before = table.clone()
+    ids = torch.tensor([[0, 8, 8], [3, 0, 1]])
+    found = functional.embedding(table, ids, multiplier)
+    assert found.shape == (2, 3, 4) and found.dtype == dtype
+    assert torch.equal(found, table[ids] * torch.tensor(multiplier, dtype=dtype))
+    found.zero_()
+    assert torch.equal(table, before), "new memory"
+    for wrong in (-1, 9, 2**40):
+        with pytest.raises(ValueError, match=f"ids: {min(wrong, 3)} to {max(wrong, 3)}, expected 0 to 8"):
+            functional.embedding(table, torch.tensor([[3, wrong]]), multiplier)
+
+
 # ---- norms -----------------------------------------------------------------------------------------------------------
 
 
