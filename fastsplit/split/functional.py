@@ -36,7 +36,7 @@ Scale = torch.Tensor | float
 
 
 def embedding(table: torch.Tensor, ids: torch.Tensor, multiplier: float) -> torch.Tensor:
-    """The rows of `table` [vocab, hidden] at the ids [B, n], times `multiplier` rounded to the table's dtype, as HF does.
+    """The rows of `table` [vocab, hidden] at the ids [B, n], times `multiplier` rounded to the table's dtype.
 
     New memory. Raises SettingError for ids outside of the table.
     """
