@@ -37,7 +37,7 @@ from .weights import LayerWeights, Linear, Weights
 __all__ = ["Allocate", "Engine", "Job", "Reply", "Routine"]
 
 _SMALL_ELEMENTS = 2**14
-"""The tensors of a smaller reply share one block: making each one costs as much as a small product."""
+"""The values of a reply of at most this many elements share one allocation, which costs as much as a small product."""
 
 _NORMS = {"qkv": "attention_norm", "gate_up": "mlp_norm", "lm_head": "final_norm"}
 """The step behind a norm -> which norm it is."""
@@ -83,7 +83,7 @@ class Routine:
 
 
 class Job(NamedTuple):
-    """The arguments of one call, checked. Nothing else changes its tensors while it runs."""
+    """The arguments of one call, checked. Ids and indices are private copies; the peer may write to other tensors."""
 
     routine: Routine
     inputs: dict[str, torch.Tensor]
@@ -97,7 +97,7 @@ class Job(NamedTuple):
     rows: int
     """Rows of each sequence in this call."""
     scale: float | None
-    """What the norm before left, where there is one row; for more rows it is a tensor of `inputs`."""
+    """The factor that a folded norm left, if there is one row; for more rows it is a tensor of `inputs`."""
     blocks: list[Block]
     """Those of the scores that are asked for."""
     reply: Reply
@@ -392,7 +392,7 @@ class _Steps:
         return own
 
     def bare(self, linear: Linear) -> Linear:
-        """Without the bias, behind a folded norm."""
+        """The linear without its bias if the call folds norms: the bias is added after the factor."""
         if linear.bias is None or not self.job.routine.folds:
             return linear
         return Linear(linear.weight, None)
