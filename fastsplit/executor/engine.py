@@ -28,7 +28,7 @@ from ..models import LINEARS, ModelConfig
 from ..split.blocks import Block, packed_elements
 from ..split.contract import Shapes
 from ..split.functional import rotary_
-from ..split.plan import STEP_LISTS, STEPS, signature
+from ..split.plan import STEP_LISTS, STEPS, crosses, obstacle, signature
 from . import attention
 from .device import Work
 from .kv_cache import KVCache, Lane
@@ -69,16 +69,16 @@ class Routine:
         """The same where q and k lie together in one tensor."""
         self.folds = "norm" in steps
         self.rotates = "rope" in steps
-        self.crosses = "down" in steps and "qkv" in steps
+        self.crosses = crosses(steps)
         """Whether the last steps belong to the next layer."""
         self.ends = steps[-1] == "lm_head" or steps in (("scale_kv",), ("store_k", "scale_v"))
         """Whether a pass ends with it, so that nothing stays in the lane."""
         self.refusal = ""
         """Why this model has no such call; "" if it has."""
-        if self.folds and config.post_norms:
-            self.refusal = "this model's norms cannot be folded: expected the steps of the plan fused"
-        elif self.rotates and (config.attention_bias or config.qk_norm or config.local_rope is not None):
-            self.refusal = "this model's q and k cannot stay here: expected the steps of the plan folded"
+        # float16 is the TEE side's to refuse: it knows the dtypes of both sides
+        reason = obstacle(config, (), folds=self.folds, rotates=self.rotates)
+        if reason:
+            self.refusal = f"steps: {' '.join(steps)!r}, which this model cannot have; {reason}"
         self.run = tuple(_compiled(steps))
 
 

@@ -38,6 +38,8 @@ __all__ = [
     "Stage",
     "Step",
     "choose_plan",
+    "crosses",
+    "obstacle",
     "plan_table",
     "seen_table",
     "signature",
@@ -130,7 +132,7 @@ class Call(NamedTuple):
     @property
     def end_layer(self) -> int:
         """The layer of its last step."""
-        return self.layer + ("down" in self.steps and "qkv" in self.steps)
+        return self.layer + crosses(self.steps)
 
 
 class Local(NamedTuple):
@@ -194,16 +196,7 @@ class Plan:
 
     def why_not(self, config: ModelConfig, dtypes: Sequence[str]) -> str:
         """Why the plan cannot run for a model with these dtypes of executor and link; "" if it can."""
-        if self.folds and config.post_norms:
-            return f"{config.model_type}: norms after attention and MLP stand between what folding puts together"
-        if self.folds and "float16" in dtypes:
-            return "float16: the residual stream may leave its range"
-        if self.rotates and (config.qk_norm or config.attention_bias):
-            what = "norms" if config.qk_norm else "biases"
-            return f"{config.model_type}: {what} of q and k come between the products"
-        if self.rotates and config.local_rope is not None:
-            return f"{config.model_type}: layers have two kinds of rotary embedding"
-        return ""
+        return obstacle(config, dtypes, folds=self.folds, rotates=self.rotates)
 
     def form(self, config: ModelConfig, dtypes: Sequence[str], *, has_embedding: bool) -> Plan:
         """The form of the plan that runs: `exact` if norms cannot be folded; `at_home` of it with `has_embedding`."""
@@ -276,6 +269,26 @@ class Plan:
         if wants_logits:
             for token in self._after:
                 yield layers - 1, token, -1
+
+
+def obstacle(config: ModelConfig, dtypes: Sequence[str], *, folds: bool, rotates: bool) -> str:
+    """Why norms cannot be folded, or q and k not be rotated on the executor, for a model with these dtypes of executor
+    and link; "" if they can."""
+    if folds and config.post_norms:
+        return f"{config.model_type}: norms after attention and MLP stand between what folding puts together"
+    if folds and "float16" in dtypes:
+        return "float16: the residual stream may leave its range"
+    if rotates and (config.qk_norm or config.attention_bias):
+        what = "norms" if config.qk_norm else "biases"
+        return f"{config.model_type}: {what} of q and k come between the products"
+    if rotates and config.local_rope is not None:
+        return f"{config.model_type}: layers have two kinds of rotary embedding"
+    return ""
+
+
+def crosses(steps: Sequence[str]) -> bool:
+    """Whether the last steps of a call belong to the layer after that of its first step."""
+    return "down" in steps and "qkv" in steps
 
 
 @functools.cache
