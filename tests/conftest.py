@@ -56,16 +56,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     parameter that is itself a list of combinations). `one_in=0`: none. `make exhaustive` runs all of them."""
     if config.getoption("--exhaustive"):
         return
-    groups: dict[tuple[str, int, bool], list[pytest.Item]] = {}
+    groups: dict[tuple[str, bool, int, bool], list[pytest.Item]] = {}
     for item in items:
         markers = list(item.iter_markers("matrix"))
-        if markers and item.get_closest_marker("skip") is None:  # a link that this host lacks stands for no other one
+        if markers:
+            runs = item.get_closest_marker("skip") is None  # else it is on a link that this host lacks
             # the nearest that says something: the test's own mark, its module's, not that of a link or a front (below)
             said = {key: value for marker in reversed(markers) for key, value in marker.kwargs.items()}
             name = item.nodeid.partition("[")[0]
-            groups.setdefault((name, said.get("one_in", 8), said.get("each", True)), []).append(item)
+            groups.setdefault((name, runs, said.get("one_in", 8), said.get("each", True)), []).append(item)
     left_out: set[pytest.Item] = set()
-    for (_, one_in, each), group in groups.items():
+    for (_, _, one_in, each), group in groups.items():
         left_out.update(set(group) - _sample(group, one_in, each=each))
     if left_out:
         config.hook.pytest_deselected(items=[item for item in items if item in left_out])
@@ -252,7 +253,7 @@ def _uri(link: str, socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def _link(link: str) -> Any:
     reason = _WHY_NOT.get(link)
-    return pytest.param(link, marks=[pytest.mark.matrix] if reason is None else [pytest.mark.skip(reason)])
+    return pytest.param(link, marks=[pytest.mark.matrix, *([] if reason is None else [pytest.mark.skip(reason)])])
 
 
 @pytest.fixture(params=map(_link, LINKS))

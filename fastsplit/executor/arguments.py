@@ -32,7 +32,7 @@ _CHECKED_APART = ("cos", "sin", "selected")
 
 
 class Arguments:
-    """Checks the arguments of an engine's calls. What would make a reply of more than `max_reply_nbytes` is refused."""
+    """Checks the arguments of an engine's calls, and refuses calls whose reply would exceed `max_reply_nbytes`."""
 
     def __init__(self, engine: Engine, max_reply_nbytes: int) -> None:
         config: ModelConfig = engine.config
@@ -140,7 +140,7 @@ class Arguments:
     def _blocks_back(lane: Lane) -> list[Block]:
         """The blocks of the scores that the caller has, and sends back as weights."""
         if lane.blocks is None:
-            raise SettingError("lane: no scores of this lane are with the caller, expected some before")
+            raise SettingError("lane: no scores of this lane to answer, expected a call with `scores` before")
         return lane.blocks
 
     def _check(

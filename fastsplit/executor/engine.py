@@ -28,7 +28,7 @@ from ..models import LINEARS, ModelConfig
 from ..split.blocks import Block, packed_elements
 from ..split.contract import Shapes
 from ..split.functional import rotary_
-from ..split.plan import STEP_LISTS, STEPS, signature
+from ..split.plan import STEP_LISTS, STEPS, crosses, obstacle, signature
 from . import attention
 from .device import Work
 from .kv_cache import KVCache, Lane
@@ -37,7 +37,7 @@ from .weights import LayerWeights, Linear, Weights
 __all__ = ["Allocate", "Engine", "Job", "Reply", "Routine"]
 
 _SMALL_ELEMENTS = 2**14
-"""The tensors of a smaller reply share one block: making each one costs as much as a small product."""
+"""The values of a reply of at most this many elements share one allocation, which costs as much as a small product."""
 
 _NORMS = {"qkv": "attention_norm", "gate_up": "mlp_norm", "lm_head": "final_norm"}
 """The step behind a norm -> which norm it is."""
@@ -69,21 +69,21 @@ class Routine:
         """The same where q and k lie together in one tensor."""
         self.folds = "norm" in steps
         self.rotates = "rope" in steps
-        self.crosses = "down" in steps and "qkv" in steps
+        self.crosses = crosses(steps)
         """Whether the last steps belong to the next layer."""
         self.ends = steps[-1] == "lm_head" or steps in (("scale_kv",), ("store_k", "scale_v"))
         """Whether a pass ends with it, so that nothing stays in the lane."""
         self.refusal = ""
         """Why this model has no such call; "" if it has."""
-        if self.folds and config.post_norms:
-            self.refusal = "this model's norms cannot be folded: expected the steps of the plan fused"
-        elif self.rotates and (config.attention_bias or config.qk_norm or config.local_rope is not None):
-            self.refusal = "this model's q and k cannot stay here: expected the steps of the plan folded"
+        # float16 is the TEE side's to refuse: it knows the dtypes of both sides
+        reason = obstacle(config, (), folds=self.folds, rotates=self.rotates)
+        if reason:
+            self.refusal = f"steps: {' '.join(steps)!r}, which this model cannot have; {reason}"
         self.run = tuple(_compiled(steps))
 
 
 class Job(NamedTuple):
-    """The arguments of one call, checked. Nothing else changes its tensors while it runs."""
+    """The arguments of one call, checked. Ids and indices are private copies; the peer may write to other tensors."""
 
     routine: Routine
     inputs: dict[str, torch.Tensor]
@@ -97,7 +97,7 @@ class Job(NamedTuple):
     rows: int
     """Rows of each sequence in this call."""
     scale: float | None
-    """What the norm before left, where there is one row; for more rows it is a tensor of `inputs`."""
+    """The factor that a folded norm left, if there is one row; for more rows it is a tensor of `inputs`."""
     blocks: list[Block]
     """Those of the scores that are asked for."""
     reply: Reply
@@ -392,7 +392,7 @@ class _Steps:
         return own
 
     def bare(self, linear: Linear) -> Linear:
-        """Without the bias, behind a folded norm."""
+        """The linear without its bias if the call folds norms: the bias is added after the factor."""
         if linear.bias is None or not self.job.routine.folds:
             return linear
         return Linear(linear.weight, None)

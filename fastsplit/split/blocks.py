@@ -96,8 +96,8 @@ def parse_blocks(attrs: Mapping[str, Any], rows: int, positions: int) -> list[Bl
 def packed_elements(batch: int, heads: int, blocks: Sequence[Block]) -> int:
     """Elements of the tensor that scores travel in: those of all blocks, then padding to a multiple of 1024.
 
-    Without padding each token of a generation would make messages of a new shape, which take ten times as long to
-    encode.
+    Without padding each token of a generation would make messages of a new shape, whose metadata take about a hundred
+    times as long to encode (docs/notes.md).
     """
     elements = batch * heads * sum(rows * (end - first) for _, rows, first, end in blocks)
     return -(-elements // _PACKED_MULTIPLE) * _PACKED_MULTIPLE

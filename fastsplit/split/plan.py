@@ -13,8 +13,9 @@ the executor learns, whether its products can be verified, and the tables in the
 A norm in a call is folded: W(norm(x)) = rms(x)^-1 * W diag(g) x. The executor multiplies x by the norm's weight g and
 sends x back, and the TEE applies rms(x)^-1 of each row to what came of it.
 
-To add a plan is to add an entry of `PLANS`. Rules. A step's name, what it takes and what it gives stand in `STEPS`
-alone. Nothing here knows tensors.
+A new plan is a new entry of `PLANS`.
+
+Rules. A step's name, inputs and outputs are defined in `STEPS` alone. Nothing here uses tensors.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ __all__ = [
     "Stage",
     "Step",
     "choose_plan",
+    "crosses",
+    "obstacle",
     "plan_table",
     "seen_table",
     "signature",
@@ -124,16 +127,16 @@ class Call(NamedTuple):
     kind: str
     """What the call counts as in the report: the kinds of its steps, "+" between different ones."""
     products: int
-    """How many of that; 1 for several kinds together."""
+    """Products of this kind, as the report counts them; 1 for a call of several kinds."""
 
     @property
     def end_layer(self) -> int:
         """The layer of its last step."""
-        return self.layer + ("down" in self.steps and "qkv" in self.steps)
+        return self.layer + crosses(self.steps)
 
 
 class Local(NamedTuple):
-    """A step that the TEE does. `nth`: which one of its name it is within the layer, from 0; -1 behind the layers."""
+    """A step of the TEE. `nth`: 0 for the first of its name in the layer, 1 for the second; -1 after the layers."""
 
     layer: int
     step: str
@@ -193,20 +196,10 @@ class Plan:
 
     def why_not(self, config: ModelConfig, dtypes: Sequence[str]) -> str:
         """Why the plan cannot run for a model with these dtypes of executor and link; "" if it can."""
-        if self.folds and config.post_norms:
-            return f"{config.model_type}: norms after attention and MLP stand between what folding puts together"
-        if self.folds and "float16" in dtypes:
-            return "float16: the residual stream may leave its range"
-        if self.rotates and (config.qk_norm or config.attention_bias):
-            what = "norms" if config.qk_norm else "biases"
-            return f"{config.model_type}: {what} of q and k come between the products"
-        if self.rotates and config.local_rope is not None:
-            return f"{config.model_type}: layers have two kinds of rotary embedding"
-        return ""
+        return obstacle(config, dtypes, folds=self.folds, rotates=self.rotates)
 
     def form(self, config: ModelConfig, dtypes: Sequence[str], *, has_embedding: bool) -> Plan:
-        """The form of the plan that runs: the exact one where norms cannot be folded, that at home with
-        `has_embedding`."""
+        """The form of the plan that runs: `exact` if norms cannot be folded; `at_home` of it with `has_embedding`."""
         plan = self.exact if self.exact is not None and self.why_not(config, dtypes) else self
         return plan.at_home if has_embedding else plan
 
@@ -230,8 +223,7 @@ class Plan:
         """The stages of one chunk in order.
 
         `wants_logits`: False for a chunk that ends as soon as the last layer's keys and values are stored. `selects`:
-        whether one row of each sequence goes on in the last layer, where the other rows would only be read by layers
-        that do not exist.
+        whether one row of each sequence goes on from the last layer's scores: no later layer reads the other rows.
         """
         stages: list[Stage] = []
         steps: list[str] | None = None  # of the call that is open
@@ -277,6 +269,26 @@ class Plan:
         if wants_logits:
             for token in self._after:
                 yield layers - 1, token, -1
+
+
+def obstacle(config: ModelConfig, dtypes: Sequence[str], *, folds: bool, rotates: bool) -> str:
+    """Why norms cannot be folded, or q and k not be rotated on the executor, for a model with these dtypes of executor
+    and link; "" if they can."""
+    if folds and config.post_norms:
+        return f"{config.model_type}: norms after attention and MLP stand between what folding puts together"
+    if folds and "float16" in dtypes:
+        return "float16: the residual stream may leave its range"
+    if rotates and (config.qk_norm or config.attention_bias):
+        what = "norms" if config.qk_norm else "biases"
+        return f"{config.model_type}: {what} of q and k come between the products"
+    if rotates and config.local_rope is not None:
+        return f"{config.model_type}: layers have two kinds of rotary embedding"
+    return ""
+
+
+def crosses(steps: Sequence[str]) -> bool:
+    """Whether the last steps of a call belong to the layer after that of its first step."""
+    return "down" in steps and "qkv" in steps
 
 
 @functools.cache
@@ -353,7 +365,7 @@ PLANS: dict[str, Plan] = {
 """Name -> plan. All of them give the same logits."""
 
 PLAN_ALIASES = {"linear": "minimal"}
-"""Names of before -> names of today."""
+"""Old name -> current name."""
 
 
 def _step_lists() -> dict[str, tuple[str, ...]]:
@@ -375,8 +387,8 @@ STEP_LISTS = _step_lists()
 
 
 def choose_plan(wanted: str, config: ModelConfig, dtypes: Sequence[str]) -> tuple[str, str]:
-    """The name of the plan to run where `wanted` (a plan, an alias, or "auto") is asked for, and why it is another one
-    ("" if it is not).
+    """The name of the plan that runs for `wanted` (a plan, an alias, or "auto"), and why it is not
+    `wanted` ("" if it is).
 
     `dtypes`: those of executor and link. Raises SettingError for a name that is no plan.
     """
@@ -415,7 +427,7 @@ _SEEN = (
     ("act(gate) * up", ("gated",), ()),
     ("logits", (), ("logits",)),
 )
-"""Rows of `seen_table`: what it is; the values that have it if they are sent, and if they are made."""
+"""Rows of `seen_table`: label; values that show it when sent; values that show it when the executor makes them."""
 
 
 def plan_table() -> str:

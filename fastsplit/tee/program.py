@@ -10,14 +10,14 @@ before the rotation, to v before it is stored, to gate and up, to the logits. Wh
 the factor is applied to the scores, and the executor's stored keys and values get it with the next call.
 
 Rules. Tensors that arrive are ours: rotary, softmax, activation and residual work in place on them and send the same
-memory back. Everything else that is sent lies in memory of the backend's. So where both sides share memory nothing but
-token ids is copied to be sent, and what attention writes here. A value is let go as soon as it is sent, so that its
-memory serves again within the layer. Shapes and counts come from our own configuration; replies are checked against
-them before memory is allocated (`expect`).
+memory back. All other values are written into memory of the backend. So with shared memory the only copies are token
+ids, indices of selected rows, and what the TEE's attention and embedding write. A value is released as soon as it is
+sent: its memory is used again within the layer. Shapes and counts come from our own
+configuration; replies are checked against them before memory is allocated (`expect`).
 
-The untrusted side can change memory that is shared at any moment, also after it was sent or received. For arithmetic
-that is no more than an executor that computes wrongly. What is decided upon, the logits, is copied to private memory
-first; a guard (guard.py) that checks values uses copies too.
+The untrusted side can change shared memory at any moment, also after a tensor was sent or received. In arithmetic this
+is the same as a wrong product. Logits decide which token follows, so they are copied to private memory first; a guard
+(guard.py) that checks values copies them, too.
 """
 
 from __future__ import annotations
@@ -57,15 +57,15 @@ Program = Generator[Request, Any, "torch.Tensor | None"]
 
 @dataclass
 class Progress:
-    """How far a chunk is, for those behind it, in a plan that rotates on the executor: its keys there get the factor
-    that the norm left only when its weighted values are asked for, and scores with them lack it until then."""
+    """How far a chunk is. Later chunks read this in a plan that rotates on the executor: there a chunk's keys get their
+    factor with the call for its weighted values, and scores with these keys lack the factor until then."""
 
     start: int
     rows: int
     scaled: int = -1
     """The last layer whose keys were given their factor."""
     scales: dict[int, Scale] = field(default_factory=dict)
-    """Of the last layers. A chunk that asked for scores later gets them later, and finds the factor here by then."""
+    """Factors of the last two layers, by layer. Chunks take turns in order, so a later chunk finds what it needs."""
 
 
 @dataclass(slots=True)
@@ -115,7 +115,7 @@ class _State:
         self.selected = False
         """Whether one row of each sequence has been selected."""
         self.normed: torch.Tensor | None = None
-        """What every norm writes to: once a call has returned, what it was sent is not read any more."""
+        """The output memory of all norms. It can be reused: the executor reads a request only until it replies."""
         self.unscaled: Sequence[Progress] = ()
 
     def geometry(self, layer: int) -> Geometry:
@@ -124,7 +124,7 @@ class _State:
 
 
 _Stage = tuple[Call | None, "Callable[[_State, int, int], None] | None", int, int]
-"""A call; or a step of the TEE, its layer, and which one of its name in the layer it is."""
+"""(call, None, layer, 0), or (None, method of a TEE step, layer, `nth`)."""
 
 
 class Interpreter:
@@ -175,7 +175,7 @@ class Interpreter:
         self._stages: dict[tuple[bool, bool], list[_Stage]] = {}
 
     def program(self, chunk: Chunk) -> Program:
-        """What runs a chunk; it returns the TEE's own fp32 logits [B, n or 1, vocab], None where none are wanted."""
+        """The generator that runs a chunk. Returns private fp32 logits [B, n or 1, vocab], None if not wanted."""
         state = _State(chunk)
         guard = self.guard
         for call, step, layer, nth in self._schedule(chunk):
@@ -437,7 +437,7 @@ class Interpreter:
     # ---- parts ----
 
     def _scale_scores(self, state: _State, packed: torch.Tensor, geometry: Geometry) -> None:
-        """The rows' factors, for q; and the new columns', for k: earlier ones have theirs already."""
+        """Multiplies scores by the factors of q (rows) and of k (new columns; earlier ones have theirs)."""
         start, scale = state.chunk.start, state.scale
         if not isinstance(scale, float):
             by_row = scale.unsqueeze(1)  # [B, 1, n, 1]
@@ -457,7 +457,7 @@ class Interpreter:
         self.recorder.lap("rmsnorm")
 
     def _scale_columns(self, state: _State, packed: torch.Tensor, geometry: Geometry, layer: int) -> None:
-        """The columns of earlier chunks whose keys had no factor when the scores were asked for."""
+        """Multiplies the columns of earlier chunks whose keys had no factor yet when these scores were requested."""
         if not state.unscaled:
             return
         scales = [(each.start, each.start + each.rows, each.scales[layer]) for each in state.unscaled]

@@ -38,11 +38,11 @@ _SCORES_NBYTES = 256 * 2**20
 """Memory that the scores of one chunk may take, in the link's dtype."""
 
 MAX_CACHE_NBYTES = 8 * 2**30
-"""What keys and values in the TEE may take, unless something else is said."""
+"""Default limit of keys and values in the TEE, in bytes."""
 
 _FEW_ROWS = 8
-"""Up to this many rows one thread computes here: waking another takes longer than it helps, and it goes on to spin on a
-core that the executor needs."""
+"""A pass of at most this many rows is computed by one thread: waking a second one costs more than it saves, and that
+one would spin on a core that the executor needs."""
 
 _Active = tuple[int, int, Program, str, int, Any]
 """A program whose request is on its way: its index, its lane, itself, what the request counts as, its future."""
@@ -54,7 +54,7 @@ class Runner:
     `plan`: a name in `split.plan.PLANS`, or "auto"; `self.plan` is the one that runs, `self.plan_reason` says why if it
     is another. A `Plan` of your own runs as it is: the backend must have its steps. `tee_dtype`, `wire_dtype`: what is
     computed in here, and what the executor sends and gets; the executor's if None. `lanes`: chunks under way at once;
-    if None 2 where the executor computes beside our cores, else 1. `block_rows`: rows in a block of scores; None: the
+    None: 2 if the executor has a device of its own, else 1. `block_rows`: rows in a block of scores; None: the
     default. `cast`: "bfloat16" or "float16", what float32 tensors travel as on the link alone; None: as they are.
     `scores_nbytes`: what the scores of a chunk may take. `max_cache_nbytes`: what keys and values in the TEE may take,
     of all caches of this runner. `guard`: stands around every call (guard.py).
@@ -285,8 +285,8 @@ class Runner:
     # ---- running programs ----
 
     def _run(self, count: int, program: Callable[[int, int], Program]) -> list[torch.Tensor | None]:
-        """What `count` programs return, each made by `program(index, lane)` when it starts. They start and take turns
-        in order: none is ever ahead of one before it."""
+        """Runs `count` programs in lanes and returns their results. `program(index, lane)` makes each when it starts.
+        Programs start and continue in order: none overtakes an earlier one."""
         if self.lanes == 1 or count == 1:
             return [self._run_alone(program(index, 0)) for index in range(count)]
         recorder, stats = self._recorder, self._backend.stats

@@ -12,11 +12,12 @@ says that it is faster. On a remote link four resources can be busy at the same 
 executor and the TEE side. A prompt is therefore cut into chunks, one for each lane.
 
 The model of time (`prefill_s`). A pass sends U bytes and receives D bytes in R consecutive calls (`traffic`). One chunk
-takes the sum, U / up + D / down + R * (round trip + overhead of a call). N lanes take the longest of three: U / up,
-D / down, one chunk's way through its R calls with its share of the bytes; plus the first call, with which nothing
-overlaps. The time of computing is the same for all settings and left out, with one exception: where attention is
-computed. In the TEE its products take time that an executor with a device would save (`attention_s`). An executor on
-cores takes that time as well, and both sides write and read the scores besides (`scores_s`).
+takes the sum, U / up + D / down + R * (round trip + overhead of a call). N lanes take the longest of four: U / up;
+D / down; one chunk's way through its R calls with its share of the bytes; the overhead of all chunks' calls. The first
+call is added, since nothing overlaps with it. The time of computing is the same for all settings and left out, with one
+exception: where attention is computed. In the TEE its products take time that an executor with a device would save
+(`attention_s`). An executor on cores takes that time as well, and both sides write and read the
+scores besides (`scores_s`).
 
 Rules. All functions except `measure_link` are pure: they map numbers to a `Tuning`. A setting that the user gives is
 used, as far as the model allows it. A measured link comes from the peer and is untrusted: it can make a run slow and
@@ -191,7 +192,7 @@ def tune(
     """The settings for prompts of `rows` tokens (None: a typical length) in `batch` sequences, and steps after them.
 
     `dtype`: the executor's. `link`: None, or all of it None, if unknown. `shm`: memory is shared. `near`: the peer is
-    on this host, whatever was measured under load. `threads`: cores that the executor computes with, 0 on a device of
+    on this host; measured speeds are then ignored. `threads`: cores that the executor computes with, 0 on a device of
     its own. `plan`, `lanes`, `block_rows`, `cast`, `wire_dtype`: the user's settings; "auto" or None leaves them to
     this function. `tee_threads`: cores that the TEE side computes with. `has_embedding`: whether it has the
     embedding's weights.
@@ -290,7 +291,7 @@ class _Prompt(NamedTuple):
         )
 
     def linear_s(self, threads: int) -> float:
-        """Seconds of the layers' linear operations on so many cores."""
+        """Seconds of the layers' linear operations on `threads` cores."""
         config = self.config
         weights = sum(config.in_features(name) * config.out_features(name) for name in LINEARS)
         return 2 * self.batch * self.rows * weights * config.num_hidden_layers / (threads * _FLOPS_PER_S)
@@ -362,8 +363,8 @@ def _near_lanes(wanted: int | None, threads: int) -> tuple[int, str]:
     if wanted is not None:
         return wanted, ASKED_FOR
     if threads:
-        return 1, "the executor computes with cores, maybe ours"
-    return 2, "the executor computes beside our cores"
+        return 1, "the executor computes on cores, which both sides may share"
+    return 2, "the executor has a device of its own"
 
 
 def _remote_lanes(wanted: int | None, plan: Plan, link: Link, prompt: _Prompt, threads: int) -> tuple[int, str]:

@@ -282,7 +282,7 @@ def test_an_equal_lm_head_is_held_once(saved: Callable[[str], Path], tmp_path: P
 
     model = open_model(str(prepared(saved("gemma2"), tmp_path, layout)))
     assert LM_HEAD in dict(model.items())
-    weights = Executor(model)._weights
+    weights = Executor(model)._engine.weights
     assert weights.lm_head.weight.data_ptr() == weights.embedding.data_ptr()
 
 

@@ -629,7 +629,7 @@ def test_operations_that_a_model_does_not_have(make_peer: Callable[..., Peer], f
     if family != "gemma2" and "rope" not in steps:
         pytest.skip("this model has them")
     peer = make_peer(family)
-    text = "norms cannot be folded" if family == "gemma2" else "q and k cannot stay here"
+    text = "stand between what folding puts together" if family == "gemma2" else "of q and k come between"
     peer.scores()
     nbytes = peer.known.executor.sessions.nbytes
     for tensors in ((), (peer.ids(),), (peer.packed(),), (peer.h(),)):
