@@ -12,11 +12,20 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
 
-from ..errors import ClosedError, ModelError, PeerLostError, RemoteProtocolError, SettingError, VerificationError
+from ..errors import (
+    ClosedError,
+    LimitError,
+    ModelError,
+    PeerLostError,
+    RemoteProtocolError,
+    SettingError,
+    VerificationError,
+)
 from ..extras import torch
 from ..models import DTYPES, Model, ModelConfig
 from ..models.checkpoint import EMBEDDING
 from ..split.contract import CONTRACT, tee_weights_expected
+from ..split.functional import int64
 from ..split.kv_cache import HostMemory, KVStore
 from ..wire.stats import Stats
 
@@ -143,14 +152,22 @@ class Cache:
             self.mask = self.mask[:, :length]
 
     def reorder(self, indices: torch.Tensor) -> None:
-        """Sequence i becomes the old sequence indices[i]. [batch'] int64; `batch'` may be more or less than `batch`."""
+        """Sequence i becomes the old sequence indices[i]. [batch'] int64; `batch'` may be more or less than `batch`.
+
+        Raises SettingError for other indices, LimitError over `max_cache_nbytes`; after either nothing has changed.
+        """
         if indices.dtype != torch.int64 or indices.dim() != 1 or not len(indices):
             raise SettingError(f"indices: {indices.dtype} {list(indices.shape)}, expected int64 [1 or more]")
         if self.store is not None and not 0 <= int(indices.min()) <= int(indices.max()) < self.batch:
             raise SettingError(f"indices: {int(indices.min())} to {int(indices.max())}, expected 0 to {self.batch - 1}")
         self._backend.call("reorder", indices, expect=(), session=self.number)
         if self.store is not None:
-            self.store.reorder(HostMemory(), indices)
+            try:
+                self.store.reorder(HostMemory(), indices)
+            except LimitError:
+                # The executor's cache, which holds nothing, has the old number of sequences again.
+                self._backend.call("reorder", int64([0] * self.batch), expect=(), session=self.number)
+                raise
         self.batch = len(indices)
         if self.mask is not None:
             self.mask = self.mask[indices]
