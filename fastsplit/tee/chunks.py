@@ -20,21 +20,23 @@ MIN_CHUNK_ROWS = 64
 
 class Cutter:
     """Cuts the passes of one model and plan. `scores_nbytes`: memory that a chunk's scores may take in the link's dtype
-    of `itemsize` bytes. `block_rows`: rows in a block of scores; None: the default."""
+    of `itemsize` bytes; where attention is computed in the TEE, its masks, and the values of a call. `block_rows`: rows
+    in a block of scores; None: the default."""
 
     def __init__(
         self, config: ModelConfig, plan: Plan, itemsize: int, lanes: int, block_rows: int | None, scores_nbytes: int
     ) -> None:
-        self._heads = config.num_attention_heads
-        self._itemsize = itemsize
         self._lanes = lanes
-        self._scores_nbytes = None if plan.has_cache_here else scores_nbytes
+        # Of memory for scores: how many numbers, of how many for each row and column, and for each row.
+        self._elements = scores_nbytes // itemsize
+        self._heads = 1 if plan.has_cache_here else config.num_attention_heads
+        self._width = config.hidden_size + 2 * config.intermediate_size if plan.has_cache_here else 0
         self._grain = min(choose_block_rows(1, block_rows), choose_block_rows(1))
         # Elements of a row that travel in a layer, both ways; of a score, both ways.
         self._row_width = 2 * config.hidden_size + 3 * config.intermediate_size
         if not plan.rotates:
             self._row_width += 2 * (config.out_features("q") + config.out_features("k"))
-        self._score_width = 0 if plan.has_cache_here else 2 * self._heads
+        self._score_width = 0 if plan.has_cache_here else 2 * config.num_attention_heads
 
     def cut(self, batch: int, start: int, rows: int) -> list[int]:
         """The rows of each chunk of a pass of `rows` rows of `batch` sequences after `start` positions."""
@@ -50,12 +52,13 @@ class Cutter:
                 count = max(least, min(round(share / grain), spare // grain) * grain)
                 if rows - count < MIN_CHUNK_ROWS:
                     count = rows
-            if self._scores_nbytes is not None:
-                # count * (start + count) scores at most
-                scores = self._scores_nbytes // (batch * self._heads * self._itemsize)
-                fitting = max(int((start * start / 4 + scores) ** 0.5 - start / 2), 1)
-                if count > fitting:
-                    count = fitting - fitting % grain if fitting > grain else fitting
+            # count * (start + count) scores at most
+            scores = self._elements // (batch * self._heads)
+            fitting = max(int((start * start / 4 + scores) ** 0.5 - start / 2), 1)
+            if self._width:
+                fitting = max(min(fitting, self._elements // (batch * self._width)), 1)
+            if count > fitting:
+                count = fitting - fitting % grain if fitting > grain else fitting
             counts.append(count)
             start += count
             rows -= count
