@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from fastsplit.split.plan import (
     signature,
 )
 from fastsplit.tee.program import Interpreter
+from fastsplit.tee.runner import Runner
 
 TINYLLAMA = PRESETS["tinyllama-1.1b"]
 FORMS = {
@@ -297,3 +299,9 @@ def test_the_steps_of_the_tee_are_methods_of_the_interpreter() -> None:
     assert all(hasattr(Interpreter, f"_{step}") for step in TEE_STEPS)
     found = {stage.step for form in FORMS.values() for stage in form.schedule(2) if isinstance(stage, Local)}
     assert found == TEE_STEPS
+
+
+def test_a_plan_that_embeds_in_the_tee_needs_the_trusted_copy() -> None:
+    model: Any = SimpleNamespace(dtype="float32", config=PRESETS["tiny"], trusted=None)
+    with pytest.raises(SettingError, match="plan 'tee-attention': it looks ids up in the TEE"):
+        Runner(model, None, PLANS["tee-attention"].at_home)  # type: ignore[arg-type]
