@@ -32,6 +32,7 @@ __all__ = [
     "PLAN_ALIASES",
     "STEPS",
     "STEP_LISTS",
+    "TEE_STEPS",
     "Call",
     "Local",
     "Plan",
@@ -100,8 +101,10 @@ STEPS: dict[str, Step] = {
     # behind the layers
     "lm_head": Step(("normed",), ("logits",), "lm_head", 1),
 }
-"""The executor's steps. The TEE's are methods of tee/program.py: embed, norm, rope, select, store, attention, softmax,
-act, add."""
+"""The executor's steps."""
+
+TEE_STEPS = frozenset(("embed", "norm", "rope", "store", "attention", "softmax", "act", "add"))
+"""The TEE's steps: methods of tee/program.py. It has `select` besides, which `schedule` inserts."""
 
 _FILLS_CACHE = {
     *("tables", "embed", "residual", "norm", "q", "k", "v", "qkv"),
@@ -154,15 +157,17 @@ class Plan:
     ) -> None:
         """`otherwise`: the plan that runs where this one cannot. `at_home`: what comes before the layers where the TEE
         has the embedding's weights. `exact`: the form of this plan for models and dtypes where norms cannot be
-        folded."""
+        folded.
+
+        Raises SettingError for a text that is no plan: other than three parts, brackets that do not match, unknown
+        steps.
+        """
         self.name = name
         self.text = text
         self.otherwise = otherwise
         self.exact = exact
         self.at_home = Plan(name, f"{at_home} |{text.partition('|')[2]}") if at_home else self
-        self._before, self._layer, self._after = (
-            tuple(section.replace("[", " [ ").replace("]", " ] ").split()) for section in text.split("|")
-        )
+        self._before, self._layer, self._after = _parsed(name, text)
         self.schedule = functools.lru_cache(64)(self._schedule)
         called = {step for part in text.split("[")[1:] for step in part.partition("]")[0].split()}
         self.folds = "norm" in called
@@ -289,6 +294,28 @@ def obstacle(config: ModelConfig, dtypes: Sequence[str], *, folds: bool, rotates
 def crosses(steps: Sequence[str]) -> bool:
     """Whether the last steps of a call belong to the layer after that of its first step."""
     return "down" in steps and "qkv" in steps
+
+
+def _parsed(name: str, text: str) -> list[tuple[str, ...]]:
+    """The tokens of what comes before the layers, of a layer, and of what comes after them. Raises SettingError."""
+    parts = [tuple(part.replace("[", " [ ").replace("]", " ] ").split()) for part in text.split("|")]
+    if len(parts) != 3:
+        raise SettingError(f"plan {name!r}: {len(parts)} parts, expected 3 with | between them")
+    is_open = False
+    ends = []
+    for part in parts:
+        for token in part:
+            if token in ("[", "]"):
+                if is_open == (token == "["):
+                    raise SettingError(f"plan {name!r}: {token!r} where a call is {'' if is_open else 'not '}open")
+                is_open = not is_open
+            elif token not in (STEPS if is_open else TEE_STEPS):
+                side = "executor" if is_open else "TEE"
+                raise SettingError(f"plan {name!r}: {token!r} is no step of the {side}")
+        ends.append(is_open)
+    if ends[0] != ends[1] or ends[2]:
+        raise SettingError(f"plan {name!r}: a call stays open, expected a ']' within the layer or behind the layers")
+    return parts
 
 
 @functools.cache

@@ -37,7 +37,7 @@ class Cutter:
         self._row_width = 2 * config.hidden_size + 3 * config.intermediate_size
         if not plan.rotates:
             self._row_width += 2 * (config.out_features("q") + config.out_features("k"))
-        self._score_width = 0 if plan.has_cache_here else 2 * self._heads
+        self._score_width = 0 if plan.has_cache_here else 2 * config.num_attention_heads
 
     def cut(self, batch: int, start: int, rows: int) -> list[int]:
         """The rows of each chunk of a pass of `rows` rows of `batch` sequences after `start` positions."""

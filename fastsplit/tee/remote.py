@@ -151,7 +151,10 @@ class Cache:
             self.mask = self.mask[:, :length]
 
     def reorder(self, indices: torch.Tensor) -> None:
-        """Sequence i becomes the old sequence indices[i]. [batch'] int64; `batch'` may be more or less than `batch`."""
+        """Sequence i becomes the old sequence indices[i]. [batch'] int64; `batch'` may be more or less than `batch`.
+
+        Raises SettingError for other indices, LimitError over `max_cache_nbytes`; after either nothing has changed.
+        """
         if indices.dtype != torch.int64 or indices.dim() != 1 or not len(indices):
             raise SettingError(f"indices: {indices.dtype} {list(indices.shape)}, expected int64 [1 or more]")
         if self.store is not None and not 0 <= int(indices.min()) <= int(indices.max()) < self.batch:

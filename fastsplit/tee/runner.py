@@ -56,8 +56,8 @@ class Runner:
     computed in here, and what the executor sends and gets; the executor's if None. `lanes`: chunks under way at once;
     None: 2 if the executor has a device of its own, else 1. `block_rows`: rows in a block of scores; None: the
     default. `cast`: "bfloat16" or "float16", what float32 tensors travel as on the link alone; None: as they are.
-    `scores_nbytes`: what the scores of a chunk may take. `max_cache_nbytes`: what keys and values in the TEE may take,
-    of all caches of this runner. `guard`: stands around every call (guard.py).
+    `scores_nbytes`: what the scores of a chunk may take (chunks.py). `max_cache_nbytes`: what keys and values in the
+    TEE may take, of all caches of this runner. `guard`: stands around every call (guard.py).
 
     `choice`: the settings of `tune`, in place of `plan`, `lanes`, `block_rows` and `cast`; `self.tuning` afterwards,
     and `self.choice`, its older name.
@@ -89,6 +89,8 @@ class Runner:
         else:
             self.plan, self.plan_reason = choose_plan(plan, model.config, dtypes)
             self._plan = PLANS[self.plan].form(model.config, dtypes, has_embedding=model.trusted is not None)
+        if self._plan.embeds_here and model.trusted is None:
+            raise SettingError(f"plan {self.plan!r}: it looks ids up in the TEE, which takes the trusted copy")
         self.tuning = self.choice = choice
         self.config = model.config
         self.cast = cast

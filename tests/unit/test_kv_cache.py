@@ -25,6 +25,8 @@ torch = pytest.importorskip("torch")
 
 from fastsplit.executor.kv_cache import KVCache, KVCaches  # noqa: E402
 from fastsplit.executor.service import Executor  # noqa: E402
+from fastsplit.tee.remote import RemoteModel  # noqa: E402
+from fastsplit.tee.runner import Runner  # noqa: E402
 
 CONFIG = PRESETS["tiny"]
 HEADS, HEAD_DIM, LAYERS = CONFIG.num_key_value_heads, CONFIG.head_dim, CONFIG.num_hidden_layers
@@ -676,3 +678,28 @@ def test_the_flags_defaults_and_what_they_refuse(capfd: pytest.CaptureFixture[st
                 gpu_side._parser().parse_args(["--model", "random:tiny", flag, value])
             assert error.value.code == 2
             assert f"argument {flag}" in capfd.readouterr().err
+
+
+# ---- keys and values in the TEE --------------------------------------------------------------------------------------
+
+
+def test_a_refused_reorder_leaves_a_cache_in_the_tee_as_it_was(executor: Executor, unix_uri: str) -> None:
+    ids, nbytes = torch.arange(60).view(2, 30), 2 * LAYERS * 2 * LEAST * POSITION
+    with (
+        fastsplit.Server(unix_uri, executor.handlers, arrays="torch") as server,
+        fastsplit.connect(server.uri, arrays="torch") as channel,
+        torch.inference_mode(),
+    ):
+        model = RemoteModel.fetch(channel, None)
+        runner = Runner(model, channel, "tee-attention", max_cache_nbytes=2 * nbytes)
+        with runner.new_cache(2) as cache, runner.new_cache(2) as other:
+            for each in (cache, other):
+                runner.forward(ids[:, :20], each)
+            expected = runner.forward(ids[:, 20:], other)
+            other.close()
+            with pytest.raises(LimitError, match=f"expected at most {2 * nbytes}"):
+                cache.reorder(torch.zeros(3, dtype=torch.int64))
+            assert (cache.batch, cache.length) == (2, 20)
+            assert torch.equal(runner.forward(ids[:, 20:], cache), expected)
+            cache.reorder(torch.tensor([1]))
+            assert runner.forward(ids[:1, :1], cache).shape[0] == 1

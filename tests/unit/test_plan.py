@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from fastsplit.errors import SettingError
 from fastsplit.models import PRESETS, ModelConfig
 from fastsplit.split.blocks import row_blocks
 from fastsplit.split.contract import Shapes, traffic
-from fastsplit.split.plan import INTERNAL, PLANS, STEP_LISTS, STEPS, Call, Local, Plan, choose_plan, signature
+from fastsplit.split.plan import (
+    INTERNAL,
+    PLANS,
+    STEP_LISTS,
+    STEPS,
+    TEE_STEPS,
+    Call,
+    Local,
+    Plan,
+    choose_plan,
+    signature,
+)
+from fastsplit.tee.program import Interpreter
+from fastsplit.tee.runner import Runner
 
 TINYLLAMA = PRESETS["tinyllama-1.1b"]
 FORMS = {
@@ -257,3 +273,35 @@ def test_shapes_follow_from_the_configuration() -> None:
 def test_tee_attention_moves_less_than_half_the_bytes_of_a_long_prompt() -> None:
     minimal, here = (sum(traffic(TINYLLAMA, PLANS[name], 4, 0, 1024)[1:]) for name in ("minimal", "tee-attention"))
     assert here < 0.5 * minimal
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("", "1 parts, expected 3 with | between them"),
+        ("[embed] | norm [q] | norm | [lm_head]", "4 parts, expected 3"),
+        ("[embed] | nrom [qkv] | norm [lm_head]", "'nrom' is no step of the TEE"),
+        ("[embed] | norm [qkv softmax] | norm [lm_head]", "'softmax' is no step of the executor"),
+        ("[embed] | norm select | norm [lm_head]", "'select' is no step of the TEE"),
+        ("embed] | norm | norm [lm_head]", "']' where a call is not open"),
+        ("[[embed]] | norm | norm [lm_head]", "'[' where a call is open"),
+        ("[embed] | norm [qkv | norm lm_head]", "a call stays open"),
+        ("[embed] | norm [qkv] | norm [lm_head", "a call stays open"),
+        ("[embed | norm qkv] act | norm [lm_head]", "a call stays open"),
+    ],
+)
+def test_a_text_that_is_no_plan(text: str, error: str) -> None:
+    with pytest.raises(SettingError, match=re.escape(f"plan 'mine': {error}")):
+        Plan("mine", text)
+
+
+def test_the_steps_of_the_tee_are_methods_of_the_interpreter() -> None:
+    assert all(hasattr(Interpreter, f"_{step}") for step in TEE_STEPS)
+    found = {stage.step for form in FORMS.values() for stage in form.schedule(2) if isinstance(stage, Local)}
+    assert found == TEE_STEPS
+
+
+def test_a_plan_that_embeds_in_the_tee_needs_the_trusted_copy() -> None:
+    model: Any = SimpleNamespace(dtype="float32", config=PRESETS["tiny"], trusted=None)
+    with pytest.raises(SettingError, match="plan 'tee-attention': it looks ids up in the TEE"):
+        Runner(model, None, PLANS["tee-attention"].at_home)  # type: ignore[arg-type]
