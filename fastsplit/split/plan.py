@@ -41,8 +41,6 @@ __all__ = [
     "choose_plan",
     "crosses",
     "obstacle",
-    "plan_table",
-    "seen_table",
     "signature",
 ]
 
@@ -153,10 +151,10 @@ class Plan:
     """One way to divide a forward pass. Immutable; `schedule` keeps what it has made."""
 
     def __init__(
-        self, name: str, text: str, *, otherwise: str = "", at_home: str = "", exact: Plan | None = None
+        self, name: str, text: str, *, fallback: str = "", with_embedding: str = "", exact: Plan | None = None
     ) -> None:
-        """`otherwise`: the plan that runs where this one cannot. `at_home`: what comes before the layers where the TEE
-        has the embedding's weights. `exact`: the form of this plan for models and dtypes where norms cannot be
+        """`fallback`: the plan that runs where this one cannot. `with_embedding`: what comes before the layers where
+        the TEE has the embedding's weights. `exact`: the form of this plan for models and dtypes where norms cannot be
         folded.
 
         Raises SettingError for a text that is no plan: other than three parts, brackets that do not match, unknown
@@ -164,9 +162,9 @@ class Plan:
         """
         self.name = name
         self.text = text
-        self.otherwise = otherwise
+        self.fallback = fallback
         self.exact = exact
-        self.at_home = Plan(name, f"{at_home} |{text.partition('|')[2]}") if at_home else self
+        self.with_embedding = Plan(name, f"{with_embedding} |{text.partition('|')[2]}") if with_embedding else self
         self._before, self._layer, self._after = _parsed(name, text)
         self.schedule = functools.lru_cache(64)(self._schedule)
         called = {step for part in text.split("[")[1:] for step in part.partition("]")[0].split()}
@@ -174,9 +172,9 @@ class Plan:
         """Whether norms are folded: the residual stream is on the executor."""
         self.rotates = "rope" in called
         """Whether q and k are rotated on the executor, so that they never leave it."""
-        self.embeds_here = "embed" not in called
+        self.embeds_in_tee = "embed" not in called
         """Whether the TEE looks the embeddings up."""
-        self.has_cache_here = "scores" not in called
+        self.cache_in_tee = "scores" not in called
         """Whether keys and values are in the TEE; else they are on the executor."""
 
     def __repr__(self) -> str:
@@ -189,7 +187,7 @@ class Plan:
         return not self.rotates
 
     @property
-    def seen(self) -> tuple[str, ...]:
+    def executor_sees(self) -> tuple[str, ...]:
         """The values that the executor sees, in the order of a pass: what it is sent, and what it makes."""
         names: dict[str, None] = {}
         for stage in self.schedule(2):
@@ -204,9 +202,10 @@ class Plan:
         return obstacle(config, dtypes, folds=self.folds, rotates=self.rotates)
 
     def form(self, config: ModelConfig, dtypes: Sequence[str], *, has_embedding: bool) -> Plan:
-        """The form of the plan that runs: `exact` if norms cannot be folded; `at_home` of it with `has_embedding`."""
+        """The form of the plan that runs: `exact` if norms cannot be folded; of it `with_embedding` with
+        `has_embedding`."""
         plan = self.exact if self.exact is not None and self.why_not(config, dtypes) else self
-        return plan.at_home if has_embedding else plan
+        return plan.with_embedding if has_embedding else plan
 
     def calls(self, layers: int) -> int:
         """Calls of a forward pass."""
@@ -369,22 +368,22 @@ PLANS: dict[str, Plan] = {
             "folded",
             "[embed | norm qkv store_v] rope [store_k scale_v scores] softmax [values o add norm gate_up] act"
             " [down add | norm lm_head]",
-            otherwise="fused",
+            fallback="fused",
         ),
         Plan(
             "minimal",
             "[embed tables | norm qkv store_v rope store_k scores] softmax [scale_kv values o add norm gate_up] act"
             " [down add | norm lm_head]",
-            otherwise="folded",
+            fallback="folded",
         ),
         Plan(
             "tee-attention",
             "[embed | norm qkv] rope store attention [o add norm gate_up] act [down add | norm lm_head]",
-            at_home="embed [residual",
+            with_embedding="embed [residual",
             exact=Plan(
                 "tee-attention",
                 "[embed] | norm [qkv] rope store attention [o] add norm [gate_up] act [down] add | norm [lm_head]",
-                at_home="embed",
+                with_embedding="embed",
             ),
         ),
     )
@@ -399,7 +398,7 @@ def _step_lists() -> dict[str, tuple[str, ...]]:
     found = {}
     for plan in PLANS.values():
         for form in (plan, plan.exact or plan):
-            for each in (form, form.at_home):
+            for each in (form, form.with_embedding):
                 for layers in (1, 2, 3):
                     for wants_logits in (True, False):
                         for selects in (True, False):
@@ -426,82 +425,5 @@ def choose_plan(wanted: str, config: ModelConfig, dtypes: Sequence[str]) -> tupl
     first_reason = ""
     while plan.exact is None and (reason := plan.why_not(config, dtypes)):
         first_reason = first_reason or reason
-        plan = PLANS[plan.otherwise]
+        plan = PLANS[plan.fallback]
     return plan.name, first_reason
-
-
-_LETTERS = {
-    **dict.fromkeys(("x", "normed", "delta"), "h"),
-    **dict.fromkeys(("q", "attended"), "Q"),
-    **dict.fromkeys(("k", "v"), "K"),
-    **dict.fromkeys(("gate", "up", "gated"), "I"),
-    **dict.fromkeys(("scores", "weights"), "S"),
-    "qk": "QK",
-    "gate_up": "II",
-}
-"""A value's elements for each row, as a sum of what `plan_table` calls by these letters."""
-
-_SEEN = (
-    ("token ids", ("ids",), ()),
-    ("hidden states", ("x", "normed"), ("x", "normed", "delta")),
-    ("q, k and v", (), ("q", "k", "v", "qk")),
-    ("q and k, rotated", ("q", "k", "qk"), ("rotated",)),
-    ("rotary tables", ("cos", "sin"), ()),
-    ("scores", (), ("scores",)),
-    ("attention weights", ("weights",), ()),
-    ("attention's output", ("attended",), ("attended",)),
-    ("gate and up", (), ("gate", "up", "gate_up")),
-    ("act(gate) * up", ("gated",), ()),
-    ("logits", (), ("logits",)),
-)
-"""Rows of `seen_table`: label; values that show it when sent; values that show it when the executor makes them."""
-
-
-def plan_table() -> str:
-    """The plans for docs/architecture.md: their texts, and a Markdown table of calls and of what travels."""
-    named = {plan.name: plan for plan in PLANS.values()}
-    named |= {f"{plan.name}, exact": plan.exact for plan in PLANS.values() if plan.exact is not None}
-    width = max(map(len, named))
-    lines = ["```", *(f"{name:{width}}  {plan.text}" for name, plan in named.items()), "```", ""]
-    lines += ["| plan | calls | to the executor | back | KV cache | residual stream |", "|---|---|---|---|---|---|"]
-    for name, plan in named.items():
-        per_layer, once = plan.call_counts
-        cells = (
-            name,
-            f"{per_layer}L + {once}",
-            *(_moved(plan, direction) for direction in ("inputs", "outputs")),
-            "TEE" if plan.has_cache_here else "executor",
-            "executor" if plan.folds else "TEE",
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _moved(plan: Plan, direction: str) -> str:
-    """The elements that a layer's calls carry for each row."""
-
-    def letters(layers: int) -> str:
-        calls = (stage for stage in plan.schedule(layers) if isinstance(stage, Call))
-        return "".join(_LETTERS.get(value, "") for call in calls for value in getattr(call, direction))
-
-    three, two = letters(3), letters(2)
-    counts = {letter: three.count(letter) - two.count(letter) for letter in "hQKIS"}
-    return " + ".join(f"{count if count > 1 else ''}{letter}" for letter, count in counts.items() if count)
-
-
-def seen_table() -> str:
-    """What the executor sees under each plan, as a Markdown table for docs/architecture.md."""
-    named = {plan.name: plan for plan in PLANS.values()}
-    named |= {f"{plan.name}, embedding in the TEE": plan.at_home for plan in PLANS.values() if plan.at_home is not plan}
-    lines = [f"| | {' | '.join(named)} |", "|---" * (len(named) + 1) + "|"]
-    rows: dict[str, list[str]] = {what: [] for what, _, _ in _SEEN}
-    for plan in named.values():
-        calls = [stage for stage in plan.schedule(2) if isinstance(stage, Call)]
-        inputs = {value for call in calls for value in call.inputs}
-        made = {value for call in calls for step in call.steps for value in STEPS[step].gives}
-        for what, if_sent, if_made in _SEEN:
-            found = ("sent" if inputs.intersection(if_sent) else "", "made" if made.intersection(if_made) else "")
-            rows[what].append(", ".join(filter(None, found)) or "no")
-    rows["every product can be checked"] = ["yes" if plan.verifiable else "no" for plan in named.values()]
-    lines += [f"| {what} | {' | '.join(cells)} |" for what, cells in rows.items()]
-    return "\n".join(lines)

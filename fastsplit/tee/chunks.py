@@ -27,17 +27,17 @@ class Cutter:
     def __init__(
         self, config: ModelConfig, plan: Plan, itemsize: int, lanes: int, block_rows: int | None, scores_nbytes: int
     ) -> None:
-        self._heads = 1 if plan.has_cache_here else config.num_attention_heads  # masks are the same for all heads
+        self._heads = 1 if plan.cache_in_tee else config.num_attention_heads  # masks are the same for all heads
         self._itemsize = itemsize
         self._lanes = lanes
         self._scores_nbytes = scores_nbytes
-        self._message_width = config.hidden_size + 2 * config.intermediate_size if plan.has_cache_here else 0
+        self._message_width = config.hidden_size + 2 * config.intermediate_size if plan.cache_in_tee else 0
         self._grain = min(choose_block_rows(1, block_rows), choose_block_rows(1))
         # Elements of a row that travel in a layer, both ways; of a score, both ways.
         self._row_width = 2 * config.hidden_size + 3 * config.intermediate_size
         if not plan.rotates:
             self._row_width += 2 * (config.out_features("q") + config.out_features("k"))
-        self._score_width = 0 if plan.has_cache_here else 2 * config.num_attention_heads
+        self._score_width = 0 if plan.cache_in_tee else 2 * config.num_attention_heads
 
     def cut(self, batch: int, start: int, rows: int) -> list[int]:
         """The rows of each chunk of a pass of `rows` rows of `batch` sequences after `start` positions."""

@@ -353,10 +353,10 @@ class Interpreter:
         if "qk" in values:
             qk = values.pop("qk")
             values["q"], values["k"] = qk[:, :, : self._heads], qk[:, :, self._heads :]
-            if not self.plan.has_cache_here:
+            if not self.plan.cache_in_tee:
                 values["k"] = self._sent(values["k"], self._link_dtype)
         values["q"] = selected_rows(values["q"], selected)
-        if not self.plan.has_cache_here:
+        if not self.plan.cache_in_tee:
             values["q"] = self._sent(values["q"], self._link_dtype)
         if not self.plan.folds:
             values["x"] = selected_rows(values["x"], selected)

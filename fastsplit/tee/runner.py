@@ -89,7 +89,7 @@ class Runner:
         else:
             self.plan, self.plan_reason = choose_plan(plan, model.config, dtypes)
             self._plan = PLANS[self.plan].form(model.config, dtypes, has_embedding=model.trusted is not None)
-        if self._plan.embeds_here and model.trusted is None:
+        if self._plan.embeds_in_tee and model.trusted is None:
             raise SettingError(f"plan {self.plan!r}: it looks ids up in the TEE, which takes the trusted copy")
         self.tuning = self.choice = choice
         self.config = model.config
@@ -111,11 +111,11 @@ class Runner:
             self._recorder,
             self._dtype,
             wire_dtype,
-            embedding_table=model.embedding() if self._plan.embeds_here else None,
+            embedding_table=model.embedding() if self._plan.embeds_in_tee else None,
             guard=guard,
         )
         # Blocks of scores that do not travel need not be small for the link.
-        self._geometry = GeometryMaker(model.config, self._dtype, None if self._plan.has_cache_here else block_rows)
+        self._geometry = GeometryMaker(model.config, self._dtype, None if self._plan.cache_in_tee else block_rows)
         self._cutter = Cutter(
             model.config, self._plan, getattr(torch, wire_dtype).itemsize, self.lanes, block_rows, scores_nbytes
         )
@@ -147,7 +147,7 @@ class Runner:
         the TEE, `forward` raises LimitError over `max_cache_nbytes`.
         """
         store = None
-        if self._plan.has_cache_here:
+        if self._plan.cache_in_tee:
             store = KVStore(self.config, self._dtype, batch, capacity, self._budget)
             capacity = 0
         return Cache(self._backend, batch, capacity, self.wire_dtype, store)
@@ -354,8 +354,8 @@ class Runner:
             raise SettingError(f"ids: {ids.dtype} {list(ids.shape)}, expected int64 [{cache.batch}, 1 or more]")
         if cache.closed:
             raise SettingError("cache: it was closed")
-        if (cache.store is not None) != self._plan.has_cache_here:
-            where = "in the TEE" if self._plan.has_cache_here else "on the executor"
+        if (cache.store is not None) != self._plan.cache_in_tee:
+            where = "in the TEE" if self._plan.cache_in_tee else "on the executor"
             raise SettingError(f"cache: made for another plan, expected one whose keys and values are {where}")
         batch, rows = ids.shape
         shape = (batch, cache.length + rows)

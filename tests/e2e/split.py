@@ -180,7 +180,7 @@ def split(
 def cut_as_with_scores(runner: Runner, scores_nbytes: int | None, block_rows: int | None = None) -> Runner:
     """The same runner, which cuts prompts as one does whose scores may take `scores_nbytes` (None: as it is). So tests
     of chunks mean the same for plans that have no scores."""
-    if scores_nbytes is not None and PLANS[runner.plan].has_cache_here:
+    if scores_nbytes is not None and PLANS[runner.plan].cache_in_tee:
         itemsize = DTYPES[runner.wire_dtype].itemsize
         args = (itemsize, runner.lanes, block_rows, scores_nbytes)
         runner._cutter = Cutter(runner.config, PLANS["folded"], *args)
@@ -211,7 +211,7 @@ def messages(
     keep: str = "last",
     wants_logits: bool = True,
     itemsize: int = 4,
-    at_home: bool = True,
+    with_embedding: bool = True,
     exact: bool | None = None,
 ) -> list[Message]:
     """The calls of one chunk of a forward pass, without padding: `rows` of each sequence behind `start` positions.
@@ -220,8 +220,8 @@ def messages(
     for the new rows of V in per-op, batched and tee-attention), scores end at the diagonal, and behind the last layer's
     scores go only the rows that are wanted. `wants_logits`: whether the chunk has a wanted row at all.
 
-    For tee-attention. `at_home`: the embeddings are looked up in the TEE. `exact`: norms are not folded; None: for
-    models that have norms behind attention and MLP.
+    For tee-attention. `with_embedding`: the embeddings are looked up in the TEE. `exact`: norms are not folded; None:
+    for models that have norms behind attention and MLP.
     """
     hidden, inter, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
     heads, q, kv = config.num_attention_heads, config.out_features("q"), config.out_features("k")
@@ -252,7 +252,7 @@ def messages(
         return -(-elements // PACKED_MULTIPLE) * PACKED_MULTIPLE
 
     qkv = q + 2 * kv
-    if plan in ("per-op", "batched", "fused") or (exact and not at_home):
+    if plan in ("per-op", "batched", "fused") or (exact and not with_embedding):
         add("embed", 0, n * hidden, ids, ids)
     elif plan == "folded":
         add("embed norm qkv store_v", 0, n * (hidden + q + kv), ids, ids)
@@ -262,7 +262,7 @@ def messages(
         own, which = (selected, select) if layers == 1 else (0, "")
         text = f"embed tables norm qkv store_v rope store_k {which}scores"
         add(text, 0, n * hidden + scores(0), ids + tables + own, ids + own)
-    elif not exact and at_home:
+    elif not exact and with_embedding:
         add("residual norm qkv", n * hidden, n * qkv)
     elif not exact:
         add("embed norm qkv", 0, n * (hidden + qkv), ids, ids)

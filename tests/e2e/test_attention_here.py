@@ -91,7 +91,7 @@ def test_logits_with_and_without_the_embeddings_weights_are_hf(
     expected = reference(ids, attention_mask=mask.long(), position_ids=positions, use_cache=False).logits
     options = {"lanes": 2, "block_rows": 64, "scores_nbytes": 2 * 6 * 4 * 150 * 64}
     with split(model, unix_uri, plan=PLAN, trusted=trusted, **options) as (runner, _):
-        assert runner._plan.embeds_here == trusted and len(runner._cutter.cut(2, 0, 150)) >= 2
+        assert runner._plan.embeds_in_tee == trusted and len(runner._cutter.cut(2, 0, 150)) >= 2
         with runner.new_cache(2) as cache:
             assert_same(runner.forward(ids, cache, mask=mask, keep="all")[mask], expected[mask])
         selected = torch.tensor([149, 70])
@@ -250,4 +250,4 @@ def test_no_ids_and_no_attention_are_sent(llama: Named, unix_uri: str) -> None:
 
 
 def test_every_plan_has_a_place_for_its_cache() -> None:
-    assert [name for name, plan in PLANS.items() if plan.has_cache_here] == [PLAN]
+    assert [name for name, plan in PLANS.items() if plan.cache_in_tee] == [PLAN]

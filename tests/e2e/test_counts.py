@@ -121,7 +121,7 @@ def test_every_form_of_attention_in_the_tee_moves_what_the_formula_says(
                             start=cache.length,
                             keep=keep,
                             itemsize=itemsize,
-                            at_home=trusted,
+                            with_embedding=trusted,
                             exact=exact,
                         )
                         runner.forward(torch.arange(rows).unsqueeze(0) % 97, cache, keep=keep)

@@ -55,7 +55,7 @@ def test_a_cache_goes_on_by_another_plan_than_filled_it(
     expected = reference(ids, attention_mask=mask.long(), position_ids=positions, use_cache=False).logits
     with split(model, unix_uri, plan=plan, lanes=lanes, block_rows=32) as (first, channel), first.new_cache(2) as cache:
         found = [first.forward(ids[:, :230], cache, mask=mask[:, :230], keep="all")]
-        for other in (each for each in PLANS if each != plan and not PLANS[each].has_cache_here):
+        for other in (each for each in PLANS if each != plan and not PLANS[each].cache_in_tee):
             runner = Runner(RemoteModel.fetch(channel, model), channel, other)
             for rows in (1, 9):
                 end = cache.length + rows

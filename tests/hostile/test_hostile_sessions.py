@@ -828,7 +828,9 @@ def test_what_is_behind_the_scores_is_nobody_elses(
 
 OPS = {
     name: list(
-        dict.fromkeys(stage.text for stage in plan.at_home.schedule(3, selects=True) if isinstance(stage, PlanCall))
+        dict.fromkeys(
+            stage.text for stage in plan.with_embedding.schedule(3, selects=True) if isinstance(stage, PlanCall)
+        )
     )
     for name, plan in PLANS.items()
 }

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 import fastsplit
-from fastsplit.split.plan import _SEEN, STEPS, plan_table, seen_table
+from fastsplit.split.plan import STEPS
+from fastsplit.split.tables import SEEN, plan_table, seen_table
 
 ROOT = Path(fastsplit.__file__).parents[1]
 TEXT = (ROOT / "docs" / "architecture.md").read_text()
@@ -76,7 +77,8 @@ import fastsplit
 from down_guard import DownGuard
 from fastsplit.executor.service import Executor
 from fastsplit.models import ModelConfig, open_model
-from fastsplit.split.plan import PLANS, plan_table
+from fastsplit.split.plan import PLANS
+from fastsplit.split.tables import plan_table
 from fastsplit.tee import open_split
 
 torch.set_num_threads(1)
@@ -190,7 +192,7 @@ def test_generated_tables(table: Any) -> None:
 def test_the_table_of_what_is_seen_has_all_values() -> None:
     """All that steps take or give, but for what says nothing of a text: factors, and which row was selected."""
     values = {value for step in STEPS.values() for value in (*step.takes, *step.gives)}
-    shown = {value for _, if_sent, if_made in _SEEN for value in (*if_sent, *if_made)}
+    shown = {value for _, if_sent, if_made in SEEN for value in (*if_sent, *if_made)}
     assert values - shown == {"scale", "selected"}
 
 

@@ -34,9 +34,9 @@ FORMS = {
     for plan in PLANS.values()
     for what, form in (
         ("as it is", plan),
-        ("at home", plan.at_home),
+        ("at home", plan.with_embedding),
         ("exact", plan.exact or plan),
-        ("exact, at home", (plan.exact or plan).at_home),
+        ("exact, at home", (plan.exact or plan).with_embedding),
     )
 }
 PRODUCTS = ("q", "k", "v", "scores", "values", "o", "gate", "up", "down")
@@ -86,8 +86,8 @@ def test_every_plan_has_every_step_once_a_layer_in_the_order_of_a_pass(form: str
                 layer += 1
     order = ("q", "k", "v", "scores", "softmax", "values", "o", "gate", "up", "act", "down")
     assert seen == [(layer, step) for layer in range(layers) for step in order]
-    at_home = [stage.step for stage in plan.schedule(layers) if isinstance(stage, Local)]
-    assert {"softmax", "attention"} & set(at_home) and "act" in at_home
+    with_embedding = [stage.step for stage in plan.schedule(layers) if isinstance(stage, Local)]
+    assert {"softmax", "attention"} & set(with_embedding) and "act" in with_embedding
 
 
 @pytest.mark.parametrize("selects", [False, True])
@@ -125,7 +125,7 @@ def test_a_chunk_without_logits_ends_when_keys_and_values_are_stored(form: str) 
     stages = plan.schedule(2, wants_logits=False)
     whole = plan.schedule(2)
     steps = [step for stage in stages for step in ((stage.step,) if isinstance(stage, Local) else stage.steps)]
-    stores = ("store",) if plan.has_cache_here else ("store_k", "store_v")
+    stores = ("store",) if plan.cache_in_tee else ("store_k", "store_v")
     assert all(steps.count(step) == 2 for step in stores)
     assert steps[-1] in (*stores, "scale_kv", "scale_v") and "lm_head" not in steps
     assert len(stages) < len(whole)
@@ -163,8 +163,8 @@ def test_the_lists_of_steps_are_those_of_the_plans() -> None:
 def test_where_what_is() -> None:
     assert [name for name, plan in PLANS.items() if plan.folds] == ["folded", "minimal", "tee-attention"]
     assert [name for name, plan in PLANS.items() if not plan.verifiable] == ["minimal"]
-    assert [name for name, plan in PLANS.items() if plan.has_cache_here] == ["tee-attention"]
-    assert [name for name, plan in FORMS.items() if plan.embeds_here] == [
+    assert [name for name, plan in PLANS.items() if plan.cache_in_tee] == ["tee-attention"]
+    assert [name for name, plan in FORMS.items() if plan.embeds_in_tee] == [
         "tee-attention, at home",
         "tee-attention, exact, at home",
     ]
@@ -173,9 +173,9 @@ def test_where_what_is() -> None:
 def test_what_the_executor_sees() -> None:
     """With attention in the TEE it sees no scores and no weights; with the embedding there no ids."""
     for name, plan in FORMS.items():
-        seen = set(plan.seen)
-        assert ("scores" in seen, "weights" in seen) == (not plan.has_cache_here,) * 2, name
-        assert ("ids" in seen) == (not plan.embeds_here), name
+        seen = set(plan.executor_sees)
+        assert ("scores" in seen, "weights" in seen) == (not plan.cache_in_tee,) * 2, name
+        assert ("ids" in seen) == (not plan.embeds_in_tee), name
         assert {"gated", "logits"} <= seen, name
 
 
@@ -235,7 +235,7 @@ def test_the_form_follows_from_model_dtypes_and_weights() -> None:
         (gemma, ("float32", "float32"), plan.exact),
     ):
         assert plan.form(config, dtypes, has_embedding=False) is form
-        assert plan.form(config, dtypes, has_embedding=True) is form.at_home
+        assert plan.form(config, dtypes, has_embedding=True) is form.with_embedding
     assert PLANS["folded"].form(TINYLLAMA, ("float32",), has_embedding=True) is PLANS["folded"]
 
 
@@ -304,4 +304,4 @@ def test_the_steps_of_the_tee_are_methods_of_the_interpreter() -> None:
 def test_a_plan_that_embeds_in_the_tee_needs_the_trusted_copy() -> None:
     model: Any = SimpleNamespace(dtype="float32", config=PRESETS["tiny"], trusted=None)
     with pytest.raises(SettingError, match="plan 'tee-attention': it looks ids up in the TEE"):
-        Runner(model, None, PLANS["tee-attention"].at_home)  # type: ignore[arg-type]
+        Runner(model, None, PLANS["tee-attention"].with_embedding)  # type: ignore[arg-type]
