@@ -32,7 +32,7 @@ from fastsplit.tee.runner import Runner, _corner
 from fastsplit.wire.call import Client
 from fastsplit.wire.stats import Stats
 
-pytestmark = pytest.mark.matrix
+pytestmark = pytest.mark.matrix(each=False)
 
 VOCAB = 97
 LIMIT = 512
