@@ -20,7 +20,7 @@ export PROMPT
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test format lint style types unit exhaustive coverage bench bench-full plots bench-remote ladder schema clean
+.PHONY: help demo test format lint style types unit beside exhaustive coverage bench bench-full plots bench-remote ladder schema clean
 
 help: ## Shows this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,10 +31,14 @@ demo: $(VENV)/.demo-ready ## Completes a prompt with a real model, split over tw
 # Processes that run tests, each a file at a time: many tests wait for something, or for one core.
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+# How soon a peer's end is noticed is measured with nothing else running.
+ALONE := tests/e2e/test_exit.py tests/e2e/test_kill.py
+ALONE_TESTS := $(BIN)/python -m pytest $(ALONE)
 
 # What takes seconds comes first; the type checker runs beside the tests.
 test: style ## Checks everything: format, lint, types, import arrows, tests (some minutes).
-	@$(MAKE) --no-print-directory --jobs 2 types unit
+	@$(MAKE) --no-print-directory --jobs 2 types beside
+	$(ALONE_TESTS)
 
 lint: style types
 
@@ -46,11 +50,15 @@ style: $(VENV)/.test-ready
 types: $(VENV)/.test-ready
 	$(BIN)/mypy
 
-unit: $(VENV)/.test-ready
-	$(PYTEST)
+unit: beside
+	$(ALONE_TESTS)
+
+beside: $(VENV)/.test-ready
+	$(PYTEST) $(addprefix --ignore=,$(ALONE))
 
 exhaustive: $(VENV)/.test-ready ## Runs what `make test` runs a sample of: every combination, every repetition (many minutes).
-	$(PYTEST) --exhaustive -m matrix
+	$(PYTEST) --exhaustive -m matrix $(addprefix --ignore=,$(ALONE))
+	$(ALONE_TESTS) --exhaustive -m matrix
 
 coverage: $(VENV)/.test-ready ## Runs the tests and reports which lines and branches they miss.
 	$(BIN)/coverage erase

@@ -24,7 +24,7 @@ from fastsplit.split.plan import PLANS
 from fastsplit.tee.remote import Cache, RemoteModel
 from fastsplit.tee.runner import Runner
 
-pytestmark = pytest.mark.matrix
+pytestmark = pytest.mark.matrix(each=False)
 
 VOCAB = 97
 TOLERANCE = 2e-5
@@ -95,6 +95,7 @@ def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 # ---- against HF ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.matrix(each=True)
 @pytest.mark.parametrize(("family", "plan"), [(family, plan) for family, plans in FAMILIES.items() for plan in plans])
 @pytest.mark.parametrize("side", ["equal", "left", "right"])
 def test_a_batch_and_the_steps_after_it_are_hf(

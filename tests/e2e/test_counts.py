@@ -20,7 +20,7 @@ from fastsplit.wire.stats import Stats
 pytest.importorskip("transformers")
 from split import CONFIGS, PACKED_MULTIPLE, Message, cut_as_with_scores, make_model, messages, split
 
-pytestmark = pytest.mark.matrix(one_in=4)
+pytestmark = pytest.mark.matrix(one_in=4, each=False)
 
 HEAD_NBYTES = 600
 """More than a message's head and metadata take, where it has few blocks of scores."""

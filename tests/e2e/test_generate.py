@@ -24,7 +24,7 @@ from fastsplit.hf import SplitCache, SplitModelForCausalLM
 from fastsplit.models import open_model
 from fastsplit.split.plan import PLANS
 
-pytestmark = pytest.mark.matrix
+pytestmark = pytest.mark.matrix(each=False)
 
 VOCAB = 97
 TOLERANCE = 1e-4
@@ -93,7 +93,6 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.matrix(each=False)
 @pytest.mark.parametrize(
     ("lengths", "mode"),
     [

@@ -35,7 +35,7 @@ from fastsplit.tee.runner import Runner
 from fastsplit.wire.call import Client
 from fastsplit.wire.stats import Stats
 
-pytestmark = pytest.mark.matrix
+pytestmark = pytest.mark.matrix(each=False)
 
 VOCAB = 97
 LIMIT = 512

@@ -21,7 +21,7 @@ from fastsplit.models import Model, open_model
 from fastsplit.split import functional
 from fastsplit.split.plan import PLANS
 
-pytestmark = pytest.mark.matrix
+pytestmark = pytest.mark.matrix(each=False)
 
 VOCAB = 97
 PREFILL, STEPS = 24, 12
@@ -85,7 +85,6 @@ def check(reference: Reference, uri: str, plan: str, dtypes: Dtypes) -> None:
     assert error <= max(FACTOR * max(reference.own[dtype] for dtype in dtypes), EXACT)
 
 
-@pytest.mark.matrix(each=False)
 @pytest.mark.parametrize(
     ("plan", "dtypes"),
     [
