@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SOME_PLANS = ("folded", "minimal", "batched")
 SPLITS = [*(("shm", plan) for plan in PLAN_NAMES), *((link, plan) for link in ("unix", "tcp") for plan in SOME_PLANS)]
 HF = ("hf-eager", "hf-sdpa")
-SOME_SYSTEMS = ("shm-folded", "hf-sdpa")
+SOME_SYSTEMS = ("shm-folded", "hf-eager", "hf-sdpa")
 """Which `make test` measures; `make exhaustive` measures all."""
 
 
