@@ -130,8 +130,8 @@ def test_an_interrupted_demo_leaves_nothing(directory: Path, tmp_path: Path) -> 
                 break
         process.send_signal(number)
     for number, process in demos.items():
-        process.communicate(timeout=60)
-        assert process.returncode == 130, number
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 130, f"{number.name}: {err}"
         assert list((tmp_path / number.name).iterdir()) == []
     assert subprocess.run(["pgrep", "-f", str(tmp_path)], stdout=subprocess.DEVNULL).returncode == 1
 
