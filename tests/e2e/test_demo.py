@@ -117,12 +117,12 @@ def test_the_demo_completes_a_prompt(directory: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("sigint")
-def test_an_interrupted_demo_leaves_nothing(directory: Path, tmp_path: Path) -> None:
-    """Two at once, since most of the time is their start."""
+def test_an_interrupted_demo_leaves_nothing(directory: Path, socket_dir: Path) -> None:
+    """Two at once, since most of the time is their start. A socket's path in there must be short."""
     demos = {}
     for number in (signal.SIGINT, signal.SIGTERM):
-        (tmp_path / number.name).mkdir()
-        demos[number] = _demo(tmp_path / number.name, "--max-new-tokens", "4000")
+        (socket_dir / number.name).mkdir()
+        demos[number] = _demo(socket_dir / number.name, "--max-new-tokens", "4000")
     for number, process in demos.items():
         assert process.stderr is not None
         for line in process.stderr:  # until both sides run
@@ -132,8 +132,8 @@ def test_an_interrupted_demo_leaves_nothing(directory: Path, tmp_path: Path) -> 
     for number, process in demos.items():
         _, err = process.communicate(timeout=60)
         assert process.returncode == 130, f"{number.name}: {err}"
-        assert list((tmp_path / number.name).iterdir()) == []
-    assert subprocess.run(["pgrep", "-f", str(tmp_path)], stdout=subprocess.DEVNULL).returncode == 1
+        assert list((socket_dir / number.name).iterdir()) == []
+    assert subprocess.run(["pgrep", "-f", str(socket_dir)], stdout=subprocess.DEVNULL).returncode == 1
 
 
 def _demo(directory: Path, *args: str) -> subprocess.Popen[str]:
