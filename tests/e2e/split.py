@@ -149,15 +149,6 @@ def make_model(directory: Path, changes: dict[str, Any], seed: int = 0) -> Model
     return open_model(str(directory))
 
 
-Named = tuple[Model, Any]
-"""Ours, and HF's."""
-
-
-def random_ids(batch: int, length: int, seed: int = 1) -> torch.Tensor:
-    """Ids of a TINY model."""
-    return torch.randint(0, TINY["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
 def load_hf(directory: Path | str, dtype: str = "float32", attention: str = "eager") -> Any:
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=DTYPES[dtype], attn_implementation=attention)
     return model.eval()
