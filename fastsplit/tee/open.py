@@ -77,8 +77,7 @@ def open_split(
 
     `plan`, `lanes`, `block_rows`, `cast`: settings, see `tune`; "auto" and None are chosen for the link, which is
     measured now. `codec`: as for `fastsplit.connect`. `tee_dtype`, `wire_dtype`, `recorder`, `guard`,
-    `max_cache_nbytes`: as for `Runner`.
-    `timeout_s`: for connecting. `call_timeout_s`: for each call; None: no limit.
+    `max_cache_nbytes`: as for `Runner`. `timeout_s`: for connecting. `call_timeout_s`: for each call; None: no limit.
 
     Raises AddressError, ConnectError and DeadlineError as `fastsplit.connect` does; VerificationError if the model is
     not the trusted one; RemoteProtocolError for a malformed description; SettingError for a setting out of range.

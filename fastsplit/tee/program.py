@@ -118,9 +118,13 @@ class _State:
         """The output memory of all norms. It can be reused: the executor reads a request only until it replies."""
         self.unscaled: Sequence[Progress] = ()
 
-    def geometry(self, layer: int) -> Geometry:
+    def geometry(self, layer: int, *, selects: bool = False) -> Geometry:
+        """That of a layer's scores. `selects`: whether a row of each sequence is being selected in the same call."""
         geometry = self.chunk.geometry[layer]
-        return geometry if not self.selected or geometry.selected is None else geometry.selected
+        if self.selected or selects:
+            assert geometry.selected is not None
+            return geometry.selected
+        return geometry
 
 
 _Stage = tuple[Call | None, "Callable[[_State, int, int], None] | None", int, int]
@@ -240,9 +244,7 @@ class Interpreter:
         blocks: Sequence[Block] = ()
         if "scores" in call.outputs:
             layer = call.end_layer
-            geometry = chunk.geometry[layer]
-            if (state.selected or "select" in call.steps) and geometry.selected is not None:
-                geometry = geometry.selected
+            geometry = state.geometry(layer, selects="select" in call.steps)
             attrs.update(geometry.block_attrs)
             blocks = geometry.blocks
             if self.plan.rotates:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -152,6 +153,29 @@ def make_model(directory: Path, changes: dict[str, Any], seed: int = 0) -> Model
 def load_hf(directory: Path | str, dtype: str = "float32", attention: str = "eager") -> Any:
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=DTYPES[dtype], attn_implementation=attention)
     return model.eval()
+
+
+Named = tuple[Model, Any]
+"""Ours, and HF's."""
+
+
+def named_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Named]:
+    """A model of CONFIGS by its name, made when it is first asked for."""
+    made: dict[str, Named] = {}
+
+    def get(name: str) -> Named:
+        if name not in made:
+            directory = tmp_path_factory.mktemp("models") / "model"
+            make_model(directory, CONFIGS[name])
+            made[name] = open_model(str(directory)), load_hf(directory)
+        return made[name]
+
+    return get
+
+
+def random_ids(batch: int, length: int, seed: int = 1) -> torch.Tensor:
+    """Ids of a TINY model."""
+    return torch.randint(0, TINY["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 @contextlib.contextmanager

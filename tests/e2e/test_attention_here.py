@@ -10,13 +10,12 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from split import CONFIGS, load_hf, make_model, relative_error, split
+from split import Named, named_models, random_ids, relative_error, split
 
 import fastsplit
 from fastsplit.errors import LimitError, RemoteOpError, SettingError
 from fastsplit.executor.service import Executor
 from fastsplit.hf import SplitModelForCausalLM
-from fastsplit.models import Model, open_model
 from fastsplit.split.plan import PLANS
 from fastsplit.tee.remote import RemoteModel
 from fastsplit.tee.runner import Runner
@@ -25,30 +24,16 @@ PLAN = "tee-attention"
 VOCAB = 97
 TOLERANCE = 2e-5
 FAMILIES = ["grouped heads", "attention bias", "mistral", "qwen3", "gemma2", "phi3"]
-Named = tuple[Model, Any]
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Named]:
-    made: dict[str, Named] = {}
-
-    def get(name: str) -> Named:
-        if name not in made:
-            directory = tmp_path_factory.mktemp("here") / "model"
-            make_model(directory, CONFIGS[name])
-            made[name] = open_model(str(directory)), load_hf(directory)
-        return made[name]
-
-    return get
+    return named_models(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def llama(models: Callable[[str], Named]) -> Named:
     return models("grouped heads")
-
-
-def random_ids(batch: int, length: int, seed: int = 1) -> torch.Tensor:
-    return torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from split import CONFIGS, load_hf, make_model, relative_error, split
+from split import CONFIGS, Named, load_hf, make_model, named_models, random_ids, relative_error, split
 
 import fastsplit
 from fastsplit.errors import DeadlineError, RemoteOpError, SettingError
 from fastsplit.executor.service import Executor
-from fastsplit.models import Model, open_model
+from fastsplit.models import open_model
 from fastsplit.split.blocks import Block, packed_elements
 from fastsplit.split.plan import PLANS
 from fastsplit.tee.remote import Cache, RemoteModel
@@ -44,31 +44,15 @@ LENGTHS = [57, 1, 33, 52]
 """Longer than every window, and, with what comes after, short enough for phi3's frequencies to stay the same."""
 STEPS = (1, 1, 4)
 
-Named = tuple[Model, Any]
-"""Ours, and HF's."""
-
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Named]:
-    made: dict[str, Named] = {}
-
-    def get(name: str) -> Named:
-        if name not in made:
-            directory = tmp_path_factory.mktemp("batches") / "model"
-            make_model(directory, CONFIGS[name])
-            made[name] = open_model(str(directory)), load_hf(directory)
-        return made[name]
-
-    return get
+    return named_models(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def llama(models: Callable[[str], Named]) -> Named:
     return models("grouped heads")
-
-
-def random_ids(batch: int, length: int, seed: int = 1) -> torch.Tensor:
-    return torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def padded(lengths: list[int], side: str) -> tuple[torch.Tensor, torch.Tensor]:

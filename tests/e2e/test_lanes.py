@@ -19,14 +19,21 @@ import torch
 
 pytest.importorskip("transformers")
 from lazy_driver import LazyDriver
-from split import CONFIGS, cut_as_with_scores, load_hf, make_model, relative_error, split
+from split import (
+    Named,
+    cut_as_with_scores,
+    named_models,
+    random_ids,
+    relative_error,
+    split,
+)
 
 import fastsplit
 from fastsplit.errors import RemoteOpError
 from fastsplit.executor.cuda import Cuda
 from fastsplit.executor.device import Cpu
 from fastsplit.executor.service import Executor
-from fastsplit.models import Model, open_model
+from fastsplit.models import Model
 from fastsplit.split.contract import MAX_LANES
 from fastsplit.split.plan import PLANS
 from fastsplit.tee.masks import GeometryMaker, _corner
@@ -55,30 +62,16 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "phi3": ("fused", "minimal", "tee-attention"),
 }
 """The plans that are tested: one family has all, the others those that differ in what they have of their own."""
-Named = tuple[Model, Any]
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Named]:
-    made: dict[str, Named] = {}
-
-    def get(name: str) -> Named:
-        if name not in made:
-            directory = tmp_path_factory.mktemp("lanes") / "model"
-            make_model(directory, CONFIGS[name])
-            made[name] = open_model(str(directory)), load_hf(directory)
-        return made[name]
-
-    return get
+    return named_models(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def llama(models: Callable[[str], Named]) -> Named:
     return models("grouped heads")
-
-
-def random_ids(batch: int, length: int, seed: int = 1) -> torch.Tensor:
-    return torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def hf_logits(reference: Any, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
