@@ -240,6 +240,69 @@ def _decode_far(results: Path) -> str:
     return _table(["", "tokens/s", "what the round trips allow", "calls a token"], lines, name, document, note)
 
 
+_HERE = (
+    "split-prefill-256.json",
+    "split-prefill-tee-attention.json",
+    "split-prefill-4096.json",
+    "split-prefill-256-bfloat16.json",
+    "split-prefill-bfloat16.json",
+)
+_FAR = "split-ladder-tee-attention.json"
+
+
+def _attention_here(results: Path) -> str:
+    """tee-attention beside other plans: in shared memory beside Hugging Face, on links beside minimal."""
+    documents = {name: load(results, name) for name in _HERE}
+    lines: list[list[str]] = []
+    for document in documents.values():
+        (dtype, *_), model = document["options"]["dtype"], document["options"]["model"]
+        rows = sorted(_of_split(document, "wall_s", dtype), key=lambda row: row["system"] != "hf-sdpa")
+        rounds = f"{rows[0]['rounds']} round" + "s" * (rows[0]["rounds"] > 1)
+        where = f"{model.removeprefix('random:')}, {rows[0]['tokens']} tokens, {dtype}, {rounds}"
+        for row in rows:
+            m = row["median"]
+            peaks = (m[key] for key in ("tee_peak_rss_bytes", "worker_peak_rss_bytes") if key in m)
+            memory = " + ".join(f"{nbytes / 1e9:.2f}" for nbytes in peaks) + " GB"
+            moved = _shown(m.get("bytes_shared"), bytes_text)
+            lines.append([where, row["system"], seconds_text(m["wall_s"]), f"{m['wall_to_sdpa']:.2f}", moved, memory])
+            where = ""
+    far = load(results, _FAR)
+    for link, about in sorted(far["links"].items(), key=lambda item: -item[1]["rate_bit_per_s"]):
+        found = {row["row"]: row["measured"][link] for row in far["rows"] if link in row["measured"]}
+        first_s = found["minimal+float16+lanes4"]["wall_s"]
+        where = (
+            f"{far['options']['model'].removeprefix('random:')}, {about['tokens']} tokens, {link_title(link, about)}"
+        )
+        for name, m in found.items():
+            label = f"auto: {m['plan']}+float16+lanes{m['lanes']}" if name == "auto" else name
+            moved = bytes_text(m["bytes_sent"] + m["bytes_received"])
+            lines.append([where, label, seconds_text(m["wall_s"]), f"{m['wall_s'] / first_s:.2f}", moved, ""])
+            where = ""
+    sources = "; ".join(f"`{name}`, {origin(document)}" for name, document in documents.items())
+    note = "ratios to sdpa: of the same round; peaks of resident memory: TEE side + executor, shared memory in both"
+    return _table(["", "system", "time", "ratio", "moved", "memory"], lines, _FAR, far, f"{note}; {sources}")
+
+
+_CONTEXTS = (16, 1024, 4000)
+
+
+def _decode_contexts(results: Path) -> str:
+    """A token's time by the length of the context before it."""
+    documents = {count: load(results, f"split-decode-{count}.json") for count in _CONTEXTS}
+    systems = [row["system"] for row in documents[_CONTEXTS[0]]["rows"]]
+    lines = []
+    for system in systems:
+        line = [system]
+        for document in documents.values():
+            (m,) = (row["median"] for row in document["rows"] if row["system"] == system)
+            line += [seconds_text(m["step_s"]), f"{m['step_to_sdpa']:.2f}"]
+        lines.append(line)
+    head = ["SmolLM2-135M, float32", *(cell for count in _CONTEXTS for cell in (f"after {count:,}", "÷ sdpa"))]
+    *others, last = ((f"split-decode-{count}.json", document) for count, document in documents.items())
+    sources = "; ".join(f"`{name}`, {origin(document)}" for name, document in others)
+    return _table(head, lines, *last, f"tokens after a context, shared memory; {sources}")
+
+
 def _ladder(results: Path) -> str:
     document = load(results, "split-ladder.json")
     rows = document["rows"]  # an interrupted run names links without rows
@@ -362,6 +425,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "prefill": lambda results: _split(results, "split-prefill.json", "wall_s", "", _TO_HF, "rpc_calls"),
     "decode": lambda results: _split(results, "split-decode.json", "step_s", "step_", _STEP_TO_HF, "calls_per_token"),
     "decode-1g": _decode_far,
+    "tee-attention": _attention_here,
+    "decode-contexts": _decode_contexts,
     "ladder": _ladder,
     "plans": _plans,
     "relay": _relay,

@@ -44,6 +44,7 @@ def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 # ---- against HF ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.matrix(one_in=3, each=False)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_64_tokens_of_padded_sequences_are_hf(models: Callable[[str], Named], unix_uri: str, family: str) -> None:
     """Past the windows; for phi3 up to where its frequencies change."""
@@ -106,6 +107,7 @@ def served(
             yield ours, reference, executor
 
 
+@pytest.mark.matrix(one_in=2, each=False)
 @pytest.mark.parametrize("mode", MODES)
 def test_generate_of_transformers_is_hf(served: tuple[SplitModelForCausalLM, Any, Executor], mode: str) -> None:
     """Caches are reordered, repeated and cropped."""

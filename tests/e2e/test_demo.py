@@ -117,22 +117,19 @@ def test_the_demo_completes_a_prompt(directory: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("sigint")
-def test_an_interrupted_demo_leaves_nothing(directory: Path, socket_dir: Path) -> None:
-    """Two at once, since most of the time is their start. A socket's path in there must be short."""
-    demos = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        (socket_dir / number.name).mkdir()
-        demos[number] = _demo(socket_dir / number.name, "--max-new-tokens", "4000")
-    for number, process in demos.items():
-        assert process.stderr is not None
-        for line in process.stderr:  # until both sides run
-            if "starting the TEE side" in line:
-                break
-        process.send_signal(number)
-    for number, process in demos.items():
-        _, err = process.communicate(timeout=60)
-        assert process.returncode == 130, f"{number.name}: {err}"
-        assert list((socket_dir / number.name).iterdir()) == []
+@pytest.mark.matrix(one_in=2, each=False)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_demo_leaves_nothing(directory: Path, socket_dir: Path, number: signal.Signals) -> None:
+    """A socket's path in there must be short."""
+    process = _demo(socket_dir, "--max-new-tokens", "4000")
+    assert process.stderr is not None
+    for line in process.stderr:  # until both sides run
+        if "starting the TEE side" in line:
+            break
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert list(socket_dir.iterdir()) == []
     assert subprocess.run(["pgrep", "-f", str(socket_dir)], stdout=subprocess.DEVNULL).returncode == 1
 
 

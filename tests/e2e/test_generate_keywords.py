@@ -316,7 +316,7 @@ def generate(helper: Any, stranger: Any, reference: Any) -> Callable[..., list[l
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.matrix(one_in=3, each=False)
+@pytest.mark.matrix(one_in=6, each=False)
 @pytest.mark.parametrize("name", SAME)
 def test_tokens_are_hf(
     ours: SplitModelForCausalLM, reference: Any, generate: Callable[..., list[list[int]]], name: str

@@ -54,6 +54,7 @@ class Accountant:
         return reply
 
 
+@pytest.mark.matrix(one_in=3)
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_product_of_every_plan_passes_a_guard_once(tmp_path: Path, unix_uri: str, family: str, plan: str) -> None:

@@ -22,6 +22,7 @@ MAX_CONTROL_NBYTES = 4096
 """Of each call, both ways: heads, metadata, leases that go back."""
 
 
+@pytest.mark.matrix(one_in=4)
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("prompt", [1, 300])
 @pytest.mark.parametrize("capacity", [1, 400], ids=["a cache that grows", "a cache with room"])

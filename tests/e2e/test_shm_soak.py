@@ -20,7 +20,7 @@ from soak import MAX_NBYTES, PATTERN, Worker, resident_nbytes, soak_process
 
 import fastsplit
 
-CALLS = int(os.environ.get("FASTSPLIT_SOAK_CALLS", "0")) or times(3000, 2)
+CALLS = int(os.environ.get("FASTSPLIT_SOAK_CALLS", "0")) or times(3000)
 KINDS = ("numpy", "numpy", "torch")
 """Of the channels, each with THREADS threads."""
 THREADS = 2

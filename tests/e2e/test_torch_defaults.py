@@ -130,7 +130,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Refer
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("defaults", DEFAULTS)
-@pytest.mark.matrix(one_in=2)
+@pytest.mark.matrix(one_in=4)
 def test_defaults_change_nothing(
     reference: Callable[[str], Reference], socket_dir: Path, name: str, defaults: str
 ) -> None:

@@ -120,6 +120,7 @@ def row(*ids: int) -> torch.Tensor:
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.matrix(one_in=4)
 @pytest.mark.parametrize(("plan", "trusted"), FORMS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("keep", ["last", "all"])
