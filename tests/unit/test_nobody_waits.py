@@ -743,10 +743,11 @@ def test_a_caller_in_a_callback_holds_up_nobody(socket_uri: str, serve: Serve, c
 def test_a_callback_of_the_channel_s_thread_holds_up_no_waiter(
     socket_uri: str, serve: Serve, connect: Connect, gate: Gate
 ) -> None:
-    server = serve(socket_uri, _handlers(gate), arrays="numpy", workers=4)
+    handlers = {**_handlers(gate), "later": lambda _: time.sleep(0.2)}  # else the callback might run here
+    server = serve(socket_uri, handlers, arrays="numpy", workers=4)
     channel = connect(server.uri, arrays="numpy", call_timeout_s=20)
     began = threading.Event()
-    channel.submit("echo").add_done_callback(lambda _: (began.set(), channel.call("gate")))
+    channel.submit("later").add_done_callback(lambda _: (began.set(), channel.call("gate")))
     assert began.wait(5)
     assert not cf.wait([channel.submit("echo") for _ in range(5)], 5).not_done
 
