@@ -44,6 +44,7 @@ from .errors import (
     VerificationError,
 )
 from .schema.limits import Limits
+from .wire.backend import native
 from .wire.blocking.channel import Channel
 from .wire.blocking.future import Future
 from .wire.blocking.server import Server
@@ -85,6 +86,7 @@ __all__ = [
     "__version__",
     "aio",
     "connect",
+    "native",
 ]
 
 __version__ = "0.1.0"

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastsplit import cli
+from fastsplit import cli, native
 from fastsplit.errors import FastsplitError, ModelError
 from fastsplit.models import DTYPES, Model, ModelConfig, open_model
 from fastsplit.split.contract import MAX_LANES
@@ -199,6 +199,7 @@ def _report(
         "uri": args.connect,
         "shm": channel.shm,
         "shm_reason": channel.shm_reason,
+        "native": native,
         "model": model.name,
         "dtype": model.dtype,
         "wire_dtype": runner.wire_dtype,

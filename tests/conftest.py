@@ -30,7 +30,7 @@ from aio_front import Front
 
 import fastsplit
 from fastsplit.wire.shm import negotiation as sharing
-from fastsplit.wire.shm import ring
+from fastsplit.wire.shm import ring, slots
 
 if importlib.util.find_spec("torch") is not None:
     import torch  # noqa: F401  (here, so that what its import opens is no test's leak)
@@ -212,10 +212,15 @@ def _why_no_vsock() -> str | None:
     return None
 
 
-_WHY_NOT = {"tcp6": _why_no_tcp6(), "vsock": _why_no_vsock()}
+_WHY_NOT = {
+    "tcp6": _why_no_tcp6(),
+    "vsock": _why_no_vsock(),
+    "shm-mixed": None if fastsplit.native else "the compiled core is not in use here",
+}
 SOCKET_LINKS = ("unix", "tcp4", "tcp6", "vsock")
-RING_LINKS = ("shm", "shm-named", "shm-weak")
-"""Shared memory with control in a ring: memfd segments, named ones, and memfd ones as on a weakly ordered processor."""
+RING_LINKS = ("shm", "shm-named", "shm-mixed", "shm-weak")
+"""Shared memory with control in a ring: memfd segments; named ones; memfd ones between a client with the compiled core
+and a server without; memfd ones without it on either side, as on a weakly ordered processor."""
 LINKS = (*SOCKET_LINKS, *RING_LINKS, "shm-socket")
 """The last one shares memory, but control goes over the socket, as between two kinds of libc."""
 SHM_PREFIX = f"/dev/shm/fastsplit-test-{os.getpid()}"
@@ -237,12 +242,21 @@ def unix_uri(socket_dir: Path) -> str:
 def _uri(link: str, socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     if link == "shm-socket":
         monkeypatch.setattr(sharing, "semaphores", lambda: "")
+    elif link == "shm-mixed":
+        compiled = ring.Slots
+        monkeypatch.setattr(
+            ring,
+            "Slots",
+            lambda memory, *, is_client: (compiled if is_client else slots.Slots)(memory, is_client=is_client),
+        )
     elif link == "shm-weak":
-        monkeypatch.setattr(ring, "_STRONGLY_ORDERED", False)
+        monkeypatch.setattr(ring, "Slots", slots.Slots)
+        monkeypatch.setattr(slots, "_STRONGLY_ORDERED", False)
     return {
         "unix": f"unix://{socket_dir}/s?shm=off",
         "shm": f"unix://{socket_dir}/s",
         "shm-named": f"tcp://127.0.0.1:0?shm={SHM_PREFIX}",
+        "shm-mixed": f"unix://{socket_dir}/s",
         "shm-weak": f"unix://{socket_dir}/s",
         "shm-socket": f"unix://{socket_dir}/s",
         "tcp4": "tcp://127.0.0.1:0",

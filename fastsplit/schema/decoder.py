@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from . import message_generated as gen
 from .coding import FLOAT32, coded_nbytes
@@ -29,12 +29,36 @@ from .dtypes import BY_CODE
 from .flat import NO_VECTOR, U8, U32, Reader, Table, Vector
 from .limits import Limits
 
-__all__ = ["Decoder"]
+__all__ = ["Decoder", "Heads"]
 
 
 _new = tuple.__new__  # a NamedTuple without its own constructor: 0.1 us less
 _AMONG_INTS = (gen.AttrType.Int, gen.AttrType.Bool)
 """Types of attributes whose values are among the message's ints."""
+
+
+class Heads(Protocol):
+    """A compiled table of heads that were validated before (native/heads.c)."""
+
+    def decode(self, metadata: bytes, varying_nbytes: int, /) -> Message | None:
+        """What Decoder.decode returns; None for all that must be looked at."""
+
+    def add(
+        self,
+        head: bytes,
+        message: Message,
+        plain: bytes | None,
+        words: int,
+        slots: tuple[tuple[str, int, int, Any], ...],
+        gaps: tuple[tuple[int, int], ...],
+        sizes: tuple[int, ...],
+        placements_at: int,
+        returns_at: int,
+        returns: int,
+        /,
+    ) -> None:
+        """Keeps a head. `words`: numbers behind it, of 8 bytes. `slots`: name, kind (0 fixed, 1 int, 2 bool, 3 float),
+        its number's index, its fixed value. `sizes`: bytes of the tensors."""
 
 
 class _Known(NamedTuple):
@@ -59,6 +83,9 @@ class Decoder:
     The arena checks segments. Raises RemoteProtocolError.
     """
 
+    compiled: Heads | None = None
+    """Asked first, and told of each head that is kept."""
+
     def __init__(self, limits: Limits) -> None:
         self.codings: frozenset[int] = frozenset()
         """Codings that tensors in the payload may have (coding.py), beside none."""
@@ -72,6 +99,10 @@ class Decoder:
 
         `varying_nbytes`: bytes of numbers at its end, the sender's hint. A wrong one costs time and changes nothing.
         """
+        if self.compiled is not None:
+            found = self.compiled.decode(metadata, varying_nbytes)
+            if found is not None:
+                return found
         cut = len(metadata) - varying_nbytes
         known = self._known.get(metadata[:cut]) if cut > 0 else None
         if known is None or len(metadata) != known.nbytes:
@@ -111,7 +142,9 @@ class Decoder:
         if cacheable and cut == len(metadata) - tail.nbytes:
             if len(self._known) >= CACHED_SHAPES:
                 del self._known[next(iter(self._known))]
-            self._known[metadata[:cut]] = self._remember(metadata, cut, message, reader, tail)
+            known = self._known[metadata[:cut]] = self._remember(metadata, cut, message, reader, tail)
+            if self.compiled is not None:
+                self._teach(self.compiled, metadata[:cut], known, tail)
         return message
 
     @staticmethod
@@ -140,6 +173,30 @@ class Decoder:
             tail.gaps,
             inline_placements(sizes),
             sum(sizes),
+        )
+
+    @staticmethod
+    def _teach(compiled: Heads, head: bytes, known: _Known, tail: Tail) -> None:
+        bools = {name for name, _ in known.bools}
+        slots = tuple(
+            (name, 0, 0, value)
+            if number is None
+            else (name, 3 if number >= tail.floats.start else 2 if name in bools else 1, number, None)
+            for name, number, value in known.slots
+        )
+        returns = (tail.returns.stop - tail.returns.start) // 2
+        sizes = tuple(desc.nbytes for desc in known.message.tensors)
+        compiled.add(
+            head,
+            known.message,
+            known.plain,
+            tail.nbytes // 8,
+            slots,
+            tuple(tail.gaps),
+            sizes,
+            tail.placements.start,
+            tail.returns.start,
+            returns,
         )
 
 

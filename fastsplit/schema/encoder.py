@@ -10,7 +10,7 @@ import functools
 import math
 import struct
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import flatbuffers
 
@@ -21,7 +21,19 @@ from .descriptor import CACHED_SHAPES, FILE_IDENTIFIER, MAX_CACHED_NBYTES, Attrs
 from .dtypes import BY_CODE
 from .limits import Limits, over
 
-__all__ = ["Encoder"]
+__all__ = ["Encoder", "Templates"]
+
+
+class Templates(Protocol):
+    """A compiled table of shapes that were built before (native/templates.c)."""
+
+    def encode(
+        self, op: str, tensors: Any, attrs: Any, placements: Sequence[int], returns: Sequence[int], /
+    ) -> tuple[bytearray, int] | None:
+        """What Encoder.encode returns; None if this shape is not known here, or cannot be."""
+
+    def add(self, op: str, tensors: Any, attrs: Any, returns: int, metadata: bytes, varying_nbytes: int, /) -> None:
+        """Keeps what was built for this shape, if it can. `returns`: numbers."""
 
 
 class _Template(NamedTuple):
@@ -40,6 +52,9 @@ class Encoder:
     `headroom`: zero bytes at the front of each result, for the frame's header. `typed`: whether the peer knows
     attributes of the types Bool, Floats and Bools; if not, a bool goes as an int and a list of floats is refused.
     """
+
+    compiled: Templates | None = None
+    """Asked first, and told of each shape that was built."""
 
     def __init__(self, limits: Limits, headroom: int = 0, *, typed: bool = False) -> None:
         self.limits = limits
@@ -63,6 +78,10 @@ class Encoder:
 
         Raises LimitError over the peer's caps, SettingError for an op or an attribute that cannot be sent.
         """
+        if self.compiled is not None:
+            found = self.compiled.encode(op, tensors, attrs, placements, returns)
+            if found is not None:
+                return found
         key: tuple[Any, ...]
         signature: Sequence[Any]
         ints: Sequence[int]
@@ -85,6 +104,8 @@ class Encoder:
                 if len(self._templates) >= CACHED_SHAPES:
                     del self._templates[next(iter(self._templates))]
                 self._templates[key] = template
+                if self.compiled is not None:
+                    self.compiled.add(op, tensors, attrs, len(returns), template.metadata, template.varying_nbytes)
         out = bytearray(template.metadata)
         if template.numbers is not None and (placements or not template.is_final):
             before_floats, before_placements, before_returns = template.gaps

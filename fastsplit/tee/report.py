@@ -194,6 +194,7 @@ def table(report: dict[str, Any]) -> str:
     )
     lines += _setting_lines(report)
     lines.append(f"shared memory: {'yes' if report['shm'] else 'no'}, {_plain(report['shm_reason'])}")
+    lines.append(f"compiled core: {'yes' if report['native'] else 'no'}")
     if report.get("codecs"):
         titles = ("tensors", "before", "travelled", "ratio", "encode s", "decode s")
         lines.append("{:<10}{:>10}{:>12}{:>12}{:>8}{:>10}{:>10}".format("codec", *titles))

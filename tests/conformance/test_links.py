@@ -276,6 +276,7 @@ def test_which_memory_is_shared(channel: fastsplit.Channel, link: str) -> None:
             "tcp6": "off: over tcp it must be asked for, with ?shm=/dev/shm/NAME",
             "vsock": "off: the two sides may be on different hosts",
             "shm": "memfd segments, control in a ring",
+            "shm-mixed": "memfd segments, control in a ring",
             "shm-weak": "memfd segments, control in a ring",
             "shm-named": f"segments named {SHM_PREFIX}-..., control in a ring",
             "shm-socket": "memfd segments, control over the socket: "

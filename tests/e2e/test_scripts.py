@@ -49,6 +49,7 @@ KEYS = {
     "uri": str,
     "shm": bool,
     "shm_reason": str,
+    "native": bool,
     "model": str,
     "prompt_tokens": int,
     "new_tokens": int,
@@ -211,6 +212,7 @@ def test_text_goes_to_stdout_and_the_report_to_stderr(gpu_side: tuple[GpuSide, P
     assert len(done.stdout.split()) == 4
     assert "warning: configuration and norm weights come from the GPU side" in done.stderr
     assert "\nshared memory: yes, " in done.stderr
+    assert f"\ncompiled core: {'yes' if fastsplit.native else 'no'}\n" in done.stderr
     assert ", plan folded, " in done.stderr
     words = ("RPC calls", "serialization", "embedding+linear", "matmul+linear", "linear+lm_head", "rmsnorm", "rotary")
     for word in (*words, "softmax", "silu", "sampling"):

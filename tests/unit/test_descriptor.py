@@ -17,11 +17,11 @@ import pytest
 from fastsplit.errors import LimitError, RemoteProtocolError, SettingError
 from fastsplit.schema import descriptor
 from fastsplit.schema import message_generated as gen
-from fastsplit.schema.decoder import Decoder
 from fastsplit.schema.descriptor import Message
 from fastsplit.schema.dtypes import BY_CODE
-from fastsplit.schema.encoder import Encoder
 from fastsplit.schema.limits import Limits
+from fastsplit.wire import backend
+from fastsplit.wire.backend import Decoder, Encoder
 
 LIMITS = Limits()
 FLOAT32, UINT8, BFLOAT16 = 12, 2, 11
@@ -51,6 +51,16 @@ MESSAGES: list[tuple[str, list[tuple[int, tuple[int, ...]]], dict[str, Any]]] = 
     ("all types", [(UINT8, (3,))], {"t": True, "x": 0.5, "l": [0.5], "b": [False], "n": 7, "f": False, "s": "t"}),
 ]
 each = pytest.mark.parametrize(("op", "tensors", "attrs"), MESSAGES, ids=[row[0] or "nothing" for row in MESSAGES])
+
+
+@pytest.fixture(autouse=True, params=["compiled", "python"])
+def core(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With the compiled tables, and without."""
+    if request.param == "python":
+        monkeypatch.setattr(backend, "_native", None)
+    elif not backend.native:
+        pytest.skip("the compiled core is not in use here")
+    return str(request.param)
 
 
 def encode(op: str, tensors: Any = (), attrs: Any = None, *, typed: bool = True) -> tuple[bytes, int]:
@@ -752,3 +762,105 @@ def test_returns_count_against_the_metadata_cap() -> None:
     encoder.encode("f", [], {}, (), (1, 0) * 200)
     with pytest.raises(LimitError, match=r"'f', metadata: .* bytes, the peer accepts at most 4096"):
         encoder.encode("f", [], {}, (), (1, 0) * 300)
+
+
+# ---- the compiled tables ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tables(core: str) -> tuple[Any, Any]:
+    """An encoder's and a decoder's."""
+    if core == "python":
+        pytest.skip("there are none")
+    return Encoder(LIMITS, typed=True).compiled, Decoder(LIMITS).compiled
+
+
+@pytest.mark.parametrize("core", ["compiled"], indirect=True)
+@each
+def test_what_came_before_is_found_there(op: str, tensors: Any, attrs: Any) -> None:
+    """All but lists to be sent, whose values are looked at in Python."""
+    encoder, decoder = Encoder(LIMITS, typed=True), typed_decoder()
+    out, hint = encoder.encode(op, tensors, attrs)
+    assert encoder.compiled is not None and decoder.compiled is not None
+    found = encoder.compiled.encode(op, tensors, attrs, (), ())
+    assert found == (None if any(isinstance(value, list) for value in attrs.values()) else (out, hint))
+    message = decoder.decode(bytes(out), hint)
+    again = decoder.compiled.decode(bytes(out), hint)
+    assert again == message and type(again) is Message and repr(again) == repr(message)
+
+
+@pytest.mark.parametrize("core", ["compiled"], indirect=True)
+def test_what_the_tables_leave_to_python(tables: tuple[Any, Any]) -> None:
+    templates, heads = tables
+    templates.add("f", [(FLOAT32, (2,))], {"n": 1}, 0, bytes(100), 40)
+    assert len(templates) == 1 and templates.encode("f", [(FLOAT32, (2,))], {"n": 2}, (), ()) is not None
+    for op, descs, attrs, placements, returns in (
+        ("g", [(FLOAT32, (2,))], {"n": 1}, (), ()),
+        ("f", [(FLOAT32, (3,))], {"n": 1}, (), ()),
+        ("f", [(FLOAT32, (2, 1))], {"n": 1}, (), ()),
+        ("f", [(FLOAT32, [2])], {"n": 1}, (), ()),
+        ("f", [(FLOAT32,)], {"n": 1}, (), ()),
+        ("f", [], {"n": 1}, (), ()),
+        ("f", [(FLOAT32, (2,))], {"m": 1}, (), ()),
+        ("f", [(FLOAT32, (2,))], {"n": True}, (), ()),
+        ("f", [(FLOAT32, (2,))], {"n": 1.0}, (), ()),
+        ("f", [(FLOAT32, (2,))], {"n": 2**63}, (), ()),
+        ("f", [(FLOAT32, (2,))], {"n": np.int64(1)}, (), ()),
+        ("f", [(FLOAT32, (2,))], {"n": 1, "m": 1}, (), ()),
+        ("f", [(FLOAT32, (2,))], {}, (), ()),
+        ("f", [(FLOAT32, (2,))], {"n": 1}, (1, 2), ()),
+        ("f", [(FLOAT32, (2,))], {"n": 1}, (1, 2, -3), ()),
+        ("f", [(FLOAT32, (2,))], {"n": 1}, (), (1, 2)),
+        ("f", [(FLOAT32, (2**70,))], {"n": 1}, (), ()),
+        (7, [(FLOAT32, (2,))], {"n": 1}, (), ()),
+        ("f", 7, {"n": 1}, (), ()),
+        ("f", [(FLOAT32, (2,))], {f"n{index}": 1 for index in range(100)}, (), ()),
+    ):
+        assert templates.encode(op, descs, attrs, placements, returns) is None
+    for metadata, varying_nbytes in ((b"", 0), (b"x", 1), (b"x", -1), (b"x" * 100, 8), (b"x", 2**62)):
+        assert heads.decode(metadata, varying_nbytes) is None
+
+
+@pytest.mark.parametrize("core", ["compiled"], indirect=True)
+def test_what_the_tables_refuse_to_keep(tables: tuple[Any, Any]) -> None:
+    templates, heads = tables
+    for varying_nbytes in (0, 8, 48, 2**62, -8):
+        with pytest.raises(ValueError, match="varying_nbytes"):
+            templates.add("f", [(FLOAT32, (2,))], {"n": 1}, 0, bytes(100), varying_nbytes)
+    message = Message("f", (), {}, 0)
+    right = [b"head", message, None, 4, (("n", 1, 3, None),), ((0, 1),), (8,), 1, 4, 0]
+    heads.add(*right)
+    for index, wrong in (
+        (3, -1),
+        (3, 2**61),
+        (4, (("n", 1, 4, None),)),
+        (4, (("n", 4, 0, None),)),
+        (4, (("n", 1, -1, None),)),
+        (5, ((4, 1),)),
+        (7, 2),
+        (7, -1),
+        (8, 5),
+        (9, 1),
+        (9, -1),
+        (9, 2**62),
+        (2, b"short"),
+    ):
+        with pytest.raises(ValueError, match=r"that do(es)? not exist"):
+            heads.add(*right[:index], wrong, *right[index + 1 :])
+    for index, wrong in ((0, "head"), (1, ("f", (), {}, 0, (), ())), (4, [("n", 1, 3, None)]), (6, ("8",)), (6, (-8,))):
+        with pytest.raises((TypeError, OverflowError)):
+            heads.add(*right[:index], wrong, *right[index + 1 :])
+    assert len(heads) == 1
+
+
+@pytest.mark.parametrize("core", ["compiled"], indirect=True)
+def test_the_oldest_is_forgotten(tables: tuple[Any, Any]) -> None:
+    templates, heads = tables
+    for index in range(2 * descriptor.CACHED_SHAPES):
+        templates.add(f"op {index}", [], {}, 0, bytes(64), 0)
+        heads.add(b"%d" % index, Message(f"op {index}", (), {}, 0), None, 0, (), (), (), 0, 0, 0)
+        assert len(templates) == len(heads) == min(index + 1, descriptor.CACHED_SHAPES)
+        assert templates.encode("op 0", [], {}, (), ()) == (
+            (bytes(64), 0) if index < descriptor.CACHED_SHAPES else None
+        )
+    assert heads.decode(b"1023", 0).op == "op 1023" and heads.decode(b"0", 0) is None

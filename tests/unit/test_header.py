@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import re
+import struct
 from typing import Any
 
 import pytest
 from raw_peer import HEADER
 
 from fastsplit.errors import RemoteProtocolError
-from fastsplit.schema.header import HEADER_NBYTES, Kind, pack_header, parse_header
+from fastsplit.schema import header
+from fastsplit.schema.header import HEADER_NBYTES, Kind
 from fastsplit.schema.limits import Limits
+from fastsplit.wire import backend
+from fastsplit.wire.backend import pack_header, parse_header
 
 LIMITS = Limits(max_metadata_nbytes=5000, max_message_nbytes=1_000_000)
+
+
+@pytest.fixture(autouse=True, params=["compiled", "python"])
+def core(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "python":
+        for name in ("pack_header", "parse_header"):
+            monkeypatch.setitem(globals(), name, getattr(header, name))
+    elif not backend.native:
+        pytest.skip("the compiled core is not in use here")
 
 
 def _header(**changes: Any) -> bytes:
@@ -67,3 +80,33 @@ def test_limits_are_inclusive() -> None:
 def test_each_field_has_its_error(changes: dict[str, Any], text: str) -> None:
     with pytest.raises(RemoteProtocolError, match=f"^{re.escape(text)}$"):
         parse_header(_header(**changes), 0, LIMITS)
+
+
+def test_flags_are_a_requests_own() -> None:
+    out = bytearray(HEADER_NBYTES)
+    pack_header(out, Kind.REQUEST, 7, 0, 0, 0, 0x12)
+    assert parse_header(out, 0, LIMITS, 0xFF)[6] == 0x12
+    with pytest.raises(RemoteProtocolError, match="flags: 0x0012"):
+        parse_header(out, 0, LIMITS, 0x0F)
+    pack_header(out, Kind.REPLY, 7, 0, 0, 0, 0x12)
+    with pytest.raises(RemoteProtocolError, match="flags: 0x0012"):
+        parse_header(out, 0, LIMITS, 0xFF)
+
+
+def test_every_kind_is_accepted() -> None:
+    for kind in Kind:
+        assert parse_header(_header(kind=kind), 0, LIMITS)[0] == kind
+
+
+@pytest.mark.parametrize("at", [-1, 1, 2**62])
+def test_a_header_that_is_not_all_there(at: int) -> None:
+    with pytest.raises((struct.error, OverflowError)):
+        parse_header(_header(), at, LIMITS)
+
+
+@pytest.mark.parametrize("numbers", [(300, 1, 0, 0), (1, -1, 0, 0), (1, 2**64, 0, 0), (1, 1, 2**32, 0), (1, 1, 0, 1.5)])
+def test_numbers_that_a_header_cannot_hold(numbers: tuple[Any, ...]) -> None:
+    with pytest.raises(struct.error):
+        pack_header(bytearray(HEADER_NBYTES), *numbers)
+    with pytest.raises(struct.error):
+        pack_header(bytearray(HEADER_NBYTES - 1), 1, 1, 0, 0)

@@ -17,6 +17,7 @@ from anywhere import Anywhere, traces_instructions
 
 import fastsplit
 from fastsplit.errors import ClosedError, DeadlineError
+from fastsplit.wire.shm import ring, slots
 
 
 class Gate:
@@ -156,7 +157,7 @@ SENDS = {"send_request", "send_behind", "_send_rest", "send_control_frames"}
 TAKES_EFFECT = {"received", "received_slot", "_read_staged", "_read_frame", "_complete", "take"}
 
 
-@pytest.mark.parametrize("link", ["shm", "unix", "tcp", "overlap", "shm watched", "unix watched"])
+@pytest.mark.parametrize("link", ["shm", "shm python", "unix", "tcp", "overlap", "shm watched", "unix watched"])
 @traces_instructions
 def test_interrupted_wherever_a_call_may_be(
     unix_uri: str, link: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
@@ -165,6 +166,8 @@ def test_interrupted_wherever_a_call_may_be(
 
     "watched": the channel's own thread, which the first interrupted call brings, stays, and may read the reply first.
     """
+    if link == "shm python":
+        monkeypatch.setattr(ring, "Slots", slots.Slots)
     uri = {"shm": unix_uri, "unix": unix_uri + "?shm=off"}.get(link.split(maxsplit=1)[0], "tcp://127.0.0.1:0")
     watched = link == "overlap" or "watched" in link
     options: dict[str, Any] = {"arrays": "numpy", "call_timeout_s": 3, "spin_us": 0, "overlap": link == "overlap"}

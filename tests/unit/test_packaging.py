@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -21,6 +22,14 @@ import fastsplit
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 ROOT = Path(fastsplit.__file__).parents[1]
+COMPILER = shutil.which(str(sysconfig.get_config_var("CC")).split()[0]) is not None
+ASK = """
+try:
+    import fastsplit
+    print(fastsplit.native)
+except Exception as error:
+    print(type(error).__name__, error)
+"""
 ROUND_TRIP = """
 import sys, tempfile
 import numpy as np
@@ -102,8 +111,8 @@ fastsplit.connect(3)
 """
 
 
-def _run(*command: str | Path, cwd: Path) -> str:
-    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+def _run(*command: str | Path, cwd: Path, **variables: str) -> str:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")} | variables
     done = subprocess.run([str(part) for part in command], cwd=cwd, env=env, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -113,30 +122,55 @@ def _run(*command: str | Path, cwd: Path) -> str:
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what is in the repository."""
     source = tmp_path_factory.mktemp("source")
-    for name in ("setup.cfg", "pyproject.toml", "LICENSE", "README.md"):
+    for name in ("setup.cfg", "setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, source)
     # Folders that are no package must not become one.
-    for name in ("fastsplit", "tests", "demo", "benches"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    for name in ("fastsplit", "native", "tests", "demo", "benches"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so", "results"))
     return source
 
 
 @pytest.fixture(scope="module")
-def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("wheel")
-    _run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", target, source, cwd=target)
-    (path,) = target.glob("*.whl")
+def built(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a source distribution, and the wheel that is made of it."""
+    target = tmp_path_factory.mktemp("dist")
+    _run(sys.executable, "-m", "build", "--outdir", target, source, cwd=target)
+    return target
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> Path:
+    (path,) = built.glob("*.whl")
     return path
 
 
-def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
+def _files(wheel: Path) -> set[str]:
     with zipfile.ZipFile(wheel) as archive:
-        names = set(archive.namelist())
+        return {name for name in archive.namelist() if ".dist-info/" not in name}
+
+
+def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "fastsplit").rglob("*.py")}
     expected |= {"fastsplit/py.typed", "fastsplit/schema/message.fbs"}
-    assert {name for name in names if ".dist-info/" not in name} == expected
-    assert any(name.endswith("/LICENSE") for name in names)
+    if COMPILER:
+        expected.add(f"fastsplit/_native{sysconfig.get_config_var('EXT_SUFFIX')}")
+    assert _files(wheel) == expected
+    with zipfile.ZipFile(wheel) as archive:
+        assert any(name.endswith("/LICENSE") for name in archive.namelist())
+
+
+def test_without_a_compiler_all_but_the_compiled_core_is_installed(built: Path, wheel: Path, tmp_path: Path) -> None:
+    (sdist,) = built.glob("*.tar.gz")
+    pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path)
+    _run(*pip, sdist, cwd=tmp_path, CC="no-such-compiler")
+    (pure,) = tmp_path.glob("*.whl")
+    assert _files(pure) == {name for name in _files(wheel) if not name.endswith(".so")}
+    with zipfile.ZipFile(pure) as archive:
+        archive.extractall(tmp_path / "installed")
+    ask = (sys.executable, "-c", ASK)
+    assert _run(*ask, cwd=tmp_path / "installed") == "False\n"
+    assert "fastsplit._native was not built" in _run(*ask, cwd=tmp_path / "installed", FASTSPLIT_NATIVE="1")
 
 
 def test_metadata(wheel: Path) -> None:
@@ -176,6 +210,9 @@ def test_installed_alone_it_works_with_numpy(wheel: Path, tmp_path: Path) -> Non
     installed = _run(*pip, "list", "--format=freeze", cwd=tmp_path)
     assert {line.partition("==")[0] for line in installed.split()} == {"fastsplit", "flatbuffers", "numpy"}
     _run(python, "-c", ROUND_TRIP, cwd=tmp_path)
+    for wanted, found in {"": str(COMPILER), "0": "False"}.items():
+        assert _run(python, "-c", ASK, cwd=tmp_path, FASTSPLIT_NATIVE=wanted) == f"{found}\n"
+    assert "FASTSPLIT_NATIVE: 'yes', expected 0 or 1" in _run(python, "-c", ASK, cwd=tmp_path, FASTSPLIT_NATIVE="yes")
     for script in ("fastsplit-gpu-side", "fastsplit-tee-side"):
         assert _run(venv / "bin" / script, "--version", cwd=tmp_path).strip() == f"fastsplit {fastsplit.__version__}"
 

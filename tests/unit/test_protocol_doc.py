@@ -23,7 +23,7 @@ from fastsplit.schema.limits import Limits
 from fastsplit.wire import rules, service
 from fastsplit.wire.aio import requests
 from fastsplit.wire.session import Session
-from fastsplit.wire.shm import ring
+from fastsplit.wire.shm import slots
 from fastsplit.wire.shm.negotiation import Offer
 from fastsplit.wire.shm.semaphores import STRIDE
 
@@ -150,14 +150,14 @@ def test_handshake_attributes() -> None:
 
 def test_ring_table() -> None:
     places = {int(at): size for at, size, _ in _table("at")}
-    spaces, items, slots = ring._SPACE_AT, ring._ITEMS_AT, ring._SLOTS_AT
-    nbytes = ring.SLOTS * ring.SLOT_NBYTES
-    assert list(places) == [0, *ring._ASLEEP_AT, ring._FENCE_AT, *spaces, *items, slots, slots + nbytes]
-    assert places[0] == str(ring._HEADER.size)
+    spaces, items, first = slots._SPACE_AT, slots._ITEMS_AT, slots._SLOTS_AT
+    nbytes = slots.SLOTS * slots.SLOT_NBYTES
+    assert list(places) == [0, *slots._ASLEEP_AT, slots._FENCE_AT, *spaces, *items, first, first + nbytes]
+    assert places[0] == str(slots._HEADER.size)
     assert {places[at] for at in spaces} == {f"2 x {STRIDE}"}
-    assert {places[at] for at in items} == {f"{ring.SLOTS} x {STRIDE}"}
-    assert {places[at] for at in (slots, slots + nbytes)} == {f"{ring.SLOTS} x {ring.SLOT_NBYTES}"}
-    assert slots + 2 * nbytes == ring.RING_NBYTES and f"{ring.RING_NBYTES} bytes" in DOC.replace("\n", " ")
+    assert {places[at] for at in items} == {f"{slots.SLOTS} x {STRIDE}"}
+    assert {places[at] for at in (first, first + nbytes)} == {f"{slots.SLOTS} x {slots.SLOT_NBYTES}"}
+    assert first + 2 * nbytes == slots.RING_NBYTES and f"{slots.RING_NBYTES} bytes" in DOC.replace("\n", " ")
 
 
 def test_error_codes_are_the_ones_in_the_source() -> None:

@@ -27,6 +27,7 @@ def report(**changes: Any) -> dict[str, Any]:
         "bytes_copied": 24,
         "shm": True,
         "shm_reason": "memfd segments",
+        "native": True,
         **changes,
     }
 

@@ -17,27 +17,30 @@ import pytest
 from raw_peer import HELLO, REQUEST, frame, hello
 
 from fastsplit.errors import DeadlineError, FastsplitError, PeerLostError, RemoteProtocolError
+from fastsplit.wire import backend
 from fastsplit.wire.events import Failed
 from fastsplit.wire.session import Session
 from fastsplit.wire.shm import ring
 from fastsplit.wire.shm import semaphores as locks
-from fastsplit.wire.shm.ring import RING_NBYTES, SLOT_NBYTES, SLOTS, Ring
+from fastsplit.wire.shm import slots as reference
+from fastsplit.wire.shm.ring import RING_NBYTES, Ring
 from fastsplit.wire.shm.segment import Memfd, why_no_memfd
 from fastsplit.wire.shm.semaphores import semaphores
+from fastsplit.wire.shm.slots import ASLEEP, AWAKE, EAGER, SLOT_NBYTES, SLOTS
 from fastsplit.wire.transport.stream import SEND_FLAGS, Stream
 
 _WHY_NOT = why_no_memfd() or (None if semaphores() else "no semaphores that are known")
 pytestmark = pytest.mark.skipif(_WHY_NOT is not None, reason=str(_WHY_NOT))
 
 
-class Slots:
+class Sink:
     """A session that gives out what it gets."""
 
     slot: bytes | None = None
 
     @staticmethod
     def received_slot(slot: bytes, events: list[Any] | None = None) -> list[Any]:
-        Slots.slot = None
+        Sink.slot = None
         return [slot]
 
 
@@ -46,11 +49,28 @@ class Pair(NamedTuple):
     server: Ring
 
 
-@pytest.fixture(params=["strong", "weak"])
-def fence(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways to order a write before a read: x86's, and that of every other processor."""
-    monkeypatch.setattr(ring, "_STRONGLY_ORDERED", request.param == "strong" and ring._STRONGLY_ORDERED)
+CORES = ["python", "weak", "compiled", "compiled client", "compiled server"]
+
+
+@pytest.fixture(params=CORES)
+def core(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Who has the compiled core; without it, both ways to order a write before a read: x86's, and that of every other
+    processor."""
+    use(request.param, monkeypatch)
     return str(request.param)
+
+
+def use(core: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if core == "weak":
+        monkeypatch.setattr(reference, "_STRONGLY_ORDERED", False)
+    elif core != "python" and not backend.native:
+        pytest.skip("the compiled core is not in use here")
+
+    def make(memory: Any, *, is_client: bool) -> Any:
+        compiled = core in ("compiled", "compiled client" if is_client else "compiled server")
+        return (backend.compiled(reference.Slots) if compiled else reference.Slots)(memory, is_client=is_client)
+
+    monkeypatch.setattr(ring, "Slots", make)
 
 
 @contextlib.contextmanager
@@ -71,13 +91,13 @@ def paired(spin_us: float = 0.0) -> Iterator[Pair]:
 
 
 @pytest.fixture
-def pair(fence: str) -> Iterator[Pair]:
+def pair(core: str) -> Iterator[Pair]:
     with paired() as pair:
         yield pair
 
 
 def receive(end: Ring, timeout_s: float = 10.0, *, blocking: bool = True) -> bytes | None:
-    slots = end.receive(Slots, time.monotonic() + timeout_s, blocking=blocking)  # type: ignore[arg-type]
+    slots = end.receive(Sink, time.monotonic() + timeout_s, blocking=blocking)  # type: ignore[arg-type]
     if slots is None:
         return None
     (slot,) = slots
@@ -93,7 +113,9 @@ def _until(condition: Callable[[], Any], timeout_s: float = 10.0) -> None:
 
 
 def _sleeps(end: Ring) -> bool:
-    return end._memory[end._asleep_at] != 0
+    """One of the two ends sleeps at a time."""
+    assert end._memory is not None
+    return any(end._memory[at] for at in reference._ASLEEP_AT)
 
 
 @contextlib.contextmanager
@@ -208,7 +230,7 @@ def test_slots_are_copied_before_they_are_looked_at(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("spin_us", [0.0, 200.0])
-def test_a_sleeper_is_woken(fence: str, spin_us: float) -> None:
+def test_a_sleeper_is_woken(core: str, spin_us: float) -> None:
     with paired(spin_us) as pair:
         for sender, receiver in (pair, pair[::-1]):
             for _ in range(20):
@@ -220,7 +242,7 @@ def test_a_sleeper_is_woken(fence: str, spin_us: float) -> None:
                 assert out[0][:7] == b"wake up" and not _sleeps(receiver)
 
 
-def test_a_sleeper_that_spins_is_woken_early_and_goes_back_to_sleep_if_nothing_comes(fence: str) -> None:
+def test_a_sleeper_that_spins_is_woken_early_and_goes_back_to_sleep_if_nothing_comes(core: str) -> None:
     with paired(200.0) as pair:
         with _thread(lambda: receive(pair.server, 20)) as out:
             for round_trip in range(1, 4):
@@ -233,7 +255,7 @@ def test_a_sleeper_that_spins_is_woken_early_and_goes_back_to_sleep_if_nothing_c
         assert out[0][:7] == b"at last"
 
 
-def test_a_sleeper_that_never_spins_is_not_woken_early(fence: str) -> None:
+def test_a_sleeper_that_never_spins_is_not_woken_early(core: str) -> None:
     with paired(0.0) as pair:
         with _thread(lambda: receive(pair.server, 20)):
             _until(lambda: _sleeps(pair.server))
@@ -263,7 +285,7 @@ def test_deadlines(pair: Pair) -> None:
     assert (receive(pair.server, blocking=False) or b"")[:4] == b"late"  # nothing was lost
 
 
-def test_no_wake_up_is_lost(fence: str) -> None:
+def test_no_wake_up_is_lost(core: str) -> None:
     """20,000 times there and back between two that sleep at once: one lost wake-up, and both sleep for good."""
     rounds = 20_000
 
@@ -285,7 +307,7 @@ def test_no_wake_up_is_lost(fence: str) -> None:
     assert out == [rounds]
 
 
-def test_a_stream_of_frames_from_another_thread(fence: str) -> None:
+def test_a_stream_of_frames_from_another_thread(core: str) -> None:
     """The writer runs into the full ring, the reader into the empty one, again and again."""
     with paired(0.0) as pair:
         sizes = [random.Random(2).choice((1, 1000, 1025, 5000)) for _ in range(3000)]
@@ -457,7 +479,7 @@ def test_memory_of_another_size() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_memory_that_is_scribbled_over_gives_frames_that_are_refused(fence: str, seed: int) -> None:
+def test_memory_that_is_scribbled_over_gives_frames_that_are_refused(core: str, seed: int) -> None:
     """Nothing but the end of this connection comes of it: no hang, no crash, no frame that nobody sent."""
     rng = np.random.default_rng(seed)
     with paired() as pair:
@@ -465,6 +487,7 @@ def test_memory_that_is_scribbled_over_gives_frames_that_are_refused(fence: str,
         pair.client.send([hello()])
         events = pair.server.receive(session, time.monotonic() + 5)
         assert events is not None and len(events) == 1
+        assert pair.client._memory is not None
         pair.client._memory[64:] = rng.integers(0, 256, RING_NBYTES - 64, np.uint8).tobytes()
         for _ in range(40):
             try:
@@ -504,3 +527,120 @@ def test_semaphores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setattr(locks, "_loaded", None)
     assert semaphores() == ""
+
+
+# ---- slots -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def both(core: str) -> Iterator[tuple[Any, Any]]:
+    """The slots of a client and of a server."""
+    memory, fd, _ = Memfd().create(RING_NBYTES)
+    os.close(fd)
+    Ring.format(memory)
+    ends = ring.Slots(memory, is_client=True), ring.Slots(memory, is_client=False)
+    yield ends
+    for end in ends:
+        end.close()
+
+
+def test_a_slot_that_is_taken_is_noted_and_the_next_one_follows(both: tuple[Any, Any]) -> None:
+    client, server = both
+    assert not server.readable() and not server.poll(0) and not server.poll(10)
+    assert client.write(b"a") and client.write(b"b" * SLOT_NBYTES)
+    for first in (b"a", b"b"):
+        assert server.readable() and server.poll(1e12)
+        server.take(Sink)
+        assert Sink.slot is not None and (Sink.slot[:1], len(Sink.slot)) == (first, SLOT_NBYTES)
+    assert not server.readable()
+    Sink.slot = None
+
+
+def test_a_half_is_given_back_once(both: tuple[Any, Any]) -> None:
+    client, server = both
+    for _ in range(SLOTS):
+        assert client.has_space() and client.write(b"x")
+    assert not client.has_space() and not client.write(b"x")
+    given = []
+    for number in range(SLOTS):
+        assert server.readable()
+        server.take(Sink)
+        if server.give_back():
+            assert server.give_back()  # until the peer was told
+            server.gave_back()
+            given.append(number)
+            assert client.has_space()
+    assert not server.give_back() and given == [SLOTS // 2 - 1, SLOTS - 1]
+    Sink.slot = None
+
+
+def test_who_sleeps_is_seen_by_the_other(both: tuple[Any, Any]) -> None:
+    for one, other in (both, both[::-1]):
+        assert (other.peer_asleep(), other.must_wake()) == (AWAKE, False)
+        for value in (ASLEEP, EAGER):
+            assert one.set_asleep(value)
+            assert (other.peer_asleep(), other.must_wake()) == (value, True)
+        assert other.wake(lambda: 7) == 7
+        assert (other.peer_asleep(), other.must_wake()) == (AWAKE, False)
+
+
+def test_a_ring_that_is_gone(both: tuple[Any, Any]) -> None:
+    for end in both:
+        end.close()
+        end.close()
+        for act, *arguments in (
+            (end.has_space,),
+            (end.write, b"x"),
+            (end.readable,),
+            (end.poll, 10),
+            (end.set_asleep, 1),
+            (end.peer_asleep,),
+            (end.must_wake,),
+            (end.wake, int),
+        ):
+            with pytest.raises(PeerLostError, match=r"^the connection is closed$"):
+                act(*arguments)
+
+
+@pytest.mark.parametrize("core", ["compiled"], indirect=True)
+def test_what_the_compiled_slots_refuse(both: tuple[Any, Any]) -> None:
+    client, server = both
+    with pytest.raises(ValueError, match="part: 1025 bytes, expected at most 1024"):
+        client.write(bytes(SLOT_NBYTES + 1))
+    with pytest.raises(ValueError, match="there is no slot to read"):
+        server.take(Sink)
+    with pytest.raises(ValueError, match=f"memory: 64 bytes, expected {RING_NBYTES}"):
+        backend.compiled(reference.Slots)(bytearray(64), is_client=True)  # type: ignore[arg-type]
+    for wrong in (b"", None):
+        with pytest.raises((TypeError, BufferError, ValueError)):
+            backend.compiled(reference.Slots)(wrong, is_client=True)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="twice"):
+        client.__init__(bytearray(RING_NBYTES), is_client=True)
+    with pytest.raises(TypeError):
+        client.write("text")
+    assert client.write(b"x") and server.readable()
+    with pytest.raises(AttributeError):
+        server.take(object())  # it has no place to note it
+    server.take(Sink)  # and nothing was lost
+    assert Sink.slot is not None and Sink.slot[:1] == b"x"
+    Sink.slot = None
+
+
+@pytest.mark.parametrize("core", ["compiled"], indirect=True)
+def test_closed_while_another_thread_polls(core: str) -> None:
+    """The memory is let go when the poll ends."""
+    memory, fd, _ = Memfd().create(RING_NBYTES)
+    os.close(fd)
+    Ring.format(memory)
+    end = ring.Slots(memory, is_client=True)
+
+    def poll() -> None:
+        with pytest.raises(PeerLostError, match=r"^the connection is closed$"):
+            end.poll(200_000.0)
+
+    with _thread(poll):
+        time.sleep(0.05)
+        end.close()
+        with pytest.raises(BufferError):
+            memory.close()
+    memory.close()

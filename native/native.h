@@ -1,0 +1,20 @@
+/* What the files of fastsplit._native share. docs/architecture.md says what is compiled and why. */
+
+#ifndef FASTSPLIT_NATIVE_H
+#define FASTSPLIT_NATIVE_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+/* Made when the module is imported, and never changed. */
+extern PyObject *native_PeerLostError;          /* fastsplit.errors.PeerLostError */
+extern PyObject *native_pack_header_reference;  /* fastsplit.schema.header.pack_header */
+extern PyObject *native_parse_header_reference; /* fastsplit.schema.header.parse_header */
+extern PyObject *native_str_slot, *native_str_max_metadata_nbytes, *native_str_max_message_nbytes;
+
+PyObject *native_pack_header(PyObject *module, PyObject *const *args, Py_ssize_t nargs);
+PyObject *native_parse_header(PyObject *module, PyObject *const *args, Py_ssize_t nargs);
+
+extern PyType_Spec native_slots_spec, native_templates_spec, native_heads_spec;
+
+#endif

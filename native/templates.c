@@ -1,0 +1,374 @@
+/* Templates of messages to send: what `Encoder.encode` of fastsplit/schema/encoder.py does with a shape that it has built
+ * before; read that and descriptor.py first.
+ *
+ * Rules. What this code does not take (a shape that is new, a number beyond 64 bits, a value of another type) it leaves
+ * to Python, which makes the message or raises: `encode` returns None then, and nothing has changed. It calls no method
+ * of a value. No count or offset comes from a peer.
+ */
+
+#include "native.h"
+
+#include <stdint.h>
+#include <string.h>
+
+enum {
+    BUCKETS = 1024, /* a power of two */
+    MAX_TEMPLATES = 512,
+    MAX_ATTRS = 64,      /* in a message that is made here */
+    MAX_DESC_WORDS = 512 /* of all tensors: dtype, dims, each dimension */
+};
+
+enum Kind { FIXED, INT, BOOL, FLOAT };
+
+typedef struct Template {
+    struct Template *next; /* in its bucket */
+    struct Template *younger;
+    uint64_t hash;
+    PyObject *op;
+    PyObject *metadata; /* bytes: headroom and message, tensors inline, numbers 0 */
+    Py_ssize_t varying_nbytes;
+    int desc_words, tensors, returns, attrs, ints, floats;
+    int64_t *desc;     /* of each tensor: dtype code, number of dimensions, dimensions */
+    unsigned char *kinds;
+    PyObject **names;  /* of the attributes */
+    PyObject **fixed;  /* values of those that are FIXED, else NULL */
+} Template;
+
+typedef struct {
+    PyObject_HEAD
+    int typed;
+    int count;
+    Template *oldest, *youngest;
+    Template *buckets[BUCKETS];
+} Templates;
+
+/* What a message is: its shape, and its numbers. */
+typedef struct {
+    PyObject *op;
+    uint64_t hash;
+    int desc_words, tensors, returns, attrs, ints, floats;
+    int64_t desc[MAX_DESC_WORDS];
+    unsigned char kinds[MAX_ATTRS];
+    PyObject *names[MAX_ATTRS];  /* borrowed */
+    PyObject *values[MAX_ATTRS]; /* borrowed; of FIXED ones */
+    int64_t int_values[MAX_ATTRS];
+    double float_values[MAX_ATTRS];
+} Shape;
+
+static inline uint64_t mix(uint64_t hash, uint64_t word) {
+    hash ^= word;
+    hash *= 0x9E3779B97F4A7C15u;
+    return hash ^ (hash >> 29);
+}
+
+/* An exact int of 64 bits. 0: it is none, and no error is set. */
+static inline int int64_of(PyObject *value, int64_t *out) {
+    if (!PyLong_CheckExact(value)) return 0;
+    int overflow;
+    long long found = PyLong_AsLongLongAndOverflow(value, &overflow);
+    if (overflow || (found == -1 && PyErr_Occurred())) {
+        PyErr_Clear();
+        return 0;
+    }
+    *out = found;
+    return 1;
+}
+
+static int read_tensors(Shape *shape, PyObject *tensors) {
+    PyObject *items = PySequence_Fast(tensors, "tensors: expected a sequence");
+    if (items == NULL) {
+        PyErr_Clear();
+        return 0;
+    }
+    Py_ssize_t count = PySequence_Fast_GET_SIZE(items);
+    int words = 0, known = count <= MAX_DESC_WORDS / 2;
+    for (Py_ssize_t i = 0; known && i < count; i++) {
+        PyObject *tensor = PySequence_Fast_GET_ITEM(items, i);
+        PyObject *dims = PyTuple_Check(tensor) && PyTuple_GET_SIZE(tensor) == 2 ? PyTuple_GET_ITEM(tensor, 1) : NULL;
+        known = dims != NULL && PyTuple_Check(dims) && words + 2 + PyTuple_GET_SIZE(dims) <= MAX_DESC_WORDS &&
+                int64_of(PyTuple_GET_ITEM(tensor, 0), &shape->desc[words]);
+        if (!known) break;
+        Py_ssize_t ndim = PyTuple_GET_SIZE(dims);
+        shape->desc[words + 1] = ndim;
+        words += 2;
+        for (Py_ssize_t d = 0; known && d < ndim; d++) known = int64_of(PyTuple_GET_ITEM(dims, d), &shape->desc[words++]);
+    }
+    Py_DECREF(items);
+    shape->tensors = (int)count;
+    shape->desc_words = words;
+    return known;
+}
+
+static int read_attrs(Shape *shape, PyObject *attrs, int typed) {
+    if (!PyDict_CheckExact(attrs) || PyDict_GET_SIZE(attrs) > MAX_ATTRS) return 0;
+    PyObject *name, *value;
+    Py_ssize_t at = 0;
+    int count = 0;
+    shape->ints = shape->floats = 0;
+    while (PyDict_Next(attrs, &at, &name, &value)) {
+        if (!PyUnicode_CheckExact(name)) return 0;
+        shape->names[count] = name;
+        shape->values[count] = NULL;
+        if (PyLong_CheckExact(value)) {
+            if (!int64_of(value, &shape->int_values[shape->ints++])) return 0;
+            shape->kinds[count] = INT;
+        } else if (PyBool_Check(value) && typed) {
+            shape->int_values[shape->ints++] = value == Py_True;
+            shape->kinds[count] = BOOL;
+        } else if (PyFloat_CheckExact(value)) {
+            shape->float_values[shape->floats++] = PyFloat_AS_DOUBLE(value);
+            shape->kinds[count] = FLOAT;
+        } else if (PyUnicode_CheckExact(value) || PyBytes_CheckExact(value)) {
+            shape->values[count] = value;
+            shape->kinds[count] = FIXED;
+        } else {
+            return 0;
+        }
+        count++;
+    }
+    shape->attrs = count;
+    return 1;
+}
+
+/* Reads what a message is. 0: Python must look at it. */
+static int read_shape(Shape *shape, PyObject *op, PyObject *tensors, PyObject *attrs, Py_ssize_t returns, int typed) {
+    if (!PyUnicode_CheckExact(op) || returns % 2 || returns > 1 << 20) return 0;
+    if (!read_tensors(shape, tensors) || !read_attrs(shape, attrs, typed)) return 0;
+    shape->op = op;
+    shape->returns = (int)(returns / 2);
+    Py_hash_t hash = PyObject_Hash(op);
+    if (hash == -1) {
+        PyErr_Clear();
+        return 0;
+    }
+    uint64_t mixed = mix((uint64_t)hash, (uint64_t)shape->returns << 32 | (uint64_t)shape->attrs);
+    for (int i = 0; i < shape->desc_words; i++) mixed = mix(mixed, (uint64_t)shape->desc[i]);
+    shape->hash = mixed;
+    return 1;
+}
+
+static inline int same_text(PyObject *one, PyObject *other) {
+    return one == other || (PyUnicode_GET_LENGTH(one) == PyUnicode_GET_LENGTH(other) && PyUnicode_Compare(one, other) == 0);
+}
+
+static int same_fixed(PyObject *one, PyObject *other) {
+    if (one == other) return 1;
+    if (Py_TYPE(one) != Py_TYPE(other)) return 0;
+    if (PyUnicode_CheckExact(one)) return same_text(one, other);
+    return PyBytes_GET_SIZE(one) == PyBytes_GET_SIZE(other) &&
+           memcmp(PyBytes_AS_STRING(one), PyBytes_AS_STRING(other), (size_t)PyBytes_GET_SIZE(one)) == 0;
+}
+
+static int fits(const Template *template, const Shape *shape) {
+    if (template->hash != shape->hash || template->desc_words != shape->desc_words ||
+        template->tensors != shape->tensors || template->returns != shape->returns ||
+        template->attrs != shape->attrs || !same_text(template->op, shape->op) ||
+        memcmp(template->desc, shape->desc, sizeof(int64_t) * (size_t)shape->desc_words) != 0 ||
+        memcmp(template->kinds, shape->kinds, (size_t)shape->attrs) != 0)
+        return 0;
+    for (int i = 0; i < shape->attrs; i++) {
+        if (!same_text(template->names[i], shape->names[i])) return 0;
+        if (shape->kinds[i] == FIXED && !same_fixed(template->fixed[i], shape->values[i])) return 0;
+    }
+    return 1;
+}
+
+static Template *find(const Templates *self, const Shape *shape) {
+    Template *template = self->buckets[shape->hash & (BUCKETS - 1)];
+    while (template != NULL && !fits(template, shape)) template = template->next;
+    return template;
+}
+
+static inline void put(unsigned char **at, uint64_t word) {
+    for (int i = 0; i < 8; i++) (*at)[i] = (unsigned char)(word >> 8 * i);
+    *at += 8;
+}
+
+/* Ints that a flat sequence holds, as uint64. 0: not all are. */
+static int put_words(unsigned char **at, PyObject *numbers, Py_ssize_t count) {
+    PyObject *items = PySequence_Fast(numbers, "expected a sequence of ints");
+    if (items == NULL) {
+        PyErr_Clear();
+        return 0;
+    }
+    int known = PySequence_Fast_GET_SIZE(items) == count;
+    for (Py_ssize_t i = 0; known && i < count; i++) {
+        PyObject *item = PySequence_Fast_GET_ITEM(items, i);
+        unsigned long long word = PyLong_CheckExact(item) ? PyLong_AsUnsignedLongLong(item) : (unsigned long long)-1;
+        if (word == (unsigned long long)-1) {
+            PyErr_Clear(); /* no segment, offset or size is as large as that */
+            known = 0;
+        }
+        put(at, word);
+    }
+    Py_DECREF(items);
+    return known;
+}
+
+static PyObject *Templates_encode(Templates *self, PyObject *const *args, Py_ssize_t nargs) {
+    if (nargs != 5) {
+        PyErr_Format(PyExc_TypeError, "encode: %zd arguments, expected 5", nargs);
+        return NULL;
+    }
+    PyObject *placements = args[3], *returns = args[4];
+    Py_ssize_t placed = PyObject_Size(placements), returned = PyObject_Size(returns);
+    if (placed < 0 || returned < 0) return NULL;
+    Shape shape;
+    if (!read_shape(&shape, args[0], args[1], args[2], returned, self->typed)) Py_RETURN_NONE;
+    Template *template = find(self, &shape);
+    if (template == NULL || (placed && placed != 3 * (Py_ssize_t)shape.tensors)) Py_RETURN_NONE;
+    PyObject *out = PyByteArray_FromStringAndSize(PyBytes_AS_STRING(template->metadata),
+                                                  PyBytes_GET_SIZE(template->metadata));
+    if (out == NULL) return NULL;
+    unsigned char *start = (unsigned char *)PyByteArray_AS_STRING(out);
+    unsigned char *at = start + PyByteArray_GET_SIZE(out) - template->varying_nbytes;
+    for (int i = 0; i < shape.ints; i++) put(&at, (uint64_t)shape.int_values[i]);
+    if (shape.floats && shape.ints) at += 8; /* a length, which is there */
+    for (int i = 0; i < shape.floats; i++) {
+        uint64_t word;
+        memcpy(&word, &shape.float_values[i], 8);
+        put(&at, word);
+    }
+    int known = 1;
+    if (shape.tensors) {
+        if (shape.ints || shape.floats) at += 8;
+        if (placed) known = put_words(&at, placements, placed);
+        else at += 24 * (Py_ssize_t)shape.tensors;
+    }
+    if (known && shape.returns) {
+        if (shape.ints || shape.floats || shape.tensors) at += 8;
+        known = put_words(&at, returns, returned);
+    }
+    if (!known) {
+        Py_DECREF(out);
+        Py_RETURN_NONE;
+    }
+    return Py_BuildValue("(Nn)", out, template->varying_nbytes);
+}
+
+static void free_template(Template *template) {
+    if (template == NULL) return;
+    Py_XDECREF(template->op);
+    Py_XDECREF(template->metadata);
+    for (int i = 0; i < template->attrs; i++) {
+        if (template->names != NULL) Py_XDECREF(template->names[i]);
+        if (template->fixed != NULL) Py_XDECREF(template->fixed[i]);
+    }
+    PyMem_Free(template->desc);
+    PyMem_Free(template->kinds);
+    PyMem_Free(template->names);
+    PyMem_Free(template->fixed);
+    PyMem_Free(template);
+}
+
+static void remove_oldest(Templates *self) {
+    Template *oldest = self->oldest;
+    Template **link = &self->buckets[oldest->hash & (BUCKETS - 1)];
+    while (*link != oldest) link = &(*link)->next;
+    *link = oldest->next;
+    self->oldest = oldest->younger;
+    if (self->oldest == NULL) self->youngest = NULL;
+    self->count--;
+    free_template(oldest);
+}
+
+/* Bytes of the numbers at a message's end: see Tail of descriptor.py. */
+static Py_ssize_t tail_nbytes(const Shape *shape) {
+    int counts[4] = {shape->ints, shape->floats, shape->tensors, shape->returns}, words[4] = {1, 1, 3, 2};
+    Py_ssize_t total = 0;
+    for (int i = 0; i < 4; i++) {
+        if (counts[i] && total) total++;
+        total += (Py_ssize_t)counts[i] * words[i];
+    }
+    return 8 * total;
+}
+
+static PyObject *Templates_add(Templates *self, PyObject *const *args, Py_ssize_t nargs) {
+    if (nargs != 6 || !PyBytes_CheckExact(args[4])) {
+        PyErr_SetString(PyExc_TypeError, "add: expected op, tensors, attrs, len(returns), metadata and varying_nbytes");
+        return NULL;
+    }
+    Py_ssize_t returned = PyLong_AsSsize_t(args[3]), varying_nbytes = PyLong_AsSsize_t(args[5]);
+    if (PyErr_Occurred()) return NULL;
+    Shape shape;
+    if (returned < 0 || !read_shape(&shape, args[0], args[1], args[2], returned, self->typed) ||
+        find(self, &shape) != NULL)
+        Py_RETURN_NONE;
+    if (varying_nbytes != tail_nbytes(&shape) || varying_nbytes > PyBytes_GET_SIZE(args[4])) {
+        PyErr_Format(PyExc_ValueError, "varying_nbytes: %zd, expected %zd", varying_nbytes, tail_nbytes(&shape));
+        return NULL;
+    }
+    Template *template = PyMem_Calloc(1, sizeof(Template));
+    if (template == NULL) return PyErr_NoMemory();
+    size_t attrs = (size_t)shape.attrs, words = (size_t)shape.desc_words;
+    template->desc = PyMem_Malloc(sizeof(int64_t) * (words ? words : 1));
+    template->kinds = PyMem_Malloc(attrs ? attrs : 1);
+    template->names = PyMem_Calloc(attrs ? attrs : 1, sizeof(PyObject *));
+    template->fixed = PyMem_Calloc(attrs ? attrs : 1, sizeof(PyObject *));
+    if (template->desc == NULL || template->kinds == NULL || template->names == NULL || template->fixed == NULL) {
+        free_template(template);
+        return PyErr_NoMemory();
+    }
+    memcpy(template->desc, shape.desc, sizeof(int64_t) * words);
+    memcpy(template->kinds, shape.kinds, attrs);
+    for (int i = 0; i < shape.attrs; i++) {
+        template->names[i] = Py_NewRef(shape.names[i]);
+        template->fixed[i] = Py_XNewRef(shape.values[i]);
+    }
+    template->hash = shape.hash;
+    template->op = Py_NewRef(shape.op);
+    template->metadata = Py_NewRef(args[4]);
+    template->varying_nbytes = varying_nbytes;
+    template->desc_words = shape.desc_words;
+    template->tensors = shape.tensors;
+    template->returns = shape.returns;
+    template->attrs = shape.attrs;
+    template->ints = shape.ints;
+    template->floats = shape.floats;
+    if (self->count >= MAX_TEMPLATES) remove_oldest(self);
+    Template **bucket = &self->buckets[shape.hash & (BUCKETS - 1)];
+    template->next = *bucket;
+    *bucket = template;
+    if (self->youngest != NULL) self->youngest->younger = template;
+    else self->oldest = template;
+    self->youngest = template;
+    self->count++;
+    Py_RETURN_NONE;
+}
+
+static int Templates_init(Templates *self, PyObject *args, PyObject *kwargs) {
+    static char *names[] = {"typed", NULL};
+    return PyArg_ParseTupleAndKeywords(args, kwargs, "$p", names, &self->typed) ? 0 : -1;
+}
+
+static void Templates_dealloc(Templates *self) {
+    while (self->oldest != NULL) remove_oldest(self);
+    PyTypeObject *type = Py_TYPE(self);
+    type->tp_free((PyObject *)self);
+    Py_DECREF(type);
+}
+
+static Py_ssize_t Templates_length(Templates *self) { return self->count; }
+
+static PyMethodDef Templates_methods[] = {
+    {"encode", (PyCFunction)(void (*)(void))Templates_encode, METH_FASTCALL, NULL},
+    {"add", (PyCFunction)(void (*)(void))Templates_add, METH_FASTCALL, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot Templates_slots[] = {
+    {Py_tp_doc, "Shapes of messages to send that were built before; see fastsplit.schema.encoder."},
+    {Py_tp_new, PyType_GenericNew},
+    {Py_tp_init, Templates_init},
+    {Py_tp_dealloc, Templates_dealloc},
+    {Py_tp_methods, Templates_methods},
+    {Py_sq_length, Templates_length},
+    {0, NULL},
+};
+
+PyType_Spec native_templates_spec = {
+    .name = "fastsplit._native.Templates",
+    .basicsize = sizeof(Templates),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = Templates_slots,
+};
