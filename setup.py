@@ -6,7 +6,14 @@ setup(
     ext_modules=[
         Extension(
             "fastsplit._native",
-            sources=["native/header.c", "native/heads.c", "native/module.c", "native/slots.c", "native/templates.c"],
+            sources=[
+                "native/header.c",
+                "native/heads.c",
+                "native/module.c",
+                "native/slots.c",
+                "native/templates.c",
+                "native/tensors.c",
+            ],
             depends=["native/native.h"],
             extra_compile_args=["-std=c11", "-O2", "-Wall", "-Wextra"],
             optional=True,

@@ -28,6 +28,7 @@ static int add_type(PyObject *module, PyType_Spec *spec, const char *name) {
 static PyMethodDef functions[] = {
     {"pack_header", (PyCFunction)(void (*)(void))native_pack_header, METH_FASTCALL, "See fastsplit.schema.header."},
     {"parse_header", (PyCFunction)(void (*)(void))native_parse_header, METH_FASTCALL, "See fastsplit.schema.header."},
+    {"share", (PyCFunction)(void (*)(void))native_share, METH_FASTCALL, "See fastsplit.tensors.outgoing."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -44,7 +45,7 @@ PyMODINIT_FUNC PyInit__native(void) {
         !import_name(&native_pack_header_reference, "fastsplit.schema.header", "pack_header") ||
         !import_name(&native_parse_header_reference, "fastsplit.schema.header", "parse_header") ||
         !intern(&native_str_slot, "slot") || !intern(&native_str_max_metadata_nbytes, "max_metadata_nbytes") ||
-        !intern(&native_str_max_message_nbytes, "max_message_nbytes"))
+        !intern(&native_str_max_message_nbytes, "max_message_nbytes") || !native_init_tensors())
         return NULL;
     PyObject *module = PyModule_Create(&definition);
     if (module != NULL && !(add_type(module, &native_slots_spec, "Slots") &&

@@ -14,6 +14,8 @@ extern PyObject *native_str_slot, *native_str_max_metadata_nbytes, *native_str_m
 
 PyObject *native_pack_header(PyObject *module, PyObject *const *args, Py_ssize_t nargs);
 PyObject *native_parse_header(PyObject *module, PyObject *const *args, Py_ssize_t nargs);
+PyObject *native_share(PyObject *module, PyObject *const *args, Py_ssize_t nargs);
+int native_init_tensors(void); /* 0 with an error */
 
 extern PyType_Spec native_slots_spec, native_templates_spec, native_heads_spec;
 

@@ -18,9 +18,9 @@ nothing of tensors/. The module imports nothing else of wire/, so that shm/ may 
     Lease         is a buffer over a part of shared memory; at the death of its last view, `token` goes to `home`
     parse_arrays  returns what makes tensors: `view(memory, desc)` over received memory or a Lease, without a copy
 
-Compiled are: `Slots`, the slots of a ring (`compiled` gives the class; shm/ring.py takes it from there); headers; and
-tables of the shapes that an Encoder has built and of the heads that a Decoder has validated before. Whatever is new, or
-is to be refused, goes through Python.
+Compiled are: `Slots`, the slots of a ring (`compiled` gives the class; shm/ring.py takes it from there); headers;
+`share`, for tensors that lie in shared memory; and tables of the shapes that an Encoder has built and of the heads that
+a Decoder has validated before. Whatever is new, or is to be refused, goes through Python.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from ..errors import MissingExtraError, SettingError, shown
 from ..schema import decoder, encoder, header
 from ..schema.descriptor import Message
 from ..schema.limits import Limits
-from ..tensors import Lease, parse_arrays, share
+from ..tensors import Lease, outgoing, parse_arrays
 
 __all__ = ["Decoder", "Encoder", "Lease", "compiled", "native", "pack_header", "parse_arrays", "parse_header", "share"]
 
@@ -71,6 +71,7 @@ def compiled(reference: _Any) -> _Any:
 
 pack_header = compiled(header.pack_header)
 parse_header = compiled(header.parse_header)
+share = compiled(outgoing.share)
 
 
 class Encoder(encoder.Encoder):
