@@ -64,13 +64,14 @@ exhaustive: $(VENV)/.test-ready ## Runs what `make test` runs a sample of: every
 
 # A package of its own, so that the one that is installed stays what it is. Leaks are not looked for: CPython has its own.
 SANITIZED := build/sanitized
-sanitize: $(VENV)/.test-ready ## Runs the tests of shared memory with the compiled core under AddressSanitizer and UBSan.
+sanitize: $(VENV)/.test-ready ## Runs the tests of the compiled core under AddressSanitizer and UBSan.
 	rm -rf $(SANITIZED)
 	CFLAGS="-g -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all" \
 		$(BIN)/python setup.py --quiet build --build-base build/sanitizing --build-lib $(SANITIZED)
 	FASTSPLIT_NATIVE=1 ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$($(or $(CC),cc) -print-file-name=libasan.so) $$($(or $(CC),cc) -print-file-name=libubsan.so)" \
-		$(BIN)/pytest -o pythonpath=$(SANITIZED) -p no:cacheprovider tests/unit/test_ring.py \
+		$(BIN)/pytest -o pythonpath=$(SANITIZED) -p no:cacheprovider tests/unit/test_ring.py tests/unit/test_header.py \
+		tests/unit/test_descriptor.py tests/unit/test_tensors.py tests/property/test_wire_properties.py \
 		tests/conformance/test_links.py tests/hostile/test_hostile_shm.py
 
 coverage: $(VENV)/.test-ready ## Runs the tests and reports which lines and branches they miss.

@@ -16,11 +16,10 @@ from hypothesis import strategies as st
 from raw_peer import hello
 
 from fastsplit.errors import LimitError, RemoteProtocolError
-from fastsplit.schema.decoder import Decoder
 from fastsplit.schema.dtypes import BY_CODE
-from fastsplit.schema.encoder import Encoder
 from fastsplit.schema.header import HEADER_NBYTES, Kind, pack_header, parse_header
 from fastsplit.schema.limits import Limits
+from fastsplit.wire.backend import Decoder, Encoder
 from fastsplit.wire.events import Failed, Reply, Request
 from fastsplit.wire.rules import TYPES
 from fastsplit.wire.session import Session
