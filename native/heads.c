@@ -324,9 +324,15 @@ static void Heads_dealloc(Heads *self) {
     Py_DECREF(type);
 }
 
+static PyObject *Heads_clear(Heads *self, PyObject *Py_UNUSED(ignored)) {
+    while (self->oldest != NULL) remove_oldest(self);
+    Py_RETURN_NONE;
+}
+
 static Py_ssize_t Heads_length(Heads *self) { return self->count; }
 
 static PyMethodDef Heads_methods[] = {
+    {"clear", (PyCFunction)Heads_clear, METH_NOARGS, NULL},
     {"decode", (PyCFunction)(void (*)(void))Heads_decode, METH_FASTCALL, NULL},
     {"add", (PyCFunction)Heads_add, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},

@@ -348,9 +348,15 @@ static void Templates_dealloc(Templates *self) {
     Py_DECREF(type);
 }
 
+static PyObject *Templates_clear(Templates *self, PyObject *Py_UNUSED(ignored)) {
+    while (self->oldest != NULL) remove_oldest(self);
+    Py_RETURN_NONE;
+}
+
 static Py_ssize_t Templates_length(Templates *self) { return self->count; }
 
 static PyMethodDef Templates_methods[] = {
+    {"clear", (PyCFunction)Templates_clear, METH_NOARGS, NULL},
     {"encode", (PyCFunction)(void (*)(void))Templates_encode, METH_FASTCALL, NULL},
     {"add", (PyCFunction)(void (*)(void))Templates_add, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},

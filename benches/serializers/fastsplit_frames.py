@@ -77,9 +77,9 @@ class NewShape(Frames):
     """A message of a shape that neither side remembers. To empty what they know takes some 50 ns of each."""
 
     def encode(self, message: Message) -> list[Any]:
-        self._client.encoder._templates.clear()
+        self._client.encoder.forget()
         return super().encode(message)
 
     def decode(self, received: tuple[bytes, int, list[Any]]) -> Message:
-        self._server._decoder._known.clear()
+        self._server._decoder.forget()
         return super().decode(received)

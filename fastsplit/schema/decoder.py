@@ -60,6 +60,9 @@ class Heads(Protocol):
         """Keeps a head. `words`: numbers behind it, of 8 bytes. `slots`: name, kind (0 fixed, 1 int, 2 bool, 3 float),
         its number's index, its fixed value. `sizes`: bytes of the tensors."""
 
+    def clear(self) -> None:
+        """Forgets all heads."""
+
 
 class _Known(NamedTuple):
     """A head (all bytes before the numbers) that was validated, and what it means."""
@@ -133,6 +136,12 @@ class Decoder:
         if returns:
             _check_returns(returns)
         return _new(Message, (message[0], message[1], attrs, payload_nbytes, placements, returns))
+
+    def forget(self) -> None:
+        """Forgets all heads: so that a benchmark sees a new one."""
+        self._known.clear()
+        if self.compiled is not None:
+            self.compiled.clear()
 
     def _decode_new(self, metadata: bytes, cut: int) -> Message:
         reader = _MessageReader(metadata, self._limits, self.codings, self.typed)

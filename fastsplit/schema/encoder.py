@@ -35,6 +35,9 @@ class Templates(Protocol):
     def add(self, op: str, tensors: Any, attrs: Any, returns: int, metadata: bytes, varying_nbytes: int, /) -> None:
         """Keeps what was built for this shape, if it can. `returns`: numbers."""
 
+    def clear(self) -> None:
+        """Forgets all shapes."""
+
 
 class _Template(NamedTuple):
     metadata: bytes
@@ -99,7 +102,7 @@ class Encoder:
         except TypeError:  # not hashable: only `op` can be that
             raise _op_error(op) from None
         if template is None:
-            template = self._build(op, tensors, tuple(attrs), signature, len(returns) // 2)
+            template = self._find_or_build(op, tensors, tuple(attrs), signature, len(returns) // 2, key)
             if len(template.metadata) <= MAX_CACHED_NBYTES:
                 if len(self._templates) >= CACHED_SHAPES:
                     del self._templates[next(iter(self._templates))]
@@ -125,6 +128,35 @@ class Encoder:
                 raise number_error(attrs, signature, ints) from None
         return out, template.varying_nbytes
 
+    def forget(self) -> None:
+        """Forgets all shapes, those of other encoders as well: so that a benchmark sees a new one."""
+        self._templates.clear()
+        _built.clear()
+        if self.compiled is not None:
+            self.compiled.clear()
+
+    def _find_or_build(
+        self,
+        op: str,
+        tensors: Sequence[tuple[int, tuple[int, ...]]],
+        names: Sequence[str],
+        signature: Sequence[Any],
+        returns: int,
+        key: tuple[Any, ...],
+    ) -> _Template:
+        """The template of a shape that is new to this connection, checked against its limits."""
+        self._check(op, tensors, names, signature)
+        template = _built.get((self._headroom, *key))
+        if template is None:
+            template = self._build(op, tensors, names, signature, returns)
+            if len(template.metadata) <= MAX_CACHED_NBYTES:
+                if len(_built) >= CACHED_SHAPES:
+                    _built.clear()  # one step: other threads are here, too
+                _built[self._headroom, *key] = template
+        nbytes = len(template.metadata) - self._headroom
+        self.limits.check_metadata("metadata", nbytes, functools.partial(_over, op))
+        return template
+
     def _build(
         self,
         op: str,
@@ -133,7 +165,6 @@ class Encoder:
         signature: Sequence[Any],
         returns: int,
     ) -> _Template:
-        self._check(op, tensors, names, signature)
         ints, floats = (sum(kind in kinds for kind in signature) for kinds in ((int, bool), (float,)))
         builder = flatbuffers.Builder(512)
         inline = inline_placements([math.prod(shape) * BY_CODE[code].itemsize for code, shape in tensors])
@@ -163,7 +194,6 @@ class Encoder:
                 add(builder, offset)
         builder.Finish(gen.MessageEnd(builder), file_identifier=FILE_IDENTIFIER)
         body = bytes(builder.Output())
-        self.limits.check_metadata("metadata", len(body), functools.partial(_over, op))
         tail = Tail(ints, floats, len(tensors), returns)
         metadata = bytes(self._headroom) + body
         gaps = tuple(
@@ -202,6 +232,10 @@ class Encoder:
         limits.check_metadata("texts and lists", len(op) + sum(sizes), excess)
         for name, value in zip(names, signature):
             check_texts(name, value)
+
+
+_built: dict[tuple[Any, ...], _Template] = {}
+"""What encoders of this process have built, by headroom and shape: the next connection need not build it again."""
 
 
 def _over(op: str, field: str, came: str, accepted: str) -> LimitError:

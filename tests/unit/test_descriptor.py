@@ -764,6 +764,22 @@ def test_returns_count_against_the_metadata_cap() -> None:
         encoder.encode("f", [], {}, (), (1, 0) * 300)
 
 
+def test_what_one_connection_has_built_another_need_not_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But each has its own limits, and its own headroom."""
+    first = Encoder(LIMITS, 40, typed=True)
+    out = first.encode("built once", [(FLOAT32, (3, 4))], {"n": 1, "s": "text"})
+    monkeypatch.setattr(flatbuffers, "Builder", None)
+    assert Encoder(LIMITS, 40, typed=True).encode("built once", [(FLOAT32, (3, 4))], {"n": 1, "s": "text"}) == out
+    with pytest.raises(LimitError, match=r"max_dims|dimensions"):
+        Encoder(Limits(max_dims=1), 40, typed=True).encode("built once", [(FLOAT32, (3, 4))], {"n": 1, "s": "text"})
+    for encoder, attrs in ((Encoder(LIMITS), {"n": 1, "s": "text"}), (first, {"n": 1, "s": "other"})):
+        with pytest.raises(TypeError):
+            encoder.encode("built once", [(FLOAT32, (3, 4))], attrs)
+    first.forget()
+    with pytest.raises(TypeError):
+        first.encode("built once", [(FLOAT32, (3, 4))], {"n": 1, "s": "text"})
+
+
 # ---- the compiled tables ---------------------------------------------------------------------------------------------
 
 
