@@ -40,8 +40,9 @@ PyObject *native_parse_header(PyObject *Py_UNUSED(module), PyObject *const *args
         return NULL;
     }
     Py_ssize_t at = PyLong_AsSsize_t(args[1]);
+    if (at == -1 && PyErr_Occurred()) return NULL;
     uint64_t known_flags = nargs == 4 ? PyLong_AsUnsignedLongLong(args[3]) : 0;
-    if (PyErr_Occurred()) return NULL;
+    if (known_flags == UINT64_MAX && PyErr_Occurred()) return NULL;
     uint64_t max_metadata_nbytes, max_message_nbytes;
     if (!limit_of(args[2], native_str_max_metadata_nbytes, &max_metadata_nbytes) ||
         !limit_of(args[2], native_str_max_message_nbytes, &max_message_nbytes))

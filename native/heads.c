@@ -45,6 +45,7 @@ typedef struct Head {
 typedef struct {
     PyObject_HEAD
     PyTypeObject *message_type;
+    int busy; /* a message is being made: the collector may run there, and code that comes here */
     int count;
     Head *oldest, *youngest;
     Head *buckets[BUCKETS];
@@ -56,8 +57,20 @@ static inline uint64_t word_at(const unsigned char *at) {
     return word;
 }
 
+/* Of this process alone: a peer that sends heads cannot choose ones that meet. */
+static uint64_t hash_start(void) {
+    static uint64_t start = 0;
+    if (start == 0) {
+        PyObject *text = PyUnicode_FromString("fastsplit heads"); /* its hash is a secret of the process */
+        if (text == NULL) PyErr_Clear();
+        else start = (uint64_t)PyObject_Hash(text);
+        Py_XDECREF(text);
+    }
+    return start;
+}
+
 static uint64_t hash_of(const unsigned char *bytes, Py_ssize_t nbytes) {
-    uint64_t hash = (uint64_t)nbytes;
+    uint64_t hash = hash_start() ^ (uint64_t)nbytes;
     Py_ssize_t at = 0;
     for (; at + 8 <= nbytes; at += 8) {
         hash = (hash ^ word_at(bytes + at)) * 0x9E3779B97F4A7C15u;
@@ -139,15 +152,15 @@ static PyObject *make_message(const Heads *self, const Head *head, const unsigne
         uint64_t segment = word_at(returned + 16 * i);
         if (segment == 0 || segment >> 32) Py_RETURN_NONE;
     }
-    PyObject *attrs = attrs_of(head, numbers);
+    PyObject *attrs = attrs_of(head, numbers), *nbytes, *placements = NULL, *returns = NULL, *message = NULL;
     if (attrs == NULL) {
         if (PyErr_Occurred()) return NULL;
         Py_RETURN_NONE;
     }
-    PyObject *nbytes = PyLong_FromLongLong(payload_nbytes);
-    PyObject *placements = tuple_of(numbers + 8 * head->placements_at, is_inline ? 0 : 3 * head->tensors);
-    PyObject *returns = tuple_of(returned, 2 * head->returns);
-    PyObject *message = self->message_type->tp_alloc(self->message_type, 6);
+    nbytes = PyLong_FromLongLong(payload_nbytes);
+    if (nbytes != NULL) placements = tuple_of(numbers + 8 * head->placements_at, is_inline ? 0 : 3 * head->tensors);
+    if (placements != NULL) returns = tuple_of(returned, 2 * head->returns);
+    if (returns != NULL) message = self->message_type->tp_alloc(self->message_type, 6);
     if (nbytes == NULL || placements == NULL || returns == NULL || message == NULL) {
         Py_DECREF(attrs);
         Py_XDECREF(nbytes);
@@ -182,7 +195,10 @@ static PyObject *Heads_decode(Heads *self, PyObject *const *args, Py_ssize_t nar
     if (head->plain != NULL && memcmp(PyBytes_AS_STRING(head->plain), numbers, (size_t)varying) == 0)
         return Py_NewRef(head->message);
     if (head->words == 0 && head->slots == 0) return Py_NewRef(head->message);
-    return make_message(self, head, numbers);
+    self->busy++;
+    PyObject *message = make_message(self, head, numbers);
+    self->busy--;
+    return message;
 }
 
 /* ---- learning ---- */
@@ -267,6 +283,10 @@ static int read_sizes(Head *head, PyObject *sizes) {
 /* add(head, message, plain, words, slots, gaps, sizes, placements_at, returns_at, returns) */
 static PyObject *Heads_add(Heads *self, PyObject *args) {
     PyObject *bytes, *message, *plain, *slots, *gaps, *sizes;
+    if (self->message_type == NULL) {
+        PyErr_SetString(PyExc_TypeError, "Heads: not initialized");
+        return NULL;
+    }
     Head *head = PyMem_Calloc(1, sizeof(Head));
     if (head == NULL) return PyErr_NoMemory();
     if (!PyArg_ParseTuple(args, "SO!OnO!O!O!nnn", &bytes, self->message_type, &message, &plain, &head->words,
@@ -286,7 +306,7 @@ static PyObject *Heads_add(Heads *self, PyObject *args) {
     }
     const unsigned char *start = (unsigned char *)PyBytes_AS_STRING(bytes);
     head->hash = hash_of(start, PyBytes_GET_SIZE(bytes));
-    if (find(self, start, PyBytes_GET_SIZE(bytes), head->hash) != NULL) { /* of another length, which came first */
+    if (self->busy || find(self, start, PyBytes_GET_SIZE(bytes), head->hash) != NULL) { /* or: of another length */
         free_head(head);
         Py_RETURN_NONE;
     }
@@ -325,7 +345,7 @@ static void Heads_dealloc(Heads *self) {
 }
 
 static PyObject *Heads_clear(Heads *self, PyObject *Py_UNUSED(ignored)) {
-    while (self->oldest != NULL) remove_oldest(self);
+    while (!self->busy && self->oldest != NULL) remove_oldest(self);
     Py_RETURN_NONE;
 }
 

@@ -130,6 +130,11 @@ static PyObject *Slots_close(Slots *self, PyObject *Py_UNUSED(ignored)) {
     Py_RETURN_NONE;
 }
 
+static PyObject *Slots_leave(Slots *self, PyObject *Py_UNUSED(ignored)) {
+    self->polls = 0; /* the threads that polled are the parent's */
+    return Slots_close(self, NULL);
+}
+
 static void Slots_dealloc(Slots *self) {
     PyBuffer_Release(&self->memory);
     PyTypeObject *type = Py_TYPE(self);
@@ -192,8 +197,9 @@ static int64_t now_ns(void) {
 static PyObject *Slots_poll(Slots *self, PyObject *argument) {
     double poll_us = PyFloat_AsDouble(argument);
     if (poll_us == -1.0 && PyErr_Occurred()) return NULL;
+    if (!(poll_us > 0)) return PyBool_FromLong(self->taken);
     if (!is_open(self)) return NULL;
-    if (!look(self) && poll_us > 0) {
+    if (!look(self)) {
         pthread_spinlock_t *next = item(self, self->theirs, self->in_slot);
         int found = 0;
         self->polls++;
@@ -235,8 +241,8 @@ static PyObject *Slots_take(Slots *self, PyObject *sink) {
 }
 
 static PyObject *Slots_give_back(Slots *self, PyObject *Py_UNUSED(ignored)) {
-    if (!is_open(self)) return NULL;
     if (self->owed == 0) Py_RETURN_FALSE;
+    if (!is_open(self)) return NULL;
     if (self->owed != UNRUNG) {
         pthread_spin_unlock(space(self, self->theirs, self->owed - 1));
         self->owed = UNRUNG;
@@ -255,6 +261,10 @@ static PyObject *Slots_set_asleep(Slots *self, PyObject *argument) {
     long value = PyLong_AsLong(argument);
     if (value == -1 && PyErr_Occurred()) return NULL;
     if (!is_open(self)) return NULL;
+    if (value < 0 || value > 255) {
+        PyErr_Format(PyExc_ValueError, "value: %ld, expected 0 to 255", value);
+        return NULL;
+    }
     atomic_store_explicit(asleep(self, self->mine), (unsigned char)value, memory_order_release);
     return PyBool_FromLong(pass_fence(self));
 }
@@ -289,6 +299,7 @@ static PyMethodDef Slots_methods[] = {
     {"must_wake", (PyCFunction)Slots_must_wake, METH_NOARGS, NULL},
     {"wake", (PyCFunction)Slots_wake, METH_O, NULL},
     {"close", (PyCFunction)Slots_close, METH_NOARGS, NULL},
+    {"leave", (PyCFunction)Slots_leave, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 

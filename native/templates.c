@@ -74,14 +74,14 @@ static inline int int64_of(PyObject *value, int64_t *out) {
     return 1;
 }
 
-static int read_tensors(Shape *shape, PyObject *tensors) {
-    PyObject *items = PySequence_Fast(tensors, "tensors: expected a sequence");
-    if (items == NULL) {
-        PyErr_Clear();
-        return 0;
-    }
-    Py_ssize_t count = PySequence_Fast_GET_SIZE(items);
-    int words = 0, known = count <= MAX_DESC_WORDS / 2;
+/* Items of an exact list or tuple, whose iteration runs no code; -1: it is neither. */
+static inline Py_ssize_t count_of(PyObject *items) {
+    return PyList_CheckExact(items) || PyTuple_CheckExact(items) ? PySequence_Fast_GET_SIZE(items) : -1;
+}
+
+static int read_tensors(Shape *shape, PyObject *items) {
+    Py_ssize_t count = count_of(items);
+    int words = 0, known = count >= 0 && count <= MAX_DESC_WORDS / 2;
     for (Py_ssize_t i = 0; known && i < count; i++) {
         PyObject *tensor = PySequence_Fast_GET_ITEM(items, i);
         PyObject *dims = PyTuple_Check(tensor) && PyTuple_GET_SIZE(tensor) == 2 ? PyTuple_GET_ITEM(tensor, 1) : NULL;
@@ -93,7 +93,6 @@ static int read_tensors(Shape *shape, PyObject *tensors) {
         words += 2;
         for (Py_ssize_t d = 0; known && d < ndim; d++) known = int64_of(PyTuple_GET_ITEM(dims, d), &shape->desc[words++]);
     }
-    Py_DECREF(items);
     shape->tensors = (int)count;
     shape->desc_words = words;
     return known;
@@ -143,6 +142,10 @@ static int read_shape(Shape *shape, PyObject *op, PyObject *tensors, PyObject *a
     }
     uint64_t mixed = mix((uint64_t)hash, (uint64_t)shape->returns << 32 | (uint64_t)shape->attrs);
     for (int i = 0; i < shape->desc_words; i++) mixed = mix(mixed, (uint64_t)shape->desc[i]);
+    for (int i = 0; i < shape->attrs; i++) { /* of exact strings and bytes, which know their hash */
+        mixed = mix(mixed, (uint64_t)PyObject_Hash(shape->names[i]) << 2 ^ shape->kinds[i]);
+        if (shape->kinds[i] == FIXED) mixed = mix(mixed, (uint64_t)PyObject_Hash(shape->values[i]));
+    }
     shape->hash = mixed;
     return 1;
 }
@@ -184,15 +187,10 @@ static inline void put(unsigned char **at, uint64_t word) {
     *at += 8;
 }
 
-/* Ints that a flat sequence holds, as uint64. 0: not all are. */
-static int put_words(unsigned char **at, PyObject *numbers, Py_ssize_t count) {
-    PyObject *items = PySequence_Fast(numbers, "expected a sequence of ints");
-    if (items == NULL) {
-        PyErr_Clear();
-        return 0;
-    }
-    int known = PySequence_Fast_GET_SIZE(items) == count;
-    for (Py_ssize_t i = 0; known && i < count; i++) {
+/* Ints of a flat list or tuple, as uint64. 0: not all are. */
+static int put_words(unsigned char **at, PyObject *items) {
+    int known = 1;
+    for (Py_ssize_t i = 0; known && i < PySequence_Fast_GET_SIZE(items); i++) {
         PyObject *item = PySequence_Fast_GET_ITEM(items, i);
         unsigned long long word = PyLong_CheckExact(item) ? PyLong_AsUnsignedLongLong(item) : (unsigned long long)-1;
         if (word == (unsigned long long)-1) {
@@ -201,7 +199,6 @@ static int put_words(unsigned char **at, PyObject *numbers, Py_ssize_t count) {
         }
         put(at, word);
     }
-    Py_DECREF(items);
     return known;
 }
 
@@ -211,10 +208,10 @@ static PyObject *Templates_encode(Templates *self, PyObject *const *args, Py_ssi
         return NULL;
     }
     PyObject *placements = args[3], *returns = args[4];
-    Py_ssize_t placed = PyObject_Size(placements), returned = PyObject_Size(returns);
-    if (placed < 0 || returned < 0) return NULL;
+    Py_ssize_t placed = count_of(placements), returned = count_of(returns);
     Shape shape;
-    if (!read_shape(&shape, args[0], args[1], args[2], returned, self->typed)) Py_RETURN_NONE;
+    if (placed < 0 || returned < 0 || !read_shape(&shape, args[0], args[1], args[2], returned, self->typed))
+        Py_RETURN_NONE;
     Template *template = find(self, &shape);
     if (template == NULL || (placed && placed != 3 * (Py_ssize_t)shape.tensors)) Py_RETURN_NONE;
     PyObject *out = PyByteArray_FromStringAndSize(PyBytes_AS_STRING(template->metadata),
@@ -232,12 +229,12 @@ static PyObject *Templates_encode(Templates *self, PyObject *const *args, Py_ssi
     int known = 1;
     if (shape.tensors) {
         if (shape.ints || shape.floats) at += 8;
-        if (placed) known = put_words(&at, placements, placed);
+        if (placed) known = put_words(&at, placements);
         else at += 24 * (Py_ssize_t)shape.tensors;
     }
     if (known && shape.returns) {
         if (shape.ints || shape.floats || shape.tensors) at += 8;
-        known = put_words(&at, returns, returned);
+        known = put_words(&at, returns);
     }
     if (!known) {
         Py_DECREF(out);
@@ -294,10 +291,7 @@ static PyObject *Templates_add(Templates *self, PyObject *const *args, Py_ssize_
     if (returned < 0 || !read_shape(&shape, args[0], args[1], args[2], returned, self->typed) ||
         find(self, &shape) != NULL)
         Py_RETURN_NONE;
-    if (varying_nbytes != tail_nbytes(&shape) || varying_nbytes > PyBytes_GET_SIZE(args[4])) {
-        PyErr_Format(PyExc_ValueError, "varying_nbytes: %zd, expected %zd", varying_nbytes, tail_nbytes(&shape));
-        return NULL;
-    }
+    if (varying_nbytes != tail_nbytes(&shape) || varying_nbytes > PyBytes_GET_SIZE(args[4])) Py_RETURN_NONE;
     Template *template = PyMem_Calloc(1, sizeof(Template));
     if (template == NULL) return PyErr_NoMemory();
     size_t attrs = (size_t)shape.attrs, words = (size_t)shape.desc_words;

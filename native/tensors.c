@@ -36,7 +36,7 @@ typedef struct {
     int (*dltensor_from_py_object_no_sync)(void *py_object, DLTensor *out); /* may be NULL */
 } DLPackExchangeAPI;
 
-enum { DL_CPU = 1, DL_MAJOR = 1 };
+enum { DL_CPU = 1, DL_MAJOR = 1, MAX_DIMS = 32 };
 
 typedef struct {
     const char *name;     /* of fastsplit/schema/dtypes.py */
@@ -112,12 +112,16 @@ static PyObject *tuple_of(const void *numbers, int count, size_t width) {
 
 /* The functions below return 1 if the tensor was found, 0 if Python must look at it, -1 with an error. */
 
+/* After a failure: Python looks at the tensor, unless it is an interrupt. */
+static int failed(void) {
+    if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_Exception)) return -1;
+    PyErr_Clear();
+    return 0;
+}
+
 static int find_numpy(PyObject *value, Found *found) {
     Py_buffer view;
-    if (PyObject_GetBuffer(value, &view, PyBUF_FORMAT | PyBUF_STRIDES) < 0) {
-        PyErr_Clear();
-        return 0;
-    }
+    if (PyObject_GetBuffer(value, &view, PyBUF_FORMAT | PyBUF_STRIDES) < 0) return failed();
     char kind = 0;
     switch (view.format != NULL && view.format[0] != 0 && view.format[1] == 0 ? view.format[0] : 0) {
         case '?': kind = 'b'; break;
@@ -135,25 +139,20 @@ static int find_numpy(PyObject *value, Found *found) {
     found->address = (uint64_t)(uintptr_t)view.buf;
     found->nbytes = (uint64_t)view.len;
     found->shape = known ? tuple_of(view.shape, view.ndim, sizeof(Py_ssize_t)) : NULL;
-    int small = view.itemsize <= 2;
     PyBuffer_Release(&view);
     if (!known) return 0;
     if (found->shape == NULL) return -1;
-    if (kind == 'u' && small) { /* it may stand for a dtype that numpy does not have */
-        PyObject *dtype = PyObject_GetAttr(value, str_dtype);
-        PyObject *metadata = dtype == NULL ? NULL : PyObject_GetAttr(dtype, str_metadata);
-        known = metadata == Py_None;
-        Py_XDECREF(dtype);
-        Py_XDECREF(metadata);
-        if (!known) {
-            Py_CLEAR(found->shape);
-            return PyErr_Occurred() ? -1 : 0;
-        }
-    }
-    return 1;
+    PyObject *dtype = PyObject_GetAttr(value, str_dtype);
+    PyObject *metadata = dtype == NULL ? NULL : PyObject_GetAttr(dtype, str_metadata);
+    known = metadata == Py_None; /* else it may stand for a dtype that numpy does not have */
+    Py_XDECREF(dtype);
+    Py_XDECREF(metadata);
+    if (known) return 1;
+    Py_CLEAR(found->shape);
+    return failed();
 }
 
-/* Looks whether a type is torch's, the first time that one may be. */
+/* Looks whether a type is torch's, the first time that one may be. -1: interrupted. */
 static int is_torch(PyTypeObject *type) {
     if (torch_type != NULL || strcmp(type->tp_name, "Tensor") != 0) return type == torch_type;
     PyObject *modules = PyImport_GetModuleDict(), *torch = PyDict_GetItemString(modules, "torch");
@@ -167,26 +166,27 @@ static int is_torch(PyTypeObject *type) {
             torch_type = (PyTypeObject *)Py_NewRef(tensor);
         }
     }
-    PyErr_Clear(); /* a torch without it: Python makes do without */
     Py_XDECREF(capsule);
     Py_XDECREF(tensor);
+    if (failed() < 0) return -1; /* a torch without it: Python makes do without */
     return type == torch_type;
 }
 
 static int find_torch(PyObject *value, Found *found) {
     DLTensor tensor;
     memset(&tensor, 0, sizeof(tensor));
-    if (torch_api->dltensor_from_py_object_no_sync(value, &tensor) != 0) {
-        PyErr_Clear();
+    if (torch_api->dltensor_from_py_object_no_sync(value, &tensor) != 0) return failed();
+    if (tensor.device_type != DL_CPU || tensor.lanes != 1 || tensor.data == NULL || tensor.ndim < 0 ||
+        tensor.ndim > MAX_DIMS)
         return 0;
-    }
-    if (tensor.device_type != DL_CPU || tensor.lanes != 1 || tensor.data == NULL || tensor.ndim < 0) return 0;
     uint64_t count = 1;
+    int64_t dims[MAX_DIMS]; /* a copy: they are the tensor's own, and Python code runs below */
     for (int d = tensor.ndim - 1; d >= 0; d--) {
         if (tensor.shape[d] <= 0 || (tensor.strides != NULL && tensor.shape[d] != 1 && tensor.strides[d] != (int64_t)count) ||
             count > UINT64_MAX / 16 / (uint64_t)tensor.shape[d])
             return 0;
         count *= (uint64_t)tensor.shape[d];
+        dims[d] = tensor.shape[d];
     }
     found->code = 0;
     for (int i = 0; i < DTYPES; i++)
@@ -195,10 +195,10 @@ static int find_torch(PyObject *value, Found *found) {
     found->address = (uint64_t)(uintptr_t)tensor.data + tensor.byte_offset;
     if (found->code == 0 || found->address % (tensor.bits / 8u)) return 0;
     PyObject *is_neg = PyObject_CallMethodNoArgs(value, str_is_neg); /* a flag on the same bytes */
-    if (is_neg == NULL) return -1;
+    if (is_neg == NULL) return failed();
     Py_DECREF(is_neg);
     if (is_neg != Py_False) return 0;
-    found->shape = tuple_of(tensor.shape, tensor.ndim, sizeof(int64_t));
+    found->shape = tuple_of(dims, tensor.ndim, sizeof(int64_t));
     return found->shape == NULL ? -1 : 1;
 }
 
@@ -206,7 +206,8 @@ static int find_torch(PyObject *value, Found *found) {
 static int add(PyObject *value, PyObject *memory, PyObject *descs, PyObject *placements, uint64_t *nbytes) {
     Found found;
     PyTypeObject *type = Py_TYPE(value);
-    int known = type == ndarray_type ? find_numpy(value, &found) : is_torch(type) ? find_torch(value, &found) : 0;
+    int known = type == ndarray_type ? 1 : is_torch(type);
+    if (known == 1) known = type == ndarray_type ? find_numpy(value, &found) : find_torch(value, &found);
     if (known <= 0) return known;
     PyObject *code = PyLong_FromLong(found.code), *desc = code == NULL ? NULL : PyTuple_Pack(2, code, found.shape);
     PyObject *address = PyLong_FromUnsignedLongLong(found.address), *size = PyLong_FromUnsignedLongLong(found.nbytes);
@@ -232,7 +233,7 @@ static int add(PyObject *value, PyObject *memory, PyObject *descs, PyObject *pla
 
 /* share(tensors, memory, deadline, limits) */
 PyObject *native_share(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs) {
-    PyObject *tensors = nargs >= 2 ? args[0] : NULL, *descs = NULL, *placements = NULL, *kept = NULL, *out = NULL;
+    PyObject *tensors = nargs == 3 || nargs == 4 ? args[0] : NULL, *descs = NULL, *placements = NULL, *kept = NULL, *out = NULL;
     int known = tensors != NULL && (PyTuple_CheckExact(tensors) || PyList_CheckExact(tensors));
     uint64_t nbytes = 0;
     if (known) {

@@ -89,11 +89,13 @@ class Encoder:
         signature: Sequence[Any]
         ints: Sequence[int]
         floats: Sequence[float]
+        names: tuple[str, ...] = ()
         if attrs:
-            if type(attrs) is not dict:  # a handler may have set its reply's to anything
-                attrs = as_dict("attributes", attrs)
+            # A copy: a handler may have set its reply's to anything, also to what another thread changes meanwhile.
+            attrs = dict(attrs) if type(attrs) is dict else as_dict("attributes", attrs)
+            names = tuple(attrs)
             signature, ints, floats = split(attrs, self._typed)
-            key = (op, tuple(tensors), len(returns), tuple(attrs), signature)
+            key = (op, tuple(tensors), len(returns), names, signature)
         else:
             signature = ints = floats = ()
             key = (op, tuple(tensors), len(returns))
@@ -102,7 +104,7 @@ class Encoder:
         except TypeError:  # not hashable: only `op` can be that
             raise _op_error(op) from None
         if template is None:
-            template = self._find_or_build(op, tensors, tuple(attrs), signature, len(returns) // 2, key)
+            template = self._build(op, tensors, names, signature, len(returns) // 2)
             if len(template.metadata) <= MAX_CACHED_NBYTES:
                 if len(self._templates) >= CACHED_SHAPES:
                     del self._templates[next(iter(self._templates))]
@@ -129,33 +131,10 @@ class Encoder:
         return out, template.varying_nbytes
 
     def forget(self) -> None:
-        """Forgets all shapes, those of other encoders as well: so that a benchmark sees a new one."""
+        """Forgets all shapes: so that a benchmark sees a new one."""
         self._templates.clear()
-        _built.clear()
         if self.compiled is not None:
             self.compiled.clear()
-
-    def _find_or_build(
-        self,
-        op: str,
-        tensors: Sequence[tuple[int, tuple[int, ...]]],
-        names: Sequence[str],
-        signature: Sequence[Any],
-        returns: int,
-        key: tuple[Any, ...],
-    ) -> _Template:
-        """The template of a shape that is new to this connection, checked against its limits."""
-        self._check(op, tensors, names, signature)
-        template = _built.get((self._headroom, *key))
-        if template is None:
-            template = self._build(op, tensors, names, signature, returns)
-            if len(template.metadata) <= MAX_CACHED_NBYTES:
-                if len(_built) >= CACHED_SHAPES:
-                    _built.clear()  # one step: other threads are here, too
-                _built[self._headroom, *key] = template
-        nbytes = len(template.metadata) - self._headroom
-        self.limits.check_metadata("metadata", nbytes, functools.partial(_over, op))
-        return template
 
     def _build(
         self,
@@ -165,6 +144,7 @@ class Encoder:
         signature: Sequence[Any],
         returns: int,
     ) -> _Template:
+        self._check(op, tensors, names, signature)
         ints, floats = (sum(kind in kinds for kind in signature) for kinds in ((int, bool), (float,)))
         builder = flatbuffers.Builder(512)
         inline = inline_placements([math.prod(shape) * BY_CODE[code].itemsize for code, shape in tensors])
@@ -194,6 +174,7 @@ class Encoder:
                 add(builder, offset)
         builder.Finish(gen.MessageEnd(builder), file_identifier=FILE_IDENTIFIER)
         body = bytes(builder.Output())
+        self.limits.check_metadata("metadata", len(body), functools.partial(_over, op))
         tail = Tail(ints, floats, len(tensors), returns)
         metadata = bytes(self._headroom) + body
         gaps = tuple(
@@ -232,10 +213,6 @@ class Encoder:
         limits.check_metadata("texts and lists", len(op) + sum(sizes), excess)
         for name, value in zip(names, signature):
             check_texts(name, value)
-
-
-_built: dict[tuple[Any, ...], _Template] = {}
-"""What encoders of this process have built, by headroom and shape: the next connection need not build it again."""
 
 
 def _over(op: str, field: str, came: str, accepted: str) -> LimitError:

@@ -52,7 +52,7 @@ def _load() -> Any:
         return None
     try:
         return importlib.import_module("fastsplit._native")
-    except ImportError as error:
+    except (ImportError, AttributeError, LookupError) as error:  # the last two: one that was built for other sources
         if wanted == "1":
             text = f"FASTSPLIT_NATIVE=1, and fastsplit._native was not built when fastsplit was installed: {error}"
             raise MissingExtraError(text, name="fastsplit._native") from None

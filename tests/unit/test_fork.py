@@ -304,6 +304,36 @@ def test_a_child_takes_nothing_out_of_the_ring(unix_uri: str, monkeypatch: pytes
             assert future.result()[0].sum() == 10
 
 
+@pytest.mark.parametrize("slots", ["compiled", "python"])
+def test_a_handler_that_ends_its_child_in_the_middle_of_a_call(
+    unix_uri: str, monkeypatch: pytest.MonkeyPatch, slots: str
+) -> None:
+    """What it raises comes out of the call, and nothing of a connection that is not the child's."""
+    if slots == "python":
+        monkeypatch.setattr(ring, "Slots", Slots)
+    children = []
+
+    def fork(*_: Any) -> None:
+        children.append(os.fork())
+        if not children[0]:
+            raise SystemExit(7)
+
+    with fastsplit.Server(unix_uri, HANDLERS, arrays="numpy") as server:
+        with fastsplit.connect(server.uri, arrays="numpy", spin_us=0) as channel:
+            before = signal.signal(signal.SIGALRM, fork)
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            code = 1
+            try:
+                channel.call("slow", timeout_s=5)
+            except SystemExit as end:
+                code = int(end.code or 0)
+            finally:
+                if children and not children[0]:
+                    os._exit(code)
+                signal.signal(signal.SIGALRM, before)
+            assert os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]) == 7
+
+
 def test_measuring_in_a_child(channel: fastsplit.Channel) -> None:
     """Also where there is nothing to measure."""
     assert is_told(in_child(lambda: _error(channel.measure)).replace("the channel is closed: ", ""))

@@ -600,15 +600,24 @@ def test_a_ring_that_is_gone(both: tuple[Any, Any]) -> None:
         ):
             with pytest.raises(PeerLostError, match=r"^the connection is closed$"):
                 act(*arguments)
+        assert not end.give_back() and not end.poll(0)
 
 
-@pytest.mark.parametrize("core", ["compiled"], indirect=True)
-def test_what_the_compiled_slots_refuse(both: tuple[Any, Any]) -> None:
+def test_what_slots_refuse(both: tuple[Any, Any]) -> None:
     client, server = both
     with pytest.raises(ValueError, match="part: 1025 bytes, expected at most 1024"):
         client.write(bytes(SLOT_NBYTES + 1))
     with pytest.raises(ValueError, match="there is no slot to read"):
         server.take(Sink)
+    for value in (-1, 256):
+        with pytest.raises(ValueError):  # noqa: PT011 (each core's own words)
+            client.set_asleep(value)
+    assert client.write(b"x") and server.readable() and server.poll(-1)
+
+
+@pytest.mark.parametrize("core", ["compiled"], indirect=True)
+def test_what_the_compiled_slots_refuse(both: tuple[Any, Any]) -> None:
+    client, server = both
     with pytest.raises(ValueError, match=f"memory: 64 bytes, expected {RING_NBYTES}"):
         backend.compiled(reference.Slots)(bytearray(64), is_client=True)  # type: ignore[arg-type]
     for wrong in (b"", None):

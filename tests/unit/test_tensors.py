@@ -498,6 +498,38 @@ def test_several_tensors_are_shared_together() -> None:
 
 
 @pytest.mark.parametrize(
+    ("stand_in", "name"),
+    [("int16", "bfloat16"), ("float16", "bfloat16"), ("bool", "float8_e5m2"), ("u1", "float8_e5m2")],
+)
+def test_a_dtype_that_stands_for_another(stand_in: str, name: str) -> None:
+    memory = Memory()
+    plain = memory.of("numpy", BY_NAME[np.dtype(stand_in).name], (3, 4))
+    named = plain.view(np.dtype(stand_in, metadata={"fastsplit.dtype": name}))
+    desc, data, copied_nbytes, _ = _shared(memory, named)
+    assert desc == (BY_NAME[name].code, (3, 4)) and data == plain.tobytes() and copied_nbytes == 0
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_mode_of_torch_that_comes_in_between(fails: bool) -> None:
+    """It changes the tensor, or refuses a question: what goes out is of one moment, or an error of ours."""
+    memory = Memory()
+    tensor = memory.of("torch", BY_NAME["float32"], (1, 1, 1, 1, 1, 6, 7))
+
+    class Mode(torch.overrides.TorchFunctionMode):  # type: ignore[misc]
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.__name__ == "is_neg":
+                if fails:
+                    raise RuntimeError("not asked")
+                with torch._C.DisableTorchFunction():
+                    tensor.squeeze_()
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        out = share([tensor], memory, 5.0)
+    assert out.descs[0][1] in ((1, 1, 1, 1, 1, 6, 7), (6, 7)) and out.shared_nbytes == 4 * 6 * 7
+
+
+@pytest.mark.parametrize(
     "value",
     [
         [1.0],

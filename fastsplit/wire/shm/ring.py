@@ -173,6 +173,7 @@ class Ring(Beside):
         super().leave()
         if self._memory is not None:
             make_private(self._memory)
+        self.slots.leave()
         self._let_go()
 
     def _let_go(self) -> None:
@@ -233,7 +234,10 @@ class Ring(Beside):
             except DeadlineError:
                 return True
         finally:
-            slots.set_asleep(AWAKE)
+            with contextlib.suppress(
+                PeerLostError
+            ):  # of a ring that was let go: not in the place of what is raised here
+                slots.set_asleep(AWAKE)
 
     def wake_early(self) -> None:
         """Wakes an eager sleeper: the wake-up then takes place while this side makes its frame (docs/notes.md)."""

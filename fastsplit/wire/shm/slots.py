@@ -112,8 +112,10 @@ class Slots:
     def write(self, part: Any) -> bool:
         """Copies at most SLOT_NBYTES bytes into the next slot, and posts it. False if there is no room.
 
-        Then `must_wake` says whether the peer sleeps.
+        Then `must_wake` says whether the peer sleeps. Raises ValueError for a larger part.
         """
+        if len(part) > SLOT_NBYTES:
+            raise ValueError(f"part: {len(part)} bytes, expected at most {SLOT_NBYTES}")
         if not self._credit and not self.has_space():
             return False
         at = self._out_at + self._out_slot * SLOT_NBYTES
@@ -149,7 +151,9 @@ class Slots:
         return False
 
     def take(self, sink: Sink) -> None:
-        """Copies the slot that is `readable` to `sink.slot`, and goes on to the next."""
+        """Copies the slot that is `readable` to `sink.slot`, and goes on to the next. Raises ValueError if none is."""
+        if not self._taken:
+            raise ValueError("there is no slot to read")
         at = self._in_at + self._in_slot * SLOT_NBYTES
         following = (self._in_slot + 1) % SLOTS
         slot = self._memory[at : at + SLOT_NBYTES]
@@ -207,12 +211,16 @@ class Slots:
 
     def close(self) -> None:
         """Lets the memory go. Idempotent."""
-        self._credit, self._taken = 0, False  # a call that comes too late then asks `_trywait`
+        self._credit, self._taken, self._owed = 0, False, 0  # a call that comes too late then asks `_trywait`
         self._post = self._trywait = _closed  # type: ignore[assignment]
         self._memory = _GONE
         self._items_out = self._space_out = self._space_in = [None] * SLOTS
         self._items_in = [(None,)] * SLOTS
         self._fence = None
+
+    def leave(self) -> None:
+        """`close` in a forked child, where no other thread is at work."""
+        self.close()
 
 
 class _Gone:
