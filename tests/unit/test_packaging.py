@@ -1,6 +1,7 @@
 """What is installed is what was promised: files, metadata, console scripts, and a core that works with numpy alone.
 
-The wheel is built from a copy of the sources, with pip as it is configured on this machine.
+The wheel is built from a copy of the sources, with the setuptools that is installed here; `make` itself installs with a
+build environment of its own.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def built(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a source distribution, and the wheel that is made of it."""
     target = tmp_path_factory.mktemp("dist")
-    _run(sys.executable, "-m", "build", "--outdir", target, source, cwd=target)
+    _run(sys.executable, "-m", "build", "--no-isolation", "--outdir", target, source, cwd=target)
     return target
 
 
@@ -162,8 +163,8 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
 
 def test_without_a_compiler_all_but_the_compiled_core_is_installed(built: Path, wheel: Path, tmp_path: Path) -> None:
     (sdist,) = built.glob("*.tar.gz")
-    pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path)
-    _run(*pip, sdist, cwd=tmp_path, CC="no-such-compiler")
+    pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation")
+    _run(*pip, "--wheel-dir", tmp_path, sdist, cwd=tmp_path, CC="no-such-compiler")
     (pure,) = tmp_path.glob("*.whl")
     assert _files(pure) == {name for name in _files(wheel) if not name.endswith(".so")}
     with zipfile.ZipFile(pure) as archive:
@@ -224,7 +225,7 @@ def test_type_checkers_see_an_editable_install(source: Path, tmp_path: Path) -> 
     python = venv / "bin" / "python"
     _run(sys.executable, "-m", "venv", "--without-pip", venv, cwd=tmp_path)
     pip = (sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-compile")
-    _run(*pip, "--no-deps", "--editable", source, cwd=tmp_path)
+    _run(*pip, "--no-deps", "--editable", source, cwd=tmp_path, CC="no-such-compiler")
     program.write_text(TYPED)
     settings = ("--strict", "--no-color-output", "--python-executable", str(python))
     done = subprocess.run(
