@@ -120,7 +120,7 @@ schema: $(VENV)/.test-ready ## Generates the FlatBuffers code from message.fbs a
 
 clean: ## Removes the virtual environment and all that was built. The converted model stays in its cache.
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
-	rm -rf .benchmarks .coverage .coverage.* htmlcov
+	rm -rf .benchmarks .coverage .coverage.* htmlcov fastsplit/_native*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ---- setting up ----
