@@ -55,7 +55,11 @@ MESSAGES: list[tuple[str, list[tuple[int, tuple[int, ...]]], dict[str, Any]]] = 
 each = pytest.mark.parametrize(("op", "tensors", "attrs"), MESSAGES, ids=[row[0] or "nothing" for row in MESSAGES])
 
 
-@pytest.fixture(autouse=True, params=["compiled", "python"])
+SAMPLED = pytest.param("python", marks=pytest.mark.matrix(one_in=3, each=False))
+"""It is what the compiled tables leave to Python, too."""
+
+
+@pytest.fixture(autouse=True, params=["compiled", SAMPLED] if backend.native else ["python"])
 def core(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """With the compiled tables, and without."""
     if request.param == "python":
