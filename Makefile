@@ -9,7 +9,7 @@ PROMPT ?= Why is the sky blue?
 override PROMPT := $(value PROMPT)
 
 # Bytecode is compiled at the first import instead of at installation: most of torch and transformers is never imported.
-# So it must be kept: else each process that a test starts compiles torch again (2 s).
+# So it must be kept: else each process compiles again what it imports, and pytest rewrites every test again.
 unexport PYTHONDONTWRITEBYTECODE
 # Where nobody watches, pip only says what went wrong.
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile --constraint constraints.txt \

@@ -6,7 +6,6 @@
 
 #include "native.h"
 
-#include <stdint.h>
 #include <string.h>
 
 enum {
@@ -15,16 +14,6 @@ enum {
     LAST_KIND = 12,
     REQUEST = 2,
 };
-
-static inline uint64_t read_number(const unsigned char *at, int nbytes) {
-    uint64_t number = 0;
-    for (int i = 0; i < nbytes; i++) number |= (uint64_t)at[i] << 8 * i;
-    return number;
-}
-
-static inline void write_number(unsigned char *at, uint64_t number, int nbytes) {
-    for (int i = 0; i < nbytes; i++) at[i] = (unsigned char)(number >> 8 * i);
-}
 
 static int limit_of(PyObject *limits, PyObject *name, uint64_t *limit) {
     PyObject *found = PyObject_GetAttr(limits, name);
@@ -55,14 +44,14 @@ PyObject *native_parse_header(PyObject *Py_UNUSED(module), PyObject *const *args
     PyBuffer_Release(&buffer);
     if (whole) {
         unsigned kind = header[5];
-        uint64_t flags = read_number(header + 6, 2);
-        uint64_t metadata_nbytes = read_number(header + 16, 4), varying_nbytes = read_number(header + 20, 4);
-        uint64_t payload_nbytes = read_number(header + 24, 8);
+        uint64_t flags = native_read(header + 6, 2);
+        uint64_t metadata_nbytes = native_read(header + 16, 4), varying_nbytes = native_read(header + 20, 4);
+        uint64_t payload_nbytes = native_read(header + 24, 8);
         if (memcmp(header, "FSPL", 4) == 0 && header[4] == VERSION && kind >= 1 && kind <= LAST_KIND &&
             (flags == 0 || ((flags & ~known_flags) == 0 && kind == REQUEST)) && varying_nbytes <= metadata_nbytes &&
             metadata_nbytes <= max_metadata_nbytes && payload_nbytes <= max_message_nbytes) {
-            unsigned long long numbers[7] = {kind,           read_number(header + 8, 8),  metadata_nbytes, varying_nbytes,
-                                             payload_nbytes, read_number(header + 32, 8), flags};
+            unsigned long long numbers[7] = {kind,           native_read(header + 8, 8),  metadata_nbytes, varying_nbytes,
+                                             payload_nbytes, native_read(header + 32, 8), flags};
             PyObject *found = PyTuple_New(7);
             for (int i = 0; found != NULL && i < 7; i++) {
                 PyObject *number = PyLong_FromUnsignedLongLong(numbers[i]);
@@ -96,11 +85,11 @@ PyObject *native_pack_header(PyObject *Py_UNUSED(module), PyObject *const *args,
     memcpy(out, "FSPL", 4);
     out[4] = VERSION;
     out[5] = (unsigned char)numbers[0];
-    write_number(out + 6, numbers[5], 2);
-    write_number(out + 8, numbers[1], 8);
-    write_number(out + 16, (uint64_t)PyByteArray_GET_SIZE(args[0]) - HEADER_NBYTES, 4);
-    write_number(out + 20, numbers[2], 4);
-    write_number(out + 24, numbers[3], 8);
-    write_number(out + 32, numbers[4], 8);
+    native_write(out + 6, numbers[5], 2);
+    native_write(out + 8, numbers[1], 8);
+    native_write(out + 16, (uint64_t)PyByteArray_GET_SIZE(args[0]) - HEADER_NBYTES, 4);
+    native_write(out + 20, numbers[2], 4);
+    native_write(out + 24, numbers[3], 8);
+    native_write(out + 32, numbers[4], 8);
     Py_RETURN_NONE;
 }

@@ -9,7 +9,6 @@
 
 #include "native.h"
 
-#include <stdint.h>
 #include <string.h>
 
 enum {
@@ -17,8 +16,6 @@ enum {
     MAX_HEADS = 512,
     MAX_WORDS = 1 << 20, /* far more than a message that is kept can have */
 };
-
-enum Kind { FIXED, INT, BOOL, FLOAT };
 
 typedef struct {
     PyObject *name;
@@ -51,11 +48,7 @@ typedef struct {
     Head *buckets[BUCKETS];
 } Heads;
 
-static inline uint64_t word_at(const unsigned char *at) {
-    uint64_t word = 0;
-    for (int i = 0; i < 8; i++) word |= (uint64_t)at[i] << 8 * i;
-    return word;
-}
+static inline uint64_t word_at(const unsigned char *at) { return native_read(at, 8); }
 
 /* Of this process alone: a peer that sends heads cannot choose ones that meet. */
 static uint64_t hash_start(void) {

@@ -5,6 +5,21 @@
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <stdint.h>
+
+/* How an attribute travels: in the message's text, or as a number; `Heads.add` is told by these. */
+enum Kind { FIXED, INT, BOOL, FLOAT };
+
+/* Numbers of a message: little-endian, at any address. */
+static inline uint64_t native_read(const unsigned char *at, int nbytes) {
+    uint64_t number = 0;
+    for (int i = 0; i < nbytes; i++) number |= (uint64_t)at[i] << 8 * i;
+    return number;
+}
+
+static inline void native_write(unsigned char *at, uint64_t number, int nbytes) {
+    for (int i = 0; i < nbytes; i++) at[i] = (unsigned char)(number >> 8 * i);
+}
 
 /* Made when the module is imported, and never changed. */
 extern PyObject *native_PeerLostError;          /* fastsplit.errors.PeerLostError */

@@ -8,7 +8,6 @@
 
 #include "native.h"
 
-#include <stdint.h>
 #include <string.h>
 
 enum {
@@ -17,8 +16,6 @@ enum {
     MAX_ATTRS = 64,      /* in a message that is made here */
     MAX_DESC_WORDS = 512 /* of all tensors: dtype, dims, each dimension */
 };
-
-enum Kind { FIXED, INT, BOOL, FLOAT };
 
 typedef struct Template {
     struct Template *next; /* in its bucket */
@@ -183,7 +180,7 @@ static Template *find(const Templates *self, const Shape *shape) {
 }
 
 static inline void put(unsigned char **at, uint64_t word) {
-    for (int i = 0; i < 8; i++) (*at)[i] = (unsigned char)(word >> 8 * i);
+    native_write(*at, word, 8);
     *at += 8;
 }
 

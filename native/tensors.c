@@ -8,7 +8,6 @@
 
 #include "native.h"
 
-#include <stdint.h>
 #include <string.h>
 
 /* ---- DLPack's exchange of tensors in C: dlpack.h, version 1.3, as far as it is used ---- */

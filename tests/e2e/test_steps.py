@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("transformers")
-from split import CONFIGS, load_hf, make_model, relative_error, split
+from split import Named, named_models, random_ids, relative_error, split
 
-from fastsplit.models import Model, open_model
 from fastsplit.split.contract import traffic
 from fastsplit.split.plan import PLANS
 from fastsplit.tee.remote import RemoteModel
@@ -20,27 +18,12 @@ from fastsplit.tee.tuning import Link, Tuning, tune
 from fastsplit.wire.transport.meter import LinkEstimate
 
 TOLERANCE = 2e-5
-VOCAB = 97
-Named = tuple[Model, Any]
 SLOW = LinkEstimate(0.02, 12.5e6, 12.5e6)
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Named]:
-    made: dict[str, Named] = {}
-
-    def get(name: str) -> Named:
-        if name not in made:
-            directory = tmp_path_factory.mktemp("steps") / "model"
-            make_model(directory, CONFIGS[name])
-            made[name] = open_model(str(directory)), load_hf(directory)
-        return made[name]
-
-    return get
-
-
-def random_ids(batch: int, length: int) -> torch.Tensor:
-    return torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(3))
+    return named_models(tmp_path_factory)
 
 
 @pytest.mark.parametrize(("plan", "lanes"), [("minimal", 3), ("minimal", 1), ("folded", 3), ("fused", 3)])
@@ -49,7 +32,7 @@ def test_a_cache_goes_on_by_another_plan_than_filled_it(
 ) -> None:
     """Of two sequences, one with padding: more of the prompt, and steps, by each of the others in turn."""
     model, reference = models("grouped heads")
-    ids = random_ids(2, 280)
+    ids = random_ids(2, 280, seed=3)
     mask = torch.arange(280) >= torch.tensor([[0], [61]])
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)
     expected = reference(ids, attention_mask=mask.long(), position_ids=positions, use_cache=False).logits
@@ -67,7 +50,7 @@ def test_a_cache_goes_on_by_another_plan_than_filled_it(
 def test_a_cache_in_the_tee_goes_on_by_another_form_of_its_plan(models: Callable[[str], Named], unix_uri: str) -> None:
     """By one that sends token ids, since it has no copy of the embedding's weights; by another number of lanes."""
     model, reference = models("grouped heads")
-    ids = random_ids(2, 280)
+    ids = random_ids(2, 280, seed=3)
     mask = torch.arange(280) >= torch.tensor([[0], [61]])
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)
     expected = reference(ids, attention_mask=mask.long(), position_ids=positions, use_cache=False).logits
@@ -87,7 +70,7 @@ def test_a_tuning_is_what_runs(models: Callable[[str], Named], unix_uri: str, ro
     model, reference = models("grouped heads")
     tuning = tune(model.config, "float32", rows, link=SLOW, cast="off", plan=plan)
     saved = {"minimal": 1, "tee-attention": 2}[plan]
-    ids = random_ids(1, rows + 1)
+    ids = random_ids(1, rows + 1, seed=3)
     expected = reference(ids).logits
     with split(model, unix_uri, plan="per-op", choice=tuning) as (runner, channel), runner.new_cache() as cache:
         assert (runner.plan, runner.lanes) == (tuning.plan, tuning.lanes) == (plan, 1 if rows == 100 else 4)
@@ -111,7 +94,7 @@ def test_what_is_cast_on_the_link_alone_is_near(
 ) -> None:
     """Tensors that are large enough: without scores it takes more rows for that."""
     model, reference = models("grouped heads")
-    ids = random_ids(1, rows)
+    ids = random_ids(1, rows, seed=3)
     expected = reference(ids).logits
     tuning = tune(model.config, "float32", rows, link=SLOW, cast=cast, plan=plan, lanes=lanes)
     sizes = {}
@@ -141,7 +124,7 @@ def test_the_model_of_time_counts_what_the_runner_sends(
         assert len(counts) == runner.lanes
         with runner.new_cache(1, rows) as cache:
             before = channel.stats.as_dict()
-            runner.forward(random_ids(1, rows), cache)
+            runner.forward(random_ids(1, rows, seed=3), cache)
             after = channel.stats.as_dict()
     form = PLANS[plan].form(model.config, ("float32",), has_embedding=True)
     parts, start = [], 0

@@ -54,8 +54,8 @@ CORES = ["python", "weak", "compiled", "compiled client", "compiled server"]
 
 @pytest.fixture(params=CORES)
 def core(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Who has the compiled core; without it, both ways to order a write before a read: x86's, and that of every other
-    processor."""
+    """Which ends have the compiled core. "python": neither, with the fence of x86; "weak": neither, with that of other
+    processors."""
     use(request.param, monkeypatch)
     return str(request.param)
 

@@ -234,9 +234,8 @@ class Ring(Beside):
             except DeadlineError:
                 return True
         finally:
-            with contextlib.suppress(
-                PeerLostError
-            ):  # of a ring that was let go: not in the place of what is raised here
+            # Of a ring that was let go: no error in the place of what is raised here.
+            with contextlib.suppress(PeerLostError):
                 slots.set_asleep(AWAKE)
 
     def wake_early(self) -> None:
@@ -246,6 +245,7 @@ class Ring(Beside):
                 self._ring_bell()
 
     def _ring_bell(self) -> None:
+        """Wakes the peer, which sleeps. Raises PeerLostError."""
         try:
             self._link.bytes_sent += self.slots.wake(self._send_bell)
         except BlockingIOError:

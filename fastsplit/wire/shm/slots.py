@@ -137,7 +137,7 @@ class Slots:
         return False
 
     def poll(self, poll_us: float) -> bool:
-        """Looks for a slot to read for so many microseconds."""
+        """Looks for a slot to read, for `poll_us` microseconds at most. Whether there is one."""
         if self._taken:
             return True
         trywait, items = self._trywait, self._items_in[self._in_slot]
