@@ -11,41 +11,24 @@
 
 #include <string.h>
 
-enum {
-    BUCKETS = 1024, /* a power of two */
-    MAX_HEADS = 512,
-    MAX_WORDS = 1 << 20, /* far more than a message that is kept can have */
-};
+enum { MAX_WORDS = 1 << 20 }; /* far more than a message that is kept can have */
 
 typedef struct {
-    PyObject *name;
-    PyObject *fixed; /* its value, if it is FIXED */
-    Py_ssize_t word; /* its number, if it is not */
-    unsigned char kind;
-} Slot;
-
-typedef struct Head {
-    struct Head *next; /* in its bucket */
-    struct Head *younger;
-    uint64_t hash;
+    NativeEntry entry;
     PyObject *bytes;   /* all before the numbers */
     PyObject *message; /* the result if nothing varies */
-    PyObject *plain;   /* the numbers with which `message` is the result; NULL if there are none such */
+    PyObject *plain;   /* the numbers with which `message` is the result, or None */
+    PyObject *slots;   /* of each attribute: name, kind, its number's word, its value if it is FIXED */
+    PyObject *gaps;    /* of each length among the numbers: word, value */
     Py_ssize_t words;  /* numbers and lengths between them */
-    Py_ssize_t slots, gaps, tensors, returns;
-    Py_ssize_t placements_at, returns_at; /* words */
-    Slot *slot;
-    Py_ssize_t *gap_at;
-    uint64_t *gap, *sizes;
+    Py_ssize_t placements_at, returns_at, returns; /* words, words, how many */
 } Head;
 
 typedef struct {
     PyObject_HEAD
     PyTypeObject *message_type;
     int busy; /* a message is being made: the collector may run there, and code that comes here */
-    int count;
-    Head *oldest, *youngest;
-    Head *buckets[BUCKETS];
+    NativeTable table;
 } Heads;
 
 static inline uint64_t word_at(const unsigned char *at) { return native_read(at, 8); }
@@ -73,11 +56,11 @@ static uint64_t hash_of(const unsigned char *bytes, Py_ssize_t nbytes) {
     return hash ^ (hash >> 32);
 }
 
-static Head *find(const Heads *self, const unsigned char *bytes, Py_ssize_t nbytes, uint64_t hash) {
-    Head *head = self->buckets[hash & (BUCKETS - 1)];
-    while (head != NULL && !(head->hash == hash && PyBytes_GET_SIZE(head->bytes) == nbytes &&
+static Head *find(Heads *self, const unsigned char *bytes, Py_ssize_t nbytes, uint64_t hash) {
+    Head *head = (Head *)*native_bucket(&self->table, hash);
+    while (head != NULL && !(head->entry.hash == hash && PyBytes_GET_SIZE(head->bytes) == nbytes &&
                              memcmp(PyBytes_AS_STRING(head->bytes), bytes, (size_t)nbytes) == 0))
-        head = head->next;
+        head = (Head *)head->entry.next;
     return head;
 }
 
@@ -92,15 +75,18 @@ static PyObject *tuple_of(const unsigned char *numbers, Py_ssize_t count) {
     return tuple;
 }
 
+static inline Py_ssize_t item_of(PyObject *tuple, Py_ssize_t at) { return PyLong_AsSsize_t(PyTuple_GET_ITEM(tuple, at)); }
+
 /* Bytes that the payload must have; -1 if a placement is not one that a plain tensor can have. */
 static int64_t check_placements(const Head *head, const unsigned char *numbers, int *is_inline) {
+    PyObject *tensors = PyTuple_GET_ITEM(head->message, 1);
     uint64_t payload = 0;
     *is_inline = 1;
-    for (Py_ssize_t i = 0; i < head->tensors; i++) {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tensors); i++) {
         const unsigned char *at = numbers + 8 * (head->placements_at + 3 * i);
-        uint64_t segment = word_at(at), offset = word_at(at + 8);
-        if (segment >> 32 || word_at(at + 16) != head->sizes[i] || (segment == 0 && offset != payload)) return -1;
-        if (segment == 0) payload += head->sizes[i];
+        uint64_t segment = word_at(at), offset = word_at(at + 8), nbytes = (uint64_t)item_of(PyTuple_GET_ITEM(tensors, i), 2);
+        if (segment >> 32 || word_at(at + 16) != nbytes || (segment == 0 && offset != payload)) return -1;
+        if (segment == 0) payload += nbytes;
         else *is_inline = 0;
     }
     return (int64_t)payload;
@@ -109,26 +95,24 @@ static int64_t check_placements(const Head *head, const unsigned char *numbers, 
 /* The attributes; NULL without an error if one is not what Python would accept. */
 static PyObject *attrs_of(const Head *head, const unsigned char *numbers) {
     PyObject *attrs = PyDict_New();
-    for (Py_ssize_t i = 0; attrs != NULL && i < head->slots; i++) {
-        const Slot *slot = &head->slot[i];
-        PyObject *value = NULL;
-        if (slot->kind == FIXED) {
-            value = PyList_Check(slot->fixed) ? PyList_GetSlice(slot->fixed, 0, PyList_GET_SIZE(slot->fixed))
-                                              : Py_NewRef(slot->fixed);
-        } else {
-            uint64_t word = word_at(numbers + 8 * slot->word);
-            if (slot->kind == FLOAT) {
-                double number;
-                memcpy(&number, &word, 8);
-                value = PyFloat_FromDouble(number);
-            } else if (slot->kind == BOOL && word > 1) {
-                Py_DECREF(attrs);
-                return NULL;
-            } else {
-                value = slot->kind == BOOL ? PyBool_FromLong((long)word) : PyLong_FromLongLong((int64_t)word);
-            }
+    for (Py_ssize_t i = 0; attrs != NULL && i < PyTuple_GET_SIZE(head->slots); i++) {
+        PyObject *slot = PyTuple_GET_ITEM(head->slots, i), *fixed = PyTuple_GET_ITEM(slot, 3), *value = NULL;
+        Py_ssize_t kind = item_of(slot, 1);
+        uint64_t word = kind == FIXED ? 0 : word_at(numbers + 8 * item_of(slot, 2));
+        if (kind == BOOL && word > 1) {
+            Py_DECREF(attrs);
+            return NULL;
         }
-        if (value == NULL || PyDict_SetItem(attrs, slot->name, value) < 0) Py_CLEAR(attrs);
+        if (kind == FIXED) {
+            value = PyList_Check(fixed) ? PyList_GetSlice(fixed, 0, PyList_GET_SIZE(fixed)) : Py_NewRef(fixed);
+        } else if (kind == FLOAT) {
+            double number;
+            memcpy(&number, &word, 8);
+            value = PyFloat_FromDouble(number);
+        } else {
+            value = kind == BOOL ? PyBool_FromLong((long)word) : PyLong_FromLongLong((int64_t)word);
+        }
+        if (value == NULL || PyDict_SetItem(attrs, PyTuple_GET_ITEM(slot, 0), value) < 0) Py_CLEAR(attrs);
         Py_XDECREF(value);
     }
     return attrs;
@@ -136,8 +120,10 @@ static PyObject *attrs_of(const Head *head, const unsigned char *numbers) {
 
 static PyObject *make_message(const Heads *self, const Head *head, const unsigned char *numbers) {
     int is_inline = 1;
-    for (Py_ssize_t i = 0; i < head->gaps; i++)
-        if (word_at(numbers + 8 * head->gap_at[i]) != head->gap[i]) Py_RETURN_NONE;
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(head->gaps); i++) {
+        PyObject *gap = PyTuple_GET_ITEM(head->gaps, i);
+        if (word_at(numbers + 8 * item_of(gap, 0)) != (uint64_t)item_of(gap, 1)) Py_RETURN_NONE;
+    }
     int64_t payload_nbytes = check_placements(head, numbers, &is_inline);
     if (payload_nbytes < 0) Py_RETURN_NONE;
     const unsigned char *returned = numbers + 8 * head->returns_at;
@@ -151,7 +137,7 @@ static PyObject *make_message(const Heads *self, const Head *head, const unsigne
         Py_RETURN_NONE;
     }
     nbytes = PyLong_FromLongLong(payload_nbytes);
-    if (nbytes != NULL) placements = tuple_of(numbers + 8 * head->placements_at, is_inline ? 0 : 3 * head->tensors);
+    if (nbytes != NULL) placements = tuple_of(numbers + 8 * head->placements_at, is_inline ? 0 : 3 * PyTuple_GET_SIZE(PyTuple_GET_ITEM(head->message, 1)));
     if (placements != NULL) returns = tuple_of(returned, 2 * head->returns);
     if (returns != NULL) message = self->message_type->tp_alloc(self->message_type, 6);
     if (nbytes == NULL || placements == NULL || returns == NULL || message == NULL) {
@@ -171,6 +157,22 @@ static PyObject *make_message(const Heads *self, const Head *head, const unsigne
     return message;
 }
 
+PyObject *native_decode(PyObject *heads, const unsigned char *bytes, Py_ssize_t nbytes, Py_ssize_t varying) {
+    Heads *self = (Heads *)heads;
+    if (varying < 0 || varying >= nbytes) Py_RETURN_NONE;
+    Py_ssize_t cut = nbytes - varying;
+    const Head *head = find(self, bytes, cut, hash_of(bytes, cut));
+    if (head == NULL || varying != 8 * head->words) Py_RETURN_NONE;
+    const unsigned char *numbers = bytes + cut;
+    if (head->plain != Py_None && memcmp(PyBytes_AS_STRING(head->plain), numbers, (size_t)varying) == 0)
+        return Py_NewRef(head->message);
+    if (head->words == 0 && PyTuple_GET_SIZE(head->slots) == 0) return Py_NewRef(head->message);
+    self->busy++;
+    PyObject *message = make_message(self, head, numbers);
+    self->busy--;
+    return message;
+}
+
 static PyObject *Heads_decode(Heads *self, PyObject *const *args, Py_ssize_t nargs) {
     if (nargs != 2 || !PyBytes_CheckExact(args[0])) {
         PyErr_SetString(PyExc_TypeError, "decode: expected metadata, as bytes, and varying_nbytes");
@@ -178,20 +180,7 @@ static PyObject *Heads_decode(Heads *self, PyObject *const *args, Py_ssize_t nar
     }
     Py_ssize_t varying = PyLong_AsSsize_t(args[1]);
     if (varying == -1 && PyErr_Occurred()) return NULL;
-    const unsigned char *bytes = (unsigned char *)PyBytes_AS_STRING(args[0]);
-    Py_ssize_t nbytes = PyBytes_GET_SIZE(args[0]);
-    if (varying < 0 || varying >= nbytes) Py_RETURN_NONE;
-    Py_ssize_t cut = nbytes - varying;
-    const Head *head = find(self, bytes, cut, hash_of(bytes, cut));
-    if (head == NULL || varying != 8 * head->words) Py_RETURN_NONE;
-    const unsigned char *numbers = bytes + cut;
-    if (head->plain != NULL && memcmp(PyBytes_AS_STRING(head->plain), numbers, (size_t)varying) == 0)
-        return Py_NewRef(head->message);
-    if (head->words == 0 && head->slots == 0) return Py_NewRef(head->message);
-    self->busy++;
-    PyObject *message = make_message(self, head, numbers);
-    self->busy--;
-    return message;
+    return native_decode((PyObject *)self, (unsigned char *)PyBytes_AS_STRING(args[0]), PyBytes_GET_SIZE(args[0]), varying);
 }
 
 /* ---- learning ---- */
@@ -201,120 +190,68 @@ static void free_head(Head *head) {
     Py_XDECREF(head->bytes);
     Py_XDECREF(head->message);
     Py_XDECREF(head->plain);
-    for (Py_ssize_t i = 0; head->slot != NULL && i < head->slots; i++) {
-        Py_XDECREF(head->slot[i].name);
-        Py_XDECREF(head->slot[i].fixed);
-    }
-    PyMem_Free(head->slot);
-    PyMem_Free(head->gap_at);
-    PyMem_Free(head->gap);
-    PyMem_Free(head->sizes);
+    Py_XDECREF(head->slots);
+    Py_XDECREF(head->gaps);
     PyMem_Free(head);
-}
-
-static void remove_oldest(Heads *self) {
-    Head *oldest = self->oldest;
-    Head **link = &self->buckets[oldest->hash & (BUCKETS - 1)];
-    while (*link != oldest) link = &(*link)->next;
-    *link = oldest->next;
-    self->oldest = oldest->younger;
-    if (self->oldest == NULL) self->youngest = NULL;
-    self->count--;
-    free_head(oldest);
 }
 
 static int within(Py_ssize_t at, Py_ssize_t count, Py_ssize_t words) {
     return at >= 0 && count >= 0 && at <= words && count <= words - at;
 }
 
-static int read_slots(Head *head, PyObject *slots) {
-    head->slots = PyTuple_GET_SIZE(slots);
-    head->slot = PyMem_Calloc((size_t)head->slots + 1, sizeof(Slot));
-    if (head->slot == NULL) return PyErr_NoMemory() != NULL;
-    for (Py_ssize_t i = 0; i < head->slots; i++) {
-        Slot *slot = &head->slot[i];
-        PyObject *name, *fixed;
-        if (!PyArg_ParseTuple(PyTuple_GET_ITEM(slots, i), "UbnO", &name, &slot->kind, &slot->word, &fixed)) return 0;
-        slot->name = Py_NewRef(name);
-        slot->fixed = Py_NewRef(fixed);
-        if (slot->kind > FLOAT || (slot->kind != FIXED && !within(slot->word, 1, head->words))) {
-            PyErr_SetString(PyExc_ValueError, "slots: a number that does not exist");
+/* Whether all of a head is what the code above takes it for. */
+static int is_sound(const Head *head) {
+    PyObject *tensors = PyTuple_GET_ITEM(head->message, 1), *name, *fixed;
+    if (head->words < 0 || head->words > MAX_WORDS || head->returns < 0 || head->returns > head->words ||
+        !PyTuple_Check(tensors) || !within(head->placements_at, 3 * PyTuple_GET_SIZE(tensors), head->words) ||
+        !within(head->returns_at, 2 * head->returns, head->words) ||
+        (head->plain != Py_None && (!PyBytes_CheckExact(head->plain) || PyBytes_GET_SIZE(head->plain) != 8 * head->words)))
+        return 0;
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tensors); i++) {
+        PyObject *desc = PyTuple_GET_ITEM(tensors, i);
+        if (!PyTuple_Check(desc) || PyTuple_GET_SIZE(desc) != 3 || item_of(desc, 2) < 0) return 0;
+    }
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(head->slots); i++) {
+        Py_ssize_t kind, word;
+        if (!PyTuple_Check(PyTuple_GET_ITEM(head->slots, i)) || !PyArg_ParseTuple(PyTuple_GET_ITEM(head->slots, i), "UnnO", &name, &kind, &word, &fixed) || kind < FIXED ||
+            kind > FLOAT || (kind != FIXED && !within(word, 1, head->words)))
             return 0;
-        }
+    }
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(head->gaps); i++) {
+        Py_ssize_t word, value;
+        if (!PyTuple_Check(PyTuple_GET_ITEM(head->gaps, i)) || !PyArg_ParseTuple(PyTuple_GET_ITEM(head->gaps, i), "nn", &word, &value) || !within(word, 1, head->words)) return 0;
     }
     return 1;
 }
 
-static int read_gaps(Head *head, PyObject *gaps) {
-    head->gaps = PyTuple_GET_SIZE(gaps);
-    head->gap_at = PyMem_Calloc((size_t)head->gaps + 1, sizeof(Py_ssize_t));
-    head->gap = PyMem_Calloc((size_t)head->gaps + 1, sizeof(uint64_t));
-    if (head->gap_at == NULL || head->gap == NULL) return PyErr_NoMemory() != NULL;
-    for (Py_ssize_t i = 0; i < head->gaps; i++) {
-        unsigned long long value;
-        if (!PyArg_ParseTuple(PyTuple_GET_ITEM(gaps, i), "nK", &head->gap_at[i], &value)) return 0;
-        head->gap[i] = value;
-        if (!within(head->gap_at[i], 1, head->words)) {
-            PyErr_SetString(PyExc_ValueError, "gaps: a word that does not exist");
-            return 0;
-        }
-    }
-    return 1;
-}
-
-static int read_sizes(Head *head, PyObject *sizes) {
-    head->tensors = PyTuple_GET_SIZE(sizes);
-    head->sizes = PyMem_Calloc((size_t)head->tensors + 1, sizeof(uint64_t));
-    if (head->sizes == NULL) return PyErr_NoMemory() != NULL;
-    for (Py_ssize_t i = 0; i < head->tensors; i++) {
-        head->sizes[i] = PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(sizes, i));
-        if (PyErr_Occurred()) return 0;
-    }
-    return 1;
-}
-
-/* add(head, message, plain, words, slots, gaps, sizes, placements_at, returns_at, returns) */
+/* add(head, message, plain, words, slots, gaps, placements_at, returns_at, returns) */
 static PyObject *Heads_add(Heads *self, PyObject *args) {
-    PyObject *bytes, *message, *plain, *slots, *gaps, *sizes;
     if (self->message_type == NULL) {
         PyErr_SetString(PyExc_TypeError, "Heads: not initialized");
         return NULL;
     }
-    Head *head = PyMem_Calloc(1, sizeof(Head));
+    Head *head = PyMem_Calloc(1, sizeof(Head)), read = {.words = 0};
     if (head == NULL) return PyErr_NoMemory();
-    if (!PyArg_ParseTuple(args, "SO!OnO!O!O!nnn", &bytes, self->message_type, &message, &plain, &head->words,
-                          &PyTuple_Type, &slots, &PyTuple_Type, &gaps, &PyTuple_Type, &sizes, &head->placements_at,
-                          &head->returns_at, &head->returns))
-        goto failed;
-    head->bytes = Py_NewRef(bytes);
-    head->message = Py_NewRef(message);
-    head->plain = plain == Py_None ? NULL : Py_NewRef(plain);
-    if (!read_slots(head, slots) || !read_gaps(head, gaps) || !read_sizes(head, sizes)) goto failed;
-    if (head->words < 0 || head->words > MAX_WORDS || (head->plain != NULL && (!PyBytes_CheckExact(head->plain) ||
-                                                    PyBytes_GET_SIZE(head->plain) != 8 * head->words)) ||
-        head->returns > head->words || !within(head->placements_at, 3 * head->tensors, head->words) ||
-        !within(head->returns_at, 2 * head->returns, head->words)) {
-        PyErr_SetString(PyExc_ValueError, "add: numbers that do not exist");
-        goto failed;
+    if (!PyArg_ParseTuple(args, "SO!OnO!O!nnn", &read.bytes, self->message_type, &read.message, &read.plain, &read.words,
+                          &PyTuple_Type, &read.slots, &PyTuple_Type, &read.gaps, &read.placements_at, &read.returns_at,
+                          &read.returns) ||
+        !is_sound(&read)) {
+        if (!PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "add: numbers that do not exist");
+        PyMem_Free(head);
+        return NULL;
     }
+    *head = read;
+    PyObject *bytes = Py_NewRef(head->bytes);
+    Py_INCREF(head->message);
+    Py_INCREF(head->plain);
+    Py_INCREF(head->slots);
+    Py_INCREF(head->gaps);
     const unsigned char *start = (unsigned char *)PyBytes_AS_STRING(bytes);
-    head->hash = hash_of(start, PyBytes_GET_SIZE(bytes));
-    if (self->busy || find(self, start, PyBytes_GET_SIZE(bytes), head->hash) != NULL) { /* or: of another length */
+    head->entry.hash = hash_of(start, PyBytes_GET_SIZE(bytes));
+    if (self->busy || find(self, start, PyBytes_GET_SIZE(bytes), head->entry.hash) != NULL) /* or: of another length */
         free_head(head);
-        Py_RETURN_NONE;
-    }
-    if (self->count >= MAX_HEADS) remove_oldest(self);
-    Head **bucket = &self->buckets[head->hash & (BUCKETS - 1)];
-    head->next = *bucket;
-    *bucket = head;
-    if (self->youngest != NULL) self->youngest->younger = head;
-    else self->oldest = head;
-    self->youngest = head;
-    self->count++;
+    else free_head((Head *)native_add(&self->table, &head->entry));
     Py_RETURN_NONE;
-failed:
-    free_head(head);
-    return NULL;
 }
 
 static int Heads_init(Heads *self, PyObject *args, PyObject *kwargs) {
@@ -329,8 +266,12 @@ static int Heads_init(Heads *self, PyObject *args, PyObject *kwargs) {
     return 0;
 }
 
+static void forget(Heads *self) {
+    while (self->table.oldest != NULL) free_head((Head *)native_take_oldest(&self->table));
+}
+
 static void Heads_dealloc(Heads *self) {
-    while (self->oldest != NULL) remove_oldest(self);
+    forget(self);
     Py_XDECREF(self->message_type);
     PyTypeObject *type = Py_TYPE(self);
     type->tp_free((PyObject *)self);
@@ -338,11 +279,11 @@ static void Heads_dealloc(Heads *self) {
 }
 
 static PyObject *Heads_clear(Heads *self, PyObject *Py_UNUSED(ignored)) {
-    while (!self->busy && self->oldest != NULL) remove_oldest(self);
+    if (!self->busy) forget(self);
     Py_RETURN_NONE;
 }
 
-static Py_ssize_t Heads_length(Heads *self) { return self->count; }
+static Py_ssize_t Heads_length(Heads *self) { return self->table.count; }
 
 static PyMethodDef Heads_methods[] = {
     {"clear", (PyCFunction)Heads_clear, METH_NOARGS, NULL},

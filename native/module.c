@@ -4,8 +4,7 @@
 #include "native.h"
 
 PyObject *native_PeerLostError;
-PyObject *native_pack_header_reference, *native_parse_header_reference;
-PyObject *native_str_slot, *native_str_max_metadata_nbytes, *native_str_max_message_nbytes;
+PyObject *native_str_slot;
 
 static int import_name(PyObject **into, const char *module, const char *name) {
     PyObject *found = PyImport_ImportModule(module);
@@ -15,8 +14,6 @@ static int import_name(PyObject **into, const char *module, const char *name) {
     return *into != NULL;
 }
 
-static int intern(PyObject **into, const char *text) { return (*into = PyUnicode_InternFromString(text)) != NULL; }
-
 static int add_type(PyObject *module, PyType_Spec *spec, const char *name) {
     PyObject *type = PyType_FromSpec(spec);
     if (type == NULL) return 0;
@@ -25,10 +22,13 @@ static int add_type(PyObject *module, PyType_Spec *spec, const char *name) {
     return added == 0;
 }
 
+static PyObject *knows_torch(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored)) {
+    int known = native_knows_torch();
+    return known < 0 ? NULL : PyBool_FromLong(known);
+}
+
 static PyMethodDef functions[] = {
-    {"pack_header", (PyCFunction)(void (*)(void))native_pack_header, METH_FASTCALL, "See fastsplit.schema.header."},
-    {"parse_header", (PyCFunction)(void (*)(void))native_parse_header, METH_FASTCALL, "See fastsplit.schema.header."},
-    {"share", (PyCFunction)(void (*)(void))native_share, METH_FASTCALL, "See fastsplit.tensors.outgoing."},
+    {"knows_torch", knows_torch, METH_NOARGS, "See fastsplit.wire.backend."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -42,15 +42,13 @@ static struct PyModuleDef definition = {
 
 PyMODINIT_FUNC PyInit__native(void) {
     if (!import_name(&native_PeerLostError, "fastsplit.errors", "PeerLostError") ||
-        !import_name(&native_pack_header_reference, "fastsplit.schema.header", "pack_header") ||
-        !import_name(&native_parse_header_reference, "fastsplit.schema.header", "parse_header") ||
-        !intern(&native_str_slot, "slot") || !intern(&native_str_max_metadata_nbytes, "max_metadata_nbytes") ||
-        !intern(&native_str_max_message_nbytes, "max_message_nbytes") || !native_init_tensors())
+        !native_intern(&native_str_slot, "slot") || !native_init_tensors())
         return NULL;
     PyObject *module = PyModule_Create(&definition);
     if (module != NULL && !(add_type(module, &native_slots_spec, "Slots") &&
                             add_type(module, &native_templates_spec, "Templates") &&
-                            add_type(module, &native_heads_spec, "Heads")))
+                            add_type(module, &native_heads_spec, "Heads") && add_type(module, &native_lane_spec, "Lane") &&
+                            PyModule_AddIntConstant(module, "REVISION", NATIVE_REVISION) == 0))
         Py_CLEAR(module);
     return module;
 }

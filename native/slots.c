@@ -8,14 +8,16 @@
 
 #include "native.h"
 
+#include <errno.h>
+#include <poll.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <string.h>
-#include <time.h>
+#include <structmember.h>
+#include <sys/socket.h>
 
 enum {
     SLOTS = 64,
-    SLOT_NBYTES = 1024,
     HALF = SLOTS / 2,
     STRIDE = 64, /* bytes from one semaphore to the next */
     ASLEEP_AT = 64,
@@ -27,6 +29,9 @@ enum {
     SLOTS_AT = 12288,
     RING_NBYTES = SLOTS_AT + 2 * SLOTS * SLOT_NBYTES,
     UNRUNG = 3,
+    AWAKE = 0,
+    ASLEEP = 1,
+    EAGER = 2,
     MAX_TRIES = 1000,
     LOOKS = 32, /* between two looks at the clock */
 };
@@ -41,6 +46,7 @@ typedef struct {
     int taken;  /* whether the next slot may be read */
     int polls;  /* calls of `poll` that are looking now, without the interpreter's lock */
     int owed;   /* the half (1 or 2) that was read and is to be given to the peer, UNRUNG if it was; 0 for none */
+    Py_ssize_t rung, heard; /* bells, as bytes through the socket, of `native_ring_bell` and `native_sleep` */
 } Slots;
 
 static inline pthread_spinlock_t *lock_at(const Slots *self, size_t at) {
@@ -156,6 +162,13 @@ static PyObject *Slots_has_space(Slots *self, PyObject *Py_UNUSED(ignored)) {
     return PyBool_FromLong(find_space(self));
 }
 
+static void put_slot(Slots *self, const unsigned char *part, Py_ssize_t nbytes) {
+    memcpy(slot_at(self, self->mine, self->out_slot), part, (size_t)nbytes);
+    pthread_spin_unlock(item(self, self->mine, self->out_slot)); /* releases what was copied */
+    self->out_slot = (self->out_slot + 1) % SLOTS;
+    self->credit--;
+}
+
 static PyObject *Slots_write(Slots *self, PyObject *part) {
     if (!is_open(self)) return NULL;
     Py_buffer view;
@@ -166,12 +179,7 @@ static PyObject *Slots_write(Slots *self, PyObject *part) {
         return NULL;
     }
     int written = find_space(self);
-    if (written) {
-        memcpy(slot_at(self, self->mine, self->out_slot), view.buf, (size_t)view.len);
-        pthread_spin_unlock(item(self, self->mine, self->out_slot)); /* releases what was copied */
-        self->out_slot = (self->out_slot + 1) % SLOTS;
-        self->credit--;
-    }
+    if (written) put_slot(self, view.buf, view.len);
     PyBuffer_Release(&view);
     return PyBool_FromLong(written);
 }
@@ -188,39 +196,43 @@ static PyObject *Slots_readable(Slots *self, PyObject *Py_UNUSED(ignored)) {
     return PyBool_FromLong(look(self));
 }
 
-static int64_t now_ns(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+/* 0 with an error if it is closed meanwhile. */
+static int came_back(Slots *self) {
+    self->polls--;
+    let_go(self);
+    return is_open(self);
+}
+
+static int spin(Slots *self, int64_t spin_ns) {
+    pthread_spinlock_t *next = item(self, self->theirs, self->in_slot);
+    int found = 0;
+    self->polls++;
+    Py_BEGIN_ALLOW_THREADS
+    int64_t end_ns = native_now_ns() + spin_ns;
+    do {
+        for (int looks = 0; looks < LOOKS && !found; looks++) {
+            found = pthread_spin_trylock(next) == 0;
+            if (!found) pause_briefly();
+        }
+    } while (!found && native_now_ns() < end_ns);
+    Py_END_ALLOW_THREADS
+    if (!came_back(self)) return 0;
+    if (found) self->taken = 1;
+    return 1;
 }
 
 static PyObject *Slots_poll(Slots *self, PyObject *argument) {
     double poll_us = PyFloat_AsDouble(argument);
     if (poll_us == -1.0 && PyErr_Occurred()) return NULL;
     if (!(poll_us > 0)) return PyBool_FromLong(self->taken);
-    if (!is_open(self)) return NULL;
-    if (!look(self)) {
-        pthread_spinlock_t *next = item(self, self->theirs, self->in_slot);
-        int found = 0;
-        self->polls++;
-        Py_BEGIN_ALLOW_THREADS
-        int64_t end_ns = now_ns() + (int64_t)((poll_us < 1e9 ? poll_us : 1e9) * 1e3);
-        do {
-            for (int looks = 0; looks < LOOKS && !found; looks++) {
-                found = pthread_spin_trylock(next) == 0;
-                if (!found) pause_briefly();
-            }
-        } while (!found && now_ns() < end_ns);
-        Py_END_ALLOW_THREADS
-        self->polls--;
-        if (self->base == NULL) {
-            let_go(self);
-            is_open(self); /* sets the error */
-            return NULL;
-        }
-        if (found) self->taken = 1;
-    }
+    if (!is_open(self) || (!look(self) && !spin(self, (int64_t)((poll_us < 1e9 ? poll_us : 1e9) * 1e3)))) return NULL;
     return PyBool_FromLong(self->taken);
+}
+
+static void drop_slot(Slots *self) {
+    self->taken = 0;
+    self->in_slot = (self->in_slot + 1) % SLOTS;
+    self->owed = self->in_slot % HALF ? 0 : self->in_slot / HALF ? 1 : 2; /* the half that ends here */
 }
 
 static PyObject *Slots_take(Slots *self, PyObject *sink) {
@@ -234,19 +246,19 @@ static PyObject *Slots_take(Slots *self, PyObject *sink) {
     int noted = PyObject_SetAttr(sink, native_str_slot, copy);
     Py_DECREF(copy);
     if (noted < 0) return NULL;
-    self->taken = 0;
-    self->in_slot = (self->in_slot + 1) % SLOTS;
-    self->owed = self->in_slot % HALF ? 0 : self->in_slot / HALF ? 1 : 2; /* the half that ends here */
+    drop_slot(self);
     Py_RETURN_NONE;
+}
+
+static void give_back(Slots *self) {
+    if (self->owed != UNRUNG) pthread_spin_unlock(space(self, self->theirs, self->owed - 1));
+    self->owed = UNRUNG;
 }
 
 static PyObject *Slots_give_back(Slots *self, PyObject *Py_UNUSED(ignored)) {
     if (self->owed == 0) Py_RETURN_FALSE;
     if (!is_open(self)) return NULL;
-    if (self->owed != UNRUNG) {
-        pthread_spin_unlock(space(self, self->theirs, self->owed - 1));
-        self->owed = UNRUNG;
-    }
+    give_back(self);
     Py_RETURN_TRUE;
 }
 
@@ -257,6 +269,12 @@ static PyObject *Slots_gave_back(Slots *self, PyObject *Py_UNUSED(ignored)) {
 
 /* ---- sleeping ---- */
 
+/* Whether what this side does next comes after it. */
+static int set_asleep(Slots *self, int value) {
+    atomic_store_explicit(asleep(self, self->mine), (unsigned char)value, memory_order_release);
+    return value == AWAKE || pass_fence(self);
+}
+
 static PyObject *Slots_set_asleep(Slots *self, PyObject *argument) {
     long value = PyLong_AsLong(argument);
     if (value == -1 && PyErr_Occurred()) return NULL;
@@ -265,8 +283,7 @@ static PyObject *Slots_set_asleep(Slots *self, PyObject *argument) {
         PyErr_Format(PyExc_ValueError, "value: %ld, expected 0 to 255", value);
         return NULL;
     }
-    atomic_store_explicit(asleep(self, self->mine), (unsigned char)value, memory_order_release);
-    return PyBool_FromLong(pass_fence(self));
+    return PyBool_FromLong(set_asleep(self, (int)value));
 }
 
 static PyObject *Slots_peer_asleep(Slots *self, PyObject *Py_UNUSED(ignored)) {
@@ -274,10 +291,13 @@ static PyObject *Slots_peer_asleep(Slots *self, PyObject *Py_UNUSED(ignored)) {
     return PyLong_FromLong(atomic_load_explicit(asleep(self, self->theirs), memory_order_acquire));
 }
 
+static int must_wake(Slots *self) {
+    return !pass_fence(self) || atomic_load_explicit(asleep(self, self->theirs), memory_order_acquire) != 0;
+}
+
 static PyObject *Slots_must_wake(Slots *self, PyObject *Py_UNUSED(ignored)) {
     if (!is_open(self)) return NULL;
-    if (!pass_fence(self)) Py_RETURN_TRUE;
-    return PyBool_FromLong(atomic_load_explicit(asleep(self, self->theirs), memory_order_acquire) != 0);
+    return PyBool_FromLong(must_wake(self));
 }
 
 static PyObject *Slots_wake(Slots *self, PyObject *ring_bell) {
@@ -285,6 +305,95 @@ static PyObject *Slots_wake(Slots *self, PyObject *ring_bell) {
     atomic_store_explicit(asleep(self, self->theirs), 0, memory_order_release);
     return PyObject_CallNoArgs(ring_bell);
 }
+
+/* ---- for lane.c: see native.h ---- */
+
+int native_look(PyObject *slots) { return ((Slots *)slots)->base != NULL && look((Slots *)slots); }
+
+int native_has_space(PyObject *slots) { return ((Slots *)slots)->base != NULL && find_space((Slots *)slots); }
+
+void native_copy_slot(PyObject *slots, unsigned char *out) {
+    Slots *self = (Slots *)slots;
+    memcpy(out, slot_at(self, self->theirs, self->in_slot), SLOT_NBYTES);
+}
+
+int native_put_slot(PyObject *slots, const unsigned char *part, Py_ssize_t nbytes) {
+    put_slot((Slots *)slots, part, nbytes);
+    return must_wake((Slots *)slots);
+}
+
+int native_drop_slot(PyObject *slots) {
+    Slots *self = (Slots *)slots;
+    drop_slot(self);
+    if (self->owed == 0) return 0;
+    give_back(self);
+    self->owed = 0;
+    return must_wake(self);
+}
+
+void native_ring_bell(PyObject *slots, int fd) {
+    Slots *self = (Slots *)slots;
+    atomic_store_explicit(asleep(self, self->theirs), 0, memory_order_release);
+    /* With the interpreter's lock, so that no other thread closes the descriptor. It fails if there are many bells, or
+     * if the peer is gone. */
+    ssize_t sent = send(fd, "w", 1, MSG_DONTWAIT | MSG_NOSIGNAL);
+    if (sent > 0) self->rung += sent;
+}
+
+int native_spin(PyObject *slots, int64_t spin_ns) {
+    Slots *self = (Slots *)slots;
+    if (self->base != NULL && !look(self) && !spin(self, spin_ns)) PyErr_Clear(); /* Python says that it was closed */
+    return native_look(slots);
+}
+
+/* What came along with bells, as Stream._message of transport/stream.py holds it until note was taken of it. */
+static int keep(PyObject *link, struct msghdr *message, ssize_t received) {
+    PyObject *along = PyList_New(0), *held = NULL;
+    for (struct cmsghdr *each = CMSG_FIRSTHDR(message); along != NULL && each != NULL; each = CMSG_NXTHDR(message, each)) {
+        PyObject *item = Py_BuildValue("(iiy#)", each->cmsg_level, each->cmsg_type, CMSG_DATA(each),
+                                       (Py_ssize_t)(each->cmsg_len - CMSG_LEN(0)));
+        if (item == NULL || PyList_Append(along, item) < 0) Py_CLEAR(along);
+        Py_XDECREF(item);
+    }
+    if (along != NULL) held = Py_BuildValue("(nNiO)", (Py_ssize_t)received, along, message->msg_flags, Py_None);
+    int kept = held != NULL && PyObject_SetAttrString(link, "_message", held) == 0;
+    Py_XDECREF(held);
+    return kept;
+}
+
+int native_sleep(PyObject *slots, PyObject *link, int fd, int may_bring, int is_eager, int64_t timeout_ns) {
+    Slots *self = (Slots *)slots;
+    if (self->base == NULL) return 0;
+    int ordered = set_asleep(self, is_eager ? EAGER : ASLEEP);
+    if (look(self) || !ordered) {
+        set_asleep(self, AWAKE);
+        return self->taken;
+    }
+    char bells[64], control[CMSG_SPACE(4 * sizeof(int))];
+    struct iovec part = {bells, sizeof(bells)};
+    struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1};
+    if (may_bring) message.msg_control = control, message.msg_controllen = sizeof(control);
+    struct pollfd readable = {fd, POLLIN, 0};
+    ssize_t received = -1;
+    self->polls++;
+    Py_BEGIN_ALLOW_THREADS
+    if (timeout_ns < 0 || poll(&readable, 1, (int)(timeout_ns < INT64_C(1000000000000) ? timeout_ns / 1000000 : 1000000)) > 0)
+        received = recvmsg(fd, &message, MSG_CMSG_CLOEXEC | (timeout_ns < 0 ? 0 : MSG_DONTWAIT));
+    Py_END_ALLOW_THREADS
+    if (!came_back(self)) PyErr_Clear();
+    else set_asleep(self, AWAKE);
+    if (received <= 0) return 0; /* the end, a signal, the timeout */
+    if (may_bring && (message.msg_controllen > 0 || message.msg_flags & MSG_CTRUNC))
+        return keep(link, &message, received) ? 0 : -1;
+    self->heard += received;
+    return native_look(slots);
+}
+
+static PyMemberDef Slots_members[] = {
+    {"rung", T_PYSSIZET, offsetof(Slots, rung), READONLY, NULL},
+    {"heard", T_PYSSIZET, offsetof(Slots, heard), READONLY, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
 
 static PyMethodDef Slots_methods[] = {
     {"has_space", (PyCFunction)Slots_has_space, METH_NOARGS, NULL},
@@ -309,6 +418,7 @@ static PyType_Slot Slots_slots[] = {
     {Py_tp_init, Slots_init},
     {Py_tp_dealloc, Slots_dealloc},
     {Py_tp_methods, Slots_methods},
+    {Py_tp_members, Slots_members},
     {0, NULL},
 };
 

@@ -10,17 +10,8 @@
 
 #include <string.h>
 
-enum {
-    BUCKETS = 1024, /* a power of two */
-    MAX_TEMPLATES = 512,
-    MAX_ATTRS = 64,      /* in a message that is made here */
-    MAX_DESC_WORDS = 512 /* of all tensors: dtype, dims, each dimension */
-};
-
-typedef struct Template {
-    struct Template *next; /* in its bucket */
-    struct Template *younger;
-    uint64_t hash;
+typedef struct {
+    NativeEntry entry;
     PyObject *op;
     PyObject *metadata; /* bytes: headroom and message, tensors inline, numbers 0 */
     Py_ssize_t varying_nbytes;
@@ -34,23 +25,8 @@ typedef struct Template {
 typedef struct {
     PyObject_HEAD
     int typed;
-    int count;
-    Template *oldest, *youngest;
-    Template *buckets[BUCKETS];
+    NativeTable table;
 } Templates;
-
-/* What a message is: its shape, and its numbers. */
-typedef struct {
-    PyObject *op;
-    uint64_t hash;
-    int desc_words, tensors, returns, attrs, ints, floats;
-    int64_t desc[MAX_DESC_WORDS];
-    unsigned char kinds[MAX_ATTRS];
-    PyObject *names[MAX_ATTRS];  /* borrowed */
-    PyObject *values[MAX_ATTRS]; /* borrowed; of FIXED ones */
-    int64_t int_values[MAX_ATTRS];
-    double float_values[MAX_ATTRS];
-} Shape;
 
 static inline uint64_t mix(uint64_t hash, uint64_t word) {
     hash ^= word;
@@ -71,13 +47,8 @@ static inline int int64_of(PyObject *value, int64_t *out) {
     return 1;
 }
 
-/* Items of an exact list or tuple, whose iteration runs no code; -1: it is neither. */
-static inline Py_ssize_t count_of(PyObject *items) {
-    return PyList_CheckExact(items) || PyTuple_CheckExact(items) ? PySequence_Fast_GET_SIZE(items) : -1;
-}
-
 static int read_tensors(Shape *shape, PyObject *items) {
-    Py_ssize_t count = count_of(items);
+    Py_ssize_t count = native_count(items);
     int words = 0, known = count >= 0 && count <= MAX_DESC_WORDS / 2;
     for (Py_ssize_t i = 0; known && i < count; i++) {
         PyObject *tensor = PySequence_Fast_GET_ITEM(items, i);
@@ -126,20 +97,20 @@ static int read_attrs(Shape *shape, PyObject *attrs, int typed) {
     return 1;
 }
 
-/* Reads what a message is. 0: Python must look at it. */
-static int read_shape(Shape *shape, PyObject *op, PyObject *tensors, PyObject *attrs, Py_ssize_t returns, int typed) {
-    if (!PyUnicode_CheckExact(op) || returns % 2 || returns > 1 << 20) return 0;
-    if (!read_tensors(shape, tensors) || !read_attrs(shape, attrs, typed)) return 0;
+int native_read_attrs(PyObject *templates, Shape *shape, PyObject *op, PyObject *attrs, Py_ssize_t returns) {
+    if (!PyUnicode_CheckExact(op) || returns > MAX_RETURN_WORDS / 2 ||
+        !read_attrs(shape, attrs, ((Templates *)templates)->typed))
+        return 0;
     shape->op = op;
-    shape->returns = (int)(returns / 2);
-    Py_hash_t hash = PyObject_Hash(op);
+    shape->returns = (int)returns;
+    Py_hash_t hash = PyObject_Hash(op); /* of an exact string, as those below and of bytes */
     if (hash == -1) {
         PyErr_Clear();
         return 0;
     }
     uint64_t mixed = mix((uint64_t)hash, (uint64_t)shape->returns << 32 | (uint64_t)shape->attrs);
     for (int i = 0; i < shape->desc_words; i++) mixed = mix(mixed, (uint64_t)shape->desc[i]);
-    for (int i = 0; i < shape->attrs; i++) { /* of exact strings and bytes, which know their hash */
+    for (int i = 0; i < shape->attrs; i++) {
         mixed = mix(mixed, (uint64_t)PyObject_Hash(shape->names[i]) << 2 ^ shape->kinds[i]);
         if (shape->kinds[i] == FIXED) mixed = mix(mixed, (uint64_t)PyObject_Hash(shape->values[i]));
     }
@@ -160,7 +131,7 @@ static int same_fixed(PyObject *one, PyObject *other) {
 }
 
 static int fits(const Template *template, const Shape *shape) {
-    if (template->hash != shape->hash || template->desc_words != shape->desc_words ||
+    if (template->entry.hash != shape->hash || template->desc_words != shape->desc_words ||
         template->tensors != shape->tensors || template->returns != shape->returns ||
         template->attrs != shape->attrs || !same_text(template->op, shape->op) ||
         memcmp(template->desc, shape->desc, sizeof(int64_t) * (size_t)shape->desc_words) != 0 ||
@@ -173,30 +144,56 @@ static int fits(const Template *template, const Shape *shape) {
     return 1;
 }
 
-static Template *find(const Templates *self, const Shape *shape) {
-    Template *template = self->buckets[shape->hash & (BUCKETS - 1)];
-    while (template != NULL && !fits(template, shape)) template = template->next;
+static Template *find(Templates *self, const Shape *shape) {
+    Template *template = (Template *)*native_bucket(&self->table, shape->hash);
+    while (template != NULL && !fits(template, shape)) template = (Template *)template->entry.next;
     return template;
 }
 
-static inline void put(unsigned char **at, uint64_t word) {
-    native_write(*at, word, 8);
-    *at += 8;
+static unsigned char *put(unsigned char *at, const uint64_t *words, Py_ssize_t count) {
+    for (Py_ssize_t i = 0; i < count; i++, at += 8) native_write(at, words[i], 8);
+    return at;
 }
 
-/* Ints of a flat list or tuple, as uint64. 0: not all are. */
-static int put_words(unsigned char **at, PyObject *items) {
-    int known = 1;
-    for (Py_ssize_t i = 0; known && i < PySequence_Fast_GET_SIZE(items); i++) {
-        PyObject *item = PySequence_Fast_GET_ITEM(items, i);
-        unsigned long long word = PyLong_CheckExact(item) ? PyLong_AsUnsignedLongLong(item) : (unsigned long long)-1;
-        if (word == (unsigned long long)-1) {
-            PyErr_Clear(); /* no segment, offset or size is as large as that */
-            known = 0;
-        }
-        put(at, word);
+/* Writes a message: its template with its numbers. The lengths between these are in the template. */
+static void fill(const Template *template, const Shape *shape, const uint64_t *placed, const uint64_t *returned,
+                 unsigned char *out) {
+    Py_ssize_t nbytes = PyBytes_GET_SIZE(template->metadata);
+    memcpy(out, PyBytes_AS_STRING(template->metadata), (size_t)nbytes);
+    unsigned char *at = out + nbytes - template->varying_nbytes;
+    at = put(at, (const uint64_t *)shape->int_values, shape->ints);
+    if (shape->floats && shape->ints) at += 8;
+    for (int i = 0; i < shape->floats; i++) {
+        uint64_t word;
+        memcpy(&word, &shape->float_values[i], 8);
+        at = put(at, &word, 1);
     }
-    return known;
+    if (shape->tensors && (shape->ints || shape->floats)) at += 8;
+    at = placed != NULL ? put(at, placed, 3 * shape->tensors) : at + 24 * (Py_ssize_t)shape->tensors;
+    if (shape->returns && (shape->ints || shape->floats || shape->tensors)) at += 8;
+    put(at, returned, 2 * shape->returns);
+}
+
+Py_ssize_t native_fill(PyObject *templates, const Shape *shape, const uint64_t *placed, const uint64_t *returned,
+                       unsigned char *out, Py_ssize_t size, Py_ssize_t *varying) {
+    const Template *template = find((Templates *)templates, shape);
+    if (template == NULL || PyBytes_GET_SIZE(template->metadata) > size) return -1;
+    fill(template, shape, placed, returned, out);
+    *varying = template->varying_nbytes;
+    return PyBytes_GET_SIZE(template->metadata);
+}
+
+/* Ints of a flat list or tuple. 0: not all are. */
+static int read_words(PyObject *items, uint64_t *words) {
+    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(items); i++) {
+        PyObject *item = PySequence_Fast_GET_ITEM(items, i);
+        words[i] = PyLong_CheckExact(item) ? PyLong_AsUnsignedLongLong(item) : UINT64_MAX;
+        if (words[i] == UINT64_MAX) { /* no segment, offset or size is as large as that */
+            PyErr_Clear();
+            return 0;
+        }
+    }
+    return 1;
 }
 
 static PyObject *Templates_encode(Templates *self, PyObject *const *args, Py_ssize_t nargs) {
@@ -204,39 +201,19 @@ static PyObject *Templates_encode(Templates *self, PyObject *const *args, Py_ssi
         PyErr_Format(PyExc_TypeError, "encode: %zd arguments, expected 5", nargs);
         return NULL;
     }
-    PyObject *placements = args[3], *returns = args[4];
-    Py_ssize_t placed = count_of(placements), returned = count_of(returns);
+    Py_ssize_t placed = native_count(args[3]), returned = native_count(args[4]);
     Shape shape;
-    if (placed < 0 || returned < 0 || !read_shape(&shape, args[0], args[1], args[2], returned, self->typed))
+    uint64_t placements[MAX_PLACED_WORDS], returns[MAX_RETURN_WORDS];
+    if (placed < 0 || placed > MAX_PLACED_WORDS || returned < 0 || returned > MAX_RETURN_WORDS || returned % 2 ||
+        !read_tensors(&shape, args[1]) || !native_read_attrs((PyObject *)self, &shape, args[0], args[2], returned / 2))
         Py_RETURN_NONE;
-    Template *template = find(self, &shape);
-    if (template == NULL || (placed && placed != 3 * (Py_ssize_t)shape.tensors)) Py_RETURN_NONE;
-    PyObject *out = PyByteArray_FromStringAndSize(PyBytes_AS_STRING(template->metadata),
-                                                  PyBytes_GET_SIZE(template->metadata));
+    const Template *template = find(self, &shape);
+    if (template == NULL || (placed && placed != 3 * (Py_ssize_t)shape.tensors) || !read_words(args[3], placements) ||
+        !read_words(args[4], returns))
+        Py_RETURN_NONE;
+    PyObject *out = PyByteArray_FromStringAndSize(NULL, PyBytes_GET_SIZE(template->metadata));
     if (out == NULL) return NULL;
-    unsigned char *start = (unsigned char *)PyByteArray_AS_STRING(out);
-    unsigned char *at = start + PyByteArray_GET_SIZE(out) - template->varying_nbytes;
-    for (int i = 0; i < shape.ints; i++) put(&at, (uint64_t)shape.int_values[i]);
-    if (shape.floats && shape.ints) at += 8; /* a length, which is there */
-    for (int i = 0; i < shape.floats; i++) {
-        uint64_t word;
-        memcpy(&word, &shape.float_values[i], 8);
-        put(&at, word);
-    }
-    int known = 1;
-    if (shape.tensors) {
-        if (shape.ints || shape.floats) at += 8;
-        if (placed) known = put_words(&at, placements);
-        else at += 24 * (Py_ssize_t)shape.tensors;
-    }
-    if (known && shape.returns) {
-        if (shape.ints || shape.floats || shape.tensors) at += 8;
-        known = put_words(&at, returns);
-    }
-    if (!known) {
-        Py_DECREF(out);
-        Py_RETURN_NONE;
-    }
+    fill(template, &shape, placed ? placements : NULL, returns, (unsigned char *)PyByteArray_AS_STRING(out));
     return Py_BuildValue("(Nn)", out, template->varying_nbytes);
 }
 
@@ -253,17 +230,6 @@ static void free_template(Template *template) {
     PyMem_Free(template->names);
     PyMem_Free(template->fixed);
     PyMem_Free(template);
-}
-
-static void remove_oldest(Templates *self) {
-    Template *oldest = self->oldest;
-    Template **link = &self->buckets[oldest->hash & (BUCKETS - 1)];
-    while (*link != oldest) link = &(*link)->next;
-    *link = oldest->next;
-    self->oldest = oldest->younger;
-    if (self->oldest == NULL) self->youngest = NULL;
-    self->count--;
-    free_template(oldest);
 }
 
 /* Bytes of the numbers at a message's end: see Tail of descriptor.py. */
@@ -285,8 +251,8 @@ static PyObject *Templates_add(Templates *self, PyObject *const *args, Py_ssize_
     Py_ssize_t returned = PyLong_AsSsize_t(args[3]), varying_nbytes = PyLong_AsSsize_t(args[5]);
     if (PyErr_Occurred()) return NULL;
     Shape shape;
-    if (returned < 0 || !read_shape(&shape, args[0], args[1], args[2], returned, self->typed) ||
-        find(self, &shape) != NULL)
+    if (returned < 0 || returned % 2 || !read_tensors(&shape, args[1]) ||
+        !native_read_attrs((PyObject *)self, &shape, args[0], args[2], returned / 2) || find(self, &shape) != NULL)
         Py_RETURN_NONE;
     if (varying_nbytes != tail_nbytes(&shape) || varying_nbytes > PyBytes_GET_SIZE(args[4])) Py_RETURN_NONE;
     Template *template = PyMem_Calloc(1, sizeof(Template));
@@ -306,7 +272,7 @@ static PyObject *Templates_add(Templates *self, PyObject *const *args, Py_ssize_
         template->names[i] = Py_NewRef(shape.names[i]);
         template->fixed[i] = Py_XNewRef(shape.values[i]);
     }
-    template->hash = shape.hash;
+    template->entry.hash = shape.hash;
     template->op = Py_NewRef(shape.op);
     template->metadata = Py_NewRef(args[4]);
     template->varying_nbytes = varying_nbytes;
@@ -316,14 +282,7 @@ static PyObject *Templates_add(Templates *self, PyObject *const *args, Py_ssize_
     template->attrs = shape.attrs;
     template->ints = shape.ints;
     template->floats = shape.floats;
-    if (self->count >= MAX_TEMPLATES) remove_oldest(self);
-    Template **bucket = &self->buckets[shape.hash & (BUCKETS - 1)];
-    template->next = *bucket;
-    *bucket = template;
-    if (self->youngest != NULL) self->youngest->younger = template;
-    else self->oldest = template;
-    self->youngest = template;
-    self->count++;
+    free_template((Template *)native_add(&self->table, &template->entry));
     Py_RETURN_NONE;
 }
 
@@ -332,19 +291,23 @@ static int Templates_init(Templates *self, PyObject *args, PyObject *kwargs) {
     return PyArg_ParseTupleAndKeywords(args, kwargs, "$p", names, &self->typed) ? 0 : -1;
 }
 
+static void forget(Templates *self) {
+    while (self->table.oldest != NULL) free_template((Template *)native_take_oldest(&self->table));
+}
+
 static void Templates_dealloc(Templates *self) {
-    while (self->oldest != NULL) remove_oldest(self);
+    forget(self);
     PyTypeObject *type = Py_TYPE(self);
     type->tp_free((PyObject *)self);
     Py_DECREF(type);
 }
 
 static PyObject *Templates_clear(Templates *self, PyObject *Py_UNUSED(ignored)) {
-    while (self->oldest != NULL) remove_oldest(self);
+    forget(self);
     Py_RETURN_NONE;
 }
 
-static Py_ssize_t Templates_length(Templates *self) { return self->count; }
+static Py_ssize_t Templates_length(Templates *self) { return self->table.count; }
 
 static PyMethodDef Templates_methods[] = {
     {"clear", (PyCFunction)Templates_clear, METH_NOARGS, NULL},

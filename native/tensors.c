@@ -1,9 +1,8 @@
-/* Tensors that go out by reference: what `share` of fastsplit/tensors/outgoing.py does with those that lie in shared
- * memory; read that and checks.py first.
+/* Tensors: what is to be known of one that goes out (fastsplit/tensors/outgoing.py and checks.py), and views of memory
+ * that came in (arrays.py, and Lease of pool.py); read these first.
  *
- * Rules. Taken here are numpy's exact ndarray and torch's exact Tensor: row-major, of a plain dtype, not empty, and in a
- * segment of the connection, whose memory cannot be resized. If one tensor of a message is anything else, Python looks
- * at all of them: nothing has happened yet.
+ * Rules. Taken here are numpy's exact ndarray and torch's exact Tensor: row-major, of a plain dtype, not empty. At
+ * anything else Python looks: nothing has happened yet.
  */
 
 #include "native.h"
@@ -26,16 +25,24 @@ typedef struct {
     uint64_t byte_offset;
 } DLTensor;
 
+typedef struct ManagedTensor {
+    DLPackVersion version;
+    void *context;
+    void (*deleter)(struct ManagedTensor *self);
+    uint64_t flags;
+    DLTensor tensor;
+} ManagedTensor;
+
 typedef struct {
     DLPackVersion version;
     void *prev_api;
     int (*managed_tensor_allocator)(void);
     int (*managed_tensor_from_py_object_no_sync)(void);
-    int (*managed_tensor_to_py_object_no_sync)(void);
+    int (*managed_tensor_to_py_object_no_sync)(ManagedTensor *tensor, void **out); /* takes it over */
     int (*dltensor_from_py_object_no_sync)(void *py_object, DLTensor *out); /* may be NULL */
 } DLPackExchangeAPI;
 
-enum { DL_CPU = 1, DL_MAJOR = 1, MAX_DIMS = 32 };
+enum { DL_CPU = 1, DL_MAJOR = 1, DL_MINOR = 1 };
 
 typedef struct {
     const char *name;     /* of fastsplit/schema/dtypes.py */
@@ -54,11 +61,10 @@ static DType dtypes[] = {
 
 enum { DTYPES = sizeof(dtypes) / sizeof(dtypes[0]) };
 
-static PyTypeObject *ndarray_type, *outgoing_type;
-static PyObject *share_reference;
+static PyTypeObject *ndarray_type, *lease_type;
 static PyTypeObject *torch_type; /* NULL until a torch tensor was sent */
 static const DLPackExchangeAPI *torch_api;
-static PyObject *str_place, *str_is_neg, *str_dtype, *str_metadata;
+static PyObject *str_is_neg, *str_dtype, *str_metadata, *str_address, *str_append, *str_code, *str_numpy;
 
 static PyObject *attribute_of(const char *module, const char *name) {
     PyObject *imported = PyImport_ImportModule(module);
@@ -70,15 +76,12 @@ static PyObject *attribute_of(const char *module, const char *name) {
 
 int native_init_tensors(void) {
     ndarray_type = (PyTypeObject *)attribute_of("numpy", "ndarray");
-    outgoing_type = (PyTypeObject *)attribute_of("fastsplit.tensors.outgoing", "Outgoing");
-    share_reference = attribute_of("fastsplit.tensors.outgoing", "share");
     PyObject *by_name = attribute_of("fastsplit.schema.dtypes", "BY_NAME");
-    str_place = PyUnicode_InternFromString("place");
-    str_is_neg = PyUnicode_InternFromString("is_neg");
-    str_dtype = PyUnicode_InternFromString("dtype");
-    str_metadata = PyUnicode_InternFromString("metadata");
-    if (ndarray_type == NULL || outgoing_type == NULL || share_reference == NULL || by_name == NULL ||
-        str_place == NULL || str_is_neg == NULL || str_dtype == NULL || str_metadata == NULL)
+    lease_type = (PyTypeObject *)PyType_FromSpec(&native_lease_spec);
+    if (ndarray_type == NULL || by_name == NULL || lease_type == NULL || !native_intern(&str_is_neg, "is_neg") ||
+        !native_intern(&str_dtype, "dtype") || !native_intern(&str_metadata, "metadata") ||
+        !native_intern(&str_address, "address") || !native_intern(&str_append, "append") ||
+        !native_intern(&str_code, "code") || !native_intern(&str_numpy, "numpy"))
         return 0;
     for (int i = 0; i < DTYPES; i++) {
         PyObject *row = PyMapping_GetItemString(by_name, dtypes[i].name);
@@ -90,23 +93,6 @@ int native_init_tensors(void) {
     }
     Py_DECREF(by_name);
     return 1;
-}
-
-typedef struct {
-    int code;
-    PyObject *shape; /* a new tuple */
-    uint64_t address, nbytes;
-} Found;
-
-static PyObject *tuple_of(const void *numbers, int count, size_t width) {
-    PyObject *tuple = PyTuple_New(count);
-    for (int i = 0; tuple != NULL && i < count; i++) {
-        long long number = width == 8 ? (long long)((const int64_t *)numbers)[i] : ((const Py_ssize_t *)numbers)[i];
-        PyObject *item = PyLong_FromLongLong(number);
-        if (item == NULL) Py_CLEAR(tuple);
-        else PyTuple_SET_ITEM(tuple, i, item);
-    }
-    return tuple;
 }
 
 /* The functions below return 1 if the tensor was found, 0 if Python must look at it, -1 with an error. */
@@ -135,32 +121,29 @@ static int find_numpy(PyObject *value, Found *found) {
     for (int i = 0; known && i < DTYPES; i++)
         if (dtypes[i].kind == kind && dtypes[i].bits == 8 * view.itemsize) found->code = dtypes[i].code;
     known = known && found->code != 0;
+    known = known && view.ndim <= MAX_DIMS;
     found->address = (uint64_t)(uintptr_t)view.buf;
     found->nbytes = (uint64_t)view.len;
-    found->shape = known ? tuple_of(view.shape, view.ndim, sizeof(Py_ssize_t)) : NULL;
+    found->ndim = view.ndim;
+    for (int d = 0; known && d < view.ndim; d++) found->dims[d] = view.shape[d];
     PyBuffer_Release(&view);
     if (!known) return 0;
-    if (found->shape == NULL) return -1;
     PyObject *dtype = PyObject_GetAttr(value, str_dtype);
     PyObject *metadata = dtype == NULL ? NULL : PyObject_GetAttr(dtype, str_metadata);
     known = metadata == Py_None; /* else it may stand for a dtype that numpy does not have */
     Py_XDECREF(dtype);
     Py_XDECREF(metadata);
-    if (known) return 1;
-    Py_CLEAR(found->shape);
-    return failed();
+    return known ? 1 : failed();
 }
 
-/* Looks whether a type is torch's, the first time that one may be. -1: interrupted. */
-static int is_torch(PyTypeObject *type) {
-    if (torch_type != NULL || strcmp(type->tp_name, "Tensor") != 0) return type == torch_type;
-    PyObject *modules = PyImport_GetModuleDict(), *torch = PyDict_GetItemString(modules, "torch");
-    PyObject *tensor = torch == NULL ? NULL : PyObject_GetAttrString(torch, "Tensor");
-    PyObject *capsule = NULL;
-    if (tensor == (PyObject *)type) capsule = PyObject_GetAttrString(tensor, "__dlpack_c_exchange_api__");
+int native_knows_torch(void) {
+    PyObject *torch = PyDict_GetItemString(PyImport_GetModuleDict(), "torch"), *capsule = NULL;
+    PyObject *tensor = torch_type != NULL || torch == NULL ? NULL : PyObject_GetAttrString(torch, "Tensor");
+    if (tensor != NULL) capsule = PyObject_GetAttrString(tensor, "__dlpack_c_exchange_api__");
     if (capsule != NULL && PyCapsule_IsValid(capsule, "dlpack_exchange_api")) {
         const DLPackExchangeAPI *api = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
-        if (api != NULL && api->version.major == DL_MAJOR && api->dltensor_from_py_object_no_sync != NULL) {
+        if (api != NULL && api->version.major == DL_MAJOR && api->dltensor_from_py_object_no_sync != NULL &&
+            api->managed_tensor_to_py_object_no_sync != NULL) {
             torch_api = api;
             torch_type = (PyTypeObject *)Py_NewRef(tensor);
         }
@@ -168,7 +151,7 @@ static int is_torch(PyTypeObject *type) {
     Py_XDECREF(capsule);
     Py_XDECREF(tensor);
     if (failed() < 0) return -1; /* a torch without it: Python makes do without */
-    return type == torch_type;
+    return torch_type != NULL;
 }
 
 static int find_torch(PyObject *value, Found *found) {
@@ -179,13 +162,13 @@ static int find_torch(PyObject *value, Found *found) {
         tensor.ndim > MAX_DIMS)
         return 0;
     uint64_t count = 1;
-    int64_t dims[MAX_DIMS]; /* a copy: they are the tensor's own, and Python code runs below */
+    found->ndim = tensor.ndim;
     for (int d = tensor.ndim - 1; d >= 0; d--) {
         if (tensor.shape[d] <= 0 || (tensor.strides != NULL && tensor.shape[d] != 1 && tensor.strides[d] != (int64_t)count) ||
             count > UINT64_MAX / 16 / (uint64_t)tensor.shape[d])
             return 0;
         count *= (uint64_t)tensor.shape[d];
-        dims[d] = tensor.shape[d];
+        found->dims[d] = tensor.shape[d]; /* a copy: they are the tensor's own, and Python code runs below */
     }
     found->code = 0;
     for (int i = 0; i < DTYPES; i++)
@@ -196,68 +179,114 @@ static int find_torch(PyObject *value, Found *found) {
     PyObject *is_neg = PyObject_CallMethodNoArgs(value, str_is_neg); /* a flag on the same bytes */
     if (is_neg == NULL) return failed();
     Py_DECREF(is_neg);
-    if (is_neg != Py_False) return 0;
-    found->shape = tuple_of(dims, tensor.ndim, sizeof(int64_t));
-    return found->shape == NULL ? -1 : 1;
+    return is_neg == Py_False;
 }
 
-/* Adds a tensor to what goes out. */
-static int add(PyObject *value, PyObject *memory, PyObject *descs, PyObject *placements, uint64_t *nbytes) {
-    Found found;
+int native_find(PyObject *value, Found *found) {
     PyTypeObject *type = Py_TYPE(value);
-    int known = type == ndarray_type ? 1 : is_torch(type);
-    if (known == 1) known = type == ndarray_type ? find_numpy(value, &found) : find_torch(value, &found);
-    if (known <= 0) return known;
-    PyObject *code = PyLong_FromLong(found.code), *desc = code == NULL ? NULL : PyTuple_Pack(2, code, found.shape);
-    PyObject *address = PyLong_FromUnsignedLongLong(found.address), *size = PyLong_FromUnsignedLongLong(found.nbytes);
-    PyObject *place = NULL;
-    Py_XDECREF(code);
-    Py_DECREF(found.shape);
-    if (desc != NULL && address != NULL && size != NULL) {
-        PyObject *args[3] = {memory, address, size};
-        place = PyObject_VectorcallMethod(str_place, args, 3, NULL);
-    }
-    known = place == NULL ? -1 : PyTuple_CheckExact(place) && PyTuple_GET_SIZE(place) == 2;
-    if (known == 1 &&
-        (PyList_Append(descs, desc) < 0 || PyList_Append(placements, PyTuple_GET_ITEM(place, 0)) < 0 ||
-         PyList_Append(placements, PyTuple_GET_ITEM(place, 1)) < 0 || PyList_Append(placements, size) < 0))
-        known = -1;
-    *nbytes += found.nbytes;
-    Py_XDECREF(place);
-    Py_XDECREF(desc);
-    Py_XDECREF(address);
-    Py_XDECREF(size);
-    return known;
+    if (type == ndarray_type) return find_numpy(value, found);
+    if (torch_type == NULL && strcmp(type->tp_name, "Tensor") == 0 && native_knows_torch() < 0) return -1;
+    return type == torch_type ? find_torch(value, found) : 0;
 }
 
-/* share(tensors, memory, deadline, limits) */
-PyObject *native_share(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs) {
-    PyObject *tensors = nargs == 3 || nargs == 4 ? args[0] : NULL, *descs = NULL, *placements = NULL, *kept = NULL, *out = NULL;
-    int known = tensors != NULL && (PyTuple_CheckExact(tensors) || PyList_CheckExact(tensors));
-    uint64_t nbytes = 0;
-    if (known) {
-        kept = PySequence_List(tensors);
-        descs = PyList_New(0);
-        placements = PyList_New(0);
-        if (kept == NULL || descs == NULL || placements == NULL) known = -1;
-        for (Py_ssize_t i = 0; known == 1 && i < PyList_GET_SIZE(kept); i++)
-            known = add(PyList_GET_ITEM(kept, i), args[1], descs, placements, &nbytes);
+/* ---- tensors that came in by reference ---- */
+
+Lease *native_make_lease(PyObject *segment, uint64_t offset, Py_ssize_t nbytes) {
+    PyObject *start = PyObject_GetAttr(segment, str_address);
+    uint64_t address = start == NULL ? 0 : PyLong_AsUnsignedLongLong(start);
+    Py_XDECREF(start);
+    Lease *lease = PyErr_Occurred() ? NULL : (Lease *)lease_type->tp_alloc(lease_type, 0);
+    if (lease == NULL) return NULL;
+    lease->segment = Py_NewRef(segment);
+    lease->address = (void *)(uintptr_t)(address + offset);
+    lease->nbytes = nbytes;
+    return lease;
+}
+
+static void Lease_dealloc(Lease *self) {
+    if (self->home != NULL) {
+        PyObject *type, *value, *trace;
+        PyErr_Fetch(&type, &value, &trace);
+        PyObject *done = PyObject_CallMethodOneArg(self->home, str_append, self->token);
+        if (done == NULL) PyErr_WriteUnraisable(self->home);
+        Py_XDECREF(done);
+        PyErr_Restore(type, value, trace);
     }
-    if (known == 0) {
-        out = PyObject_Vectorcall(share_reference, args, (size_t)nargs, NULL);
-    } else if (known == 1) {
-        PyObject *zero = PyLong_FromLong(0), *none = PyTuple_New(0), *total = PyLong_FromUnsignedLongLong(nbytes);
-        if (zero != NULL && none != NULL && total != NULL) out = outgoing_type->tp_alloc(outgoing_type, 7);
-        if (out != NULL) {
-            PyObject *items[7] = {descs, none, zero, zero, placements, total, kept};
-            for (int i = 0; i < 7; i++) PyTuple_SET_ITEM(out, i, Py_NewRef(items[i]));
-        }
-        Py_XDECREF(zero);
-        Py_XDECREF(none);
-        Py_XDECREF(total);
+    Py_XDECREF(self->home);
+    Py_XDECREF(self->token);
+    Py_XDECREF(self->segment);
+    PyTypeObject *type = Py_TYPE(self);
+    type->tp_free((PyObject *)self);
+    Py_DECREF(type);
+}
+
+static int Lease_getbuffer(Lease *self, Py_buffer *view, int flags) {
+    return PyBuffer_FillInfo(view, (PyObject *)self, self->address, self->nbytes, 0, flags);
+}
+
+static PyType_Slot Lease_slots[] = {
+    {Py_tp_doc, "The right to use a part of shared memory; see fastsplit.tensors.pool.Lease."},
+    {Py_tp_dealloc, Lease_dealloc},
+    {Py_bf_getbuffer, Lease_getbuffer},
+    {0, NULL},
+};
+
+PyType_Spec native_lease_spec = {
+    .name = "fastsplit._native.Lease",
+    .basicsize = sizeof(Lease),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = Lease_slots,
+};
+
+/* The row of `dtypes`; NULL for one that Python must look at, or with an error. */
+static const DType *dtype_of(PyObject *desc) {
+    PyObject *code = PyObject_GetAttr(PyTuple_GET_ITEM(desc, 0), str_code);
+    long number = code == NULL ? -1 : PyLong_AsLong(code);
+    Py_XDECREF(code);
+    for (int i = 0; i < DTYPES; i++)
+        if (dtypes[i].code == number) return &dtypes[i];
+    return NULL;
+}
+
+int native_can_view(PyObject *desc, uint64_t offset) {
+    const DType *dtype = dtype_of(desc);
+    return dtype != NULL && offset % (dtype->bits / 8u) == 0 && PyTuple_GET_SIZE(PyTuple_GET_ITEM(desc, 1)) <= MAX_DIMS;
+}
+
+static void delete_managed(ManagedTensor *managed) {
+    if (Py_IsInitialized()) { /* else the process ends */
+        PyGILState_STATE state = PyGILState_Ensure();
+        Py_DECREF((PyObject *)managed->context);
+        PyGILState_Release(state);
     }
-    Py_XDECREF(descs);
-    Py_XDECREF(placements);
-    Py_XDECREF(kept);
-    return out;
+    PyMem_RawFree(managed);
+}
+
+static PyObject *view_torch(Lease *lease, PyObject *desc) {
+    const DType *dtype = dtype_of(desc);
+    PyObject *shape = PyTuple_GET_ITEM(desc, 1);
+    int ndim = (int)PyTuple_GET_SIZE(shape);
+    ManagedTensor *managed = PyMem_RawCalloc(1, sizeof(ManagedTensor) + 2 * sizeof(int64_t) * (size_t)ndim);
+    if (managed == NULL) return PyErr_NoMemory();
+    int64_t *dims = (int64_t *)(managed + 1), *strides = dims + ndim, stride = 1;
+    for (int d = ndim - 1; d >= 0; d--) {
+        dims[d] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape, d));
+        strides[d] = stride;
+        stride *= dims[d];
+    }
+    managed->version = (DLPackVersion){DL_MAJOR, DL_MINOR};
+    managed->context = Py_NewRef((PyObject *)lease);
+    managed->deleter = delete_managed;
+    managed->tensor = (DLTensor){lease->address, DL_CPU, 0, ndim, dtype->dl_code, dtype->bits, 1, dims, strides, 0};
+    void *tensor = NULL;
+    return torch_api->managed_tensor_to_py_object_no_sync(managed, &tensor) == 0 ? tensor : NULL;
+}
+
+PyObject *native_view(Lease *lease, PyObject *desc, int as_torch) {
+    if (as_torch) return view_torch(lease, desc);
+    PyObject *dtype = PyObject_GetAttr(PyTuple_GET_ITEM(desc, 0), str_numpy);
+    PyObject *args[3] = {PyTuple_GET_ITEM(desc, 1), dtype, (PyObject *)lease};
+    PyObject *array = dtype == NULL ? NULL : PyObject_Vectorcall((PyObject *)ndarray_type, args, 3, NULL);
+    Py_XDECREF(dtype);
+    return array;
 }

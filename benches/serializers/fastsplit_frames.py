@@ -81,5 +81,5 @@ class NewShape(Frames):
         return super().encode(message)
 
     def decode(self, received: tuple[bytes, int, list[Any]]) -> Message:
-        self._server._decoder.forget()
+        self._server.decoder.forget()
         return super().decode(received)

@@ -51,14 +51,13 @@ class Heads(Protocol):
         words: int,
         slots: tuple[tuple[str, int, int, Any], ...],
         gaps: tuple[tuple[int, int], ...],
-        sizes: tuple[int, ...],
         placements_at: int,
         returns_at: int,
         returns: int,
         /,
     ) -> None:
         """Keeps a head. `words`: numbers behind it, of 8 bytes. `slots`: name, kind (0 fixed, 1 int, 2 bool, 3 float),
-        its number's index, its fixed value. `sizes`: bytes of the tensors."""
+        its number's index, its fixed value. `gaps`: a length's index among them, and its value."""
 
     def clear(self) -> None:
         """Forgets all heads."""
@@ -194,7 +193,6 @@ class Decoder:
             for name, number, value in known.slots
         )
         returns = (tail.returns.stop - tail.returns.start) // 2
-        sizes = tuple(desc.nbytes for desc in known.message.tensors)
         compiled.add(
             head,
             known.message,
@@ -202,7 +200,6 @@ class Decoder:
             tail.nbytes // 8,
             slots,
             tuple(tail.gaps),
-            sizes,
             tail.placements.start,
             tail.returns.start,
             returns,

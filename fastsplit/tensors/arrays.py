@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import SettingError, TensorError, shown
-from ..schema.descriptor import TensorDesc
+from ..schema.descriptor import CACHED_SHAPES, TensorDesc
 from ..schema.dtypes import BY_CODE, DType, dtype_of_numpy, lookup
 from ..schema.limits import ARRAYS
 from .pool import Lease
@@ -53,11 +53,35 @@ class Arrays:
         `dtype`: a name, or a torch or numpy dtype. `shape`: elements. Raises TensorError for an unknown dtype and for a
         shape that no array can have, and what `allocate` raises.
         """
-        row, dims = dtype_of(dtype), parse_shape(shape)
-        ARRAYS.check_dims("tensor", len(dims), _no_array)
-        ARRAYS.check_shape("tensor", dims, row.itemsize, _no_array)
-        desc = TensorDesc.of(row, dims)
+        desc = _desc(shape, dtype)
         return self.view(allocate(desc.nbytes), desc)
+
+
+def _desc(shape: Any, dtype: Any) -> TensorDesc:
+    """The description of a new tensor. Raises TensorError."""
+    # 2 and 2.0 are the same key, so that only ints may look
+    known = type(shape) is int or (isinstance(shape, tuple) and all(type(dim) is int for dim in shape))
+    key = (shape, dtype)
+    if known:
+        try:
+            return _descs[key]
+        except KeyError:
+            pass
+        except TypeError:  # a dtype that cannot be
+            known = False
+    row, dims = dtype_of(dtype), parse_shape(shape)
+    ARRAYS.check_dims("tensor", len(dims), _no_array)
+    ARRAYS.check_shape("tensor", dims, row.itemsize, _no_array)
+    desc = TensorDesc.of(row, dims)
+    if known:
+        if len(_descs) >= CACHED_SHAPES:
+            _descs.clear()
+        _descs[key] = desc
+    return desc
+
+
+_descs: dict[tuple[Any, Any], TensorDesc] = {}
+"""Descriptions of new tensors, by what was asked for."""
 
 
 def _no_array(field: str, came: str, accepted: str) -> TensorError:

@@ -1,26 +1,15 @@
-"""The steps of a call's path that can be compiled: one name for each, and its contract.
+"""What is compiled: the extension `fastsplit._native` (native/), built where there is a compiler, and its stand-ins.
 
-The modules of wire/ take these names from here, so that `fastsplit._native` (native/, a small C extension, built where
-there is a compiler) can stand behind them. Each name is bound at import, which costs a call nothing. The Python code
-stays the reference, and all tests of the protocol run over both. FASTSPLIT_NATIVE=0 leaves the extension alone, =1
-makes its absence an error.
+The Python code is the reference, and does all that is new or is to be refused; the extension does again what was done
+before, and finds in it nothing to object to. FASTSPLIT_NATIVE=0 leaves the extension alone, =1 makes its absence an
+error. The tests of the protocol run over both.
 
-Why here. All that call these names are in wire/, and what they name is in schema/ and tensors/, of which schema/ knows
-nothing of tensors/. The module imports nothing else of wire/, so that shm/ may use it too.
+    Encoder    asks a table of the shapes of messages that it has built before (native/templates.c)
+    Decoder    asks a table of the heads of messages that it has validated before (native/heads.c)
+    compiled   gives the compiled class of a ring's `Slots` (native/slots.c, shm/slots.py) in the place of Python's
+    Lane       makes a whole call in one step (native/lane.c, lane.py); None without the extension
 
-    Encoder       `encode` finds a message's template by op, dtypes and shapes, patches its numbers, and returns the
-                  metadata behind `headroom` zero bytes, and how many bytes at its end vary
-    pack_header   writes a frame's header into the first 40 bytes of what `encode` returned
-    parse_header  returns a frame's header as a tuple of ints, checked in full against the limits
-    Decoder       `decode` compares metadata with what came before, and returns the message, validated in full
-    share         finds the places of tensors in shared memory, copies those that lie elsewhere into it, and returns
-                  descriptions and placements
-    Lease         is a buffer over a part of shared memory; at the death of its last view, `token` goes to `home`
-    parse_arrays  returns what makes tensors: `view(memory, desc)` over received memory or a Lease, without a copy
-
-Compiled are: `Slots`, the slots of a ring (`compiled` gives the class; shm/ring.py takes it from there); headers;
-`share`, for tensors that lie in shared memory; and tables of the shapes that an Encoder has built and of the heads that
-a Decoder has validated before. Whatever is new, or is to be refused, goes through Python.
+The module imports nothing else of wire/, so that shm/ may use it, too.
 """
 
 from __future__ import annotations
@@ -30,13 +19,13 @@ import os
 from typing import Any, TypeVar
 
 from ..errors import MissingExtraError, SettingError, shown
-from ..schema import decoder, encoder, header
+from ..schema import decoder, encoder
 from ..schema.descriptor import Message
 from ..schema.limits import Limits
-from ..tensors import Lease, outgoing, parse_arrays
 
-__all__ = ["Decoder", "Encoder", "Lease", "compiled", "native", "pack_header", "parse_arrays", "parse_header", "share"]
+__all__ = ["Decoder", "Encoder", "Lane", "compiled", "knows_torch", "native"]
 
+_REVISION = 2  # of the extension's interface: NATIVE_REVISION of native/native.h
 _Any = TypeVar("_Any")
 
 
@@ -51,17 +40,21 @@ def _load() -> Any:
     if wanted == "0":
         return None
     try:
-        return importlib.import_module("fastsplit._native")
-    except (ImportError, AttributeError, LookupError) as error:  # the last two: one that was built for other sources
-        if wanted == "1":
-            text = f"FASTSPLIT_NATIVE=1, and fastsplit._native was not built when fastsplit was installed: {error}"
-            raise MissingExtraError(text, name="fastsplit._native") from None
-        return None
+        found = importlib.import_module("fastsplit._native")
+        revision = getattr(found, "REVISION", 1)
+        if revision == _REVISION:
+            return found
+        why = f"was built for other sources (revision {revision}, expected {_REVISION}): install fastsplit again"
+    except (ImportError, AttributeError, LookupError) as error:  # the last two: of one that was built for other sources
+        why = f"was not built when fastsplit was installed: {error}"
+    if wanted == "1":
+        raise MissingExtraError(f"FASTSPLIT_NATIVE=1, and fastsplit._native {why}", name="fastsplit._native")
+    return None
 
 
 _native = _load()
 native: bool = _native is not None
-"""Whether the compiled steps are in use."""
+"""Whether the extension is in use."""
 
 
 def compiled(reference: _Any) -> _Any:
@@ -69,9 +62,12 @@ def compiled(reference: _Any) -> _Any:
     return reference if _native is None else getattr(_native, reference.__name__)  # type: ignore[attr-defined]
 
 
-pack_header = compiled(header.pack_header)
-parse_header = compiled(header.parse_header)
-share = compiled(outgoing.share)
+Lane: Any = None if _native is None else _native.Lane
+
+
+def knows_torch() -> bool:
+    """Whether the extension can exchange tensors with the torch that is imported here."""
+    return _native is not None and bool(_native.knows_torch())
 
 
 class Encoder(encoder.Encoder):

@@ -28,9 +28,8 @@ from ..errors import (
 from ..schema.limits import Limits
 from ..system.forked import renew, watch
 from ..system.shortage import why as why_failed
-from ..tensors import Outgoing, collect
+from ..tensors import Outgoing, collect, share
 from ..tensors.pool import Memory, Tenant
-from .backend import share
 from .compression import AUTO, OFF, Codec, Coder
 from .events import Probe, RingOffered
 from .options import LinkOptions
@@ -109,6 +108,8 @@ class Connection:
         """In a forked child: why this connection cannot be used."""
         self.lent_nbytes = 0
         """Tensor bytes that went out by reference. The sender counts them."""
+        self.lane: Any = None
+        """See lane.py; None if it has none."""
         self._on_memory_pressure = _weakly(on_memory_pressure)
         self._hook = options.on_segment
         self._sharing: Sharing | None = None
@@ -228,8 +229,19 @@ class Connection:
         )
 
     def fill(self, stats: Stats) -> None:
-        """Writes what the transport, the session and the arena count into `stats`."""
+        """Writes what the transport, the session, the arena and the lane count into `stats`."""
         transport = self.transport
+        if self.lane is not None and self.arena is not None:
+            calls, copied_nbytes, lent_nbytes, shared_nbytes, serialization_ns, wait_ns, remote_ns = (
+                self.lane.take_counts()
+            )
+            stats.calls += calls
+            stats.bytes_copied += copied_nbytes
+            self.lent_nbytes += lent_nbytes
+            self.arena.shared_nbytes += shared_nbytes
+            stats.serialization_s += serialization_ns * 1e-9
+            stats.wait_s += wait_ns * 1e-9
+            stats.remote_s += remote_ns * 1e-9
         stats.bytes_sent, stats.bytes_received = transport.bytes_sent, transport.bytes_received
         stats.bytes_staged = self.session.staged_nbytes
         stats.casts_widened, stats.codecs = self.coder.too_large, self.coder.stats

@@ -16,10 +16,10 @@ from typing import Any
 from ..errors import ConnectError, FastsplitError, LimitError, LocalProtocolError, ResourceError
 from ..schema.descriptor import Attrs, AttrValue
 from ..schema.dtypes import BY_NAME
-from ..schema.header import HEADER_NBYTES, VERSION, Kind
+from ..schema.header import HEADER_NBYTES, VERSION, Kind, pack_header
 from ..schema.limits import MAX_DIMS, Limits
 from ..tensors import Desc
-from .backend import Encoder, pack_header
+from .backend import Encoder
 from .incoming import Shared
 from .rules import BROKEN, REFUSED, SHORTAGE
 

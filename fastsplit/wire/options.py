@@ -24,9 +24,8 @@ import numpy as np
 
 from ..errors import SettingError, shown
 from ..schema.limits import Limits, parse_limits
-from ..tensors import Arrays
+from ..tensors import Arrays, parse_arrays
 from ..tensors.pool import Pool, pool
-from .backend import parse_arrays
 from .compression import THRESHOLD_NBYTES, Codec, parse_cast, parse_codec
 from .shm.segment import Hook
 from .transport.spin import choose_spin_us

@@ -66,19 +66,20 @@ class Outbox:
         self.needs_retry = False
         """Whether the last `flush` could not pass a descriptor beside a ring. No event tells of room for one: flush
         again soon."""
-        self._frames: deque[Frame] = deque()
+        self.frames: deque[Frame] = deque()
+        """Those that wait."""
         self._closed = False
         self._asked_at = 0.0
 
     @property
     def idle(self) -> bool:
         """Whether no frame waits."""
-        return not self._frames
+        return not self.frames
 
     @property
     def first(self) -> Frame | None:
         """The frame that is sent next, or the rest of it."""
-        return self._frames[0] if self._frames else None
+        return self.frames[0] if self.frames else None
 
     # ---- frames ----
 
@@ -88,7 +89,7 @@ class Outbox:
 
         `nbytes`: of all buffers. `out`: the tensors in it. Raises PeerLostError.
         """
-        if self._frames:  # a rest: the order stays
+        if self.frames:  # a rest: the order stays
             frame = self.put(buffers, nbytes, out)
             self.flush()
             return frame if frame.buffers else None
@@ -103,7 +104,7 @@ class Outbox:
         if self._closed:
             frame.drop()
         else:
-            self._frames.append(frame)
+            self.frames.append(frame)
             self.queued_nbytes += nbytes
         return frame
 
@@ -111,7 +112,7 @@ class Outbox:
         """Removes a request of which no byte was sent, and has the session forget it. False if it is too late."""
         if frame.started or not frame.buffers:
             return False
-        self._frames.remove(frame)
+        self.frames.remove(frame)
         self.queued_nbytes -= frame.nbytes
         self.session.returns = frame.returns  # of this frame, not of the last one
         self.session.discard(request_id)
@@ -125,7 +126,7 @@ class Outbox:
 
         Raises PeerLostError, ResourceError (a descriptor cannot be sent).
         """
-        frames, transport = self._frames, self.transport
+        frames, transport = self.frames, self.transport
         self.needs_retry = False
         end = transport.bytes_sent + _MAX_FLUSH_NBYTES
         while frames and transport.bytes_sent < end:
@@ -140,9 +141,9 @@ class Outbox:
     def close(self) -> None:
         """Drops all frames: nothing is sent any more. Idempotent."""
         self._closed = True
-        for frame in self._frames:
+        for frame in self.frames:
             frame.drop()
-        self._frames.clear()
+        self.frames.clear()
         self.queued_nbytes = 0
 
     # ---- small frames without tensors ----
@@ -182,7 +183,7 @@ class Outbox:
         A ring takes it whole or not at all. A socket may take a part: then the rest waits (`idle` is False), and the
         caller flushes it soon. Raises PeerLostError.
         """
-        left: Sequence[Any] = [head] if self._frames else self.transport.send([head], len(head))
+        left: Sequence[Any] = [head] if self.frames else self.transport.send([head], len(head))
         if left and len(left[0]) == len(head):
             self.session.discard_last()
             return False
@@ -193,7 +194,7 @@ class Outbox:
     def send_last(self, head: bytearray) -> bool:
         """Sends a frame after which nothing follows, before all that waits. False if it could not be sent whole, or if
         another one is half sent."""
-        if self._frames and self._frames[0].started:
+        if self.frames and self.frames[0].started:
             return False
         with contextlib.suppress(FastsplitError):
             return not self.transport.send([head], len(head))
@@ -242,19 +243,19 @@ class Outbox:
         if not left:
             count = len(batch)
             while count:
-                count -= len(self._frames[0].buffers)
+                count -= len(self.frames[0].buffers)
                 self._note_whole()
             return True
         whole = len(batch) - len(left)  # buffers that were sent to their end
-        while len(self._frames[0].buffers) <= whole:
-            whole -= len(self._frames[0].buffers)
+        while len(self.frames[0].buffers) <= whole:
+            whole -= len(self.frames[0].buffers)
             self._note_whole()
-        self._note_part(left[: len(self._frames[0].buffers) - whole])
+        self._note_part(left[: len(self.frames[0].buffers) - whole])
         return False
 
     def _next_batch(self) -> tuple[Sequence[Any], int]:
         """The buffers of the frames that leave together, and their bytes."""
-        frames = self._frames
+        frames = self.frames
         if len(frames) == 1 or self.transport.whole_frames:
             return frames[0].buffers, frames[0].nbytes
         batch: list[Any] = []
@@ -268,14 +269,14 @@ class Outbox:
 
     def _note_whole(self) -> None:
         """The first frame was sent to its end."""
-        frame = self._frames.popleft()
+        frame = self.frames.popleft()
         self.queued_nbytes -= frame.nbytes
         frame.started = True
         frame.drop()
 
     def _note_part(self, left: Sequence[Any]) -> None:
         """`left` is what is left of the first frame."""
-        frame = self._frames[0]
+        frame = self.frames[0]
         nbytes = sum(memoryview(buffer).nbytes for buffer in left)
         if nbytes < frame.nbytes:
             self.queued_nbytes -= frame.nbytes - nbytes

@@ -46,10 +46,10 @@ from typing import Any
 from ..errors import ArenaFull, FastsplitError, PeerLostError, RemoteProtocolError, ResourceError, fresh
 from ..schema.descriptor import AttrValue, Message, TensorDesc
 from ..schema.dtypes import BY_CODE
-from ..schema.header import HEADER_NBYTES, REPLY_FLAGS, Header, Kind
+from ..schema.header import HEADER_NBYTES, REPLY_FLAGS, Header, Kind, parse_header
 from ..schema.limits import Limits
 from ..tensors import Desc
-from .backend import Decoder, Encoder, parse_header
+from .backend import Decoder, Encoder
 from .events import Event, Failed, Hello, Reply, Request
 from .frames import NO_REQUEST, Frames
 from .incoming import Codings, IncomingTensors, Payload, Shared, inline_targets
@@ -104,7 +104,7 @@ class Session(Frames):
         self._codings = codings
         self._known_flags = 0
         self._on_hello = on_hello
-        self._decoder = Decoder(self.limits)
+        self.decoder = Decoder(self.limits)
         self._tensors = IncomingTensors(allocate, codings)
         self._take, self._allocate = self._tensors.take, allocate
         self._part: bytes | None = None  # of a frame that takes several slots
@@ -185,7 +185,7 @@ class Session(Frames):
 
     def _read_frame(self, header: Header, metadata: bytes, events: list[Event]) -> None:
         """Takes a whole frame of a ring."""
-        message = self._decoder.decode(metadata, header[3])
+        message = self.decoder.decode(metadata, header[3])
         self.in_doubt, self.slot, self._part = True, None, None
         if header[0] == self._call_kind and not message.payload_nbytes:
             # What `_admit` and `_complete` do, in one piece: 1 to 3 us less a round trip.
@@ -222,7 +222,7 @@ class Session(Frames):
                     return
                 break
             metadata = bytes(staging[at + HEADER_NBYTES : at + head_nbytes])
-            message = self._decoder.decode(metadata, header[3])
+            message = self.decoder.decode(metadata, header[3])
             at += head_nbytes
             wanted = self._admit(header, message)
             payload_nbytes = header[4]
@@ -325,8 +325,8 @@ class Session(Frames):
         except ValueError as error:
             raise RemoteProtocolError(f"hello, {error}") from None
         self.capabilities &= capabilities
-        self._decoder.typed = bool(self.capabilities & TYPES)
-        self.encoder = Encoder(self.peer_limits, HEADER_NBYTES, typed=self._decoder.typed)
+        self.decoder.typed = bool(self.capabilities & TYPES)
+        self.encoder = Encoder(self.peer_limits, HEADER_NBYTES, typed=self.decoder.typed)
         self.state, self._call_kind = State.OPEN, call_kind(State.OPEN, is_client=self.is_client)
         self.may_request = True
         if self._on_hello is not None:
@@ -334,7 +334,7 @@ class Session(Frames):
             if self.shared is not None:
                 self.capabilities &= ~(PROBES | CODES)
         if self.capabilities & CODES and self._codings is not None:
-            self._decoder.codings = self._codings.accepted
+            self.decoder.codings = self._codings.accepted
             self._known_flags = REPLY_FLAGS
         return Hello(self.peer_limits, self.capabilities)
 

@@ -289,7 +289,7 @@ def test_descriptors_under_way(unix_uri: str, front: Front, monkeypatch: pytest.
     """What the kernel says of a user who sends more of them than are taken."""
     with front.Server(unix_uri, {"echo": lambda call: call.tensors}) as server:
         with front.connect(server.uri) as channel:
-            socks = channel._connection.transport._link
+            socks = channel._connection.transport.link
             real = socks._sock
 
             class Full:

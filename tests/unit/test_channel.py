@@ -88,7 +88,7 @@ def either(server: fastsplit.Server, front: Front) -> Iterator[Any]:
 
 def _socket(channel: fastsplit.Channel) -> socket.socket:
     link = channel._connection.transport
-    sock: socket.socket = (link._link if isinstance(link, Ring) else link)._sock
+    sock: socket.socket = (link.link if isinstance(link, Ring) else link)._sock
     return sock
 
 
@@ -730,6 +730,7 @@ def test_a_deadline_before_the_first_byte_costs_only_its_call(
 
     with fastsplit.connect(server.uri, arrays="numpy") as channel:
         channel.call("echo", np.zeros(3))  # a segment is announced with the first
+        channel._connection.lane = None
         with monkeypatch.context() as patch:
             patch.setattr(
                 channel._connection.transport, "send", lambda buffers, nbytes=-1: buffers

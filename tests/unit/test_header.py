@@ -10,22 +10,10 @@ import pytest
 from raw_peer import HEADER
 
 from fastsplit.errors import RemoteProtocolError
-from fastsplit.schema import header
-from fastsplit.schema.header import HEADER_NBYTES, Kind
+from fastsplit.schema.header import HEADER_NBYTES, Kind, pack_header, parse_header
 from fastsplit.schema.limits import Limits
-from fastsplit.wire import backend
-from fastsplit.wire.backend import pack_header, parse_header
 
 LIMITS = Limits(max_metadata_nbytes=5000, max_message_nbytes=1_000_000)
-
-
-@pytest.fixture(autouse=True, params=["compiled", "python"])
-def core(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "python":
-        for name in ("pack_header", "parse_header"):
-            monkeypatch.setitem(globals(), name, getattr(header, name))
-    elif not backend.native:
-        pytest.skip("the compiled core is not in use here")
 
 
 def _header(**changes: Any) -> bytes:

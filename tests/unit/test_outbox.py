@@ -623,7 +623,7 @@ def test_whatever_is_put_leaves_whole_and_in_order(
             outbox.put_control_frames()
         elif step == "small":
             note_small(outbox.send_small(outbox.session.cancel(7)), 7)
-        unsent = sum(memoryview(buffer).nbytes for frame in outbox._frames for buffer in frame.buffers)
+        unsent = sum(memoryview(buffer).nbytes for frame in outbox.frames for buffer in frame.buffers)
         assert outbox.queued_nbytes == unsent
     drain(outbox)
     outbox.put_returns()

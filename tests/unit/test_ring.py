@@ -419,7 +419,7 @@ def test_a_descriptor_goes_with_its_frame_or_not_at_all(pair: Pair) -> None:
     frame = bytearray(b"announced")
     with contextlib.suppress(BlockingIOError):
         while True:
-            client._link.send_now(b"w" * 4096, SEND_FLAGS)
+            client.link.send_now(b"w" * 4096, SEND_FLAGS)
     assert client.send_with_descriptor_now(frame, 0) == (False, [frame])
     assert not server.has_bytes()
     assert client.prepare_to_sleep(for_items=True, for_space=True) == ring._NAP_S

@@ -142,7 +142,7 @@ def test_a_new_shape_is_one_that_neither_side_remembers(name: str) -> None:
     for rows in (2, 3, 4):
         serializer.decode(serializer.receive(serializer.encode(message(((rows, 8),)))))
     is_new = "new shape" in name
-    encoder, decoder = serializer._client.encoder, serializer._server._decoder
+    encoder, decoder = serializer._client.encoder, serializer._server.decoder
     for known in (encoder._templates, decoder._known, *filter(None, (encoder.compiled, decoder.compiled))):
         assert (len(known) == 1) == is_new
 

@@ -13,27 +13,12 @@ from hypothesis import strategies as st
 from fastsplit.errors import TensorError
 from fastsplit.schema.descriptor import TensorDesc
 from fastsplit.schema.dtypes import BY_CODE, BY_NAME
-from fastsplit.tensors import Arrays, collect, collect_cast, dtype_of, outgoing, parse_arrays
+from fastsplit.tensors import Arrays, collect, collect_cast, dtype_of, parse_arrays, share
 from fastsplit.tensors.pool import Pool
-from fastsplit.wire import backend
 
 torch = pytest.importorskip("torch")
 
 every_dtype = pytest.mark.parametrize("row", BY_CODE.values(), ids=lambda row: row.name)
-
-
-share = outgoing.share
-
-
-SAMPLED = pytest.param("python", marks=pytest.mark.matrix(each=False))
-"""It is what the compiled core leaves to Python, too."""
-
-
-@pytest.fixture(autouse=True, params=["compiled", SAMPLED] if backend.native else ["python"])
-def core(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the compiled `share`, and without."""
-    if request.param == "compiled":
-        monkeypatch.setitem(globals(), "share", backend.share)
 
 
 def _address(tensor: Any) -> int:

@@ -17,15 +17,17 @@ import contextlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from threading import get_ident
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any, Unpack
 
 from ...errors import ClosedError, DeadlineError, FastsplitError, PeerLostError
 from ...schema.attrs import call_attrs
 from ...system.forked import watch
 from ...system.threads import Workers
+from ...tensors import parse_expect
 from ..client import UNSET, ClientCore, ClientFront, probe_sizes
 from ..connection import Connection
+from ..lane import add_lane
 from ..options import BlockingClientKeywords, BlockingClientOptions, documented, parse_count, parse_timeout
 from ..result import Result, warn_of_discarded
 from ..rules import MAX_PADDING_NBYTES
@@ -39,6 +41,7 @@ from .sender import Sender
 
 __all__ = ["Channel", "Future", "Result"]
 
+_NAP_S = 0.001
 _JOIN_S = 1.0  # how long `close` waits for a callback that runs in the channel's own thread
 
 
@@ -79,6 +82,7 @@ class Channel(ClientFront):
             self._shake_hands(deadline, chosen)
             watch(reader)
             watch(self._sender)
+            add_lane(core.connection, core.arrays, future_type=Future)
         except DeadlineError:
             reader.end(ClosedError("the handshake failed"))
             raise DeadlineError(f"{uri}: connected, but no handshake within {chosen.timeout_s} s") from None
@@ -184,9 +188,18 @@ class Channel(ClientFront):
         the request is being sent it ends the connection.
         """
         named = keywords if attrs is None else call_attrs(attrs, keywords)
-        timeout_s, deadline = self._deadline(timeout_s)
-        asked = (op, tensors, timeout_s, deadline, expect, wire_dtype, codec, named)
-        future = self._calls.start(asked) or self._calls.start_in_turn(asked)
+        future: Future | None = None
+        lane = self._reader.connection.lane
+        if lane is not None and wire_dtype is UNSET and codec is UNSET:
+            seconds = self._call_timeout_s if timeout_s is None else parse_timeout("timeout_s", timeout_s)
+            answer = lane.call(self._reader, op, tensors, named, seconds, parse_expect(expect))
+            if type(answer) is Result:
+                return answer
+            future = answer
+        if future is None:
+            timeout_s, deadline = self._deadline(timeout_s)
+            asked = (op, tensors, timeout_s, deadline, expect, wire_dtype, codec, named)
+            future = self._calls.start(asked) or self._calls.start_in_turn(asked)
         try:
             return future.result()
         finally:
@@ -219,6 +232,12 @@ class Channel(ClientFront):
         watcher = self._reader.watcher
         if watcher is None or not watcher.runs:
             self._reader.start_watcher()  # before anything is sent: there may be no thread left
+        lane = self._reader.connection.lane
+        if lane is not None and wire_dtype is UNSET and codec is UNSET:
+            future: Future | None = lane.submit(self._reader, op, tensors, named, timeout_s, parse_expect(expect))
+            if future is not None:
+                self._reader.attend(future._deadline)
+                return future
         asked = (op, tensors, timeout_s, deadline, expect, wire_dtype, codec, named)
         future = self._calls.start(asked) or self._calls.start_in_turn(asked)
         self._reader.attend(deadline)
@@ -232,6 +251,7 @@ class Channel(ClientFront):
         """
         drain_s = parse_timeout("drain_s", drain_s)
         core, reader, workers = self._core, self._reader, self._sender.workers
+        lane = core.connection.lane
         inside = get_ident() in reader.inside  # in the middle of a call
         if drain_s and not core.closed and not inside:
             self._drain(drain_s)
@@ -244,7 +264,9 @@ class Channel(ClientFront):
             core.closed = core.refusing = True
             if core.error is None:  # now, so that it comes before the server's answer to the goodbye
                 core.error = ClosedError("the channel was closed")
-            discarded = [future.op for future in list(core.calls.values()) if not future._done] if first else ()
+            discarded = [future.op for future in list(core.calls.values()) if not future._done] if first else []
+            if first and lane is not None and lane.op is not None:
+                discarded.append(lane.op)
         if first:
             held = False
             sending = core.connection.sending
@@ -270,3 +292,6 @@ class Channel(ClientFront):
         for future in list(self._core.calls.values()):
             with contextlib.suppress(FastsplitError):  # the future keeps it
                 self._reader.wait_for(future, max(until - monotonic(), 0.0))
+        lane = self._core.connection.lane
+        while lane is not None and lane.op is not None and monotonic() < until:
+            sleep(_NAP_S)  # another thread waits for its call there

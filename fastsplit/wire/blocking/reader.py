@@ -80,6 +80,8 @@ class Reader(State):
         own = limit is None or (deadline is not None and deadline <= limit)
         until = deadline if own else limit
         try:
+            if self.connection.lane is not None and not future._done:
+                self.connection.lane.wait(self, future, None if until is None else max(until - monotonic(), 0.0))
             self.wait_until_done(future, until, ident)
         except DeadlineError:
             if not own:
@@ -234,6 +236,18 @@ class Reader(State):
             if session.in_doubt:
                 self.end(ClosedError("the connection was closed: a read was interrupted"))
             raise
+
+    def left_lane(self, future: Future | None) -> None:
+        """This thread was in the lane (../lane.py), and no longer reads. `future`: of its call, if that goes on."""
+        self._left_reading()
+        if self.turns:
+            self.turns.let_in()
+        if future is not None and self.core.closed:  # the thread that ended the connection has not seen it
+            self.settle(future, None, self.fail(ClosedError("the channel was closed")))
+            self.core.calls.pop(future._id, None)
+        self.call_back()
+        if self.watcher is not None or self.events:
+            self.leave_to_watcher()
 
     # ---- for the core: see client.Front ----
 

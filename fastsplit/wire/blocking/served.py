@@ -20,12 +20,13 @@ import time
 from collections.abc import Callable
 from threading import get_ident
 from time import perf_counter_ns
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...errors import DeadlineError, FastsplitError, PeerLostError, RemoteProtocolError, ResourceError, fresh
 from ...printable import get_logger
 from ...system.forked import renew
 from ...system.threads import only_one
+from ..call import Call
 from ..connection import greeting
 from ..events import Cancel, Event, Request
 from ..service import CLOSING, Refusal, ServiceCore
@@ -104,6 +105,10 @@ class ServedClient:
             while going_on:
                 while ahead.waiting:
                     self._run_waiting()
+                if self.connection.lane is not None:
+                    self._serve_in_lane(self.connection.lane)
+                    if ahead.waiting:
+                        continue
                 reads_itself = ahead.reader is None and ahead.end is True  # else the reader's end comes first
                 going_on = self._read_or_trim() if reads_itself else ahead.wait()
             self._drain()
@@ -122,6 +127,20 @@ class ServedClient:
             self._replies.close()
             self.core.client._end()
             self._server._forget(self)
+
+    def _serve_in_lane(self, lane: Any) -> None:
+        """Serves requests for as long as the lane takes them, and nothing else has to be done."""
+        core, ahead, spin, service = self.core, self._ahead, self.connection.transport.spin, self._service
+        lane.link.arm(time.monotonic() + IDLE_S)
+        while not (ahead.waiting or core.cancelled or service.closing) and ahead.end is True:
+            spin.spin_us = self._server._spin_us if len(service.clients) <= self._server._max_spinning else 0.0
+            call = lane.receive(self)
+            if call is None:
+                return
+            ahead.running = call._request_id
+            self._answer(call, call._deadline)
+            ahead.running = None
+            del call
 
     def _greet(self) -> bool:
         deadline = time.monotonic() + self._service.options.handshake_timeout_s
@@ -289,7 +308,11 @@ class ServedClient:
         call = core.begin(self, request, deadline)
         if isinstance(call, Refusal):
             self._replies.error(request_id, call)
-            return
+        else:
+            self._answer(call, deadline)
+
+    def _answer(self, call: Call, deadline: float | None) -> None:
+        core, request_id, lane = self.core, call._request_id, self.connection.lane
         try:
             handler = self._handlers[call.op]
             started_ns = perf_counter_ns()
@@ -299,6 +322,8 @@ class ServedClient:
             finally:
                 self._in_handler = False
             time_ns = perf_counter_ns() - started_ns
+            if lane is not None and self._workers is None and lane.reply(call, result, time_ns):
+                return
             if deadline is None:
                 deadline = core.reply_deadline(None)
             out = core.prepare(call, result, deadline)

@@ -29,8 +29,7 @@ from ...schema.descriptor import TensorDesc
 from ...schema.limits import Limits
 from ...system.forked import renew
 from ...system.shortage import shortage
-from ...tensors.pool import Memory
-from ..backend import Lease
+from ...tensors.pool import Lease, Memory
 from .blocks import Block, Blocks, OwnSegment, block_nbytes
 from .segment import Hook, Memfd, Named, Segment
 
@@ -81,7 +80,10 @@ class Arena:
         self._own: dict[int, OwnSegment] = {}
         self._peers: dict[int, Segment] = {}
         self._map: tuple[list[int], list[Segment]] = ([], [])  # all segments by address; replaced, never changed
-        self._dead: deque[Block] = deque()  # blocks of ours, once for each lease that died
+        self.dead: deque[Block] = deque()
+        """Blocks of ours, once for each lease that died."""
+        self.idle: deque[Block] = deque()
+        """Blocks of ours that a lane found to be free (../lane.py)."""
         self.returns: deque[tuple[int, int]] = deque()
         """(segment, offset) of leases on the peer's memory that died, to be sent."""
         self.has_pending = False
@@ -132,7 +134,7 @@ class Arena:
                 lease = Lease(nbytes, _UINT8, segment.memory, block.offset)
                 lease.token = block
                 lease.segment = segment
-                lease.home = self._dead
+                lease.home = self.dead
         if now - self._trimmed_at > _TRIM_EVERY_S:
             self.trim()
         return lease
@@ -173,13 +175,23 @@ class Arena:
             self._remap()
         return None
 
+    def sort_out(self) -> None:
+        """Frees the blocks whose leases have died, unless another thread is at work here: it does so as well."""
+        if self._lock.acquire(blocking=False):
+            try:
+                self._sort_out()
+            finally:
+                self._lock.release()
+
     def _sort_out(self) -> None:
         """Frees the blocks whose leases have died. The caller holds the lock."""
-        dead = self._dead
+        dead = self.dead
         while dead and not self.closed:
             block = dead.popleft()
             block.dead += 1
             self._free_if_unused(block)
+        while self.idle and not self.closed:
+            self._free_if_unused(self.idle.popleft())
 
     def _free_if_unused(self, block: Block) -> None:
         if block.in_use and block.is_free:
@@ -346,16 +358,13 @@ class Arena:
             raise RemoteProtocolError(
                 f"placement: {nbytes} bytes at {offset} of segment {segment_id}, expected them within one loan"
             )
-        if len(self._dead) > _MAX_DEAD and self._lock.acquire(blocking=False):
-            try:
-                self._sort_out()
-            finally:
-                self._lock.release()
+        if len(self.dead) > _MAX_DEAD:
+            self.sort_out()
         lease = Lease(shape, dtype.buffer_dtype, block.segment.memory, offset)
         block.leases += 1
         lease.token = block
         lease.segment = block.segment
-        lease.home = self._dead
+        lease.home = self.dead
         self.shared_nbytes += nbytes
         return lease
 

@@ -19,7 +19,7 @@ class Beside(Transport):
     whole_frames = True
 
     def __init__(self, link: Stream) -> None:
-        self._link = link
+        self.link = link
         self._bell = memoryview(bytearray(64))
         self.passes_descriptors = link.passes_descriptors
         self.spin = link.spin
@@ -27,56 +27,56 @@ class Beside(Transport):
     @property
     def bytes_sent(self) -> int:
         """Bytes through the socket."""
-        return self._link.bytes_sent
+        return self.link.bytes_sent
 
     @property
     def bytes_received(self) -> int:
         """Bytes through the socket."""
-        return self._link.bytes_received
+        return self.link.bytes_received
 
     def send_with_descriptor(self, frame: Any, fd: int, deadline: float | None) -> Sequence[Any]:
         """Sends the descriptor through the socket, waiting for room in that; all of `frame` is left."""
-        self._link.send_with_descriptor(_DESCRIPTOR, fd, deadline)
+        self.link.send_with_descriptor(_DESCRIPTOR, fd, deadline)
         return [frame]
 
     def send_descriptor_now(self, fd: int) -> bool:
         """Sends a descriptor through the socket. False if there is no room for it now. Raises PeerLostError."""
-        return self._link.send_with_descriptor_now(_DESCRIPTOR, fd)[0]
+        return self.link.send_with_descriptor_now(_DESCRIPTOR, fd)[0]
 
     def take_descriptor(self) -> int | None:
-        if not self._link.descriptors:
-            self._link.receive_descriptors(self._bell)
-        return self._link.take_descriptor()
+        if not self.link.descriptors:
+            self.link.receive_descriptors(self._bell)
+        return self.link.take_descriptor()
 
     def fileno(self) -> int:
         """The socket's descriptor; -1 once it is closed."""
-        return self._link.fileno()
+        return self.link.fileno()
 
     def drain(self) -> bool:
         """Silences the bell. Raises PeerLostError, RemoteProtocolError."""
-        return self._link.drain()
+        return self.link.drain()
 
     def peer_name(self) -> str:
-        return self._link.peer_name()
+        return self.link.peer_name()
 
     def peer_left(self) -> bool:
-        return self._link.peer_left()
+        return self.link.peer_left()
 
     def shutdown_writing(self) -> None:
-        self._link.shutdown_writing()
+        self.link.shutdown_writing()
 
     def shutdown_reading(self) -> None:
-        self._link.shutdown_reading()
+        self.link.shutdown_reading()
 
     def shutdown(self) -> None:
-        self._link.shutdown()
+        self.link.shutdown()
 
     def linger(self, deadline: float) -> None:
         """Ends the writing direction. What was written stays readable, whatever becomes of the socket."""
-        self._link.linger(deadline)
+        self.link.linger(deadline)
 
     def close(self) -> None:
-        self._link.close()
+        self.link.close()
 
     def leave(self) -> None:
-        self._link.leave()
+        self.link.leave()

@@ -64,6 +64,16 @@ class Ring(Beside):
 
     format = staticmethod(format_ring)
 
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes through the socket."""
+        return self.link.bytes_sent + self.slots.rung
+
+    @property
+    def bytes_received(self) -> int:
+        """Bytes through the socket."""
+        return self.link.bytes_received + self.slots.heard
+
     # ---- out ----
 
     def send(self, buffers: Sequence[Any], nbytes: int = -1) -> Sequence[Any]:
@@ -115,7 +125,7 @@ class Ring(Beside):
                     return True, False  # the stream has ended: the next read says so
             else:
                 # Another thread may be asleep on the socket, and would take our wake-up for its own.
-                if self._link.peer_left():
+                if self.link.peer_left():
                     raise PeerLostError("the peer closed the connection")
                 time.sleep(0.001)
 
@@ -187,7 +197,7 @@ class Ring(Beside):
         slots = self.slots
         if not blocking:
             with contextlib.suppress(PeerLostError):  # what was written before the end still counts
-                if self._link.drain():  # wake-ups; frames are in the ring
+                if self.link.drain():  # wake-ups; frames are in the ring
                     raise DeadlineError("nothing to read")
             return slots.readable()
         if self.spin.spin_us and self._spin():
@@ -216,7 +226,7 @@ class Ring(Beside):
         while (left_us := (end_ns - perf_counter_ns()) * 1e-3) > 0:
             if self.slots.poll(min(left_us, _LOOK_EVERY_US)):
                 return True
-            if self._link.peer_left():
+            if self.link.peer_left():
                 return False
         return False
 
@@ -230,7 +240,7 @@ class Ring(Beside):
             if slots.readable() or (for_space and slots.has_space()):
                 return True
             try:
-                return self._link.receive_bell(self._bell, deadline)
+                return self.link.receive_bell(self._bell, deadline)
             except DeadlineError:
                 return True
         finally:
@@ -247,7 +257,7 @@ class Ring(Beside):
     def _ring_bell(self) -> None:
         """Wakes the peer, which sleeps. Raises PeerLostError."""
         try:
-            self._link.bytes_sent += self.slots.wake(self._send_bell)
+            self.link.bytes_sent += self.slots.wake(self._send_bell)
         except BlockingIOError:
             pass  # it has many bells to read yet
         except OSError as error:

@@ -78,6 +78,9 @@ class Slots:
     After `close` every method raises PeerLostError.
     """
 
+    rung = heard = 0
+    """Bytes that a lane sent to the peer's bell, and read of this side's (../lane.py)."""
+
     def __init__(self, memory: mmap.mmap, *, is_client: bool) -> None:
         locks = semaphores.load()
         self._memory: Any = memory  # _GONE once it is closed

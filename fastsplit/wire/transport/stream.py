@@ -72,7 +72,8 @@ class Stream(Transport):
         self._sock = sock
         self.send_now = sock.send
         """The system call itself, with its OSErrors."""
-        self._timeout_s = 0.0
+        self.timeout_s = 0.0
+        """The socket's SO_RCVTIMEO, 0 for none."""
         self._writable = select.poll()
         self._writable.register(sock, select.POLLOUT)
         self._either = select.poll()
@@ -213,7 +214,7 @@ class Stream(Transport):
         sink = self if sink is None else sink
         while True:
             if not flags:
-                self._arm(deadline)
+                self.arm(deadline)
             try:
                 if len(buffers) == 1 and not self.passes_descriptors:
                     if flags:
@@ -278,6 +279,13 @@ class Stream(Transport):
     def leave(self) -> None:
         renew(self._close_lock)
         self._sock.close()
+        self._close_descriptors()
+
+    def _close_descriptors(self) -> None:
+        message, self._message = self._message, ()
+        if message:  # of a read that was interrupted, or of a lane's
+            with contextlib.suppress(RemoteProtocolError):
+                self.descriptors.keep(message[1], message[2])
         self.descriptors.close()
 
     def close(self) -> None:
@@ -289,7 +297,7 @@ class Stream(Transport):
                     if not self._sock.recv(_DISCARD_NBYTES, _DONTWAIT):
                         break
             self._sock.close()
-            self.descriptors.close()
+            self._close_descriptors()
 
     def peer_name(self) -> str:
         """The peer's name for logs: `127.0.0.1:4567`, or `process 123` on a unix socket."""
@@ -328,7 +336,8 @@ class Stream(Transport):
                 return
         self.spin.hit()
 
-    def _arm(self, deadline: float | None) -> None:
+    def arm(self, deadline: float | None) -> None:
+        """Has a blocking read end at the deadline, or before: the reader looks again then."""
         if deadline is None:
             timeout_s = 0.0
         else:
@@ -339,11 +348,11 @@ class Stream(Transport):
                 timeout_s = _TICKS_S[1]
             elif timeout_s <= 0.0:
                 timeout_s = 1e-6
-        if timeout_s != self._timeout_s:
+        if timeout_s != self.timeout_s:
             seconds = int(timeout_s)
             micros = int((timeout_s - seconds) * 1e6) or (0 if seconds or not timeout_s else 1)
             try:
                 self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", seconds, micros))
             except OSError as error:
                 raise lost(error) from None
-            self._timeout_s = timeout_s
+            self.timeout_s = timeout_s

@@ -1,0 +1,70 @@
+"""The lane: a whole call in one compiled step, where two ends share memory and write to a ring (native/lane.c).
+
+What it does. `call` describes a request, writes it, waits and makes the Result; `receive` waits for a request and makes
+its Call; `reply` describes a result and writes it. Each does so only while that is plain: shapes that came before,
+tensors in the arena, no other thread that sends or reads, nothing that is to be refused or ended. All else it leaves to
+the modules of blocking/, with the slot still in the ring; a call whose reply is not plain, or for which another thread
+may have to read, goes on as a Future.
+
+Rules. A lane belongs to one connection and is used under the rules of blocking/: a client's call makes its thread the
+reader (`Reader.reading`), and a server's lane belongs to the connection's thread. It holds nothing that holds it.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from time import monotonic
+from typing import Any
+
+from ..tensors import Arrays, allocate_for
+from .backend import Lane, compiled, knows_torch
+from .call import Call
+from .connection import Connection, greeting
+from .result import Result
+from .shm.ring import Ring
+from .shm.slots import Slots
+
+__all__ = ["add_lane"]
+
+_ARMED_S = 60.0  # a socket's own timeout, of seconds, saves a system call where a call has a longer one
+
+
+def add_lane(connection: Connection, arrays: Arrays, future_type: Any = None, handlers: Any = None) -> Any:
+    """Gives a connection its lane, if it can have one, and returns it; None where it cannot.
+
+    `arrays`: what results and calls hold. `future_type`: of a client's calls that go on as Futures. `handlers`: a
+    server's, by op.
+    """
+    arena, ring, session = connection.arena, connection.transport, connection.session
+    templates, heads = session.encoder.compiled, session.decoder.compiled
+    if arena is None or not isinstance(ring, Ring) or templates is None or heads is None:
+        return None
+    if type(ring.slots) is not compiled(Slots) or (arrays.kind == "torch" and not knows_torch()):
+        return None
+    ring.link.arm(monotonic() + _ARMED_S)
+    connection.lane = Lane(
+        slots=ring.slots,
+        templates=templates,
+        heads=heads,
+        session=session,
+        arena=arena,
+        requests=session.requests,
+        returns=arena.returns,
+        dead=arena.dead,
+        idle=arena.idle,
+        is_sending=connection.sending.locked,
+        frames=connection.outbox.frames,
+        inside=connection.inside,
+        greeting=greeting,
+        allocate_for=partial(allocate_for, arena),
+        link=ring.link,
+        passes_descriptors=ring.passes_descriptors,
+        spin=ring.spin,
+        fd=ring.fileno(),
+        as_torch=arrays.kind == "torch",
+        result_type=Result,
+        future_type=future_type,
+        call_type=Call,
+        handlers=handlers,
+    )
+    return connection.lane
