@@ -12,8 +12,8 @@ How it is measured. Each end is a process of its own, on a core of its own where
 one is at work at any moment. A round takes about as long for all of them; the first messages are not timed. A transport
 that fails, or does not answer within a minute, is left out from there on, and the JSON says so.
 
-What the columns are. p50, p99: of all single round trips, the former by round and the median of these, the latter of
-all rounds together; of a pipelined transport what a call adds. GB/s: messages of that size one way, until the sender
+What the columns are. p50, p99, p99.9: of all single round trips, the first by round and the median of these, the others
+of all rounds together; of a pipelined transport what a call adds. GB/s: messages of that size one way, until the sender
 knows that all have arrived. CPU: of both ends together, in us a message. x floor: times the quicker bare socket of that
 link in the same mode, on shm times a copy there and back.
 """
@@ -88,6 +88,7 @@ class Series:
         return {
             "p50_us": statistics.median(self.p50_us) if self.p50_us else None,
             "p99_us": float(np.percentile(self.trips_us, 99)) if self.trips_us else None,
+            "p999_us": float(np.percentile(self.trips_us, 99.9)) if self.trips_us else None,
             "mean_us": mean_us,
             "cpu_us": statistics.median(self.client_cpu_us) + statistics.median(self.peer_cpu_us),
             "gbytes_per_s": self.nbytes / mean_us / 1e3,
@@ -196,6 +197,7 @@ def _table(series: Sequence[Series]) -> str:
                 columns.append((f"{size}: p50 us", 17, lambda row, n=nbytes: _short(row[n]["p50_us"])))
                 columns.append(("x floor", 8, lambda row, n=nbytes: _short(row[n]["p50_us"] / row[n]["floor_us"])))
                 columns.append(("p99", 9, lambda row, n=nbytes: _short(row[n]["p99_us"])))
+                columns.append(("p99.9", 9, lambda row, n=nbytes: _short(row[n]["p999_us"])))
             else:
                 columns.append((f"{size}: GB/s", 17, lambda row, n=nbytes: _short(row[n]["gbytes_per_s"])))
             columns.append(("CPU", 8, lambda row, n=nbytes: _short(row[n]["cpu_us"])))

@@ -511,12 +511,13 @@ static int take_reading(Lane *self, const Request *request) {
 /* This thread no longer reads. Takes over `outcome`, and returns it, or NULL with an error. `future`: whether it is one. */
 static PyObject *leave_reading(Lane *self, const Request *request, PyObject *outcome, int future) {
     PyObject *type, *value, *trace, *reader = request->reader;
+    int is_call = self->op != NULL; /* after `wait` its caller leaves the rest to the watcher */
     PyErr_Fetch(&type, &value, &trace);
     self->op = NULL;
     if (!set(reader, str_reading, PyLong_FromLong(0)) || PySet_Discard(self->inside, request->ident) < 0 ||
         number_of(reader, str_followers) || is_true(request->core, str_closed) || is_true(reader, str_callbacks) ||
         is_true(reader, str_turns) ||
-        (is_true(reader, str_watcher) && (PyDict_GET_SIZE(self->requests) || is_true(reader, str_events)))) {
+        (is_call && is_true(reader, str_watcher) && (PyDict_GET_SIZE(self->requests) || is_true(reader, str_events)))) {
         PyErr_Clear();
         PyObject *done = PyObject_CallMethodOneArg(reader, str_left_lane, future ? outcome : Py_None);
         if (done == NULL) Py_CLEAR(outcome);

@@ -3,6 +3,7 @@
     Torch, Numpy   `Channel.call`, one at a time; the tensor of a round trip is made by `channel.empty` before
     Pipelined      `Channel.submit`, up to 16 requests in flight (fewer large ones: 256 MiB in all), over sockets with
                    `overlap=True`. A round trip is then what a call adds, not how long it takes
+    PythonCore     as Torch and Numpy, without the compiled core at either end
     NewTensors     as Torch, but each call makes a tensor to send, and the handler another to answer with
     Asyncio        `fastsplit.aio` on both ends: round trips one at a time, one way as many at a time as Pipelined
 
@@ -13,18 +14,21 @@ measurement. Spinning is fastsplit's default on two cores, 50 us at most; sleepi
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import fastsplit
+from fastsplit.wire import backend
+from fastsplit.wire.shm import ring, slots
 
 from . import Bytes, Client, Peer, Run, bytes_of
 
@@ -157,6 +161,37 @@ class NumpyPeer(TorchPeer):
 
 
 class NumpyClient(TorchClient):
+    arrays = "numpy"
+
+
+@contextlib.contextmanager
+def _python_core() -> Iterator[None]:
+    """Connections that are made meanwhile have nothing compiled."""
+    before = backend._native, ring.Slots
+    backend._native, ring.Slots = None, slots.Slots
+    try:
+        yield
+    finally:
+        backend._native, ring.Slots = before
+
+
+class PythonCorePeer(TorchPeer):
+    def __init__(self, directory: Path, link: str) -> None:
+        _python_core().__enter__()  # for good: this process serves no others
+        super().__init__(directory, link)
+
+
+class PythonCoreClient(TorchClient):
+    def __init__(self, address: str) -> None:
+        with _python_core():
+            super().__init__(address)
+
+
+class NumpyPythonCorePeer(PythonCorePeer):
+    arrays = "numpy"
+
+
+class NumpyPythonCoreClient(PythonCoreClient):
     arrays = "numpy"
 
 

@@ -16,6 +16,7 @@ from . import message_generated as gen
 from .coding import FLOAT32, coded_nbytes
 from .descriptor import (
     CACHED_SHAPES,
+    CACHED_STRUCTURES,
     FILE_IDENTIFIER,
     MAX_CACHED_NBYTES,
     PLACEMENT_NBYTES,
@@ -77,6 +78,15 @@ class _Known(NamedTuple):
     inline_nbytes: int
 
 
+class _Structure(NamedTuple):
+    """A head but for the dimensions of its tensors and its lists of ints, which may be others of the same lengths."""
+
+    known: _Known
+    parts: tuple[tuple[int, int, bytes], ...]  # start, end, the bytes that are there
+    dims_at: tuple[tuple[int, int], ...]  # of each tensor: where its dimensions lie, how many there are
+    lists_at: tuple[tuple[int, int, int], ...]  # of each list: its attribute, where it lies, how many there are
+
+
 class Decoder:
     """Reads and validates metadata from the peer. One for each connection; not thread-safe (one thread reads).
 
@@ -95,6 +105,8 @@ class Decoder:
         """Whether attributes may be of the types Bool, Floats and Bools."""
         self._limits = limits
         self._known: dict[bytes, _Known] = {}
+        self._structures: dict[tuple[int, int], list[_Structure]] = {}
+        """By the bytes of the metadata and of its head."""
 
     def decode(self, metadata: bytes, varying_nbytes: int) -> Message:
         """The message that `metadata` holds.
@@ -106,7 +118,7 @@ class Decoder:
             if found is not None:
                 return found
         cut = len(metadata) - varying_nbytes
-        known = self._known.get(metadata[:cut]) if cut > 0 else None
+        known = (self._known.get(metadata[:cut]) or self._reshaped(metadata, cut)) if cut > 0 else None
         if known is None or len(metadata) != known.nbytes:
             return self._decode_new(metadata, cut)
         message, plain, _, slots, bools, tail, gaps, inline, inline_nbytes = known
@@ -139,6 +151,7 @@ class Decoder:
     def forget(self) -> None:
         """Forgets all heads: so that a benchmark sees a new one."""
         self._known.clear()
+        self._structures.clear()
         if self.compiled is not None:
             self.compiled.clear()
 
@@ -148,12 +161,60 @@ class Decoder:
         tail = Tail(reader.ints.count, reader.floats.count, len(message.tensors), len(message.returns) // 2)
         cacheable = len(metadata) <= MAX_CACHED_NBYTES and reader.is_canonical(tail)
         if cacheable and cut == len(metadata) - tail.nbytes:
-            if len(self._known) >= CACHED_SHAPES:
-                del self._known[next(iter(self._known))]
-            known = self._known[metadata[:cut]] = self._remember(metadata, cut, message, reader, tail)
-            if self.compiled is not None:
-                self._teach(self.compiled, metadata[:cut], known, tail)
+            known = self._remember(metadata, cut, message, reader, tail)
+            self._keep(metadata[:cut], known)
+            if reader.is_flexible():
+                self._keep_structure(metadata, cut, known, reader)
         return message
+
+    def _keep(self, head: bytes, known: _Known) -> None:
+        if len(self._known) >= CACHED_SHAPES:
+            del self._known[next(iter(self._known))]
+        self._known[head] = known
+        if self.compiled is not None:
+            self._teach(self.compiled, head, known, known.tail)
+
+    def _keep_structure(self, metadata: bytes, cut: int, known: _Known, reader: _MessageReader) -> None:
+        holes = sorted([*reader.dims_at, *(hole[1:] for hole in reader.lists_at)])
+        starts = [0, *(at + 8 * count for at, count in holes)]
+        ends = [*(at for at, _ in holes), cut]
+        parts = tuple([(start, end, metadata[start:end]) for start, end in zip(starts, ends)])
+        alike = self._structures.setdefault((len(metadata), cut), [])
+        if sum(map(len, self._structures.values())) >= CACHED_STRUCTURES:
+            self._structures.clear()
+            alike = self._structures[len(metadata), cut] = []
+        alike.append(_Structure(known, parts, tuple(reader.dims_at), tuple(reader.lists_at)))
+
+    def _reshaped(self, metadata: bytes, cut: int) -> _Known | None:
+        """A head that differs from one that was validated in dimensions, which are checked here, and in lists of ints.
+        None if there is no such head."""
+        for structure in self._structures.get((len(metadata), cut), ()):
+            if all(metadata[start:end] == part for start, end, part in structure.parts):
+                break
+        else:
+            return None
+        known = structure.known
+        descs = []
+        for index, (before, (at, count)) in enumerate(zip(known.message.tensors, structure.dims_at)):
+            shape = struct.unpack_from(f"<{count}Q", metadata, at)
+            self._limits.check_shape(f"tensor {index}", shape, before.dtype.itemsize, Reader.error)
+            descs.append(TensorDesc.of(before.dtype, shape))
+        sizes = [desc.nbytes for desc in descs]
+        self._limits.check_nbytes(sum(sizes), Reader.error)
+        inline = inline_placements(sizes)
+        known = known._replace(
+            message=known.message._replace(tensors=tuple(descs), payload_nbytes=sum(sizes)),
+            plain=None if known.plain is None else struct.pack(f"<{len(inline)}Q", *inline),
+            inline=inline,
+            inline_nbytes=sum(sizes),
+        )
+        if not structure.lists_at:
+            self._keep(metadata[:cut], known)
+            return known
+        slots = list(known.slots)
+        for index, at, count in structure.lists_at:
+            slots[index] = (slots[index][0], None, list(struct.unpack_from(f"<{count}q", metadata, at)))
+        return known._replace(slots=tuple(slots))
 
     @staticmethod
     def _remember(metadata: bytes, cut: int, message: Message, reader: _MessageReader, tail: Tail) -> _Known:
@@ -270,6 +331,8 @@ class _MessageReader:
         self._identifier = metadata[4:8]
         self.slots: list[tuple[str, int, int | None, Any]] = []  # name, type, index among ints or floats, fixed value
         self.ints = self.floats = self._placements = self._returns = NO_VECTOR
+        self.dims_at: list[tuple[int, int]] = []  # of each tensor: where, how many
+        self.lists_at: list[tuple[int, int, int]] = []  # of each list of ints: its slot, where, how many
 
     def read(self) -> Message:
         reader = self._reader
@@ -297,6 +360,20 @@ class _MessageReader:
             and (not self.ints.count or self.ints.at == self._nbytes - tail.ints_back)
             and self._reader.extent <= self._nbytes - tail.nbytes
         )
+
+    def is_flexible(self) -> bool:
+        """Whether there are dimensions or lists of ints, and nothing else was read from their bytes: they may change,
+        and all else means what it did."""
+        holes = [
+            (at, at + 8 * count, True) for at, count in [*self.dims_at, *(at[1:] for at in self.lists_at)] if count
+        ]
+        end = holes_end = 0
+        for start, stop, is_hole in sorted([*holes, *((*span, False) for span in self._reader.spans)]):
+            if start < (end if is_hole else holes_end) and start < stop:
+                return False
+            end = max(end, stop)
+            holes_end = max(holes_end, stop) if is_hole else holes_end
+        return bool(holes)
 
     def _varying(self, root: Table, slot: int, element_nbytes: int, field: str) -> Vector:
         # The length word may stand among the bytes that vary: the Decoder compares it (`gaps`).
@@ -326,6 +403,8 @@ class _MessageReader:
             dims = table.vector(1, 8, 8, f"{field} shape")
             limits.check_dims(field, dims.count, error)
             shape = struct.unpack(f"<{dims.count}Q", self._reader.read(dims.at, 8 * dims.count))
+            self._reader.spans.pop()  # for `is_flexible`
+            self.dims_at.append((dims.at, dims.count))
             limits.check_shape(field, shape, dtype.itemsize, error)
             descs.append(TensorDesc.of(dtype, shape))
         return tuple(descs)
@@ -382,7 +461,11 @@ class _MessageReader:
         if kind in (gen.AttrType.Ints, gen.AttrType.Floats):
             slot, code = (5, "q") if kind == gen.AttrType.Ints else (7, "d")
             numbers = table.vector(slot, 8, 8, field)
-            return None, list(struct.unpack(f"<{numbers.count}{code}", reader.read(numbers.at, 8 * numbers.count)))
+            raw = reader.read(numbers.at, 8 * numbers.count)
+            if kind == gen.AttrType.Ints and numbers.count:
+                reader.spans.pop()  # for `is_flexible`
+                self.lists_at.append((len(self.slots), numbers.at, numbers.count))
+            return None, list(struct.unpack(f"<{numbers.count}{code}", raw))
         texts = table.vector(6, 4, 4, field)
         reader.charge(4 * texts.count)
         return None, [reader.text(reader.indirect(texts.at + 4 * index, field), field) for index in range(texts.count)]

@@ -20,6 +20,7 @@ from .dtypes import DType
 
 __all__ = [
     "CACHED_SHAPES",
+    "CACHED_STRUCTURES",
     "FILE_IDENTIFIER",
     "MAX_CACHED_NBYTES",
     "PLACEMENT_NBYTES",
@@ -37,6 +38,7 @@ Attrs = Mapping[str, AttrValue]
 
 FILE_IDENTIFIER = b"FSM1"
 CACHED_SHAPES = 512  # per connection and direction; usually a few hundred bytes each
+CACHED_STRUCTURES = 64  # kinds of messages, whatever their tensors' dimensions
 MAX_CACHED_NBYTES = 8 * 1024  # of metadata: larger ones are rare, and a hostile peer could fill the cache with them
 PLACEMENT_NBYTES = 24
 RETURN_NBYTES = 16

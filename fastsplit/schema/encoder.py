@@ -17,7 +17,15 @@ import flatbuffers
 from ..errors import LimitError, SettingError, shown
 from . import message_generated as gen
 from .attrs import Packed, as_dict, check_names, check_texts, is_unicode, min_nbytes, number_error, split
-from .descriptor import CACHED_SHAPES, FILE_IDENTIFIER, MAX_CACHED_NBYTES, Attrs, Tail, inline_placements
+from .descriptor import (
+    CACHED_SHAPES,
+    CACHED_STRUCTURES,
+    FILE_IDENTIFIER,
+    MAX_CACHED_NBYTES,
+    Attrs,
+    Tail,
+    inline_placements,
+)
 from .dtypes import BY_CODE
 from .limits import Limits, over
 
@@ -39,6 +47,9 @@ class Templates(Protocol):
         """Forgets all shapes."""
 
 
+_INTS = gen.AttrType.Ints
+
+
 class _Template(NamedTuple):
     metadata: bytes
     varying_nbytes: int  # bytes at the end that hold ints, floats, placements and returns
@@ -46,6 +57,9 @@ class _Template(NamedTuple):
     at: int  # where they begin
     is_final: bool  # whether nothing is to be patched if all tensors are inline
     inline: tuple[int, ...]
+    dims_at: tuple[int, ...]  # where each tensor's dimensions lie; it does not matter of one that has none
+    lists_at: dict[int, int]  # where lists of ints lie, by attribute
+    placements_at: int
     gaps: tuple[tuple[int, ...], ...]  # the length words before floats, placements and returns; () for none
 
 
@@ -64,6 +78,8 @@ class Encoder:
         self._headroom = headroom
         self._typed = typed
         self._templates: dict[tuple[Any, ...], _Template] = {}
+        self._structures: dict[tuple[Any, ...], _Template] = {}
+        """One of each kind of message, whatever the dimensions of its tensors."""
 
     def encode(
         self,
@@ -104,11 +120,16 @@ class Encoder:
         except TypeError:  # not hashable: only `op` can be that
             raise _op_error(op) from None
         if template is None:
-            template = self._build(op, tensors, names, signature, len(returns) // 2)
-            if len(template.metadata) <= MAX_CACHED_NBYTES:
-                if len(self._templates) >= CACHED_SHAPES:
-                    del self._templates[next(iter(self._templates))]
-                self._templates[key] = template
+            ranks = tuple([(code, len(shape)) for code, shape in tensors])
+            structure = (op, ranks, len(returns), names, tuple([_without_ints(value) for value in signature]))
+            alike = self._structures.get(structure)
+            if alike is None:
+                template = self._build(op, tensors, names, signature, len(returns) // 2)
+            else:
+                template = self._reshape(alike, op, tensors, names, signature)
+            if len(template.metadata) <= MAX_CACHED_NBYTES and not (alike and template.lists_at):
+                _keep(self._structures, structure, template, CACHED_STRUCTURES)
+                _keep(self._templates, key, template, CACHED_SHAPES)
                 if self.compiled is not None:
                     self.compiled.add(op, tensors, attrs, len(returns), template.metadata, template.varying_nbytes)
         out = bytearray(template.metadata)
@@ -133,6 +154,7 @@ class Encoder:
     def forget(self) -> None:
         """Forgets all shapes: so that a benchmark sees a new one."""
         self._templates.clear()
+        self._structures.clear()
         if self.compiled is not None:
             self.compiled.clear()
 
@@ -153,8 +175,12 @@ class Encoder:
         placements = _build_placements(builder, inline)
         floats_vector = _build_vector(builder, gen.MessageStartFloatsVector, builder.PrependFloat64, [0.0] * floats)
         ints_vector = _build_vector(builder, gen.MessageStartIntsVector, builder.PrependInt64, [0] * ints)
-        tensor_tables = [_build_tensor(builder, code, shape) for code, shape in tensors]
-        attr_tables = _build_attrs(builder, names, signature)
+        dims, tensor_tables = [], []
+        for code, shape in tensors:
+            table, vector = _build_tensor(builder, code, shape)
+            tensor_tables.append(table)
+            dims.append(vector)
+        attr_tables, lists = _build_attrs(builder, names, signature)
         tensors_vector = _build_vector(
             builder, gen.MessageStartTensorsVector, builder.PrependUOffsetTRelative, tensor_tables
         )
@@ -186,7 +212,42 @@ class Encoder:
             )
         )
         is_final = not (ints or floats or returns)
-        return _Template(metadata, tail.nbytes, tail.numbers, len(metadata) - tail.nbytes, is_final, inline, gaps)
+        return _Template(
+            metadata,
+            tail.nbytes,
+            tail.numbers,
+            len(metadata) - tail.nbytes,
+            is_final,
+            inline,
+            tuple([len(metadata) - vector + 4 for vector in dims]),  # behind the length; vectors count from the end
+            {index: len(metadata) - vector + 4 for index, vector in lists.items()},
+            len(metadata) - tail.placements_back,
+            gaps,
+        )
+
+    def _reshape(
+        self,
+        template: _Template,
+        op: str,
+        tensors: Sequence[tuple[int, tuple[int, ...]]],
+        names: Sequence[str],
+        signature: Sequence[Any],
+    ) -> _Template:
+        """The template of a message that differs from another one in the dimensions of its tensors, and in lists of
+        ints of the same lengths."""
+        self._check_tensors(op, tensors)
+        metadata = bytearray(template.metadata)
+        for at, (_, shape) in zip(template.dims_at, tensors):
+            if shape:
+                struct.pack_into(f"<{len(shape)}Q", metadata, at, *shape)
+        inline = inline_placements([math.prod(shape) * BY_CODE[code].itemsize for code, shape in tensors])
+        struct.pack_into(f"<{len(inline)}Q", metadata, template.placements_at, *inline)
+        for index, at in template.lists_at.items():
+            try:
+                struct.pack_into(f"<{len(signature[index])}q", metadata, at, *signature[index])
+            except struct.error:
+                raise _ints_error(names[index], signature[index]) from None
+        return template._replace(metadata=bytes(metadata), inline=inline)
 
     def _check(
         self, op: str, tensors: Sequence[tuple[int, tuple[int, ...]]], names: Sequence[str], signature: Sequence[Any]
@@ -199,13 +260,7 @@ class Encoder:
         limits, excess = self.limits, functools.partial(_over, op)
         limits.check_tensors(len(tensors), excess)
         limits.check_attrs(len(names), excess)
-        nbytes = 0
-        for index, (code, shape) in enumerate(tensors):
-            itemsize = BY_CODE[code].itemsize
-            limits.check_dims(f"tensor {index}", len(shape), excess)
-            limits.check_shape(f"tensor {index}", shape, itemsize, excess)
-            nbytes += math.prod(shape) * itemsize
-        limits.check_nbytes(nbytes, excess)
+        self._check_tensors(op, tensors)
         # before the Builder sees them: it has limits of its own
         sizes = list(map(min_nbytes, names, signature))
         for name, size in zip(names, sizes):
@@ -213,6 +268,23 @@ class Encoder:
         limits.check_metadata("texts and lists", len(op) + sum(sizes), excess)
         for name, value in zip(names, signature):
             check_texts(name, value)
+
+    def _check_tensors(self, op: str, tensors: Sequence[tuple[int, tuple[int, ...]]]) -> None:
+        limits, excess = self.limits, functools.partial(_over, op)
+        nbytes = 0
+        for index, (code, shape) in enumerate(tensors):
+            itemsize = BY_CODE[code].itemsize
+            limits.check_dims(f"tensor {index}", len(shape), excess)
+            limits.check_shape(f"tensor {index}", shape, itemsize, excess)
+            nbytes += math.prod(shape) * itemsize
+        limits.check_nbytes(nbytes, excess)
+
+
+def _keep(table: dict[tuple[Any, ...], _Template], key: tuple[Any, ...], template: _Template, most: int) -> None:
+    """Adds a template to a table; the oldest goes first."""
+    if len(table) >= most and key not in table:
+        del table[next(iter(table))]
+    table[key] = template
 
 
 def _over(op: str, field: str, came: str, accepted: str) -> LimitError:
@@ -250,19 +322,22 @@ def _build_returns(builder: Any, count: int) -> int | None:
     return int(builder.EndVector())
 
 
-def _build_tensor(builder: Any, code: int, shape: tuple[int, ...]) -> int:
+def _build_tensor(builder: Any, code: int, shape: tuple[int, ...]) -> tuple[int, int]:
+    """The offsets of its table and of its dimensions, from the end of the buffer; the latter 0 without any."""
     dims = _build_vector(builder, gen.TensorStartShapeVector, builder.PrependUint64, shape)
     gen.TensorStart(builder)
     gen.TensorAddDtype(builder, code)
     if dims is not None:
         gen.TensorAddShape(builder, dims)
-    return int(gen.TensorEnd(builder))
+    return int(gen.TensorEnd(builder)), dims or 0
 
 
-def _build_attrs(builder: Any, names: Sequence[str], signature: Sequence[Any]) -> list[int]:
+def _build_attrs(builder: Any, names: Sequence[str], signature: Sequence[Any]) -> tuple[list[int], dict[int, int]]:
+    """The offsets of the tables, and of lists of ints by attribute."""
     tables = []
+    lists: dict[int, int] = {}
     ints = floats = 0
-    for name, value in zip(names, signature):
+    for number, (name, value) in enumerate(zip(names, signature)):
         name_offset = builder.CreateString(str.__str__(name))
         index, add, offset = 0, None, None
         if value is int or value is bool:
@@ -289,7 +364,9 @@ def _build_attrs(builder: Any, names: Sequence[str], signature: Sequence[Any]) -
             try:
                 offset = _build_vector(builder, gen.AttrStartIntListVector, builder.PrependInt64, value)
             except (TypeError, ValueError, struct.error):  # flatbuffers', of an int beyond 64 bits or 4300 digits
-                raise SettingError(f"attribute {shown(name)}: {shown(value)}, expected ints of 64 bits") from None
+                raise _ints_error(name, value) from None
+            if offset is not None:
+                lists[number] = offset
         gen.AttrStart(builder)
         gen.AttrAddName(builder, name_offset)
         gen.AttrAddType(builder, kind)
@@ -297,4 +374,14 @@ def _build_attrs(builder: Any, names: Sequence[str], signature: Sequence[Any]) -
         if add is not None and offset is not None:
             add(builder, offset)
         tables.append(int(gen.AttrEnd(builder)))
-    return tables
+    return tables, lists
+
+
+def _ints_error(name: str, value: Any) -> SettingError:
+    return SettingError(f"attribute {shown(name)}: {shown(value)}, expected ints of 64 bits")
+
+
+def _without_ints(value: Any) -> Any:
+    """A value of a signature; of a list of ints its length alone."""
+    is_ints = type(value) is tuple and (not value or type(value[0]) is int)
+    return (_INTS, len(value)) if is_ints else value

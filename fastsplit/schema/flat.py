@@ -35,6 +35,8 @@ class Reader:
         self._end = len(buffer)
         self._budget_nbytes = _MAX_REREADS * len(buffer)
         self.extent = 0
+        self.spans: list[tuple[int, int]] = []
+        """Where what was read lies: start and end."""
 
     def scalar(self, layout: struct.Struct, at: int, field: str) -> int:
         if at < 0 or at + layout.size > self._end:
@@ -42,6 +44,7 @@ class Reader:
         if at % layout.size:
             raise self.error(field, f"offset {at}", f"a multiple of {layout.size}")
         self.extent = max(self.extent, at + layout.size)
+        self.spans.append((at, at + layout.size))
         return int(layout.unpack_from(self._buffer, at)[0])
 
     def indirect(self, at: int, field: str) -> int:
@@ -71,6 +74,7 @@ class Reader:
         """The bytes of a vector that `vector` has checked."""
         self.charge(nbytes)
         self.extent = max(self.extent, at + nbytes)
+        self.spans.append((at, at + nbytes))
         return self._buffer[at : at + nbytes]
 
     def charge(self, nbytes: int) -> None:

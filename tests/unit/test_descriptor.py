@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from fastsplit.errors import LimitError, RemoteProtocolError, SettingError
+from fastsplit.schema import decoder as decoding
 from fastsplit.schema import descriptor
 from fastsplit.schema import message_generated as gen
 from fastsplit.schema.descriptor import Message
@@ -427,6 +428,85 @@ def test_texts_in_the_varying_tail_are_never_cached() -> None:
     aliased[-4:] = b"def\0"
     assert decoder.decode(bytes(aliased), hint).attrs["s"] == "def"
     assert not decoder._known
+
+
+def test_dimensions_and_lists_of_ints_are_no_part_of_a_structure() -> None:
+    """One build and one full decode serve all messages that differ in nothing else; what is said is what a fresh pair
+    says."""
+    encoder, decoder = Encoder(LIMITS, typed=True), typed_decoder()
+    full_decodes = 0
+
+    class Counting(decoding._MessageReader):
+        def read(self) -> Message:
+            nonlocal full_decodes
+            full_decodes += 1
+            return super().read()
+
+    rng = random.Random(3)
+    for n in range(60):
+        tensors = [(FLOAT32, (n, rng.randrange(9))), (FLOAT32, ()), (1, (rng.randrange(5),) * 3)]
+        attrs = {"l": [rng.randrange(-(2**63), 2**63) for _ in range(3)], "s": "same", "n": n, "none": []}
+        placements = sum(((1, 64 * n, 1) for _ in tensors), ()) if n % 2 else ()
+        placements = [
+            part if index % 3 != 2 else math.prod(tensors[index // 3][1]) * BY_CODE[tensors[index // 3][0]].itemsize
+            for index, part in enumerate(placements)
+        ]
+        out, hint = encoder.encode("f", tensors, attrs, placements)
+        assert (out, hint) == Encoder(LIMITS, typed=True).encode("f", tensors, attrs, placements)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(decoding, "_MessageReader", Counting)
+            message = decoder.decode(bytes(out), hint)
+        assert [(desc.dtype.code, desc.shape) for desc in message.tensors] == tensors and message.attrs == attrs
+        assert message == typed_decoder().decode(bytes(out), hint)
+        message.attrs["l"].clear()
+    assert full_decodes == 1 and len(encoder._structures) == len(decoder._structures) == 1
+    assert len(encoder._templates) == len(decoder._known) == 1  # a list that changes is not kept
+
+
+def test_dimensions_over_a_limit_are_refused_as_those_of_a_first_message() -> None:
+    small = Limits(max_message_nbytes=1000)
+    encoder, decoder, generous = Encoder(small), Decoder(small), Encoder(LIMITS)
+    for tensors in ([(FLOAT32, (5,)), (FLOAT32, (2, 2))], [(FLOAT32, (6,)), (FLOAT32, (3, 2))]):
+        decoder.decode(bytes(encoder.encode("f", tensors, {})[0]), 24 * 2)
+    for tensors in (
+        [(FLOAT32, (5,)), (FLOAT32, (2**20, 0))],
+        [(FLOAT32, (200,)), (FLOAT32, (50, 2))],
+        [(FLOAT32, (5,)), (FLOAT32, (2**40, 2**40))],
+    ):
+        metadata = bytes(Encoder(Limits(max_message_nbytes=2**62 - 1, max_dims=64)).encode("f", tensors, {})[0])
+        for refuse in (
+            lambda fresh, tensors=tensors: (Encoder(small) if fresh else encoder).encode("f", tensors, {}),
+            lambda fresh, metadata=metadata: (Decoder(small) if fresh else decoder).decode(metadata, 24 * 2),
+        ):
+            errors = []
+            for fresh in (False, True):
+                with pytest.raises((LimitError, RemoteProtocolError)) as caught:
+                    refuse(fresh)
+                errors.append(str(caught.value))
+            assert errors[0] == errors[1]
+    out, hint = generous.encode("f", [(FLOAT32, (7,)), (FLOAT32, (1, 2))], {})
+    assert decoder.decode(bytes(out), hint).tensors[0].shape == (7,)
+    encoder.encode("g", [], {"l": [1]})
+    with pytest.raises(SettingError, match=r"attribute 'l': .*ints of 64 bits"):
+        encoder.encode("g", [], {"l": [2**63]})
+
+
+def test_dimensions_that_are_something_else_as_well() -> None:
+    """A text may point at a shape: then the same structure with other dimensions is another text."""
+    data, hint = encode("f", [(FLOAT32, (ord("a") + 256 * ord("b"), 3))], {"s": "xyz"})
+    shape_at = data.index(struct.pack("<IQQ", 2, ord("a") + 256 * ord("b"), 3))
+    text_at = data.index(b"\x03\0\0\0xyz\0")
+    (slot,) = [p for p in range(0, text_at, 4) if p + struct.unpack_from("<I", data, p)[0] == text_at]
+    aliased = bytearray(data)
+    if shape_at < slot:
+        pytest.skip("offsets point forwards")
+    struct.pack_into("<I", aliased, slot, shape_at - slot)
+    decoder = typed_decoder()
+    for text in ("ab", "cd"):
+        struct.pack_into("<2s", aliased, shape_at + 4, text.encode())
+        struct.pack_into("<Q", aliased, len(aliased) - 8, (ord(text[0]) + 256 * ord(text[1])) * 3 * 4)
+        assert decoder.decode(bytes(aliased), hint).attrs["s"] == text
+    assert not decoder._structures
 
 
 def test_caches_are_bounded() -> None:
