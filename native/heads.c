@@ -56,9 +56,10 @@ static uint64_t hash_of(const unsigned char *bytes, Py_ssize_t nbytes) {
     return hash ^ (hash >> 32);
 }
 
-static Head *find(Heads *self, const unsigned char *bytes, Py_ssize_t nbytes, uint64_t hash) {
+/* Heads that differ in the numbers behind them alone are of messages with more returns or fewer. */
+static Head *find(Heads *self, const unsigned char *bytes, Py_ssize_t nbytes, Py_ssize_t words, uint64_t hash) {
     Head *head = (Head *)*native_bucket(&self->table, hash);
-    while (head != NULL && !(head->entry.hash == hash && PyBytes_GET_SIZE(head->bytes) == nbytes &&
+    while (head != NULL && !(head->entry.hash == hash && head->words == words && PyBytes_GET_SIZE(head->bytes) == nbytes &&
                              memcmp(PyBytes_AS_STRING(head->bytes), bytes, (size_t)nbytes) == 0))
         head = (Head *)head->entry.next;
     return head;
@@ -161,8 +162,8 @@ PyObject *native_decode(PyObject *heads, const unsigned char *bytes, Py_ssize_t 
     Heads *self = (Heads *)heads;
     if (varying < 0 || varying >= nbytes) Py_RETURN_NONE;
     Py_ssize_t cut = nbytes - varying;
-    const Head *head = find(self, bytes, cut, hash_of(bytes, cut));
-    if (head == NULL || varying != 8 * head->words) Py_RETURN_NONE;
+    const Head *head = varying % 8 ? NULL : find(self, bytes, cut, varying / 8, hash_of(bytes, cut));
+    if (head == NULL) Py_RETURN_NONE;
     const unsigned char *numbers = bytes + cut;
     if (head->plain != Py_None && memcmp(PyBytes_AS_STRING(head->plain), numbers, (size_t)varying) == 0)
         return Py_NewRef(head->message);
@@ -248,7 +249,7 @@ static PyObject *Heads_add(Heads *self, PyObject *args) {
     Py_INCREF(head->gaps);
     const unsigned char *start = (unsigned char *)PyBytes_AS_STRING(bytes);
     head->entry.hash = hash_of(start, PyBytes_GET_SIZE(bytes));
-    if (self->busy || find(self, start, PyBytes_GET_SIZE(bytes), head->entry.hash) != NULL) /* or: of another length */
+    if (self->busy || find(self, start, PyBytes_GET_SIZE(bytes), head->words, head->entry.hash) != NULL)
         free_head(head);
     else free_head((Head *)native_add(&self->table, &head->entry));
     Py_RETURN_NONE;

@@ -14,7 +14,7 @@
 #include <stddef.h>
 #include <string.h>
 
-enum { MAX_RETURNS = 32, MAX_DEAD = 64, MAX_TENSORS = 64, MAX_COPIED_NBYTES = 1 << 18, MAX_MISSES = 4, RETRY_AFTER = 32 };
+enum { MAX_RETURNS = 32, MAX_DEAD = 64, MAX_TENSORS = 64, MAX_COPIED_NBYTES = 1 << 18, MAX_MISSES = 4, RETRY_AFTER = 32, MAX_TRIES = 8 };
 
 static const int64_t EARLY_NS = 40000, MAX_SPIN_NS = 10000000;
 
@@ -25,7 +25,7 @@ static const int64_t EARLY_NS = 40000, MAX_SPIN_NS = 10000000;
 #define NAMES(X)                                                                                                       \
     X(_map) X(_own) X(_peers) X(_part) X(slot) X(has_pending) X(refusing) X(closed) X(may_request) X(next_id)          \
     X(max_inflight) X(calls) X(core) X(reading) X(lock) X(watcher) X(followers) X(callbacks) X(turns) X(events)        \
-    X(left_lane) X(sort_out) X(acquire) X(release) X(popleft) X(append) X(id) X(nbytes) X(blocks) X(lent) X(returned)  \
+    X(left_lane) X(sort_out) X(acquire) X(release) X(popleft) X(append) X(id) X(nbytes) X(blocks) X(starts) X(lent) X(returned)  \
     X(leases) X(dead) X(spin_us) X(timeout_s) X(_begun) X(attrs) X(remote_s) X(wait_s) X(tensors) X(op) X(reply_attrs) X(_served)   \
     X(_request_id) X(_deadline) X(_flags) X(_id) X(_done) X(_error) X(_outcome) X(_callbacks) X(_waited_for) X(_sent_ns) X(code)    \
     X(watching)
@@ -82,10 +82,29 @@ static PyObject *entry_of(PyObject *object, PyObject *name, uint64_t number) {
     return found;
 }
 
-/* The block of ours that begins there, borrowed; NULL if there is none, perhaps with an error. */
-static PyObject *block_of(const Lane *self, uint64_t segment_id, uint64_t offset) {
-    PyObject *segment = entry_of(self->arena, str__own, segment_id);
-    return segment == NULL ? NULL : entry_of(segment, str_blocks, offset);
+/* Index of the last of sorted numbers that is not above `number`; -1 if there is none. */
+static Py_ssize_t last_of(PyObject *sorted, uint64_t number) {
+    Py_ssize_t low = 0, high = PyList_GET_SIZE(sorted);
+    while (low < high) {
+        Py_ssize_t middle = (low + high) / 2;
+        if (PyLong_AsUnsignedLongLong(PyList_GET_ITEM(sorted, middle)) <= number) low = middle + 1;
+        else high = middle;
+    }
+    return low - 1;
+}
+
+/* The block of ours that holds a place, borrowed, and how far from its start that is; NULL, perhaps with an error. */
+static PyObject *block_of(const Lane *self, uint64_t segment_id, uint64_t offset, uint64_t *within) {
+    PyObject *segment = entry_of(self->arena, str__own, segment_id), *block = NULL, *starts;
+    if (segment == NULL || (starts = PyObject_GetAttr(segment, str_starts)) == NULL) return NULL;
+    Py_ssize_t index = last_of(starts, offset);
+    if (index >= 0) {
+        uint64_t start = PyLong_AsUnsignedLongLong(PyList_GET_ITEM(starts, index));
+        *within = offset - start;
+        block = entry_of(segment, str_blocks, start);
+    }
+    Py_DECREF(starts);
+    return block != NULL && *within < (uint64_t)number_of(block, str_nbytes) ? block : NULL;
 }
 
 /* ---- out ---- */
@@ -102,17 +121,11 @@ typedef struct {
 static int find_place(const Lane *self, const Found *found, uint64_t *place) {
     PyObject *map = PyObject_GetAttr(self->arena, str__map);
     if (map == NULL) return -1;
-    PyObject *addresses = PyTuple_GET_ITEM(map, 0), *segment = NULL;
-    Py_ssize_t low = 0, high = PyList_GET_SIZE(addresses); /* the last segment that begins at or before it */
-    while (low < high) {
-        Py_ssize_t middle = (low + high) / 2;
-        if (PyLong_AsUnsignedLongLong(PyList_GET_ITEM(addresses, middle)) <= found->address) low = middle + 1;
-        else high = middle;
-    }
+    Py_ssize_t index = last_of(PyTuple_GET_ITEM(map, 0), found->address);
     int known = 0;
-    if (low > 0) {
-        uint64_t offset = found->address - PyLong_AsUnsignedLongLong(PyList_GET_ITEM(addresses, low - 1));
-        segment = PyList_GET_ITEM(PyTuple_GET_ITEM(map, 1), low - 1);
+    if (index >= 0) {
+        uint64_t offset = found->address - PyLong_AsUnsignedLongLong(PyList_GET_ITEM(PyTuple_GET_ITEM(map, 0), index));
+        PyObject *segment = PyList_GET_ITEM(PyTuple_GET_ITEM(map, 1), index);
         uint64_t nbytes = (uint64_t)number_of(segment, str_nbytes);
         known = offset <= nbytes && found->nbytes <= nbytes - offset;
         place[0] = (uint64_t)number_of(segment, str_id);
@@ -212,8 +225,9 @@ static int put_frame(Lane *self, Header *header, PyObject *op, PyObject *attrs, 
         lent[i] = NULL;
         lent_nbytes += placed[3 * i + 2];
         if (entry_of(self->arena, str__own, placed[3 * i]) == NULL) continue;
-        lent[i] = block_of(self, placed[3 * i], placed[3 * i + 1]);
-        if (lent[i] == NULL) return PyErr_Occurred() ? -1 : 0; /* in the middle of a block */
+        uint64_t within;
+        lent[i] = block_of(self, placed[3 * i], placed[3 * i + 1], &within);
+        if (lent[i] == NULL) return PyErr_Occurred() ? -1 : 0;
     }
     if (PyErr_Occurred()) return -1;
     for (int i = 0; i < shape->tensors; i++)
@@ -251,17 +265,19 @@ static int await_slot(Lane *self, int64_t timeout_ns) {
         self->misses += self->misses < MAX_MISSES;
         if (spin_ns > MAX_SPIN_NS) return 0; /* Python looks now and then whether the peer is there */
     }
-    if (timeout_ns >= 0) {
-        timeout_ns -= native_now_ns() - started_ns;
-        if (timeout_ns < 0) timeout_ns = 0;
-        value = PyObject_GetAttr(self->link, str_timeout_s); /* the socket's own: a system call less */
-        double own_s = value == NULL ? 0 : PyFloat_AsDouble(value);
-        Py_XDECREF(value);
-        if (PyErr_Occurred()) return -1;
-        if (own_s > 0 && own_s <= (double)timeout_ns * 1e-9) timeout_ns = -1;
+    value = PyObject_GetAttr(self->link, str_timeout_s); /* the socket's own, which saves a system call */
+    double own_s = value == NULL ? 0 : PyFloat_AsDouble(value);
+    Py_XDECREF(value);
+    if (PyErr_Occurred()) return -1;
+    for (int tries = 0; tries < MAX_TRIES; tries++) { /* a bell may be an old one */
+        int64_t left_ns = timeout_ns < 0 ? -1 : timeout_ns - (native_now_ns() - started_ns);
+        if (timeout_ns >= 0 && left_ns < 0) left_ns = 0;
+        if (own_s > 0 && own_s <= (double)left_ns * 1e-9) left_ns = -1;
+        int woken = native_sleep(self->slots, self->link, self->fd, self->may_bring, spin_ns > 0, left_ns);
+        if (woken <= 0 || native_look(self->slots) || (spin_ns > 0 && native_spin(self->slots, EARLY_NS)))
+            return woken < 0 ? -1 : native_look(self->slots);
     }
-    int found = native_sleep(self->slots, self->link, self->fd, self->may_bring, spin_ns > 0, timeout_ns);
-    return found || spin_ns <= 0 ? found : native_spin(self->slots, EARLY_NS);
+    return 0;
 }
 
 /* A frame that came in, before it takes effect. */
@@ -287,11 +303,10 @@ static Lease *resolve(Lane *self, Frame *frame, PyObject *desc, PyObject *segmen
     if (PyErr_Occurred() || nbytes == 0 || !native_can_view(desc, offset)) return NULL;
     PyObject *segment = entry_of(self->arena, str__peers, id), *block = NULL, *holder = segment;
     if (segment == NULL) {
-        if (!PyErr_Occurred()) block = block_of(self, id, offset);
+        if (!PyErr_Occurred()) block = block_of(self, id, offset, &offset);
         if (block == NULL || number_of(block, str_lent) <= number_of(block, str_returned)) return NULL;
         segment = entry_of(self->arena, str__own, id);
         holder = block;
-        offset = 0; /* of the block, where it begins */
     }
     uint64_t room = (uint64_t)number_of(holder, str_nbytes);
     if (segment == NULL || PyErr_Occurred() || offset > room || nbytes > room - offset) return NULL;
@@ -332,7 +347,8 @@ static int read_frame(Lane *self, unsigned kind, Frame *frame) {
     }
     for (int i = 0; i < frame->returns; i++) {
         uint64_t id = PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(returns, 2 * i));
-        PyObject *block = block_of(self, id, PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(returns, 2 * i + 1)));
+        uint64_t within;
+        PyObject *block = block_of(self, id, PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(returns, 2 * i + 1)), &within);
         if (block == NULL) return PyErr_Occurred() ? -1 : 0;
         int earlier = 0; /* of the same block in this very frame */
         for (int j = 0; j < i; j++) earlier += frame->returned[j] == block;

@@ -164,7 +164,7 @@ int native_put_slot(PyObject *slots, const unsigned char *part, Py_ssize_t nbyte
 void native_ring_bell(PyObject *slots, int fd);
 int native_spin(PyObject *slots, int64_t spin_ns);
 /* Sleeps on the socket until the peer has done something, `timeout_ns` at most; below 0: as long as the socket's own
- * timeout. 1: a slot is there; 0: Python must look; -1 with an error. If bells `may_bring` descriptors, those
+ * timeout. 1: it may have; 0: Python must look; -1 with an error. If bells `may_bring` descriptors, those
  * that came along are kept in `link`, a Stream. */
 int native_sleep(PyObject *slots, PyObject *link, int fd, int may_bring, int is_eager, int64_t timeout_ns);
 

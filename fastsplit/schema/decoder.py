@@ -69,7 +69,6 @@ class _Known(NamedTuple):
 
     message: Message  # the result if all tensors are inline and there are no attributes
     plain: bytes | None  # the numbers with which `message` is the result, None if there are attributes or returns
-    nbytes: int  # of the whole metadata
     slots: tuple[tuple[str, int | None, Any], ...]  # attr name, index into the unpacked numbers or None, fixed value
     bools: tuple[tuple[str, int], ...]  # those in `slots` that are bools: attr name, index into the unpacked numbers
     tail: Tail
@@ -104,7 +103,8 @@ class Decoder:
         self.typed = False
         """Whether attributes may be of the types Bool, Floats and Bools."""
         self._limits = limits
-        self._known: dict[bytes, _Known] = {}
+        self._known: dict[tuple[bytes, int], _Known] = {}
+        """By the head, and the bytes of the numbers behind it."""
         self._structures: dict[tuple[int, int], list[_Structure]] = {}
         """By the bytes of the metadata and of its head."""
 
@@ -118,10 +118,12 @@ class Decoder:
             if found is not None:
                 return found
         cut = len(metadata) - varying_nbytes
-        known = (self._known.get(metadata[:cut]) or self._reshaped(metadata, cut)) if cut > 0 else None
-        if known is None or len(metadata) != known.nbytes:
+        known = None
+        if cut > 0:
+            known = self._known.get((metadata[:cut], varying_nbytes)) or self._reshaped(metadata, cut)
+        if known is None:
             return self._decode_new(metadata, cut)
-        message, plain, _, slots, bools, tail, gaps, inline, inline_nbytes = known
+        message, plain, slots, bools, tail, gaps, inline, inline_nbytes = known
         if plain is not None and metadata.endswith(plain):
             return message
         if tail.numbers is None and not slots:
@@ -170,7 +172,7 @@ class Decoder:
     def _keep(self, head: bytes, known: _Known) -> None:
         if len(self._known) >= CACHED_SHAPES:
             del self._known[next(iter(self._known))]
-        self._known[head] = known
+        self._known[head, known.tail.nbytes] = known
         if self.compiled is not None:
             self._teach(self.compiled, head, known, known.tail)
 
@@ -235,7 +237,6 @@ class Decoder:
         return _Known(
             Message(message.op, message.tensors, {}, sum(sizes)),
             metadata[cut:] if is_plain else None,
-            len(metadata),
             slots,
             bools,
             tail,

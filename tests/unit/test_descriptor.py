@@ -463,6 +463,19 @@ def test_dimensions_and_lists_of_ints_are_no_part_of_a_structure() -> None:
     assert len(encoder._templates) == len(decoder._known) == 1  # a list that changes is not kept
 
 
+def test_messages_that_differ_in_how_many_returns_they_bring() -> None:
+    """Their heads are the same bytes. Each of them is known from its first message on."""
+    encoder, decoder = Encoder(LIMITS), Decoder(LIMITS)
+    for times in range(3):
+        for count in (1, 2, 0, 5):
+            returns = [1, 64] * count
+            out, hint = encoder.encode("", [(FLOAT32, (4,))], {}, (1, 0, 16), returns)
+            with pytest.MonkeyPatch.context() as patch:
+                if times:
+                    patch.setattr(decoding, "_MessageReader", None)
+                assert decoder.decode(bytes(out), hint).returns == tuple(returns)
+
+
 def test_dimensions_over_a_limit_are_refused_as_those_of_a_first_message() -> None:
     small = Limits(max_message_nbytes=1000)
     encoder, decoder, generous = Encoder(small), Decoder(small), Encoder(LIMITS)
