@@ -9,7 +9,7 @@ setup(
             sources=[
                 "native/header.c",
                 "native/heads.c",
-                "native/lane.c",
+                "native/fastpath.c",
                 "native/module.c",
                 "native/slots.c",
                 "native/templates.c",

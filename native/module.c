@@ -47,7 +47,7 @@ PyMODINIT_FUNC PyInit__native(void) {
     PyObject *module = PyModule_Create(&definition);
     if (module != NULL && !(add_type(module, &native_slots_spec, "Slots") &&
                             add_type(module, &native_templates_spec, "Templates") &&
-                            add_type(module, &native_heads_spec, "Heads") && add_type(module, &native_lane_spec, "Lane") &&
+                            add_type(module, &native_heads_spec, "Heads") && add_type(module, &native_fastpath_spec, "FastPath") &&
                             PyModule_AddIntConstant(module, "REVISION", NATIVE_REVISION) == 0))
         Py_CLEAR(module);
     return module;

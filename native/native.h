@@ -174,6 +174,6 @@ extern PyObject *native_str_slot;
 
 int native_init_tensors(void); /* 0 with an error */
 
-extern PyType_Spec native_slots_spec, native_templates_spec, native_heads_spec, native_lease_spec, native_lane_spec;
+extern PyType_Spec native_slots_spec, native_templates_spec, native_heads_spec, native_lease_spec, native_fastpath_spec;
 
 #endif

@@ -306,7 +306,7 @@ static PyObject *Slots_wake(Slots *self, PyObject *ring_bell) {
     return PyObject_CallNoArgs(ring_bell);
 }
 
-/* ---- for lane.c: see native.h ---- */
+/* ---- for fastpath.c: see native.h ---- */
 
 int native_look(PyObject *slots) { return ((Slots *)slots)->base != NULL && look((Slots *)slots); }
 

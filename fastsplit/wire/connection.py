@@ -108,8 +108,8 @@ class Connection:
         """In a forked child: why this connection cannot be used."""
         self.lent_nbytes = 0
         """Tensor bytes that went out by reference. The sender counts them."""
-        self.lane: Any = None
-        """See lane.py; None if it has none."""
+        self.fast_path: Any = None
+        """See fastpath.py; None if it has none."""
         self._on_memory_pressure = _weakly(on_memory_pressure)
         self._hook = options.on_segment
         self._sharing: Sharing | None = None
@@ -229,11 +229,11 @@ class Connection:
         )
 
     def fill(self, stats: Stats) -> None:
-        """Writes what the transport, the session, the arena and the lane count into `stats`."""
+        """Writes what the transport, the session, the arena and the fast path count into `stats`."""
         transport = self.transport
-        if self.lane is not None and self.arena is not None:
+        if self.fast_path is not None and self.arena is not None:
             calls, copied_nbytes, lent_nbytes, shared_nbytes, serialization_ns, wait_ns, remote_ns = (
-                self.lane.take_counts()
+                self.fast_path.take_counts()
             )
             stats.calls += calls
             stats.bytes_copied += copied_nbytes

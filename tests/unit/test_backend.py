@@ -23,12 +23,12 @@ def test_what_the_module_names() -> None:
     assert sorted(re.findall(r"^    (\w+) +\S", backend.__doc__, re.MULTILINE)) == [
         "Decoder",
         "Encoder",
-        "Lane",
+        "FastPath",
         "compiled",
     ]
     assert issubclass(backend.Encoder, encoder.Encoder) and issubclass(backend.Decoder, decoder.Decoder)
     assert (ring.Slots is slots.Slots) is not backend.native
-    assert (backend.Lane is None) is not backend.native
+    assert (backend.FastPath is None) is not backend.native
 
 
 def test_wire_takes_encoders_and_decoders_from_there() -> None:

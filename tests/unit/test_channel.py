@@ -730,7 +730,7 @@ def test_a_deadline_before_the_first_byte_costs_only_its_call(
 
     with fastsplit.connect(server.uri, arrays="numpy") as channel:
         channel.call("echo", np.zeros(3))  # a segment is announced with the first
-        channel._connection.lane = None
+        channel._connection.fast_path = None
         with monkeypatch.context() as patch:
             patch.setattr(
                 channel._connection.transport, "send", lambda buffers, nbytes=-1: buffers

@@ -285,7 +285,7 @@ def test_a_fork_in_the_middle_of_a_call(channel: fastsplit.Channel) -> None:
         if not place.where:
             break
         assert os.waitpid(children.pop(), 0)[1] == 0, place.where
-    assert n > (20 if channel._connection.lane is not None else 60)
+    assert n > (20 if channel._connection.fast_path is not None else 60)
 
 
 def test_a_child_takes_nothing_out_of_the_ring(unix_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:

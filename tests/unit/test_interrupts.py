@@ -206,7 +206,7 @@ def test_interrupted_wherever_a_call_may_be(
                 except DeadlineError as error:
                     pytest.fail(f"{interrupt.where}, {interrupt.lines}: {error}")
             assert channel._session.inflight == 0 and not channel._core.calls, (interrupt.where, interrupt.lines)
-    assert interrupts * step > (20 if watched or channel._connection.lane is not None else 50)
+    assert interrupts * step > (20 if watched or channel._connection.fast_path is not None else 50)
     for where in ended:
         assert SENDS & set(where) or TAKES_EFFECT & set(where), where
     assert len(ended) < interrupts / 3

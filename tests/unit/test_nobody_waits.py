@@ -308,7 +308,7 @@ def test_a_connection_that_ends_while_a_request_is_made(channel: fastsplit.Chann
         thread.join()
         return request(*args)
 
-    channel._connection.lane = None  # there all of it is one step
+    channel._connection.fast_path = None  # there all of it is one step
     channel.submit("echo").result()
     channel._session.request = ending  # type: ignore[method-assign]
     try:

@@ -27,7 +27,7 @@ from ...system.threads import Workers
 from ...tensors import parse_expect
 from ..client import UNSET, ClientCore, ClientFront, probe_sizes
 from ..connection import Connection
-from ..lane import add_lane
+from ..fastpath import add_fast_path
 from ..options import BlockingClientKeywords, BlockingClientOptions, documented, parse_count, parse_timeout
 from ..result import Result, warn_of_discarded
 from ..rules import MAX_PADDING_NBYTES
@@ -82,7 +82,7 @@ class Channel(ClientFront):
             self._shake_hands(deadline, chosen)
             watch(reader)
             watch(self._sender)
-            add_lane(core.connection, core.arrays, future_type=Future)
+            add_fast_path(core.connection, core.arrays, future_type=Future)
         except DeadlineError:
             reader.end(ClosedError("the handshake failed"))
             raise DeadlineError(f"{uri}: connected, but no handshake within {chosen.timeout_s} s") from None
@@ -189,10 +189,10 @@ class Channel(ClientFront):
         """
         named = keywords if attrs is None else call_attrs(attrs, keywords)
         future: Future | None = None
-        lane = self._reader.connection.lane
-        if lane is not None and wire_dtype is UNSET and codec is UNSET:
+        fast_path = self._reader.connection.fast_path
+        if fast_path is not None and wire_dtype is UNSET and codec is UNSET:
             seconds = self._call_timeout_s if timeout_s is None else parse_timeout("timeout_s", timeout_s)
-            answer = lane.call(self._reader, op, tensors, named, seconds, parse_expect(expect))
+            answer = fast_path.call(self._reader, op, tensors, named, seconds, parse_expect(expect))
             if type(answer) is Result:
                 return answer
             future = answer
@@ -232,9 +232,9 @@ class Channel(ClientFront):
         watcher = self._reader.watcher
         if watcher is None or not watcher.runs:
             self._reader.start_watcher()  # before anything is sent: there may be no thread left
-        lane = self._reader.connection.lane
-        if lane is not None and wire_dtype is UNSET and codec is UNSET:
-            future: Future | None = lane.submit(self._reader, op, tensors, named, timeout_s, parse_expect(expect))
+        fast_path = self._reader.connection.fast_path
+        if fast_path is not None and wire_dtype is UNSET and codec is UNSET:
+            future: Future | None = fast_path.submit(self._reader, op, tensors, named, timeout_s, parse_expect(expect))
             if future is not None:
                 self._reader.attend(future._deadline)
                 return future
@@ -251,7 +251,7 @@ class Channel(ClientFront):
         """
         drain_s = parse_timeout("drain_s", drain_s)
         core, reader, workers = self._core, self._reader, self._sender.workers
-        lane = core.connection.lane
+        fast_path = core.connection.fast_path
         inside = get_ident() in reader.inside  # in the middle of a call
         if drain_s and not core.closed and not inside:
             self._drain(drain_s)
@@ -265,8 +265,8 @@ class Channel(ClientFront):
             if core.error is None:  # now, so that it comes before the server's answer to the goodbye
                 core.error = ClosedError("the channel was closed")
             discarded = [future.op for future in list(core.calls.values()) if not future._done] if first else []
-            if first and lane is not None and lane.op is not None:
-                discarded.append(lane.op)
+            if first and fast_path is not None and fast_path.op is not None:
+                discarded.append(fast_path.op)
         if first:
             held = False
             sending = core.connection.sending
@@ -292,6 +292,6 @@ class Channel(ClientFront):
         for future in list(self._core.calls.values()):
             with contextlib.suppress(FastsplitError):  # the future keeps it
                 self._reader.wait_for(future, max(until - monotonic(), 0.0))
-        lane = self._core.connection.lane
-        while lane is not None and lane.op is not None and monotonic() < until:
+        fast_path = self._core.connection.fast_path
+        while fast_path is not None and fast_path.op is not None and monotonic() < until:
             sleep(_NAP_S)  # another thread waits for its call there

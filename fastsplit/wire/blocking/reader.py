@@ -80,8 +80,8 @@ class Reader(State):
         own = limit is None or (deadline is not None and deadline <= limit)
         until = deadline if own else limit
         try:
-            if self.connection.lane is not None and not future._done:
-                self.connection.lane.wait(self, future, None if until is None else max(until - monotonic(), 0.0))
+            if self.connection.fast_path is not None and not future._done:
+                self.connection.fast_path.wait(self, future, None if until is None else max(until - monotonic(), 0.0))
             self.wait_until_done(future, until, ident)
         except DeadlineError:
             if not own:
@@ -237,8 +237,8 @@ class Reader(State):
                 self.end(ClosedError("the connection was closed: a read was interrupted"))
             raise
 
-    def left_lane(self, future: Future | None) -> None:
-        """This thread was in the lane (../lane.py), and no longer reads. `future`: of its call, if that goes on."""
+    def left_fast_path(self, future: Future | None) -> None:
+        """This thread left the fast path (../fastpath.py), and no longer reads. `future`: of its call, if that goes on."""
         self._left_reading()
         if self.turns:
             self.turns.let_in()

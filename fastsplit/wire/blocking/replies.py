@@ -21,8 +21,8 @@ from ...system.threads import Workers
 from ...tensors import Outgoing
 from ..call import Call
 from ..events import Probe, RingOffered
+from ..fastpath import add_fast_path
 from ..frames import MAX_RETURNS
-from ..lane import add_lane
 from ..service import Refusal, ServiceCore
 from .flush import ask_for_returns, flush, flush_in, send_returns
 from .readahead import ReadAhead
@@ -91,7 +91,7 @@ class Replies:
         with self.lock:
             self._core.attach_ring(event, time.monotonic() + self._options.handshake_timeout_s, is_idle=is_idle)
             if self._core.service.options.workers == 0:
-                add_lane(self._connection, self._core.arrays, handlers=self._core.service.handlers)
+                add_fast_path(self._connection, self._core.arrays, handlers=self._core.service.handlers)
 
     def send_returns(self) -> None:
         with self.lock:

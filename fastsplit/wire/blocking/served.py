@@ -105,8 +105,8 @@ class ServedClient:
             while going_on:
                 while ahead.waiting:
                     self._run_waiting()
-                if self.connection.lane is not None:
-                    self._serve_in_lane(self.connection.lane)
+                if self.connection.fast_path is not None:
+                    self._serve_fast(self.connection.fast_path)
                     if ahead.waiting:
                         continue
                 reads_itself = ahead.reader is None and ahead.end is True  # else the reader's end comes first
@@ -128,13 +128,13 @@ class ServedClient:
             self.core.client._end()
             self._server._forget(self)
 
-    def _serve_in_lane(self, lane: Any) -> None:
-        """Serves requests for as long as the lane takes them, and nothing else has to be done."""
+    def _serve_fast(self, fast_path: Any) -> None:
+        """Serves requests for as long as the fast path takes them, and nothing else has to be done."""
         core, ahead, spin, service = self.core, self._ahead, self.connection.transport.spin, self._service
-        lane.link.arm(time.monotonic() + IDLE_S)
+        fast_path.link.arm(time.monotonic() + IDLE_S)
         while not (ahead.waiting or core.cancelled or service.closing) and ahead.end is True:
             spin.spin_us = self._server._spin_us if len(service.clients) <= self._server._max_spinning else 0.0
-            call = lane.receive(self)
+            call = fast_path.receive(self)
             if call is None:
                 return
             ahead.running = call._request_id
@@ -312,7 +312,7 @@ class ServedClient:
             self._answer(call, deadline)
 
     def _answer(self, call: Call, deadline: float | None) -> None:
-        core, request_id, lane = self.core, call._request_id, self.connection.lane
+        core, request_id, fast_path = self.core, call._request_id, self.connection.fast_path
         try:
             handler = self._handlers[call.op]
             started_ns = perf_counter_ns()
@@ -322,7 +322,7 @@ class ServedClient:
             finally:
                 self._in_handler = False
             time_ns = perf_counter_ns() - started_ns
-            if lane is not None and self._workers is None and lane.reply(call, result, time_ns):
+            if fast_path is not None and self._workers is None and fast_path.reply(call, result, time_ns):
                 return
             if deadline is None:
                 deadline = core.reply_deadline(None)

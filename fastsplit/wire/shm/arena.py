@@ -83,7 +83,7 @@ class Arena:
         self.dead: deque[Block] = deque()
         """Blocks of ours, once for each lease that died."""
         self.idle: deque[Block] = deque()
-        """Blocks of ours that a lane found to be free (../lane.py)."""
+        """Blocks of ours that a fast path found to be free (../fastpath.py)."""
         self.returns: deque[tuple[int, int]] = deque()
         """(segment, offset) of leases on the peer's memory that died, to be sent."""
         self.has_pending = False

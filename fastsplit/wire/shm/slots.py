@@ -79,7 +79,7 @@ class Slots:
     """
 
     rung = heard = 0
-    """Bytes that a lane sent to the peer's bell, and read of this side's (../lane.py)."""
+    """Bytes that a fast path sent to the peer's bell, and read of this side's (../fastpath.py)."""
 
     def __init__(self, memory: mmap.mmap, *, is_client: bool) -> None:
         locks = semaphores.load()

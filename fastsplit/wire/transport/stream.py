@@ -283,7 +283,7 @@ class Stream(Transport):
 
     def _close_descriptors(self) -> None:
         message, self._message = self._message, ()
-        if message:  # of a read that was interrupted, or of a lane's
+        if message:  # of a read that was interrupted, or of a fast path's
             with contextlib.suppress(RemoteProtocolError):
                 self.descriptors.keep(message[1], message[2])
         self.descriptors.close()

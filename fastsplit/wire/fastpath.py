@@ -1,13 +1,14 @@
-"""The lane: a whole call in one compiled step, where two ends share memory and write to a ring (native/lane.c).
+"""The fast path: a whole call in one compiled step, where two ends share memory and a ring (native/fastpath.c).
 
-What it does. `call` describes a request, writes it, waits and makes the Result; `receive` waits for a request and makes
-its Call; `reply` describes a result and writes it. Each does so only while that is plain: shapes that came before,
-tensors in the arena, no other thread that sends or reads, nothing that is to be refused or ended. All else it leaves to
-the modules of blocking/, with the slot still in the ring; a call whose reply is not plain, or for which another thread
-may have to read, goes on as a Future.
+What it does. `call` describes a request, writes it, waits, and makes the Result; `submit` and `wait` are its two
+halves. `receive` waits for a request and makes its Call; `reply` describes a result and writes it. Each does so only
+while all is plain: shapes that came before, tensors in the arena or small, no other thread that sends or reads, nothing
+that is to be refused or ended. All else it leaves to the modules of blocking/: before anything was sent, or with the
+slot still in the ring, and the call goes on as a Future.
 
-Rules. A lane belongs to one connection and is used under the rules of blocking/: a client's call makes its thread the
-reader (`Reader.reading`), and a server's lane belongs to the connection's thread. It holds nothing that holds it.
+Rules. A FastPath belongs to one connection, and keeps to the rules of blocking/: a client's call makes its thread the
+reader (`Reader.reading`); a server's is used by the connection's thread. It holds nothing that holds it. What it counts
+is added to the statistics when these are read (`take_counts`).
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ from time import monotonic
 from typing import Any
 
 from ..tensors import Arrays, allocate_for
-from .backend import Lane, compiled, knows_torch
+from .backend import FastPath, compiled, knows_torch
 from .call import Call
 from .connection import Connection, greeting
 from .result import Result
 from .shm.ring import Ring
 from .shm.slots import Slots
 
-__all__ = ["add_lane"]
+__all__ = ["add_fast_path"]
 
 _ARMED_S = 60.0  # a socket's own timeout, of seconds, saves a system call where a call has a longer one
 
 
-def add_lane(connection: Connection, arrays: Arrays, future_type: Any = None, handlers: Any = None) -> Any:
-    """Gives a connection its lane, if it can have one, and returns it; None where it cannot.
+def add_fast_path(connection: Connection, arrays: Arrays, future_type: Any = None, handlers: Any = None) -> Any:
+    """Gives a connection its fast path, if it can have one, and returns it; None where it cannot.
 
     `arrays`: what results and calls hold. `future_type`: of a client's calls that go on as Futures. `handlers`: a
     server's, by op.
@@ -42,7 +43,7 @@ def add_lane(connection: Connection, arrays: Arrays, future_type: Any = None, ha
     if type(ring.slots) is not compiled(Slots) or (arrays.kind == "torch" and not knows_torch()):
         return None
     ring.link.arm(monotonic() + _ARMED_S)
-    connection.lane = Lane(
+    connection.fast_path = FastPath(
         slots=ring.slots,
         templates=templates,
         heads=heads,
@@ -67,4 +68,4 @@ def add_lane(connection: Connection, arrays: Arrays, future_type: Any = None, ha
         call_type=Call,
         handlers=handlers,
     )
-    return connection.lane
+    return connection.fast_path

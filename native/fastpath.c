@@ -18,14 +18,14 @@ enum { MAX_RETURNS = 32, MAX_DEAD = 64, MAX_TENSORS = 64, MAX_COPIED_NBYTES = 1 
 
 static const int64_t EARLY_NS = 40000, MAX_SPIN_NS = 10000000;
 
-/* Objects of the connection, by keyword; what each is, fastsplit/wire/lane.py says. */
+/* Objects of the connection, by keyword; what each is, fastsplit/wire/fastpath.py says. */
 #define PARTS(X)                                                                                                       \
     X(slots) X(templates) X(heads) X(session) X(arena) X(requests) X(returns) X(dead) X(idle) X(is_sending) X(frames)  \
     X(inside) X(greeting) X(allocate_for) X(link) X(spin) X(result_type) X(future_type) X(call_type) X(handlers)
 #define NAMES(X)                                                                                                       \
     X(_map) X(_own) X(_peers) X(_part) X(slot) X(has_pending) X(refusing) X(closed) X(may_request) X(next_id)          \
     X(max_inflight) X(calls) X(core) X(reading) X(lock) X(watcher) X(followers) X(callbacks) X(turns) X(events)        \
-    X(left_lane) X(sort_out) X(acquire) X(release) X(popleft) X(append) X(id) X(nbytes) X(blocks) X(starts) X(lent) X(returned)  \
+    X(left_fast_path) X(sort_out) X(acquire) X(release) X(popleft) X(append) X(id) X(nbytes) X(blocks) X(starts) X(lent) X(returned)  \
     X(leases) X(dead) X(spin_us) X(timeout_s) X(_begun) X(attrs) X(remote_s) X(wait_s) X(tensors) X(op) X(reply_attrs) X(_served)   \
     X(_request_id) X(_deadline) X(_flags) X(_id) X(_done) X(_error) X(_outcome) X(_callbacks) X(_waited_for) X(_sent_ns) X(code)    \
     X(watching)
@@ -43,7 +43,7 @@ typedef struct {
     int fd, as_torch, may_bring, misses, skipped;
     unsigned long long calls, lent_nbytes, shared_nbytes, copied_nbytes;
     long long serialization_ns, wait_ns, remote_ns;
-} Lane;
+} FastPath;
 
 /* ---- attributes, by their names above ---- */
 
@@ -94,7 +94,7 @@ static Py_ssize_t last_of(PyObject *sorted, uint64_t number) {
 }
 
 /* The block of ours that holds a place, borrowed, and how far from its start that is; NULL, perhaps with an error. */
-static PyObject *block_of(const Lane *self, uint64_t segment_id, uint64_t offset, uint64_t *within) {
+static PyObject *block_of(const FastPath *self, uint64_t segment_id, uint64_t offset, uint64_t *within) {
     PyObject *segment = entry_of(self->arena, str__own, segment_id), *block = NULL, *starts;
     if (segment == NULL || (starts = PyObject_GetAttr(segment, str_starts)) == NULL) return NULL;
     Py_ssize_t index = last_of(starts, offset);
@@ -118,7 +118,7 @@ typedef struct {
 } Out;
 
 /* Finds the segment that holds a tensor, and writes its place: 1; 0: it lies elsewhere; -1 with an error. */
-static int find_place(const Lane *self, const Found *found, uint64_t *place) {
+static int find_place(const FastPath *self, const Found *found, uint64_t *place) {
     PyObject *map = PyObject_GetAttr(self->arena, str__map);
     if (map == NULL) return -1;
     Py_ssize_t index = last_of(PyTuple_GET_ITEM(map, 0), found->address);
@@ -137,7 +137,7 @@ static int find_place(const Lane *self, const Found *found, uint64_t *place) {
 }
 
 /* Copies a small tensor into shared memory. 1, or 0: Python must; -1 with an error. */
-static int copy_in(const Lane *self, PyObject *tensor, Found *found, Out *out) {
+static int copy_in(const FastPath *self, PyObject *tensor, Found *found, Out *out) {
     if (found->nbytes > MAX_COPIED_NBYTES) return 0;
     PyObject *memory = PyObject_CallFunction(self->allocate_for, "OKK", tensor, (unsigned long long)found->address,
                                              (unsigned long long)found->nbytes);
@@ -156,7 +156,7 @@ static int copy_in(const Lane *self, PyObject *tensor, Found *found, Out *out) {
 }
 
 /* Adds a tensor to what goes out. 1, or 0: Python must look at it; -1 with an error. */
-static int add_tensor(const Lane *self, PyObject *tensor, Out *out) {
+static int add_tensor(const FastPath *self, PyObject *tensor, Out *out) {
     Found found;
     Shape *shape = &out->shape;
     int known = native_find(tensor, &found);
@@ -178,7 +178,7 @@ static int add_tensor(const Lane *self, PyObject *tensor, Out *out) {
     return 1;
 }
 
-static int add_tensors(const Lane *self, PyObject *tensors, Out *out) {
+static int add_tensors(const FastPath *self, PyObject *tensors, Out *out) {
     Py_ssize_t count = native_count(tensors);
     out->kept = NULL;
     out->copied_nbytes = 0;
@@ -193,7 +193,7 @@ static int add_tensors(const Lane *self, PyObject *tensors, Out *out) {
 }
 
 /* Whether a frame can be written now: 1, 0, or -1 with an error. */
-static int may_send(const Lane *self) {
+static int may_send(const FastPath *self) {
     PyObject *is_sending = PyObject_CallNoArgs(self->is_sending);
     if (is_sending == NULL) return -1;
     Py_DECREF(is_sending);
@@ -203,7 +203,7 @@ static int may_send(const Lane *self) {
 }
 
 /* Writes a frame: 1; 0 if it cannot, and nothing has happened; -1 with an error. The lock is held throughout. */
-static int put_frame(Lane *self, Header *header, PyObject *op, PyObject *attrs, Out *out) {
+static int put_frame(FastPath *self, Header *header, PyObject *op, PyObject *attrs, Out *out) {
     Shape *shape = &out->shape;
     const uint64_t *placed = out->placed;
     Py_ssize_t returns = PyObject_Size(self->returns), varying;
@@ -247,7 +247,7 @@ static int put_frame(Lane *self, Header *header, PyObject *op, PyObject *attrs, 
 /* ---- in ---- */
 
 /* Waits for a slot, `timeout_ns` at most, below 0 for ever. 1: there is one; 0: Python must look; -1 with an error. */
-static int await_slot(Lane *self, int64_t timeout_ns) {
+static int await_slot(FastPath *self, int64_t timeout_ns) {
     if (native_look(self->slots)) return 1;
     PyObject *value = PyObject_GetAttr(self->spin, str_spin_us);
     double spin_us = value == NULL ? -1 : PyFloat_AsDouble(value);
@@ -297,7 +297,7 @@ static void drop_frame(Frame *frame) {
 }
 
 /* A lease on a tensor that the peer sent by reference, not in force; its token is set. NULL, perhaps with an error. */
-static Lease *resolve(Lane *self, Frame *frame, PyObject *desc, PyObject *segment_id, PyObject *at) {
+static Lease *resolve(FastPath *self, Frame *frame, PyObject *desc, PyObject *segment_id, PyObject *at) {
     uint64_t offset = PyLong_AsUnsignedLongLong(at), id = PyLong_AsUnsignedLongLong(segment_id);
     uint64_t nbytes = PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(desc, 2));
     if (PyErr_Occurred() || nbytes == 0 || !native_can_view(desc, offset)) return NULL;
@@ -320,7 +320,7 @@ static Lease *resolve(Lane *self, Frame *frame, PyObject *desc, PyObject *segmen
 }
 
 /* Reads the next slot, which stays there. 1; 0: Python must take it; -1 with an error. */
-static int read_frame(Lane *self, unsigned kind, Frame *frame) {
+static int read_frame(FastPath *self, unsigned kind, Frame *frame) {
     unsigned char slot[SLOT_NBYTES];
     memset(frame, 0, sizeof(Frame));
     native_copy_slot(self->slots, slot);
@@ -359,7 +359,7 @@ static int read_frame(Lane *self, unsigned kind, Frame *frame) {
 }
 
 /* Has a frame that was read take effect. 0 with an error. */
-static int take_frame(Lane *self, Frame *frame) {
+static int take_frame(FastPath *self, Frame *frame) {
     int done = 1, must_wake = native_drop_slot(self->slots);
     for (int i = 0; done && i < frame->tensors; i++) {
         Lease *lease = (Lease *)PyTuple_GET_ITEM(frame->leases, i);
@@ -382,7 +382,7 @@ static int take_frame(Lane *self, Frame *frame) {
 }
 
 /* A tuple of this type with the frame's tensors. */
-static PyObject *views(const Lane *self, const Frame *frame, PyTypeObject *type) {
+static PyObject *views(const FastPath *self, const Frame *frame, PyTypeObject *type) {
     PyObject *tuple = type->tp_alloc(type, frame->tensors);
     for (int i = 0; tuple != NULL && i < frame->tensors; i++) {
         PyObject *view = native_view((Lease *)PyTuple_GET_ITEM(frame->leases, i),
@@ -394,7 +394,7 @@ static PyObject *views(const Lane *self, const Frame *frame, PyTypeObject *type)
 }
 
 /* Has the arena free the blocks whose leases died, if these are many. Runs Python code. 0 with an error. */
-static int sort_out(const Lane *self) {
+static int sort_out(const FastPath *self) {
     if (PyObject_Size(self->dead) <= MAX_DEAD) return 1;
     PyObject *done = PyObject_CallMethodNoArgs(self->arena, str_sort_out);
     Py_XDECREF(done);
@@ -402,7 +402,7 @@ static int sort_out(const Lane *self) {
 }
 
 /* Whether no slot or part of a frame waits for Python: 1, 0, or -1 with an error. */
-static int is_plain(const Lane *self) {
+static int is_plain(const FastPath *self) {
     PyObject *slot = PyObject_GetAttr(self->session, str_slot), *part = PyObject_GetAttr(self->session, str__part);
     int plain = slot == NULL || part == NULL ? -1 : slot == Py_None && part == Py_None;
     Py_XDECREF(slot);
@@ -433,7 +433,7 @@ static int identify(Request *request, PyObject *reader) {
 }
 
 /* The arguments of `call` and `submit`: reader, op, tensors, attrs, timeout_s, expected. 1, 0, or -1 with an error. */
-static int begin(Lane *self, Request *request, PyObject *const *args, Py_ssize_t nargs) {
+static int begin(FastPath *self, Request *request, PyObject *const *args, Py_ssize_t nargs) {
     memset(request, 0, offsetof(Request, out.copied_nbytes));
     if (nargs != 6) {
         PyErr_Format(PyExc_TypeError, "%zd arguments, expected 6", nargs);
@@ -450,12 +450,12 @@ static int begin(Lane *self, Request *request, PyObject *const *args, Py_ssize_t
 }
 
 /* Whether this thread is in the middle of a call or serves its connection: then its calls are an error of Python's. */
-static int is_inside(const Lane *self, const Request *request) {
+static int is_inside(const FastPath *self, const Request *request) {
     return PySet_Contains(self->inside, request->ident) || PySet_Contains(self->greeting, request->ident);
 }
 
 /* Whether a request may be sent now, without waiting for a turn: 1, 0, or -1 with an error. */
-static int may_request(const Lane *self, const Request *request) {
+static int may_request(const FastPath *self, const Request *request) {
     if (is_inside(self, request) || is_true(request->reader, str_turns) || is_true(request->core, str_refusing) ||
         is_true(self->session, str_may_request) != 1 ||
         PyDict_GET_SIZE(self->requests) >= number_of(request->core, str_max_inflight))
@@ -464,7 +464,7 @@ static int may_request(const Lane *self, const Request *request) {
 }
 
 /* Sends a request. `future`: of `submit`, NULL of `call`. 1; 0: nothing has happened; -1 with an error. */
-static int send_request(Lane *self, Request *request, PyObject *future) {
+static int send_request(FastPath *self, Request *request, PyObject *future) {
     Header header = {KIND_REQUEST, 0, 0, 0, 0, 0, request->timeout_ns > 0 ? (uint64_t)request->timeout_ns : 0};
     PyObject *id = request->id = PyObject_GetAttr(self->session, str_next_id), *calls = NULL;
     header.request_id = id == NULL ? 0 : PyLong_AsUnsignedLongLong(id);
@@ -486,7 +486,7 @@ static int send_request(Lane *self, Request *request, PyObject *future) {
     return sent;
 }
 
-static PyObject *make_future(Lane *self, const Request *request) {
+static PyObject *make_future(FastPath *self, const Request *request) {
     PyObject *deadline = request->timeout_ns < 0 ? Py_NewRef(Py_None)
                                                  : PyFloat_FromDouble((double)(request->started_ns + request->timeout_ns) * 1e-9);
     PyObject *sent = PyLong_FromLongLong(request->sent_ns ? request->sent_ns : native_now_ns()), *future = NULL;
@@ -512,7 +512,7 @@ static int lock(PyObject *reader, PyObject *method) {
 }
 
 /* Makes this thread the one that reads, unless Python must: 1, 0, or -1 with an error. */
-static int take_reading(Lane *self, const Request *request) {
+static int take_reading(FastPath *self, const Request *request) {
     PyObject *reader = request->reader;
     int plain = is_plain(self);
     if (plain <= 0) return plain;
@@ -525,7 +525,7 @@ static int take_reading(Lane *self, const Request *request) {
 }
 
 /* This thread no longer reads. Takes over `outcome`, and returns it, or NULL with an error. `future`: whether it is one. */
-static PyObject *leave_reading(Lane *self, const Request *request, PyObject *outcome, int future) {
+static PyObject *leave_reading(FastPath *self, const Request *request, PyObject *outcome, int future) {
     PyObject *type, *value, *trace, *reader = request->reader;
     int is_call = self->op != NULL; /* after `wait` its caller leaves the rest to the watcher */
     PyErr_Fetch(&type, &value, &trace);
@@ -535,7 +535,7 @@ static PyObject *leave_reading(Lane *self, const Request *request, PyObject *out
         is_true(reader, str_turns) ||
         (is_call && is_true(reader, str_watcher) && (PyDict_GET_SIZE(self->requests) || is_true(reader, str_events)))) {
         PyErr_Clear();
-        PyObject *done = PyObject_CallMethodOneArg(reader, str_left_lane, future ? outcome : Py_None);
+        PyObject *done = PyObject_CallMethodOneArg(reader, str_left_fast_path, future ? outcome : Py_None);
         if (done == NULL) Py_CLEAR(outcome);
         Py_XDECREF(done);
     }
@@ -559,7 +559,7 @@ static int is_expected(PyObject *expected, PyObject *descs) {
 
 /* Waits for a slot, and reads it. 1: it is the plain reply to this request; 0: Python must look; -1 with an error, which
  * a signal's handler may have raised. */
-static int await_reply(Lane *self, const Request *request, int64_t timeout_ns, Frame *frame, int64_t *came_ns) {
+static int await_reply(FastPath *self, const Request *request, int64_t timeout_ns, Frame *frame, int64_t *came_ns) {
     frame->message = frame->leases = NULL;
     int came = await_slot(self, timeout_ns);
     *came_ns = native_now_ns();
@@ -574,7 +574,7 @@ static int await_reply(Lane *self, const Request *request, int64_t timeout_ns, F
 }
 
 /* Has a reply take effect, and makes its Result. */
-static PyObject *take_reply(Lane *self, const Request *request, Frame *frame, int64_t waited_ns) {
+static PyObject *take_reply(FastPath *self, const Request *request, Frame *frame, int64_t waited_ns) {
     if (PyDict_DelItem(self->requests, request->id) < 0 || !take_frame(self, frame)) return NULL;
     PyObject *result = views(self, frame, (PyTypeObject *)self->result_type);
     int64_t remote_ns = frame->header.time_ns < (uint64_t)waited_ns ? (int64_t)frame->header.time_ns : waited_ns;
@@ -588,7 +588,7 @@ static PyObject *take_reply(Lane *self, const Request *request, Frame *frame, in
 
 /* call(reader, op, tensors, attrs, timeout_s, expected): a Result; a Future, if Python must wait for it; None: nothing
  * was sent */
-static PyObject *Lane_call(Lane *self, PyObject *const *args, Py_ssize_t nargs) {
+static PyObject *FastPath_call(FastPath *self, PyObject *const *args, Py_ssize_t nargs) {
     Request request;
     Frame frame;
     PyObject *outcome = NULL, *calls, *type = NULL, *value, *trace;
@@ -631,7 +631,7 @@ static PyObject *Lane_call(Lane *self, PyObject *const *args, Py_ssize_t nargs) 
 }
 
 /* submit(reader, op, tensors, attrs, timeout_s, expected): a Future; None: nothing was sent */
-static PyObject *Lane_submit(Lane *self, PyObject *const *args, Py_ssize_t nargs) {
+static PyObject *FastPath_submit(FastPath *self, PyObject *const *args, Py_ssize_t nargs) {
     Request request;
     PyObject *future = NULL;
     int going = begin(self, &request, args, nargs);
@@ -645,7 +645,7 @@ static PyObject *Lane_submit(Lane *self, PyObject *const *args, Py_ssize_t nargs
 }
 
 /* wait(reader, future, timeout_s): waits for a reply; where Python must wait, the future is not done afterwards */
-static PyObject *Lane_wait(Lane *self, PyObject *const *args, Py_ssize_t nargs) {
+static PyObject *FastPath_wait(FastPath *self, PyObject *const *args, Py_ssize_t nargs) {
     if (nargs != 3) return PyErr_Format(PyExc_TypeError, "wait: %zd arguments, expected 3", nargs);
     Request request;
     Frame frame;
@@ -694,7 +694,7 @@ static PyObject *Lane_wait(Lane *self, PyObject *const *args, Py_ssize_t nargs) 
 /* ---- a server's ---- */
 
 /* receive(served): the Call of the next request; None: Python must look */
-static PyObject *Lane_receive(Lane *self, PyObject *const *args, Py_ssize_t nargs) {
+static PyObject *FastPath_receive(FastPath *self, PyObject *const *args, Py_ssize_t nargs) {
     if (nargs != 1) return PyErr_Format(PyExc_TypeError, "receive: %zd arguments, expected 1", nargs);
     Frame frame = {.message = NULL};
     int came = !sort_out(self) ? -1 : is_plain(self);
@@ -724,7 +724,7 @@ static PyObject *Lane_receive(Lane *self, PyObject *const *args, Py_ssize_t narg
 
 /* reply(call, result, time_ns): whether the reply is sent; if not, nothing has happened but that the call's own tensors
  * were released */
-static PyObject *Lane_reply(Lane *self, PyObject *const *args, Py_ssize_t nargs) {
+static PyObject *FastPath_reply(FastPath *self, PyObject *const *args, Py_ssize_t nargs) {
     if (nargs != 3) return PyErr_Format(PyExc_TypeError, "reply: %zd arguments, expected 3", nargs);
     Out out;
     out.kept = NULL;
@@ -742,7 +742,7 @@ static PyObject *Lane_reply(Lane *self, PyObject *const *args, Py_ssize_t nargs)
 
 /* take_counts(): calls, bytes copied, bytes lent, bytes that came by reference, and ns of serialization, waiting, the peer's handlers,
  * since the last time */
-static PyObject *Lane_take_counts(Lane *self, PyObject *Py_UNUSED(ignored)) {
+static PyObject *FastPath_take_counts(FastPath *self, PyObject *Py_UNUSED(ignored)) {
     PyObject *counts = Py_BuildValue("(KKKKLLL)", self->calls, self->copied_nbytes, self->lent_nbytes, self->shared_nbytes, self->serialization_ns,
                                      self->wait_ns, self->remote_ns);
     self->calls = self->copied_nbytes = self->lent_nbytes = self->shared_nbytes = 0;
@@ -750,21 +750,21 @@ static PyObject *Lane_take_counts(Lane *self, PyObject *Py_UNUSED(ignored)) {
     return counts;
 }
 
-static PyObject *Lane_op(Lane *self, void *Py_UNUSED(closure)) { return Py_NewRef(self->op == NULL ? Py_None : self->op); }
+static PyObject *FastPath_op(FastPath *self, void *Py_UNUSED(closure)) { return Py_NewRef(self->op == NULL ? Py_None : self->op); }
 
-static PyObject *Lane_link(Lane *self, void *Py_UNUSED(closure)) { return Py_NewRef(self->link); }
+static PyObject *FastPath_link(FastPath *self, void *Py_UNUSED(closure)) { return Py_NewRef(self->link); }
 
 /* ---- the object ---- */
 
-static int Lane_init(Lane *self, PyObject *args, PyObject *kwargs) {
+static int FastPath_init(FastPath *self, PyObject *args, PyObject *kwargs) {
     if (PyTuple_GET_SIZE(args) || kwargs == NULL || self->slots != NULL) {
-        PyErr_SetString(PyExc_TypeError, "Lane: expected keywords, once");
+        PyErr_SetString(PyExc_TypeError, "FastPath: expected keywords, once");
         return -1;
     }
 #define X(name)                                                                                                        \
     self->name = PyDict_GetItemString(kwargs, #name);                                                                  \
     if (Py_XNewRef(self->name) == NULL) {                                                                              \
-        PyErr_SetString(PyExc_TypeError, "Lane: expected " #name);                                                     \
+        PyErr_SetString(PyExc_TypeError, "FastPath: expected " #name);                                                     \
         return -1;                                                                                                     \
     }
     PARTS(X)
@@ -780,7 +780,7 @@ static int Lane_init(Lane *self, PyObject *args, PyObject *kwargs) {
     return PyErr_Occurred() ? -1 : 0;
 }
 
-static int Lane_traverse(Lane *self, visitproc visit, void *arg) {
+static int FastPath_traverse(FastPath *self, visitproc visit, void *arg) {
     Py_VISIT(Py_TYPE(self));
 #define X(name) Py_VISIT(self->name);
     PARTS(X)
@@ -788,49 +788,49 @@ static int Lane_traverse(Lane *self, visitproc visit, void *arg) {
     return 0;
 }
 
-static int Lane_clear(Lane *self) {
+static int FastPath_clear(FastPath *self) {
 #define X(name) Py_CLEAR(self->name);
     PARTS(X)
 #undef X
     return 0;
 }
 
-static void Lane_dealloc(Lane *self) {
+static void FastPath_dealloc(FastPath *self) {
     PyObject_GC_UnTrack(self);
-    Lane_clear(self);
+    FastPath_clear(self);
     PyTypeObject *type = Py_TYPE(self);
     type->tp_free((PyObject *)self);
     Py_DECREF(type);
 }
 
-static PyMethodDef Lane_methods[] = {
-    {"call", (PyCFunction)(void (*)(void))Lane_call, METH_FASTCALL, NULL},
-    {"submit", (PyCFunction)(void (*)(void))Lane_submit, METH_FASTCALL, NULL},
-    {"wait", (PyCFunction)(void (*)(void))Lane_wait, METH_FASTCALL, NULL},
-    {"receive", (PyCFunction)(void (*)(void))Lane_receive, METH_FASTCALL, NULL},
-    {"reply", (PyCFunction)(void (*)(void))Lane_reply, METH_FASTCALL, NULL},
-    {"take_counts", (PyCFunction)Lane_take_counts, METH_NOARGS, NULL},
+static PyMethodDef FastPath_methods[] = {
+    {"call", (PyCFunction)(void (*)(void))FastPath_call, METH_FASTCALL, NULL},
+    {"submit", (PyCFunction)(void (*)(void))FastPath_submit, METH_FASTCALL, NULL},
+    {"wait", (PyCFunction)(void (*)(void))FastPath_wait, METH_FASTCALL, NULL},
+    {"receive", (PyCFunction)(void (*)(void))FastPath_receive, METH_FASTCALL, NULL},
+    {"reply", (PyCFunction)(void (*)(void))FastPath_reply, METH_FASTCALL, NULL},
+    {"take_counts", (PyCFunction)FastPath_take_counts, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 
-static PyGetSetDef Lane_getset[] = {
-    {"op", (getter)Lane_op, NULL, NULL, NULL}, {"link", (getter)Lane_link, NULL, NULL, NULL}, {NULL, NULL, NULL, NULL, NULL}};
+static PyGetSetDef FastPath_getset[] = {
+    {"op", (getter)FastPath_op, NULL, NULL, NULL}, {"link", (getter)FastPath_link, NULL, NULL, NULL}, {NULL, NULL, NULL, NULL, NULL}};
 
-static PyType_Slot Lane_slots[] = {
-    {Py_tp_doc, "Calls in one step; see fastsplit.wire.lane."},
+static PyType_Slot FastPath_slots[] = {
+    {Py_tp_doc, "Calls in one step; see fastsplit.wire.fastpath."},
     {Py_tp_new, PyType_GenericNew},
-    {Py_tp_init, Lane_init},
-    {Py_tp_dealloc, Lane_dealloc},
-    {Py_tp_traverse, Lane_traverse},
-    {Py_tp_clear, Lane_clear},
-    {Py_tp_methods, Lane_methods},
-    {Py_tp_getset, Lane_getset},
+    {Py_tp_init, FastPath_init},
+    {Py_tp_dealloc, FastPath_dealloc},
+    {Py_tp_traverse, FastPath_traverse},
+    {Py_tp_clear, FastPath_clear},
+    {Py_tp_methods, FastPath_methods},
+    {Py_tp_getset, FastPath_getset},
     {0, NULL},
 };
 
-PyType_Spec native_lane_spec = {
-    .name = "fastsplit._native.Lane",
-    .basicsize = sizeof(Lane),
+PyType_Spec native_fastpath_spec = {
+    .name = "fastsplit._native.FastPath",
+    .basicsize = sizeof(FastPath),
     .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE | Py_TPFLAGS_HAVE_GC,
-    .slots = Lane_slots,
+    .slots = FastPath_slots,
 };
