@@ -13,6 +13,7 @@
 
 #include <stddef.h>
 #include <string.h>
+#include <structmember.h>
 
 enum { MAX_RETURNS = 32, MAX_DEAD = 64, MAX_TENSORS = 64, MAX_COPIED_NBYTES = 1 << 18, MAX_MISSES = 4, RETRY_AFTER = 32, MAX_TRIES = 8 };
 
@@ -21,7 +22,7 @@ static const int64_t EARLY_NS = 40000, MAX_SPIN_NS = 10000000;
 /* Objects of the connection, by keyword; what each is, fastsplit/wire/fastpath.py says. */
 #define PARTS(X)                                                                                                       \
     X(slots) X(templates) X(heads) X(session) X(arena) X(requests) X(returns) X(dead) X(idle) X(is_sending) X(frames)  \
-    X(inside) X(greeting) X(allocate_for) X(link) X(spin) X(result_type) X(future_type) X(call_type) X(handlers)
+    X(inside) X(greeting) X(copy_in) X(link) X(spin) X(result_type) X(future_type) X(call_type) X(handlers)
 #define NAMES(X)                                                                                                       \
     X(_map) X(_own) X(_peers) X(_part) X(slot) X(has_pending) X(refusing) X(closed) X(may_request) X(next_id)          \
     X(max_inflight) X(calls) X(core) X(reading) X(lock) X(watcher) X(followers) X(callbacks) X(turns) X(events)        \
@@ -139,19 +140,17 @@ static int find_place(const FastPath *self, const Found *found, uint64_t *place)
 /* Copies a small tensor into shared memory. 1, or 0: Python must; -1 with an error. */
 static int copy_in(const FastPath *self, PyObject *tensor, Found *found, Out *out) {
     if (found->nbytes > MAX_COPIED_NBYTES) return 0;
-    PyObject *memory = PyObject_CallFunction(self->allocate_for, "OKK", tensor, (unsigned long long)found->address,
-                                             (unsigned long long)found->nbytes);
-    Py_buffer copy;
-    int done = memory == NULL ? -1 : memory != Py_None;
-    if (done == 1 && out->kept == NULL && (out->kept = PyList_New(0)) == NULL) done = -1;
-    if (done == 1 && (PyList_Append(out->kept, memory) < 0 || PyObject_GetBuffer(memory, &copy, PyBUF_WRITABLE) < 0)) done = -1;
+    PyObject *copy = PyObject_CallFunction(self->copy_in, "OKK", tensor, (unsigned long long)found->address,
+                                           (unsigned long long)found->nbytes);
+    Found place;
+    int done = copy == NULL ? -1 : copy == Py_None ? 0 : native_find(copy, &place);
+    if (done == 1 && ((out->kept == NULL && (out->kept = PyList_New(0)) == NULL) || PyList_Append(out->kept, copy) < 0))
+        done = -1;
     if (done == 1) {
-        memcpy(copy.buf, (void *)(uintptr_t)found->address, (size_t)found->nbytes);
-        found->address = (uint64_t)(uintptr_t)copy.buf;
+        found->address = place.address;
         out->copied_nbytes += found->nbytes;
-        PyBuffer_Release(&copy);
     }
-    Py_XDECREF(memory);
+    Py_XDECREF(copy);
     return done;
 }
 
@@ -728,12 +727,15 @@ static PyObject *FastPath_reply(FastPath *self, PyObject *const *args, Py_ssize_
     if (nargs != 3) return PyErr_Format(PyExc_TypeError, "reply: %zd arguments, expected 3", nargs);
     Out out;
     out.kept = NULL;
-    Header header = {KIND_REPLY, 0, (uint64_t)number_of(args[0], str__request_id), 0, 0, 0, PyLong_AsUnsignedLongLong(args[2])};
-    PyObject *attrs = PyObject_GetAttr(args[0], str_reply_attrs), *op = PyUnicode_New(0, 0);
+    PyObject *id = PyObject_GetAttr(args[0], str__request_id), *op = PyUnicode_New(0, 0);
+    PyObject *attrs = id == NULL ? NULL : PyObject_GetAttr(args[0], str_reply_attrs);
+    Header header = {KIND_REPLY, 0, attrs == NULL ? 0 : PyLong_AsUnsignedLongLong(id), 0, 0, 0, 0};
+    if (!PyErr_Occurred()) header.time_ns = PyLong_AsUnsignedLongLong(args[2]);
     int done = PyErr_Occurred() || !set(args[0], str_tensors, PyTuple_New(0)) ? -1 : 1;
     if (done == 1) done = add_tensors(self, args[1], &out);
     if (done == 1) done = may_send(self);
     if (done == 1) done = put_frame(self, &header, op, attrs, &out);
+    Py_XDECREF(id);
     Py_XDECREF(attrs);
     Py_XDECREF(op);
     Py_XDECREF(out.kept);
@@ -749,10 +751,6 @@ static PyObject *FastPath_take_counts(FastPath *self, PyObject *Py_UNUSED(ignore
     self->serialization_ns = self->wait_ns = self->remote_ns = 0;
     return counts;
 }
-
-static PyObject *FastPath_op(FastPath *self, void *Py_UNUSED(closure)) { return Py_NewRef(self->op == NULL ? Py_None : self->op); }
-
-static PyObject *FastPath_link(FastPath *self, void *Py_UNUSED(closure)) { return Py_NewRef(self->link); }
 
 /* ---- the object ---- */
 
@@ -813,8 +811,11 @@ static PyMethodDef FastPath_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
-static PyGetSetDef FastPath_getset[] = {
-    {"op", (getter)FastPath_op, NULL, NULL, NULL}, {"link", (getter)FastPath_link, NULL, NULL, NULL}, {NULL, NULL, NULL, NULL, NULL}};
+static PyMemberDef FastPath_members[] = {
+    {"op", T_OBJECT, offsetof(FastPath, op), READONLY, NULL},
+    {"link", T_OBJECT, offsetof(FastPath, link), READONLY, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
 
 static PyType_Slot FastPath_slots[] = {
     {Py_tp_doc, "Calls in one step; see fastsplit.wire.fastpath."},
@@ -824,7 +825,7 @@ static PyType_Slot FastPath_slots[] = {
     {Py_tp_traverse, FastPath_traverse},
     {Py_tp_clear, FastPath_clear},
     {Py_tp_methods, FastPath_methods},
-    {Py_tp_getset, FastPath_getset},
+    {Py_tp_members, FastPath_members},
     {0, NULL},
 };
 

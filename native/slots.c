@@ -364,6 +364,10 @@ static int keep(PyObject *link, struct msghdr *message, ssize_t received) {
 int native_sleep(PyObject *slots, PyObject *link, int fd, int may_bring, int is_eager, int64_t timeout_ns) {
     Slots *self = (Slots *)slots;
     if (self->base == NULL) return 0;
+    PyObject *held = may_bring ? PyObject_GetAttrString(link, "_message") : Py_NewRef(Py_None);
+    int is_held = held == NULL ? -1 : PyObject_IsTrue(held); /* Python takes note of what came along before */
+    Py_XDECREF(held);
+    if (is_held) return is_held < 0 ? -1 : 0;
     int ordered = set_asleep(self, is_eager ? EAGER : ASLEEP);
     if (look(self) || !ordered) {
         set_asleep(self, AWAKE);

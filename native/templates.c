@@ -118,28 +118,22 @@ int native_read_attrs(PyObject *templates, Shape *shape, PyObject *op, PyObject 
     return 1;
 }
 
-static inline int same_text(PyObject *one, PyObject *other) {
-    return one == other || (PyUnicode_GET_LENGTH(one) == PyUnicode_GET_LENGTH(other) && PyUnicode_Compare(one, other) == 0);
-}
-
-static int same_fixed(PyObject *one, PyObject *other) {
-    if (one == other) return 1;
-    if (Py_TYPE(one) != Py_TYPE(other)) return 0;
-    if (PyUnicode_CheckExact(one)) return same_text(one, other);
-    return PyBytes_GET_SIZE(one) == PyBytes_GET_SIZE(other) &&
-           memcmp(PyBytes_AS_STRING(one), PyBytes_AS_STRING(other), (size_t)PyBytes_GET_SIZE(one)) == 0;
+/* Of exact strings and bytes, whose comparison runs no other code. */
+static inline int same(PyObject *one, PyObject *other) {
+    return one == other || (Py_TYPE(one) == Py_TYPE(other) && PyObject_RichCompareBool(one, other, Py_EQ) == 1);
 }
 
 static int fits(const Template *template, const Shape *shape) {
     if (template->entry.hash != shape->hash || template->desc_words != shape->desc_words ||
         template->tensors != shape->tensors || template->returns != shape->returns ||
-        template->attrs != shape->attrs || !same_text(template->op, shape->op) ||
+        template->attrs != shape->attrs || !same(template->op, shape->op) ||
         memcmp(template->desc, shape->desc, sizeof(int64_t) * (size_t)shape->desc_words) != 0 ||
         memcmp(template->kinds, shape->kinds, (size_t)shape->attrs) != 0)
         return 0;
     for (int i = 0; i < shape->attrs; i++) {
-        if (!same_text(template->names[i], shape->names[i])) return 0;
-        if (shape->kinds[i] == FIXED && !same_fixed(template->fixed[i], shape->values[i])) return 0;
+        if (!same(template->names[i], shape->names[i]) ||
+            (shape->kinds[i] == FIXED && !same(template->fixed[i], shape->values[i])))
+            return 0;
     }
     return 1;
 }
@@ -221,14 +215,7 @@ static void free_template(Template *template) {
     if (template == NULL) return;
     Py_XDECREF(template->op);
     Py_XDECREF(template->metadata);
-    for (int i = 0; i < template->attrs; i++) {
-        if (template->names != NULL) Py_XDECREF(template->names[i]);
-        if (template->fixed != NULL) Py_XDECREF(template->fixed[i]);
-    }
-    PyMem_Free(template->desc);
-    PyMem_Free(template->kinds);
-    PyMem_Free(template->names);
-    PyMem_Free(template->fixed);
+    for (int i = 0; i < 2 * template->attrs; i++) Py_XDECREF(template->names[i]); /* and values */
     PyMem_Free(template);
 }
 
@@ -255,18 +242,14 @@ static PyObject *Templates_add(Templates *self, PyObject *const *args, Py_ssize_
         !native_read_attrs((PyObject *)self, &shape, args[0], args[2], returned / 2) || find(self, &shape) != NULL)
         Py_RETURN_NONE;
     if (varying_nbytes != tail_nbytes(&shape) || varying_nbytes > PyBytes_GET_SIZE(args[4])) Py_RETURN_NONE;
-    Template *template = PyMem_Calloc(1, sizeof(Template));
-    if (template == NULL) return PyErr_NoMemory();
     size_t attrs = (size_t)shape.attrs, words = (size_t)shape.desc_words;
-    template->desc = PyMem_Malloc(sizeof(int64_t) * (words ? words : 1));
-    template->kinds = PyMem_Malloc(attrs ? attrs : 1);
-    template->names = PyMem_Calloc(attrs ? attrs : 1, sizeof(PyObject *));
-    template->fixed = PyMem_Calloc(attrs ? attrs : 1, sizeof(PyObject *));
-    if (template->desc == NULL || template->kinds == NULL || template->names == NULL || template->fixed == NULL) {
-        free_template(template);
-        return PyErr_NoMemory();
-    }
-    memcpy(template->desc, shape.desc, sizeof(int64_t) * words);
+    Template *template = PyMem_Calloc(1, sizeof(Template) + 8 * words + (2 * sizeof(PyObject *) + 1) * attrs);
+    if (template == NULL) return PyErr_NoMemory();
+    template->desc = (int64_t *)(template + 1);
+    template->names = (PyObject **)(template->desc + words);
+    template->fixed = template->names + attrs;
+    template->kinds = (unsigned char *)(template->fixed + attrs);
+    memcpy(template->desc, shape.desc, 8 * words);
     memcpy(template->kinds, shape.kinds, attrs);
     for (int i = 0; i < shape.attrs; i++) {
         template->names[i] = Py_NewRef(shape.names[i]);

@@ -17,7 +17,7 @@ from functools import partial
 from time import monotonic
 from typing import Any
 
-from ..tensors import Arrays, allocate_for
+from ..tensors import Arrays, copy_in
 from .backend import FastPath, compiled, knows_torch
 from .call import Call
 from .connection import Connection, greeting
@@ -57,7 +57,7 @@ def add_fast_path(connection: Connection, arrays: Arrays, future_type: Any = Non
         frames=connection.outbox.frames,
         inside=connection.inside,
         greeting=greeting,
-        allocate_for=partial(allocate_for, arena),
+        copy_in=partial(copy_in, arena),
         link=ring.link,
         passes_descriptors=ring.passes_descriptors,
         spin=ring.spin,

@@ -238,7 +238,7 @@ class Reader(State):
             raise
 
     def left_fast_path(self, future: Future | None) -> None:
-        """This thread left the fast path (../fastpath.py), and no longer reads. `future`: of its call, if that goes on."""
+        """This thread left the fast path, and no longer reads. `future`: of its call, if that goes on."""
         self._left_reading()
         if self.turns:
             self.turns.let_in()
