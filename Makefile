@@ -70,7 +70,7 @@ sanitize: $(VENV)/.test-ready ## Runs the tests of the compiled core under Addre
 		$(BIN)/python setup.py --quiet build --build-base build/sanitizing --build-lib $(SANITIZED)
 	FASTSPLIT_NATIVE=1 ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$($(or $(CC),cc) -print-file-name=libasan.so) $$($(or $(CC),cc) -print-file-name=libubsan.so)" \
-		$(BIN)/pytest -o pythonpath=$(SANITIZED) -p no:cacheprovider tests/unit/test_ring.py tests/unit/test_header.py \
+		$(BIN)/pytest -o pythonpath=$(SANITIZED) -p no:cacheprovider tests/unit/test_ring.py tests/unit/test_fastpath.py \
 		tests/unit/test_descriptor.py tests/unit/test_tensors.py tests/property/test_wire_properties.py \
 		tests/conformance/test_links.py tests/hostile/test_hostile_shm.py
 

@@ -500,49 +500,65 @@ static PyObject *make_future(FastPath *self, const Request *request) {
     return future;
 }
 
-/* Calls a lock's method. 1, 0 if it is taken, or -1 with an error. */
-static int lock(PyObject *reader, PyObject *method) {
-    PyObject *rlock = PyObject_GetAttr(reader, str_lock), *done = NULL;
-    if (rlock != NULL)
-        done = method == str_acquire ? PyObject_CallMethodOneArg(rlock, method, Py_False) : PyObject_CallMethodNoArgs(rlock, method);
+/* Takes the channel's lock. 1, 0 if another thread has it, or -1 with an error. */
+static int lock(PyObject *reader) {
+    PyObject *rlock = PyObject_GetAttr(reader, str_lock);
+    PyObject *held = rlock == NULL ? NULL : PyObject_CallMethodOneArg(rlock, str_acquire, Py_False);
     Py_XDECREF(rlock);
-    Py_XDECREF(done);
-    return done == NULL ? -1 : done != Py_False;
+    Py_XDECREF(held);
+    return held == NULL ? -1 : held == Py_True;
 }
 
-/* Makes this thread the one that reads, unless Python must: 1, 0, or -1 with an error. */
-static int take_reading(FastPath *self, const Request *request) {
+/* An error that is there stays. */
+static void unlock(PyObject *reader) {
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    PyObject *rlock = PyObject_GetAttr(reader, str_lock);
+    Py_XDECREF(rlock == NULL ? NULL : PyObject_CallMethodNoArgs(rlock, str_release));
+    Py_XDECREF(rlock);
+    PyErr_Restore(type, value, trace);
+}
+
+/* Takes the channel's lock, and looks whether this thread may be the one that reads. The collector may run where the lock
+ * is taken, but not after it. 1: the lock is held; 0; or -1 with an error. */
+static int may_read(const FastPath *self, const Request *request) {
     PyObject *reader = request->reader;
+    int held = lock(reader);
+    if (held <= 0) return held;
     int plain = is_plain(self);
-    if (plain <= 0) return plain;
-    if (is_true(reader, str_events) || is_true(reader, str_watching) || number_of(reader, str_reading))
-        return PyErr_Occurred() ? -1 : 0;
-    int mine = lock(reader, str_acquire);
-    if (mine <= 0) return mine;
-    if (PyObject_SetAttr(reader, str_reading, request->ident) < 0 || PySet_Add(self->inside, request->ident) < 0) mine = -1;
-    return lock(reader, str_release) < 0 ? -1 : mine;
+    if (plain == 1 && (is_inside(self, request) || is_true(reader, str_events) || is_true(reader, str_watching) ||
+                       number_of(reader, str_reading)))
+        plain = PyErr_Occurred() ? -1 : 0;
+    if (plain <= 0) unlock(reader);
+    return plain;
 }
 
-/* This thread no longer reads. Takes over `outcome`, and returns it, or NULL with an error. `future`: whether it is one. */
-static PyObject *leave_reading(FastPath *self, const Request *request, PyObject *outcome, int future) {
+static int begin_reading(const FastPath *self, const Request *request) {
+    return PyObject_SetAttr(request->reader, str_reading, request->ident) == 0 && PySet_Add(self->inside, request->ident) == 0;
+}
+
+/* This thread no longer reads. `future`: of its call, which goes on, or NULL. 0 with an error; one that was there stays. */
+static int end_reading(FastPath *self, const Request *request, PyObject *future) {
     PyObject *type, *value, *trace, *reader = request->reader;
     int is_call = self->op != NULL; /* after `wait` its caller leaves the rest to the watcher */
     PyErr_Fetch(&type, &value, &trace);
     self->op = NULL;
-    if (!set(reader, str_reading, PyLong_FromLong(0)) || PySet_Discard(self->inside, request->ident) < 0 ||
-        number_of(reader, str_followers) || is_true(request->core, str_closed) || is_true(reader, str_callbacks) ||
-        is_true(reader, str_turns) ||
-        (is_call && is_true(reader, str_watcher) && (PyDict_GET_SIZE(self->requests) || is_true(reader, str_events)))) {
+    int held = set(reader, str_reading, PyLong_FromLong(0)) && PySet_Discard(self->inside, request->ident) >= 0
+                   ? lock(reader) /* else a thread that has just seen this one read is about to wait for it */
+                   : -1;
+    int more = held <= 0 || number_of(reader, str_followers) || is_true(request->core, str_closed) ||
+               is_true(reader, str_callbacks) || is_true(reader, str_turns) ||
+               (is_call && is_true(reader, str_watcher) && (PyDict_GET_SIZE(self->requests) || is_true(reader, str_events)));
+    if (held == 1) unlock(reader);
+    if (more) {
         PyErr_Clear();
-        PyObject *done = PyObject_CallMethodOneArg(reader, str_left_fast_path, future ? outcome : Py_None);
-        if (done == NULL) Py_CLEAR(outcome);
-        Py_XDECREF(done);
+        Py_XDECREF(PyObject_CallMethodOneArg(reader, str_left_fast_path, future == NULL ? Py_None : future));
     }
     if (type != NULL) {
         PyErr_Clear();
         PyErr_Restore(type, value, trace);
     }
-    return outcome;
+    return !PyErr_Occurred();
 }
 
 static int is_expected(PyObject *expected, PyObject *descs) {
@@ -572,17 +588,25 @@ static int await_reply(FastPath *self, const Request *request, int64_t timeout_n
     return 1;
 }
 
-/* Has a reply take effect, and makes its Result. */
-static PyObject *take_reply(FastPath *self, const Request *request, Frame *frame, int64_t waited_ns) {
-    if (PyDict_DelItem(self->requests, request->id) < 0 || !take_frame(self, frame)) return NULL;
+/* The Result of a reply that was read, which has no effect yet: its leases are not in force. */
+static PyObject *make_result(const FastPath *self, const Frame *frame, int64_t waited_ns, int64_t remote_ns) {
     PyObject *result = views(self, frame, (PyTypeObject *)self->result_type);
-    int64_t remote_ns = frame->header.time_ns < (uint64_t)waited_ns ? (int64_t)frame->header.time_ns : waited_ns;
     if (result != NULL && !(set(result, str_attrs, Py_NewRef(PyTuple_GET_ITEM(frame->message, 2))) &&
                             set(result, str_remote_s, PyFloat_FromDouble((double)remote_ns * 1e-9)) &&
                             set(result, str_wait_s, PyFloat_FromDouble((double)waited_ns * 1e-9))))
         Py_CLEAR(result);
-    self->remote_ns += remote_ns;
     return result;
+}
+
+/* Has a reply take effect: in one step with what the caller notes of it. 0 with an error. */
+static int take_reply(FastPath *self, const Request *request, Frame *frame, int64_t remote_ns) {
+    self->remote_ns += remote_ns;
+    return PyDict_DelItem(self->requests, request->id) == 0 && take_frame(self, frame);
+}
+
+/* Nanoseconds in the handler, as the peer says, but no more than this side waited. */
+static int64_t remote_of(const Frame *frame, int64_t waited_ns) {
+    return frame->header.time_ns < (uint64_t)waited_ns ? (int64_t)frame->header.time_ns : waited_ns;
 }
 
 /* call(reader, op, tensors, attrs, timeout_s, expected): a Result; a Future, if Python must wait for it; None: nothing
@@ -590,43 +614,56 @@ static PyObject *take_reply(FastPath *self, const Request *request, Frame *frame
 static PyObject *FastPath_call(FastPath *self, PyObject *const *args, Py_ssize_t nargs) {
     Request request;
     Frame frame;
-    PyObject *outcome = NULL, *calls, *type = NULL, *value, *trace;
+    PyObject *result = NULL, *future = NULL, *calls, *type = NULL, *value, *trace;
     int64_t came_ns;
-    int is_future = 0, going = begin(self, &request, args, nargs);
-    if (going == 1) going = may_request(self, &request);
-    if (going == 1) going = take_reading(self, &request);
+    int going = begin(self, &request, args, nargs);
+    if (going == 1) going = may_read(self, &request);
     if (going == 1) {
-        self->op = request.op;
-        going = send_request(self, &request, NULL);
+        going = may_request(self, &request);
+        if (going == 1 && !begin_reading(self, &request)) going = -1;
         if (going == 1) {
-            going = await_reply(self, &request, request.timeout_ns, &frame, &came_ns);
-            self->wait_ns += came_ns - request.sent_ns;
-            if (going == 1) outcome = take_reply(self, &request, &frame, came_ns - request.sent_ns);
-            PyErr_Fetch(&type, &value, &trace);
-            if (outcome == NULL) { /* for Python to wait for, or to cancel */
-                outcome = make_future(self, &request);
-                calls = outcome == NULL ? NULL : PyObject_GetAttr(request.core, str_calls);
-                if (calls == NULL || PyDict_SetItem(calls, request.id, outcome) < 0) Py_CLEAR(outcome);
-                Py_XDECREF(calls);
-                is_future = outcome != NULL;
+            self->op = request.op;
+            going = send_request(self, &request, NULL);
+            if (going <= 0) {
+                self->op = NULL;
+                if (!set(request.reader, str_reading, PyLong_FromLong(0)) || PySet_Discard(self->inside, request.ident) < 0)
+                    going = -1;
             }
-            drop_frame(&frame);
-            self->serialization_ns += native_now_ns() - came_ns;
-        } else if (going == 0) {
-            outcome = Py_NewRef(Py_None);
         }
-        outcome = leave_reading(self, &request, outcome, is_future);
+        unlock(request.reader);
+    }
+    if (going == 1) {
+        going = await_reply(self, &request, request.timeout_ns, &frame, &came_ns);
+        int64_t waited_ns = came_ns - request.sent_ns;
+        self->wait_ns += waited_ns;
+        if (going == 1) {
+            result = make_result(self, &frame, waited_ns, remote_of(&frame, waited_ns));
+            if (result != NULL && !take_reply(self, &request, &frame, remote_of(&frame, waited_ns))) Py_CLEAR(result);
+        }
+        PyErr_Fetch(&type, &value, &trace);
+        if (result == NULL) { /* for Python to wait for, or to cancel */
+            future = make_future(self, &request);
+            calls = future == NULL ? NULL : PyObject_GetAttr(request.core, str_calls);
+            if (calls == NULL || PyDict_SetItem(calls, request.id, future) < 0) Py_CLEAR(future);
+            Py_XDECREF(calls);
+        }
+        drop_frame(&frame);
+        self->serialization_ns += native_now_ns() - came_ns;
+        end_reading(self, &request, future);
+        if (type == NULL) PyErr_Fetch(&type, &value, &trace);
         if (type != NULL) {
-            if (outcome != NULL) Py_XDECREF(PyObject_CallMethod(outcome, "cancel", NULL));
-            Py_CLEAR(outcome);
+            PyErr_Clear();
+            Py_CLEAR(result);
+            if (future != NULL) Py_XDECREF(PyObject_CallMethod(future, "cancel", NULL));
+            Py_CLEAR(future);
             PyErr_Clear();
             PyErr_Restore(type, value, trace);
         }
     } else if (going == 0) {
-        outcome = Py_NewRef(Py_None);
+        result = Py_NewRef(Py_None);
     }
     drop_request(&request);
-    return outcome;
+    return result != NULL ? result : future;
 }
 
 /* submit(reader, op, tensors, attrs, timeout_s, expected): a Future; None: nothing was sent */
@@ -643,47 +680,51 @@ static PyObject *FastPath_submit(FastPath *self, PyObject *const *args, Py_ssize
     return future;
 }
 
+/* Gives a future its result, with all that follows from the reply, if it still waits for that. 0 with an error. */
+static int settle(FastPath *self, const Request *request, PyObject *calls, PyObject *future, Frame *frame, PyObject *result,
+                  int64_t remote_ns) {
+    int held = lock(request->reader), done = held >= 0;
+    if (held == 1) {
+        if (PyDict_GetItem(calls, request->id) == future && !is_true(future, str__callbacks) && !is_true(future, str__waited_for))
+            done = take_reply(self, request, frame, remote_ns) && set(future, str__outcome, Py_NewRef(result)) &&
+                   set(future, str__done, Py_NewRef(Py_True)) && PyDict_DelItem(calls, request->id) == 0;
+        unlock(request->reader);
+    }
+    return done;
+}
+
 /* wait(reader, future, timeout_s): waits for a reply; where Python must wait, the future is not done afterwards */
 static PyObject *FastPath_wait(FastPath *self, PyObject *const *args, Py_ssize_t nargs) {
     if (nargs != 3) return PyErr_Format(PyExc_TypeError, "wait: %zd arguments, expected 3", nargs);
     Request request;
     Frame frame;
-    PyObject *future = args[1], *calls = NULL, *result = NULL, *type, *error = NULL, *trace;
+    PyObject *future = args[1], *calls = NULL, *result = NULL;
     int64_t came_ns;
     double timeout_s = args[2] == Py_None ? -1 : PyFloat_AsDouble(args[2]);
     memset(&request, 0, offsetof(Request, out.copied_nbytes));
-    int going = PyErr_Occurred() || !sort_out(self) || !identify(&request, args[0]) ? -1 : !is_inside(self, &request);
+    int going = PyErr_Occurred() || !sort_out(self) || !identify(&request, args[0]) ? -1 : 1;
     if (going == 1 && ((request.id = PyObject_GetAttr(future, str__id)) == NULL ||
                        (calls = PyObject_GetAttr(request.core, str_calls)) == NULL))
         going = -1;
-    if (going == 1) going = take_reading(self, &request);
+    if (going == 1) going = may_read(self, &request);
     if (going == 1) {
-        int64_t timeout_ns = timeout_s < 0 || timeout_s > 1e9 ? -1 : (int64_t)(timeout_s * 1e9);
-        going = await_reply(self, &request, timeout_ns, &frame, &came_ns);
-        if (going == 1) going = lock(request.reader, str_acquire);
+        going = PyDict_GetItem(calls, request.id) == future; /* else it is done */
+        if (going == 1 && !begin_reading(self, &request)) going = -1;
+        unlock(request.reader);
+    }
+    if (going == 1) {
+        going = await_reply(self, &request, timeout_s < 0 || timeout_s > 1e9 ? -1 : (int64_t)(timeout_s * 1e9), &frame, &came_ns);
         if (going == 1) {
-            if (PyDict_GetItem(calls, request.id) == future && !is_true(future, str__callbacks) &&
-                !is_true(future, str__waited_for)) {
-                result = take_reply(self, &request, &frame, came_ns - number_of(future, str__sent_ns));
-                if (result == NULL) {
-                    PyErr_Fetch(&type, &error, &trace);
-                    PyErr_NormalizeException(&type, &error, &trace);
-                    Py_XDECREF(type);
-                    Py_XDECREF(trace);
-                }
-                set(future, str__outcome, result != NULL ? result : Py_NewRef(Py_None));
-                set(future, str__error, error != NULL ? error : Py_NewRef(Py_None));
-                set(future, str__done, Py_NewRef(Py_True));
-                PyDict_DelItem(calls, request.id);
-            }
-            if (lock(request.reader, str_release) < 0) going = -1;
+            int64_t waited_ns = came_ns - number_of(future, str__sent_ns), remote_ns = remote_of(&frame, waited_ns);
+            result = make_result(self, &frame, waited_ns, remote_ns);
+            if (result == NULL || !settle(self, &request, calls, future, &frame, result, remote_ns)) going = -1;
         }
         drop_frame(&frame);
+        Py_XDECREF(result);
         int64_t taken_ns = native_now_ns() - came_ns; /* the caller counts all of it as waiting */
         self->serialization_ns += taken_ns;
         self->wait_ns -= taken_ns;
-        Py_XDECREF(leave_reading(self, &request, Py_NewRef(Py_None), 0));
-        if (PyErr_Occurred()) going = -1;
+        if (!end_reading(self, &request, NULL)) going = -1;
     }
     Py_XDECREF(calls);
     drop_request(&request);
@@ -732,9 +773,12 @@ static PyObject *FastPath_reply(FastPath *self, PyObject *const *args, Py_ssize_
     Header header = {KIND_REPLY, 0, attrs == NULL ? 0 : PyLong_AsUnsignedLongLong(id), 0, 0, 0, 0};
     if (!PyErr_Occurred()) header.time_ns = PyLong_AsUnsignedLongLong(args[2]);
     int done = PyErr_Occurred() || !set(args[0], str_tensors, PyTuple_New(0)) ? -1 : 1;
-    if (done == 1) done = add_tensors(self, args[1], &out);
+    PyObject *result = PyList_CheckExact(args[1]) ? PySequence_Tuple(args[1]) : Py_NewRef(args[1]); /* a list may change */
+    if (result == NULL) done = -1;
+    if (done == 1) done = add_tensors(self, result, &out);
     if (done == 1) done = may_send(self);
     if (done == 1) done = put_frame(self, &header, op, attrs, &out);
+    Py_XDECREF(result);
     Py_XDECREF(id);
     Py_XDECREF(attrs);
     Py_XDECREF(op);
@@ -754,28 +798,31 @@ static PyObject *FastPath_take_counts(FastPath *self, PyObject *Py_UNUSED(ignore
 
 /* ---- the object ---- */
 
-static int FastPath_init(FastPath *self, PyObject *args, PyObject *kwargs) {
-    if (PyTuple_GET_SIZE(args) || kwargs == NULL || self->slots != NULL) {
-        PyErr_SetString(PyExc_TypeError, "FastPath: expected keywords, once");
-        return -1;
-    }
+int native_init_fastpath(void) {
+    int known = 1;
+#define X(name) known = known && native_intern(&str_##name, #name);
+    NAMES(X)
+#undef X
+    return known;
+}
+
+static PyObject *FastPath_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
+    FastPath *self = kwargs == NULL || PyTuple_GET_SIZE(args) ? NULL : (FastPath *)type->tp_alloc(type, 0);
+    if (self == NULL) return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_TypeError, "FastPath: expected keywords");
 #define X(name)                                                                                                        \
-    self->name = PyDict_GetItemString(kwargs, #name);                                                                  \
-    if (Py_XNewRef(self->name) == NULL) {                                                                              \
-        PyErr_SetString(PyExc_TypeError, "FastPath: expected " #name);                                                     \
-        return -1;                                                                                                     \
+    if ((self->name = Py_XNewRef(PyDict_GetItemString(kwargs, #name))) == NULL) {                                      \
+        PyErr_SetString(PyExc_TypeError, "FastPath: expected " #name);                                                 \
+        Py_DECREF(self);                                                                                               \
+        return NULL;                                                                                                   \
     }
     PARTS(X)
 #undef X
-#define X(name)                                                                                                        \
-    if (str_##name == NULL && !native_intern(&str_##name, #name)) return -1;
-    NAMES(X)
-#undef X
-    PyObject *fd = PyDict_GetItemString(kwargs, "fd"), *as_torch = PyDict_GetItemString(kwargs, "as_torch");
+    PyObject *fd = PyDict_GetItemString(kwargs, "fd");
     self->fd = fd == NULL ? -1 : (int)PyLong_AsLong(fd);
-    self->as_torch = as_torch == Py_True;
+    self->as_torch = PyDict_GetItemString(kwargs, "as_torch") == Py_True;
     self->may_bring = PyDict_GetItemString(kwargs, "passes_descriptors") == Py_True;
-    return PyErr_Occurred() ? -1 : 0;
+    if (PyErr_Occurred()) Py_CLEAR(self);
+    return (PyObject *)self;
 }
 
 static int FastPath_traverse(FastPath *self, visitproc visit, void *arg) {
@@ -819,8 +866,7 @@ static PyMemberDef FastPath_members[] = {
 
 static PyType_Slot FastPath_slots[] = {
     {Py_tp_doc, "Calls in one step; see fastsplit.wire.fastpath."},
-    {Py_tp_new, PyType_GenericNew},
-    {Py_tp_init, FastPath_init},
+    {Py_tp_new, FastPath_new},
     {Py_tp_dealloc, FastPath_dealloc},
     {Py_tp_traverse, FastPath_traverse},
     {Py_tp_clear, FastPath_clear},

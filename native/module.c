@@ -42,7 +42,8 @@ static struct PyModuleDef definition = {
 
 PyMODINIT_FUNC PyInit__native(void) {
     if (!import_name(&native_PeerLostError, "fastsplit.errors", "PeerLostError") ||
-        !native_intern(&native_str_slot, "slot") || !native_init_tensors())
+        !native_intern(&native_str_slot, "slot") || !native_init_tensors() ||
+        !native_init_fastpath())
         return NULL;
     PyObject *module = PyModule_Create(&definition);
     if (module != NULL && !(add_type(module, &native_slots_spec, "Slots") &&

@@ -172,7 +172,7 @@ int native_sleep(PyObject *slots, PyObject *link, int fd, int may_bring, int is_
 extern PyObject *native_PeerLostError; /* fastsplit.errors.PeerLostError */
 extern PyObject *native_str_slot;
 
-int native_init_tensors(void); /* 0 with an error */
+int native_init_tensors(void), native_init_fastpath(void); /* 0 with an error */
 
 extern PyType_Spec native_slots_spec, native_templates_spec, native_heads_spec, native_lease_spec, native_fastpath_spec;
 

@@ -49,13 +49,13 @@ class Calls:
             cast, number = core.cast, core.codec  # as `coding` does, without its call
         else:
             cast, number = core.coding(wire_dtype, codec)
+        expected = parse_expect(expect)
         try:
             out = connection.prepare(op, tensors, deadline, cast, number)
         except ArenaFull:
             if core.closed:
                 raise ClosedError(why_closed(core.error)) from None
             raise
-        expected = None if expect is None else parse_expect(expect)
         ident = reader.check_entry(op)
         future: Future | None = None
         held = handed_over = False

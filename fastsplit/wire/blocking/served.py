@@ -140,6 +140,9 @@ class ServedClient:
             ahead.running = call._request_id
             self._answer(call, call._deadline)
             ahead.running = None
+            if core.cancelled:
+                with ahead.idle:
+                    core.cancelled.discard(call._request_id)
             del call
 
     def _greet(self) -> bool:
