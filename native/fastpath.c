@@ -477,8 +477,13 @@ static int send_request(FastPath *self, Request *request, PyObject *future) {
     int sent = PyErr_Occurred() || PyDict_SetItem(self->requests, id, request->expected) < 0 ? -1 : 1;
     if (sent == 1) sent = put_frame(self, &header, request->op, request->attrs, &request->out);
     if (sent == 1 && !set(self->session, str_next_id, PyLong_FromUnsignedLongLong(header.request_id + 1))) sent = -1;
-    if (sent == 0) PyDict_DelItem(self->requests, id);
-    if (sent == 0 && calls != NULL) PyDict_DelItem(calls, id);
+    if (sent <= 0) {
+        PyObject *type, *value, *trace;
+        PyErr_Fetch(&type, &value, &trace);
+        if (id != NULL && (PyDict_DelItem(self->requests, id) < 0 || (calls != NULL && PyDict_DelItem(calls, id) < 0)))
+            PyErr_Clear(); /* it was never there */
+        PyErr_Restore(type, value, trace);
+    }
     Py_XDECREF(calls);
     request->sent_ns = native_now_ns();
     self->serialization_ns += request->sent_ns - request->started_ns;
@@ -537,15 +542,18 @@ static int begin_reading(const FastPath *self, const Request *request) {
     return PyObject_SetAttr(request->reader, str_reading, request->ident) == 0 && PySet_Add(self->inside, request->ident) == 0;
 }
 
+static int stop_reading(const FastPath *self, const Request *request) {
+    return set(request->reader, str_reading, PyLong_FromLong(0)) && PySet_Discard(self->inside, request->ident) >= 0;
+}
+
 /* This thread no longer reads. `future`: of its call, which goes on, or NULL. 0 with an error; one that was there stays. */
 static int end_reading(FastPath *self, const Request *request, PyObject *future) {
     PyObject *type, *value, *trace, *reader = request->reader;
     int is_call = self->op != NULL; /* after `wait` its caller leaves the rest to the watcher */
     PyErr_Fetch(&type, &value, &trace);
     self->op = NULL;
-    int held = set(reader, str_reading, PyLong_FromLong(0)) && PySet_Discard(self->inside, request->ident) >= 0
-                   ? lock(reader) /* else a thread that has just seen this one read is about to wait for it */
-                   : -1;
+    /* without the lock, a thread that has just seen this one read may be about to wait for it */
+    int held = stop_reading(self, request) ? lock(reader) : -1;
     int more = held <= 0 || number_of(reader, str_followers) || is_true(request->core, str_closed) ||
                is_true(reader, str_callbacks) || is_true(reader, str_turns) ||
                (is_call && is_true(reader, str_watcher) && (PyDict_GET_SIZE(self->requests) || is_true(reader, str_events)));
@@ -621,15 +629,9 @@ static PyObject *FastPath_call(FastPath *self, PyObject *const *args, Py_ssize_t
     if (going == 1) {
         going = may_request(self, &request);
         if (going == 1 && !begin_reading(self, &request)) going = -1;
-        if (going == 1) {
-            self->op = request.op;
-            going = send_request(self, &request, NULL);
-            if (going <= 0) {
-                self->op = NULL;
-                if (!set(request.reader, str_reading, PyLong_FromLong(0)) || PySet_Discard(self->inside, request.ident) < 0)
-                    going = -1;
-            }
-        }
+        if (going == 1) going = send_request(self, &request, NULL);
+        self->op = going == 1 ? request.op : NULL;
+        if (going <= 0 && !stop_reading(self, &request)) going = -1;
         unlock(request.reader);
     }
     if (going == 1) {
@@ -709,7 +711,10 @@ static PyObject *FastPath_wait(FastPath *self, PyObject *const *args, Py_ssize_t
     if (going == 1) going = may_read(self, &request);
     if (going == 1) {
         going = PyDict_GetItem(calls, request.id) == future; /* else it is done */
-        if (going == 1 && !begin_reading(self, &request)) going = -1;
+        if (going == 1 && !begin_reading(self, &request)) {
+            stop_reading(self, &request);
+            going = -1;
+        }
         unlock(request.reader);
     }
     if (going == 1) {

@@ -147,13 +147,14 @@ class RawRing:
     def slot_at(self, way: int, slot: int) -> int:
         return self.SLOTS_AT + (way * self.SLOTS + slot) * self.SLOT_NBYTES
 
-    def put(self, part: bytes) -> None:
+    def put(self, part: bytes, *, ring_bell: bool = True) -> None:
         """Fills the next slot, whether or not there is room."""
         at = self.slot_at(self.out, self._out_slot)
         self.memory[at : at + len(part)] = part
         self.post(self.item(self.out, self._out_slot))
         self._out_slot = (self._out_slot + 1) % self.SLOTS
-        self.ring_bell()
+        if ring_bell:
+            self.ring_bell()
 
     def send(self, data: bytes) -> None:
         for at in range(0, len(data), self.SLOT_NBYTES):

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 from raw_peer import (
+    ABORT,
     ATTACHED,
     ERROR,
     FLOAT32,
@@ -293,6 +294,37 @@ def test_descriptors_that_nobody_asked_for(server: fastsplit.Server) -> None:
                 peer.send_fds(b"d", fd)
         assert peer.expect_abort().startswith("descriptors: ")
     _left(server)
+
+
+@pytest.mark.usefixtures("bystander")
+def test_descriptors_that_wake_a_server_for_a_request(server: fastsplit.Server) -> None:
+    """It serves the request before it takes note of the descriptor. They count all the same, and are closed."""
+    with connected(server.uri) as peer, memfd(NBYTES) as fd:
+        peer.greet_shm(is_client=True)
+        ring = peer.ring
+        assert ring is not None
+        answers = 0
+        came = None
+        while answers < 400 and (came is None or came.kind == REPLY):
+            answers += 1
+            while not ring.memory[RawRing.ASLEEP_AT[1]]:
+                time.sleep(0.0002)
+            ring.put(frame(REQUEST, answers, "keep"), ring_bell=False)
+            peer.send_fds(b"d", fd)
+            came = peer.receive()
+        assert came is not None and came.kind == ABORT, f"{answers} answers"
+        assert came.message.attrs["text"] == "descriptors: 129 without a SEGMENT, expected one for each"
+    _left(server)
+
+
+def test_any_id_is_answered(server: fastsplit.Server) -> None:
+    """Also by a fast path, which the later requests go through."""
+    with connected(server.uri) as peer:
+        peer.greet_shm(is_client=True)
+        for request_id in (1, 0, 2**63 - 1, 2**63, 2**64 - 1):
+            peer.send(frame(REQUEST, request_id, "keep"))
+            came = peer.receive()
+            assert came is not None and (came.kind, came.request_id) == (REPLY, request_id), came
 
 
 @pytest.mark.usefixtures("bystander")
