@@ -95,6 +95,28 @@ def _round_trips(results: Path) -> str:
     return _table(["", *head], lines, "transport.json", document, note)
 
 
+def _core(results: Path) -> str:
+    """Round trips with the compiled core beside those without, and beside what they are compared with: a line for each
+    system and mode."""
+    document = load(results, "transport-core.json")
+    sizes = sorted({row["nbytes"] for row in document["rows"]})
+    found: dict[tuple[str, str], dict[int, _Row]] = {}
+    for row in document["rows"]:
+        if row["what"] == "round trip":
+            found.setdefault((row["system"], row["mode"]), {})[row["nbytes"]] = row["median"]
+    lines = []
+    for (system, mode), by_size in sorted(found.items(), key=lambda each: (each[0][1] == "sleeping", each[0][0])):
+        cells = []
+        for nbytes in sizes:
+            median = by_size.get(nbytes)
+            figures = [median[key] for key in ("p50_us", "p99_us", "p999_us", "cpu_us")] if median else []
+            cells.append(" / ".join(map(_us_text, figures)))
+        lines.append([system, mode, *cells])
+    head = ["", "", *(bytes_text(nbytes, binary=True) for nbytes in sizes)]
+    note = f"p50 / p99 / p99.9 / CPU of both sides; {document['placement']}"
+    return _table(head, lines, "transport-core.json", document, note)
+
+
 def _properties(results: Path) -> str:
     """What each transport does and gives, those with the same together."""
     document = load(results, "transport.json")
@@ -420,6 +442,7 @@ _STEP_TO_HF = {"÷ sdpa": "step_to_sdpa", "÷ bare loop": "step_to_loop"}
 TABLES: dict[str, Callable[[Path], str]] = {
     "transport-round-trip": _round_trips,
     "transport-properties": _properties,
+    "transport-core": _core,
     "serialization": _serialization,
     "prefill-short": _prefill_short,
     "prefill": lambda results: _split(results, "split-prefill.json", "wall_s", "", _TO_HF, "rpc_calls"),

@@ -1,12 +1,13 @@
-/* A call in one step: the request, the wait and the reply, or on the server's side a request and then its reply, between
- * two ends that share memory. What each step does is written in fastsplit/wire/blocking/ and in session.py; read that
- * first.
+/* A call in one step: the request, the wait and the reply, or on the server's side a request and then its reply,
+ * between two ends that share memory. What each step does is written in fastsplit/wire/blocking/ and in session.py;
+ * read that first.
  *
  * Rules. What is not plain (a new shape, another kind of frame, tensors elsewhere, another thread that sends or reads,
  * anything that is to be refused) is left to Python: then nothing has happened, and a slot that was looked at is still
  * there. Between the last look and the write, and while a frame takes effect, no Python code runs and the interpreter's
- * lock is held: so each of these is one step for other threads and for signals' handlers. (In CPython 3.11 the collector
- * runs where a container is made. Such ones are made before or after.) A slot is copied out, and only the copy is read.
+ * lock is held: so each of these is one step for other threads and for signals' handlers. (In CPython 3.11 the
+ * collector runs where a container is made. Such ones are made before or after.) A slot is copied out, and only the
+ * copy is read.
  */
 
 #include "native.h"
@@ -15,21 +16,31 @@
 #include <string.h>
 #include <structmember.h>
 
-enum { MAX_RETURNS = 32, MAX_DEAD = 64, MAX_TENSORS = 64, MAX_COPIED_NBYTES = 1 << 18, MAX_MISSES = 4, RETRY_AFTER = 32, MAX_TRIES = 8 };
+enum {
+    MAX_RETURNS = 32,
+    MAX_DEAD = 64,
+    MAX_TENSORS = 64,
+    MAX_COPIED_NBYTES = 1 << 18,
+    MAX_MISSES = 4,
+    RETRY_AFTER = 32,
+    MAX_TRIES = 8
+};
 
 static const int64_t EARLY_NS = 40000, MAX_SPIN_NS = 10000000;
 
 /* Objects of the connection, by keyword; what each is, fastsplit/wire/fastpath.py says. */
 #define PARTS(X)                                                                                                       \
-    X(slots) X(templates) X(heads) X(session) X(arena) X(requests) X(returns) X(dead) X(idle) X(is_sending) X(frames)  \
-    X(inside) X(greeting) X(copy_in) X(link) X(spin) X(result_type) X(future_type) X(call_type) X(handlers)
+    X(slots)                                                                                                           \
+    X(templates) X(heads) X(session) X(arena) X(requests) X(returns) X(dead) X(idle) X(is_sending) X(frames) X(inside) \
+        X(greeting) X(copy_in) X(link) X(spin) X(result_type) X(future_type) X(call_type) X(handlers)
 #define NAMES(X)                                                                                                       \
-    X(_map) X(_own) X(_peers) X(_part) X(slot) X(has_pending) X(refusing) X(closed) X(may_request) X(next_id)          \
-    X(max_inflight) X(calls) X(core) X(reading) X(lock) X(watcher) X(followers) X(callbacks) X(turns) X(events)        \
-    X(left_fast_path) X(sort_out) X(acquire) X(release) X(popleft) X(append) X(id) X(nbytes) X(blocks) X(starts) X(lent) X(returned)  \
-    X(leases) X(dead) X(spin_us) X(timeout_s) X(_begun) X(attrs) X(remote_s) X(wait_s) X(tensors) X(op) X(reply_attrs) X(_served)   \
-    X(_request_id) X(_deadline) X(_flags) X(_id) X(_done) X(_error) X(_outcome) X(_callbacks) X(_waited_for) X(_sent_ns) X(code)    \
-    X(watching)
+    X(_map)                                                                                                            \
+    X(_own) X(_peers) X(_part) X(slot) X(has_pending) X(refusing) X(closed) X(may_request) X(next_id) X(max_inflight)  \
+        X(calls) X(core) X(reading) X(lock) X(watcher) X(followers) X(callbacks) X(turns) X(events) X(left_fast_path)  \
+            X(sort_out) X(acquire) X(release) X(popleft) X(append) X(id) X(nbytes) X(blocks) X(starts) X(lent)         \
+                X(returned) X(leases) X(dead) X(spin_us) X(timeout_s) X(_begun) X(attrs) X(remote_s) X(wait_s)         \
+                    X(tensors) X(op) X(reply_attrs) X(_served) X(_request_id) X(_deadline) X(_flags) X(_id) X(_done)   \
+                        X(_error) X(_outcome) X(_callbacks) X(_waited_for) X(_sent_ns) X(code) X(watching)
 
 #define X(name) static PyObject *str_##name;
 NAMES(X)
@@ -38,9 +49,9 @@ NAMES(X)
 typedef struct {
     PyObject_HEAD
 #define X(name) PyObject *name;
-    PARTS(X)
+        PARTS(X)
 #undef X
-    PyObject *op; /* of the call that is under way; NULL for none */
+            PyObject *op; /* of the call that is under way; NULL for none */
     int fd, as_torch, may_bring, misses, skipped;
     unsigned long long calls, lent_nbytes, shared_nbytes, copied_nbytes;
     long long serialization_ns, wait_ns, remote_ns;
@@ -282,9 +293,9 @@ static int await_slot(FastPath *self, int64_t timeout_ns) {
 /* A frame that came in, before it takes effect. */
 typedef struct {
     Header header;
-    PyObject *message;         /* a Message */
-    PyObject *leases;          /* a tuple of Lease, which are not in force yet */
-    PyObject *blocks[MAX_TENSORS]; /* of ours among them, borrowed */
+    PyObject *message;               /* a Message */
+    PyObject *leases;                /* a tuple of Lease, which are not in force yet */
+    PyObject *blocks[MAX_TENSORS];   /* of ours among them, borrowed */
     PyObject *returned[MAX_RETURNS]; /* blocks of ours, borrowed */
     int tensors, returns;
     uint64_t nbytes; /* of all tensors */
@@ -327,14 +338,15 @@ static int read_frame(FastPath *self, unsigned kind, Frame *frame) {
     if (!native_read_header(slot, header) || header->kind != kind || header->flags || header->payload_nbytes ||
         header->metadata_nbytes > SLOT_NBYTES - HEADER_NBYTES)
         return 0;
-    PyObject *message = frame->message = native_decode(self->heads, slot + HEADER_NBYTES,
-                                                       (Py_ssize_t)header->metadata_nbytes, (Py_ssize_t)header->varying_nbytes);
+    PyObject *message = frame->message = native_decode(
+        self->heads, slot + HEADER_NBYTES, (Py_ssize_t)header->metadata_nbytes, (Py_ssize_t)header->varying_nbytes);
     if (message == NULL || message == Py_None) return message == NULL ? -1 : 0;
     PyObject *descs = PyTuple_GET_ITEM(message, 1), *placements = PyTuple_GET_ITEM(message, 4);
     PyObject *returns = PyTuple_GET_ITEM(message, 5);
     Py_ssize_t tensors = PyTuple_GET_SIZE(descs);
     frame->returns = (int)(PyTuple_GET_SIZE(returns) / 2);
-    if (PyTuple_GET_SIZE(returns) > 2 * MAX_RETURNS || tensors > MAX_TENSORS || PyTuple_GET_SIZE(placements) != 3 * tensors)
+    if (PyTuple_GET_SIZE(returns) > 2 * MAX_RETURNS || tensors > MAX_TENSORS ||
+        PyTuple_GET_SIZE(placements) != 3 * tensors)
         return 0;
     frame->leases = PyTuple_New(tensors);
     if (frame->leases == NULL) return -1;
@@ -491,8 +503,9 @@ static int send_request(FastPath *self, Request *request, PyObject *future) {
 }
 
 static PyObject *make_future(FastPath *self, const Request *request) {
-    PyObject *deadline = request->timeout_ns < 0 ? Py_NewRef(Py_None)
-                                                 : PyFloat_FromDouble((double)(request->started_ns + request->timeout_ns) * 1e-9);
+    PyObject *deadline = request->timeout_ns < 0
+                             ? Py_NewRef(Py_None)
+                             : PyFloat_FromDouble((double)(request->started_ns + request->timeout_ns) * 1e-9);
     PyObject *sent = PyLong_FromLongLong(request->sent_ns ? request->sent_ns : native_now_ns()), *future = NULL;
     if (deadline != NULL && sent != NULL) {
         PyObject *id = request->id == NULL ? Py_None : request->id;
@@ -524,8 +537,8 @@ static void unlock(PyObject *reader) {
     PyErr_Restore(type, value, trace);
 }
 
-/* Takes the channel's lock, and looks whether this thread may be the one that reads. The collector may run where the lock
- * is taken, but not after it. 1: the lock is held; 0; or -1 with an error. */
+/* Takes the channel's lock, and looks whether this thread may be the one that reads. The collector may run where the
+ * lock is taken, but not after it. 1: the lock is held; 0; or -1 with an error. */
 static int may_read(const FastPath *self, const Request *request) {
     PyObject *reader = request->reader;
     int held = lock(reader);
@@ -539,14 +552,16 @@ static int may_read(const FastPath *self, const Request *request) {
 }
 
 static int begin_reading(const FastPath *self, const Request *request) {
-    return PyObject_SetAttr(request->reader, str_reading, request->ident) == 0 && PySet_Add(self->inside, request->ident) == 0;
+    return PyObject_SetAttr(request->reader, str_reading, request->ident) == 0 &&
+           PySet_Add(self->inside, request->ident) == 0;
 }
 
 static int stop_reading(const FastPath *self, const Request *request) {
     return set(request->reader, str_reading, PyLong_FromLong(0)) && PySet_Discard(self->inside, request->ident) >= 0;
 }
 
-/* This thread no longer reads. `future`: of its call, which goes on, or NULL. 0 with an error; one that was there stays. */
+/* This thread no longer reads. `future`: of its call, which goes on, or NULL. 0 with an error; one that was there
+ * stays. */
 static int end_reading(FastPath *self, const Request *request, PyObject *future) {
     PyObject *type, *value, *trace, *reader = request->reader;
     int is_call = self->op != NULL; /* after `wait` its caller leaves the rest to the watcher */
@@ -554,9 +569,10 @@ static int end_reading(FastPath *self, const Request *request, PyObject *future)
     self->op = NULL;
     /* without the lock, a thread that has just seen this one read may be about to wait for it */
     int held = stop_reading(self, request) ? lock(reader) : -1;
-    int more = held <= 0 || number_of(reader, str_followers) || is_true(request->core, str_closed) ||
-               is_true(reader, str_callbacks) || is_true(reader, str_turns) ||
-               (is_call && is_true(reader, str_watcher) && (PyDict_GET_SIZE(self->requests) || is_true(reader, str_events)));
+    int more =
+        held <= 0 || number_of(reader, str_followers) || is_true(request->core, str_closed) ||
+        is_true(reader, str_callbacks) || is_true(reader, str_turns) ||
+        (is_call && is_true(reader, str_watcher) && (PyDict_GET_SIZE(self->requests) || is_true(reader, str_events)));
     if (held == 1) unlock(reader);
     if (more) {
         PyErr_Clear();
@@ -580,8 +596,8 @@ static int is_expected(PyObject *expected, PyObject *descs) {
     return as;
 }
 
-/* Waits for a slot, and reads it. 1: it is the plain reply to this request; 0: Python must look; -1 with an error, which
- * a signal's handler may have raised. */
+/* Waits for a slot, and reads it. 1: it is the plain reply to this request; 0: Python must look; -1 with an error,
+ * which a signal's handler may have raised. */
 static int await_reply(FastPath *self, const Request *request, int64_t timeout_ns, Frame *frame, int64_t *came_ns) {
     frame->message = frame->leases = NULL;
     int came = await_slot(self, timeout_ns);
@@ -683,11 +699,12 @@ static PyObject *FastPath_submit(FastPath *self, PyObject *const *args, Py_ssize
 }
 
 /* Gives a future its result, with all that follows from the reply, if it still waits for that. 0 with an error. */
-static int settle(FastPath *self, const Request *request, PyObject *calls, PyObject *future, Frame *frame, PyObject *result,
-                  int64_t remote_ns) {
+static int settle(FastPath *self, const Request *request, PyObject *calls, PyObject *future, Frame *frame,
+                  PyObject *result, int64_t remote_ns) {
     int held = lock(request->reader), done = held >= 0;
     if (held == 1) {
-        if (PyDict_GetItem(calls, request->id) == future && !is_true(future, str__callbacks) && !is_true(future, str__waited_for))
+        if (PyDict_GetItem(calls, request->id) == future && !is_true(future, str__callbacks) &&
+            !is_true(future, str__waited_for))
             done = take_reply(self, request, frame, remote_ns) && set(future, str__outcome, Py_NewRef(result)) &&
                    set(future, str__done, Py_NewRef(Py_True)) && PyDict_DelItem(calls, request->id) == 0;
         unlock(request->reader);
@@ -718,7 +735,8 @@ static PyObject *FastPath_wait(FastPath *self, PyObject *const *args, Py_ssize_t
         unlock(request.reader);
     }
     if (going == 1) {
-        going = await_reply(self, &request, timeout_s < 0 || timeout_s > 1e9 ? -1 : (int64_t)(timeout_s * 1e9), &frame, &came_ns);
+        going = await_reply(self, &request, timeout_s < 0 || timeout_s > 1e9 ? -1 : (int64_t)(timeout_s * 1e9), &frame,
+                            &came_ns);
         if (going == 1) {
             int64_t waited_ns = came_ns - number_of(future, str__sent_ns), remote_ns = remote_of(&frame, waited_ns);
             result = make_result(self, &frame, waited_ns, remote_ns);
@@ -778,7 +796,8 @@ static PyObject *FastPath_reply(FastPath *self, PyObject *const *args, Py_ssize_
     Header header = {KIND_REPLY, 0, attrs == NULL ? 0 : PyLong_AsUnsignedLongLong(id), 0, 0, 0, 0};
     if (!PyErr_Occurred()) header.time_ns = PyLong_AsUnsignedLongLong(args[2]);
     int done = PyErr_Occurred() || !set(args[0], str_tensors, PyTuple_New(0)) ? -1 : 1;
-    PyObject *result = PyList_CheckExact(args[1]) ? PySequence_Tuple(args[1]) : Py_NewRef(args[1]); /* a list may change */
+    PyObject *result =
+        PyList_CheckExact(args[1]) ? PySequence_Tuple(args[1]) : Py_NewRef(args[1]); /* a list may change */
     if (result == NULL) done = -1;
     if (done == 1) done = add_tensors(self, result, &out);
     if (done == 1) done = may_send(self);
@@ -791,11 +810,11 @@ static PyObject *FastPath_reply(FastPath *self, PyObject *const *args, Py_ssize_
     return done < 0 ? NULL : PyBool_FromLong(done);
 }
 
-/* take_counts(): calls, bytes copied, bytes lent, bytes that came by reference, and ns of serialization, waiting, the peer's handlers,
- * since the last time */
+/* take_counts(): calls, bytes copied, bytes lent, bytes that came by reference, and ns of serialization, waiting, the
+ * peer's handlers, since the last time */
 static PyObject *FastPath_take_counts(FastPath *self, PyObject *Py_UNUSED(ignored)) {
-    PyObject *counts = Py_BuildValue("(KKKKLLL)", self->calls, self->copied_nbytes, self->lent_nbytes, self->shared_nbytes, self->serialization_ns,
-                                     self->wait_ns, self->remote_ns);
+    PyObject *counts = Py_BuildValue("(KKKKLLL)", self->calls, self->copied_nbytes, self->lent_nbytes,
+                                     self->shared_nbytes, self->serialization_ns, self->wait_ns, self->remote_ns);
     self->calls = self->copied_nbytes = self->lent_nbytes = self->shared_nbytes = 0;
     self->serialization_ns = self->wait_ns = self->remote_ns = 0;
     return counts;

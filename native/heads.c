@@ -25,8 +25,7 @@ typedef struct {
 } Head;
 
 typedef struct {
-    PyObject_HEAD
-    PyTypeObject *message_type;
+    PyObject_HEAD PyTypeObject *message_type;
     int busy; /* a message is being made: the collector may run there, and code that comes here */
     NativeTable table;
 } Heads;
@@ -59,8 +58,9 @@ static uint64_t hash_of(const unsigned char *bytes, Py_ssize_t nbytes) {
 /* Heads that differ in the numbers behind them alone are of messages with more returns or fewer. */
 static Head *find(Heads *self, const unsigned char *bytes, Py_ssize_t nbytes, Py_ssize_t words, uint64_t hash) {
     Head *head = (Head *)*native_bucket(&self->table, hash);
-    while (head != NULL && !(head->entry.hash == hash && head->words == words && PyBytes_GET_SIZE(head->bytes) == nbytes &&
-                             memcmp(PyBytes_AS_STRING(head->bytes), bytes, (size_t)nbytes) == 0))
+    while (head != NULL &&
+           !(head->entry.hash == hash && head->words == words && PyBytes_GET_SIZE(head->bytes) == nbytes &&
+             memcmp(PyBytes_AS_STRING(head->bytes), bytes, (size_t)nbytes) == 0))
         head = (Head *)head->entry.next;
     return head;
 }
@@ -76,7 +76,9 @@ static PyObject *tuple_of(const unsigned char *numbers, Py_ssize_t count) {
     return tuple;
 }
 
-static inline Py_ssize_t item_of(PyObject *tuple, Py_ssize_t at) { return PyLong_AsSsize_t(PyTuple_GET_ITEM(tuple, at)); }
+static inline Py_ssize_t item_of(PyObject *tuple, Py_ssize_t at) {
+    return PyLong_AsSsize_t(PyTuple_GET_ITEM(tuple, at));
+}
 
 /* Bytes that the payload must have; -1 if a placement is not one that a plain tensor can have. */
 static int64_t check_placements(const Head *head, const unsigned char *numbers, int *is_inline) {
@@ -85,7 +87,8 @@ static int64_t check_placements(const Head *head, const unsigned char *numbers, 
     *is_inline = 1;
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tensors); i++) {
         const unsigned char *at = numbers + 8 * (head->placements_at + 3 * i);
-        uint64_t segment = word_at(at), offset = word_at(at + 8), nbytes = (uint64_t)item_of(PyTuple_GET_ITEM(tensors, i), 2);
+        uint64_t segment = word_at(at), offset = word_at(at + 8),
+                 nbytes = (uint64_t)item_of(PyTuple_GET_ITEM(tensors, i), 2);
         if (segment >> 32 || word_at(at + 16) != nbytes || (segment == 0 && offset != payload)) return -1;
         if (segment == 0) payload += nbytes;
         else *is_inline = 0;
@@ -138,7 +141,9 @@ static PyObject *make_message(const Heads *self, const Head *head, const unsigne
         Py_RETURN_NONE;
     }
     nbytes = PyLong_FromLongLong(payload_nbytes);
-    if (nbytes != NULL) placements = tuple_of(numbers + 8 * head->placements_at, is_inline ? 0 : 3 * PyTuple_GET_SIZE(PyTuple_GET_ITEM(head->message, 1)));
+    if (nbytes != NULL)
+        placements = tuple_of(numbers + 8 * head->placements_at,
+                              is_inline ? 0 : 3 * PyTuple_GET_SIZE(PyTuple_GET_ITEM(head->message, 1)));
     if (placements != NULL) returns = tuple_of(returned, 2 * head->returns);
     if (returns != NULL) message = self->message_type->tp_alloc(self->message_type, 6);
     if (nbytes == NULL || placements == NULL || returns == NULL || message == NULL) {
@@ -181,7 +186,8 @@ static PyObject *Heads_decode(Heads *self, PyObject *const *args, Py_ssize_t nar
     }
     Py_ssize_t varying = PyLong_AsSsize_t(args[1]);
     if (varying == -1 && PyErr_Occurred()) return NULL;
-    return native_decode((PyObject *)self, (unsigned char *)PyBytes_AS_STRING(args[0]), PyBytes_GET_SIZE(args[0]), varying);
+    return native_decode((PyObject *)self, (unsigned char *)PyBytes_AS_STRING(args[0]), PyBytes_GET_SIZE(args[0]),
+                         varying);
 }
 
 /* ---- learning ---- */
@@ -206,7 +212,8 @@ static int is_sound(const Head *head) {
     if (head->words < 0 || head->words > MAX_WORDS || head->returns < 0 || head->returns > head->words ||
         !PyTuple_Check(tensors) || !within(head->placements_at, 3 * PyTuple_GET_SIZE(tensors), head->words) ||
         !within(head->returns_at, 2 * head->returns, head->words) ||
-        (head->plain != Py_None && (!PyBytes_CheckExact(head->plain) || PyBytes_GET_SIZE(head->plain) != 8 * head->words)))
+        (head->plain != Py_None &&
+         (!PyBytes_CheckExact(head->plain) || PyBytes_GET_SIZE(head->plain) != 8 * head->words)))
         return 0;
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tensors); i++) {
         PyObject *desc = PyTuple_GET_ITEM(tensors, i);
@@ -214,13 +221,16 @@ static int is_sound(const Head *head) {
     }
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(head->slots); i++) {
         Py_ssize_t kind, word;
-        if (!PyTuple_Check(PyTuple_GET_ITEM(head->slots, i)) || !PyArg_ParseTuple(PyTuple_GET_ITEM(head->slots, i), "UnnO", &name, &kind, &word, &fixed) || kind < FIXED ||
+        if (!PyTuple_Check(PyTuple_GET_ITEM(head->slots, i)) ||
+            !PyArg_ParseTuple(PyTuple_GET_ITEM(head->slots, i), "UnnO", &name, &kind, &word, &fixed) || kind < FIXED ||
             kind > FLOAT || (kind != FIXED && !within(word, 1, head->words)))
             return 0;
     }
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(head->gaps); i++) {
         Py_ssize_t word, value;
-        if (!PyTuple_Check(PyTuple_GET_ITEM(head->gaps, i)) || !PyArg_ParseTuple(PyTuple_GET_ITEM(head->gaps, i), "nn", &word, &value) || !within(word, 1, head->words)) return 0;
+        if (!PyTuple_Check(PyTuple_GET_ITEM(head->gaps, i)) ||
+            !PyArg_ParseTuple(PyTuple_GET_ITEM(head->gaps, i), "nn", &word, &value) || !within(word, 1, head->words))
+            return 0;
     }
     return 1;
 }
@@ -233,9 +243,9 @@ static PyObject *Heads_add(Heads *self, PyObject *args) {
     }
     Head *head = PyMem_Calloc(1, sizeof(Head)), read = {.words = 0};
     if (head == NULL) return PyErr_NoMemory();
-    if (!PyArg_ParseTuple(args, "SO!OnO!O!nnn", &read.bytes, self->message_type, &read.message, &read.plain, &read.words,
-                          &PyTuple_Type, &read.slots, &PyTuple_Type, &read.gaps, &read.placements_at, &read.returns_at,
-                          &read.returns) ||
+    if (!PyArg_ParseTuple(args, "SO!OnO!O!nnn", &read.bytes, self->message_type, &read.message, &read.plain,
+                          &read.words, &PyTuple_Type, &read.slots, &PyTuple_Type, &read.gaps, &read.placements_at,
+                          &read.returns_at, &read.returns) ||
         !is_sound(&read)) {
         if (!PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "add: numbers that do not exist");
         PyMem_Free(head);

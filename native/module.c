@@ -28,6 +28,7 @@ static PyObject *knows_torch(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ig
 }
 
 static PyMethodDef functions[] = {
+    {"lease", native_lease, METH_VARARGS, "See fastsplit.wire.shm.arena."},
     {"knows_torch", knows_torch, METH_NOARGS, "See fastsplit.wire.backend."},
     {NULL, NULL, 0, NULL},
 };
@@ -42,14 +43,13 @@ static struct PyModuleDef definition = {
 
 PyMODINIT_FUNC PyInit__native(void) {
     if (!import_name(&native_PeerLostError, "fastsplit.errors", "PeerLostError") ||
-        !native_intern(&native_str_slot, "slot") || !native_init_tensors() ||
-        !native_init_fastpath())
+        !native_intern(&native_str_slot, "slot") || !native_init_tensors() || !native_init_fastpath())
         return NULL;
     PyObject *module = PyModule_Create(&definition);
-    if (module != NULL && !(add_type(module, &native_slots_spec, "Slots") &&
-                            add_type(module, &native_templates_spec, "Templates") &&
-                            add_type(module, &native_heads_spec, "Heads") && add_type(module, &native_fastpath_spec, "FastPath") &&
-                            PyModule_AddIntConstant(module, "REVISION", NATIVE_REVISION) == 0))
+    if (module != NULL &&
+        !(add_type(module, &native_slots_spec, "Slots") && add_type(module, &native_templates_spec, "Templates") &&
+          add_type(module, &native_heads_spec, "Heads") && add_type(module, &native_fastpath_spec, "FastPath") &&
+          PyModule_AddIntConstant(module, "REVISION", NATIVE_REVISION) == 0))
         Py_CLEAR(module);
     return module;
 }

@@ -115,8 +115,9 @@ typedef struct {
 /* Reads a message's attributes; 0: Python must look at it. `returns`: how many it has. Then `shape` is complete, if its
  * tensors are. Runs no code of a value's. */
 int native_read_attrs(PyObject *templates, Shape *shape, PyObject *op, PyObject *attrs, Py_ssize_t returns);
-/* Writes headroom and message to `out` of `size` bytes, and how many at its end vary. Returns its bytes; -1 if it is not
- * known, or too long. `placed`: three words for each tensor, NULL if all are inline. `returned`: two for each return. */
+/* Writes headroom and message to `out` of `size` bytes, and how many at its end vary. Returns its bytes; -1 if it is
+ * not known, or too long. `placed`: three words for each tensor, NULL if all are inline. `returned`: two for each
+ * return. */
 Py_ssize_t native_fill(PyObject *templates, const Shape *shape, const uint64_t *placed, const uint64_t *returned,
                        unsigned char *out, Py_ssize_t size, Py_ssize_t *varying);
 
@@ -138,14 +139,14 @@ typedef struct {
 /* Where a tensor lies: 1; 0: Python must look at it; -1 with an error. Runs code of torch's. */
 int native_find(PyObject *tensor, Found *found);
 
-/* The right to use a part of shared memory, as Lease of fastsplit/tensors/pool.py: at the death of its last view `token`
- * is appended to `home`, NULL until the lease is in force. A buffer of bytes. */
+/* The right to use a part of shared memory, as Lease of fastsplit/tensors/pool.py: at the death of its last view
+ * `token` is appended to `home`, NULL until the lease is in force. A buffer of bytes. */
 typedef struct {
-    PyObject_HEAD
-    PyObject *segment, *token, *home;
+    PyObject_HEAD PyObject *segment, *token, *home;
     void *address;
     Py_ssize_t nbytes;
 } Lease;
+PyObject *native_lease(PyObject *module, PyObject *args);
 Lease *native_make_lease(PyObject *segment, uint64_t offset, Py_ssize_t nbytes);
 int native_knows_torch(void); /* whether torch is there, with its exchange of tensors; -1 with an error */
 /* Whether `native_view` can make a tensor of this description, a TensorDesc, at this offset. */

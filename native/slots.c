@@ -37,8 +37,7 @@ enum {
 };
 
 typedef struct {
-    PyObject_HEAD
-    Py_buffer memory;
+    PyObject_HEAD Py_buffer memory;
     unsigned char *base; /* NULL once it is closed */
     int mine, theirs;    /* directions: 0 is the client's */
     int out_slot, in_slot;
@@ -349,7 +348,8 @@ int native_spin(PyObject *slots, int64_t spin_ns) {
 /* What came along with bells, as Stream._message of transport/stream.py holds it until note was taken of it. */
 static int keep(PyObject *link, struct msghdr *message, ssize_t received) {
     PyObject *along = PyList_New(0), *held = NULL;
-    for (struct cmsghdr *each = CMSG_FIRSTHDR(message); along != NULL && each != NULL; each = CMSG_NXTHDR(message, each)) {
+    for (struct cmsghdr *each = CMSG_FIRSTHDR(message); along != NULL && each != NULL;
+         each = CMSG_NXTHDR(message, each)) {
         PyObject *item = Py_BuildValue("(iiy#)", each->cmsg_level, each->cmsg_type, CMSG_DATA(each),
                                        (Py_ssize_t)(each->cmsg_len - CMSG_LEN(0)));
         if (item == NULL || PyList_Append(along, item) < 0) Py_CLEAR(along);
@@ -381,7 +381,8 @@ int native_sleep(PyObject *slots, PyObject *link, int fd, int may_bring, int is_
     ssize_t received = -1;
     self->polls++;
     Py_BEGIN_ALLOW_THREADS
-    if (timeout_ns < 0 || poll(&readable, 1, (int)(timeout_ns < INT64_C(1000000000000) ? timeout_ns / 1000000 : 1000000)) > 0)
+    if (timeout_ns < 0 ||
+        poll(&readable, 1, (int)(timeout_ns < INT64_C(1000000000000) ? timeout_ns / 1000000 : 1000000)) > 0)
         received = recvmsg(fd, &message, MSG_CMSG_CLOEXEC | (timeout_ns < 0 ? 0 : MSG_DONTWAIT));
     Py_END_ALLOW_THREADS
     if (!came_back(self)) PyErr_Clear();

@@ -1,5 +1,5 @@
-/* Templates of messages to send: what `Encoder.encode` of fastsplit/schema/encoder.py does with a shape that it has built
- * before; read that and descriptor.py first.
+/* Templates of messages to send: what `Encoder.encode` of fastsplit/schema/encoder.py does with a shape that it has
+ * built before; read that and descriptor.py first.
  *
  * Rules. What this code does not take (a shape that is new, a number beyond 64 bits, a value of another type) it leaves
  * to Python, which makes the message or raises: `encode` returns None then, and nothing has changed. It calls no method
@@ -16,15 +16,14 @@ typedef struct {
     PyObject *metadata; /* bytes: headroom and message, tensors inline, numbers 0 */
     Py_ssize_t varying_nbytes;
     int desc_words, tensors, returns, attrs, ints, floats;
-    int64_t *desc;     /* of each tensor: dtype code, number of dimensions, dimensions */
+    int64_t *desc; /* of each tensor: dtype code, number of dimensions, dimensions */
     unsigned char *kinds;
-    PyObject **names;  /* of the attributes */
-    PyObject **fixed;  /* values of those that are FIXED, else NULL */
+    PyObject **names; /* of the attributes */
+    PyObject **fixed; /* values of those that are FIXED, else NULL */
 } Template;
 
 typedef struct {
-    PyObject_HEAD
-    int typed;
+    PyObject_HEAD int typed;
     NativeTable table;
 } Templates;
 
@@ -59,7 +58,8 @@ static int read_tensors(Shape *shape, PyObject *items) {
         Py_ssize_t ndim = PyTuple_GET_SIZE(dims);
         shape->desc[words + 1] = ndim;
         words += 2;
-        for (Py_ssize_t d = 0; known && d < ndim; d++) known = int64_of(PyTuple_GET_ITEM(dims, d), &shape->desc[words++]);
+        for (Py_ssize_t d = 0; known && d < ndim; d++)
+            known = int64_of(PyTuple_GET_ITEM(dims, d), &shape->desc[words++]);
     }
     shape->tensors = (int)count;
     shape->desc_words = words;
@@ -125,8 +125,8 @@ static inline int same(PyObject *one, PyObject *other) {
 
 static int fits(const Template *template, const Shape *shape) {
     if (template->entry.hash != shape->hash || template->desc_words != shape->desc_words ||
-        template->tensors != shape->tensors || template->returns != shape->returns ||
-        template->attrs != shape->attrs || !same(template->op, shape->op) ||
+        template->tensors != shape->tensors || template->returns != shape->returns || template->attrs != shape->attrs ||
+        !same(template->op, shape->op) ||
         memcmp(template->desc, shape->desc, sizeof(int64_t) * (size_t)shape->desc_words) != 0 ||
         memcmp(template->kinds, shape->kinds, (size_t)shape->attrs) != 0)
         return 0;

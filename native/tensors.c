@@ -39,24 +39,24 @@ typedef struct {
     int (*managed_tensor_allocator)(void);
     int (*managed_tensor_from_py_object_no_sync)(void);
     int (*managed_tensor_to_py_object_no_sync)(ManagedTensor *tensor, void **out); /* takes it over */
-    int (*dltensor_from_py_object_no_sync)(void *py_object, DLTensor *out); /* may be NULL */
+    int (*dltensor_from_py_object_no_sync)(void *py_object, DLTensor *out);        /* may be NULL */
 } DLPackExchangeAPI;
 
 enum { DL_CPU = 1, DL_MAJOR = 1, DL_MINOR = 1 };
 
 typedef struct {
-    const char *name;     /* of fastsplit/schema/dtypes.py */
+    const char *name;      /* of fastsplit/schema/dtypes.py */
     uint8_t dl_code, bits; /* DLPack's */
-    char kind;            /* of a buffer's format: signed, unsigned, float, boolean; 0: numpy has no such dtype */
-    int code;             /* ours */
+    char kind;             /* of a buffer's format: signed, unsigned, float, boolean; 0: numpy has no such dtype */
+    int code;              /* ours */
 } DType;
 
 static DType dtypes[] = {
-    {"bool", 6, 8, 'b', 0},      {"uint8", 1, 8, 'u', 0},       {"int8", 0, 8, 'i', 0},
-    {"uint16", 1, 16, 'u', 0},   {"int16", 0, 16, 'i', 0},      {"uint32", 1, 32, 'u', 0},
-    {"int32", 0, 32, 'i', 0},    {"uint64", 1, 64, 'u', 0},     {"int64", 0, 64, 'i', 0},
-    {"float16", 2, 16, 'f', 0},  {"bfloat16", 4, 16, 0, 0},     {"float32", 2, 32, 'f', 0},
-    {"float64", 2, 64, 'f', 0},  {"float8_e4m3fn", 10, 8, 0, 0}, {"float8_e5m2", 12, 8, 0, 0},
+    {"bool", 6, 8, 'b', 0},     {"uint8", 1, 8, 'u', 0},        {"int8", 0, 8, 'i', 0},
+    {"uint16", 1, 16, 'u', 0},  {"int16", 0, 16, 'i', 0},       {"uint32", 1, 32, 'u', 0},
+    {"int32", 0, 32, 'i', 0},   {"uint64", 1, 64, 'u', 0},      {"int64", 0, 64, 'i', 0},
+    {"float16", 2, 16, 'f', 0}, {"bfloat16", 4, 16, 0, 0},      {"float32", 2, 32, 'f', 0},
+    {"float64", 2, 64, 'f', 0}, {"float8_e4m3fn", 10, 8, 0, 0}, {"float8_e5m2", 12, 8, 0, 0},
 };
 
 enum { DTYPES = sizeof(dtypes) / sizeof(dtypes[0]) };
@@ -110,9 +110,19 @@ static int find_numpy(PyObject *value, Found *found) {
     char kind = 0;
     switch (view.format != NULL && view.format[0] != 0 && view.format[1] == 0 ? view.format[0] : 0) {
         case '?': kind = 'b'; break;
-        case 'B': case 'H': case 'I': case 'L': case 'Q': kind = 'u'; break;
-        case 'b': case 'h': case 'i': case 'l': case 'q': kind = 'i'; break;
-        case 'e': case 'f': case 'd': kind = 'f'; break;
+        case 'B':
+        case 'H':
+        case 'I':
+        case 'L':
+        case 'Q': kind = 'u'; break;
+        case 'b':
+        case 'h':
+        case 'i':
+        case 'l':
+        case 'q': kind = 'i'; break;
+        case 'e':
+        case 'f':
+        case 'd': kind = 'f'; break;
         default: break;
     }
     int known = kind != 0 && view.len > 0 && PyBuffer_IsContiguous(&view, 'C') &&
@@ -164,7 +174,8 @@ static int find_torch(PyObject *value, Found *found) {
     uint64_t count = 1;
     found->ndim = tensor.ndim;
     for (int d = tensor.ndim - 1; d >= 0; d--) {
-        if (tensor.shape[d] <= 0 || (tensor.strides != NULL && tensor.shape[d] != 1 && tensor.strides[d] != (int64_t)count) ||
+        if (tensor.shape[d] <= 0 ||
+            (tensor.strides != NULL && tensor.shape[d] != 1 && tensor.strides[d] != (int64_t)count) ||
             count > UINT64_MAX / 16 / (uint64_t)tensor.shape[d])
             return 0;
         count *= (uint64_t)tensor.shape[d];
@@ -201,6 +212,19 @@ Lease *native_make_lease(PyObject *segment, uint64_t offset, Py_ssize_t nbytes) 
     lease->address = (void *)(uintptr_t)(address + offset);
     lease->nbytes = nbytes;
     return lease;
+}
+
+/* lease(segment, offset, nbytes, token, home): a lease that is in force */
+PyObject *native_lease(PyObject *Py_UNUSED(module), PyObject *args) {
+    PyObject *segment, *token, *home;
+    unsigned long long offset;
+    Py_ssize_t nbytes;
+    if (!PyArg_ParseTuple(args, "OKnOO", &segment, &offset, &nbytes, &token, &home)) return NULL;
+    Lease *lease = native_make_lease(segment, offset, nbytes);
+    if (lease == NULL) return NULL;
+    lease->token = Py_NewRef(token);
+    lease->home = Py_NewRef(home);
+    return (PyObject *)lease;
 }
 
 static void Lease_dealloc(Lease *self) {

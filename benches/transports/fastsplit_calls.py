@@ -177,6 +177,7 @@ def _python_core() -> Iterator[None]:
 
 class PythonCorePeer(TorchPeer):
     def __init__(self, directory: Path, link: str) -> None:
+        backend.lease = None
         _python_core().__enter__()  # for good: this process serves no others
         super().__init__(directory, link)
 

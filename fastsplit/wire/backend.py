@@ -7,7 +7,9 @@ error. The tests of the protocol run over both.
     Encoder    asks a table of the shapes of messages that it has built before (native/templates.c)
     Decoder    asks a table of the heads of messages that it has validated before (native/heads.c)
     compiled   gives the compiled class of a ring's `Slots` (native/slots.c, shm/slots.py) in the place of Python's
-    FastPath       makes a whole call in one step (native/fastpath.c, fastpath.py); None without the extension
+    lease      makes the lease on a new block of the arena (native/tensors.c): its end runs no Python code, where an
+               interrupt would be lost; None without the extension
+    FastPath   makes a whole call in one step (native/fastpath.c, fastpath.py); None without the extension
 
 The module imports nothing else of wire/, so that shm/ may use it, too.
 """
@@ -23,7 +25,7 @@ from ..schema import decoder, encoder
 from ..schema.descriptor import Message
 from ..schema.limits import Limits
 
-__all__ = ["Decoder", "Encoder", "FastPath", "compiled", "knows_torch", "native"]
+__all__ = ["Decoder", "Encoder", "FastPath", "compiled", "knows_torch", "lease", "native"]
 
 _REVISION = 2  # of the extension's interface: NATIVE_REVISION of native/native.h
 _Any = TypeVar("_Any")
@@ -62,6 +64,7 @@ def compiled(reference: _Any) -> _Any:
     return reference if _native is None else getattr(_native, reference.__name__)  # type: ignore[attr-defined]
 
 
+lease: Any = None if _native is None else _native.lease
 FastPath: Any = None if _native is None else _native.FastPath
 
 

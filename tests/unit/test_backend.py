@@ -25,6 +25,7 @@ def test_what_the_module_names() -> None:
         "Encoder",
         "FastPath",
         "compiled",
+        "lease",
     ]
     assert issubclass(backend.Encoder, encoder.Encoder) and issubclass(backend.Decoder, decoder.Decoder)
     assert (ring.Slots is slots.Slots) is not backend.native

@@ -536,3 +536,20 @@ def test_what_has_no_description_cannot_be_shared(value: Any) -> None:
     with pytest.raises(TensorError) as expected:
         collect([value])
     assert str(caught.value) == str(expected.value) and memory.used == 0
+
+
+def test_descriptions_of_new_tensors_are_kept_by_exact_ints() -> None:
+    """A number that is equal to an int is as wrong the second time as the first."""
+    numpy_arrays = parse_arrays("numpy")
+    for _ in range(2):
+        assert numpy_arrays.empty((2, 3), "float32", _memory).shape == (2, 3)
+        assert numpy_arrays.empty(True, "uint8", _memory).shape == (1,)
+        for shape in ((2.0, 3), 2.0, (2, "3")):
+            with pytest.raises(TensorError, match="expected ints"):
+                numpy_arrays.empty(shape, "float32", _memory)  # type: ignore[arg-type]
+        with pytest.raises(TensorError, match="dtype"):
+            numpy_arrays.empty((2, 3), [], _memory)
+
+
+def _memory(nbytes: int) -> Any:
+    return np.empty(nbytes, np.uint8)

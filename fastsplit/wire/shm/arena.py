@@ -21,6 +21,7 @@ import time
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +31,7 @@ from ...schema.limits import Limits
 from ...system.forked import renew
 from ...system.shortage import shortage
 from ...tensors.pool import Lease, Memory
+from .. import backend
 from .blocks import Block, Blocks, OwnSegment, block_nbytes
 from .segment import Hook, Memfd, Named, Segment
 
@@ -117,8 +119,9 @@ class Arena:
         memory: Memory = np.ndarray(nbytes, _UINT8, lease)
         return memory
 
-    def _take(self, size: int, nbytes: int) -> Lease | None:
-        lease = None
+    def _take(self, size: int, nbytes: int) -> Any:
+        """A lease on a block, an array of `nbytes`; None if there is no room."""
+        lease: Any = None
         now = time.monotonic()
         self._check_reentrant()
         with self._lock:
@@ -131,10 +134,7 @@ class Arena:
                 block.leases += 1
                 segment = block.segment
                 segment.used_at = now
-                lease = Lease(nbytes, _UINT8, segment.memory, block.offset)
-                lease.token = block
-                lease.segment = segment
-                lease.home = self.dead
+                lease = _make_lease(segment, block.offset, nbytes, _UINT8, nbytes, block, self.dead)
         if now - self._trimmed_at > _TRIM_EVERY_S:
             self.trim()
         return lease
@@ -330,7 +330,7 @@ class Arena:
                 raise RemoteProtocolError(f"segment, id: {segment_id}, expected one of the peer's that is mapped")
             self._remap()
 
-    def resolve(self, segment_id: int, offset: int, desc: TensorDesc) -> Lease:
+    def resolve(self, segment_id: int, offset: int, desc: TensorDesc) -> Any:
         """A lease on what the peer sent by reference, an array of the description's shape and buffer dtype.
 
         Raises RemoteProtocolError for a place that the peer may not name.
@@ -347,10 +347,8 @@ class Arena:
                     f"placement: {nbytes} bytes at {offset} of segment {segment_id}, expected them within its "
                     f"{segment.nbytes} bytes"
                 )
-            lease = Lease(shape, dtype.buffer_dtype, segment.memory, offset)
-            lease.token = (segment_id, offset)
-            lease.segment = segment
-            lease.home = self.returns
+            token = (segment_id, offset)
+            lease = _make_lease(segment, offset, shape, dtype.buffer_dtype, nbytes, token, self.returns)
             self.shared_nbytes += nbytes
             return lease
         block = self._lent_block(segment_id, offset, "placement")
@@ -360,11 +358,8 @@ class Arena:
             )
         if len(self.dead) > _MAX_DEAD:
             self.sort_out()
-        lease = Lease(shape, dtype.buffer_dtype, block.segment.memory, offset)
+        lease = _make_lease(block.segment, offset, shape, dtype.buffer_dtype, nbytes, block, self.dead)
         block.leases += 1
-        lease.token = block
-        lease.segment = block.segment
-        lease.home = self.dead
         self.shared_nbytes += nbytes
         return lease
 
@@ -436,6 +431,19 @@ class Arena:
     def _remap(self) -> None:
         segments: list[Segment] = sorted([*self._own.values(), *self._peers.values()], key=lambda each: each.address)
         self._map = ([segment.address for segment in segments], segments)
+
+
+def _make_lease(
+    segment: Segment, offset: int, shape: int | tuple[int, ...], dtype: Any, nbytes: int, token: Any, home: deque[Any]
+) -> Any:
+    """An array of this shape and dtype over a part of a segment: a lease that is in force, or the first view of one."""
+    if backend.lease is not None:
+        return np.ndarray(shape, dtype, backend.lease(segment, offset, nbytes, token, home))
+    lease = Lease(shape, dtype, segment.memory, offset)
+    lease.token = token
+    lease.segment = segment
+    lease.home = home
+    return lease
 
 
 def _close(segment: OwnSegment) -> None:
