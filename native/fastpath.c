@@ -31,16 +31,19 @@ static const int64_t EARLY_NS = 40000, MAX_SPIN_NS = 10000000;
 /* Objects of the connection, by keyword; what each is, fastsplit/wire/fastpath.py says. */
 #define PARTS(X)                                                                                                       \
     X(slots)                                                                                                           \
-    X(templates) X(heads) X(session) X(arena) X(requests) X(returns) X(dead) X(idle) X(is_sending) X(frames) X(inside) \
-        X(greeting) X(copy_in) X(link) X(spin) X(result_type) X(future_type) X(call_type) X(handlers)
+    X(templates)                                                                                                       \
+    X(heads) X(session) X(arena) X(requests) X(returns) X(dead) X(idle) X(is_sending) X(frames) X(inside) X(greeting)  \
+        X(copy_in) X(stats) X(link) X(spin) X(result_type) X(future_type) X(call_type) X(handlers)
 #define NAMES(X)                                                                                                       \
     X(_map)                                                                                                            \
-    X(_own) X(_peers) X(_part) X(slot) X(has_pending) X(refusing) X(closed) X(may_request) X(next_id) X(max_inflight)  \
-        X(calls) X(core) X(reading) X(lock) X(watcher) X(followers) X(callbacks) X(turns) X(events) X(left_fast_path)  \
+    X(_own)                                                                                                            \
+    X(_peers) X(_part) X(slot) X(has_pending) X(refusing) X(closed) X(may_request) X(next_id) X(max_inflight) X(calls) \
+        X(core) X(reading) X(lock) X(watcher) X(followers) X(callbacks) X(turns) X(events) X(left_fast_path)           \
             X(sort_out) X(acquire) X(release) X(popleft) X(append) X(id) X(nbytes) X(blocks) X(starts) X(lent)         \
                 X(returned) X(leases) X(dead) X(spin_us) X(timeout_s) X(_begun) X(attrs) X(remote_s) X(wait_s)         \
                     X(tensors) X(op) X(reply_attrs) X(_served) X(_request_id) X(_deadline) X(_flags) X(_id) X(_done)   \
-                        X(_error) X(_outcome) X(_callbacks) X(_waited_for) X(_sent_ns) X(code) X(watching)
+                        X(_error) X(_outcome) X(_callbacks) X(_waited_for) X(_sent_ns) X(code) X(watching)             \
+                            X(serialization_s) X(bytes_copied)
 
 #define X(name) static PyObject *str_##name;
 NAMES(X)
@@ -421,6 +424,27 @@ static int is_plain(const FastPath *self) {
     return plain;
 }
 
+/* Adds what a client's call counted to the channel's Stats, whose numbers go on growing for who holds them. What cannot
+ * be added now, since there is an error, is added with the next call. */
+static void tell(FastPath *self) {
+    long long *spent[3] = {&self->serialization_ns, &self->wait_ns, &self->remote_ns};
+    PyObject *names[3] = {str_serialization_s, str_wait_s, str_remote_s};
+    if (self->stats == Py_None || PyErr_Occurred()) return;
+    for (int i = 0; i < 3; i++) {
+        PyObject *before = PyObject_GetAttr(self->stats, names[i]);
+        double seconds = before == NULL ? 0 : PyFloat_AsDouble(before) + (double)*spent[i] * 1e-9;
+        Py_XDECREF(before);
+        if (!PyErr_Occurred() && set(self->stats, names[i], PyFloat_FromDouble(seconds))) *spent[i] = 0;
+    }
+    if (set(self->stats, str_calls, PyLong_FromLongLong(number_of(self->stats, str_calls) + (long long)self->calls)))
+        self->calls = 0;
+    if (self->copied_nbytes &&
+        set(self->stats, str_bytes_copied,
+            PyLong_FromLongLong(number_of(self->stats, str_bytes_copied) + (long long)self->copied_nbytes)))
+        self->copied_nbytes = 0;
+    PyErr_Clear();
+}
+
 /* ---- a client's calls ---- */
 
 typedef struct {
@@ -681,6 +705,7 @@ static PyObject *FastPath_call(FastPath *self, PyObject *const *args, Py_ssize_t
         result = Py_NewRef(Py_None);
     }
     drop_request(&request);
+    tell(self);
     return result != NULL ? result : future;
 }
 
@@ -695,6 +720,7 @@ static PyObject *FastPath_submit(FastPath *self, PyObject *const *args, Py_ssize
     if (going < 1) Py_CLEAR(future);
     if (going == 0) future = Py_NewRef(Py_None);
     drop_request(&request);
+    tell(self);
     return future;
 }
 
@@ -751,6 +777,7 @@ static PyObject *FastPath_wait(FastPath *self, PyObject *const *args, Py_ssize_t
     }
     Py_XDECREF(calls);
     drop_request(&request);
+    tell(self);
     return going < 0 ? NULL : Py_NewRef(Py_None);
 }
 

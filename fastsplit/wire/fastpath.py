@@ -7,8 +7,8 @@ that is to be refused or ended. All else it leaves to the modules of blocking/: 
 slot still in the ring, and the call goes on as a Future.
 
 Rules. A FastPath belongs to one connection, and keeps to the rules of blocking/: a client's call makes its thread the
-reader (`Reader.reading`); a server's is used by the connection's thread. It holds nothing that holds it. What it counts
-is added to the statistics when these are read (`take_counts`).
+reader (`Reader.reading`); a server's is used by the connection's thread. It holds nothing that holds it. What a
+client's call counts is in its Stats when the call ends; all else is added when these are read (`take_counts`).
 """
 
 from __future__ import annotations
@@ -24,17 +24,20 @@ from .connection import Connection, greeting
 from .result import Result
 from .shm.ring import Ring
 from .shm.slots import Slots
+from .stats import Stats
 
 __all__ = ["add_fast_path"]
 
 _ARMED_S = 60.0  # a socket's own timeout, of seconds, saves a system call where a call has a longer one
 
 
-def add_fast_path(connection: Connection, arrays: Arrays, future_type: Any = None, handlers: Any = None) -> Any:
+def add_fast_path(
+    connection: Connection, arrays: Arrays, future_type: Any = None, handlers: Any = None, stats: Stats | None = None
+) -> Any:
     """Gives a connection its fast path, if it can have one, and returns it; None where it cannot.
 
     `arrays`: what results and calls hold. `future_type`: of a client's calls that go on as Futures. `handlers`: a
-    server's, by op.
+    server's, by op. `stats`: a client's, to which each call adds.
     """
     arena, ring, session = connection.arena, connection.transport, connection.session
     templates, heads = session.encoder.compiled, session.decoder.compiled
@@ -58,6 +61,7 @@ def add_fast_path(connection: Connection, arrays: Arrays, future_type: Any = Non
         inside=connection.inside,
         greeting=greeting,
         copy_in=partial(copy_in, arena),
+        stats=stats,
         link=ring.link,
         passes_descriptors=ring.passes_descriptors,
         spin=ring.spin,

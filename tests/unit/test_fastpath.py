@@ -846,3 +846,13 @@ def test_hostile_replies(unix_uri: str, reply: dict[str, Any]) -> None:
                     assert _outcome(lambda: channel.call("op", x, expect=[("float32", (2,))]))[1] == "{}"  # noqa: B023
                 outcomes.append(_outcome(lambda: channel.call("op", x, expect=[("float32", (2,))])))  # noqa: B023
     assert outcomes[0] == outcomes[1]
+
+
+def test_stats_that_somebody_holds_go_on_growing(channel: fastsplit.Channel) -> None:
+    """As the report does: it reads them before and after each call."""
+    stats, x = channel.stats, channel.empty(4)
+    for work in (lambda: channel.call("gate", x), lambda: channel.submit("gate", x).result()):
+        calls, wait_s, remote_s, serialization_s = stats.calls, stats.wait_s, stats.remote_s, stats.serialization_s
+        result = work()
+        assert stats.calls == calls + 1 and stats.serialization_s > serialization_s
+        assert stats.wait_s > wait_s and stats.remote_s - remote_s == pytest.approx(result.remote_s)
