@@ -29,21 +29,18 @@ enum {
 static const int64_t EARLY_NS = 40000, MAX_SPIN_NS = 10000000;
 
 /* Objects of the connection, by keyword; what each is, fastsplit/wire/fastpath.py says. */
+/* clang-format off */
 #define PARTS(X)                                                                                                       \
-    X(slots)                                                                                                           \
-    X(templates)                                                                                                       \
-    X(heads) X(session) X(arena) X(requests) X(returns) X(dead) X(idle) X(is_sending) X(frames) X(inside) X(greeting)  \
-        X(copy_in) X(stats) X(link) X(spin) X(result_type) X(future_type) X(call_type) X(handlers)
+    X(slots) X(templates) X(heads) X(session) X(arena) X(requests) X(returns) X(dead) X(idle) X(is_sending) X(frames)  \
+    X(inside) X(greeting) X(copy_in) X(stats) X(link) X(spin) X(result_type) X(future_type) X(call_type) X(handlers)
 #define NAMES(X)                                                                                                       \
-    X(_map)                                                                                                            \
-    X(_own)                                                                                                            \
-    X(_peers) X(_part) X(slot) X(has_pending) X(refusing) X(closed) X(may_request) X(next_id) X(max_inflight) X(calls) \
-        X(core) X(reading) X(lock) X(watcher) X(followers) X(callbacks) X(turns) X(events) X(left_fast_path)           \
-            X(sort_out) X(acquire) X(release) X(popleft) X(append) X(id) X(nbytes) X(blocks) X(starts) X(lent)         \
-                X(returned) X(leases) X(dead) X(spin_us) X(timeout_s) X(_begun) X(attrs) X(remote_s) X(wait_s)         \
-                    X(tensors) X(op) X(reply_attrs) X(_served) X(_request_id) X(_deadline) X(_flags) X(_id) X(_done)   \
-                        X(_error) X(_outcome) X(_callbacks) X(_waited_for) X(_sent_ns) X(code) X(watching)             \
-                            X(serialization_s) X(bytes_copied)
+    X(_map) X(_own) X(_peers) X(_part) X(slot) X(has_pending) X(refusing) X(closed) X(may_request) X(next_id)          \
+    X(max_inflight) X(calls) X(core) X(reading) X(watching) X(lock) X(watcher) X(followers) X(callbacks) X(turns)      \
+    X(events) X(left_fast_path) X(sort_out) X(acquire) X(release) X(popleft) X(append) X(id) X(nbytes) X(blocks)       \
+    X(starts) X(lent) X(returned) X(leases) X(dead) X(code) X(spin_us) X(timeout_s) X(attrs) X(remote_s) X(wait_s)     \
+    X(serialization_s) X(bytes_copied) X(tensors) X(op) X(reply_attrs) X(_served) X(_request_id) X(_deadline)          \
+    X(_flags) X(_begun) X(_id) X(_done) X(_outcome) X(_callbacks) X(_waited_for) X(_sent_ns)
+/* clang-format on */
 
 #define X(name) static PyObject *str_##name;
 NAMES(X)
@@ -73,6 +70,13 @@ static int is_true(PyObject *object, PyObject *name) {
 static long long number_of(PyObject *object, PyObject *name) { /* -1, perhaps with an error */
     PyObject *value = PyObject_GetAttr(object, name);
     long long number = value == NULL ? -1 : PyLong_AsLongLong(value);
+    Py_XDECREF(value);
+    return number;
+}
+
+static double real_of(PyObject *object, PyObject *name) { /* -1, perhaps with an error */
+    PyObject *value = PyObject_GetAttr(object, name);
+    double number = value == NULL ? -1 : PyFloat_AsDouble(value);
     Py_XDECREF(value);
     return number;
 }
@@ -262,9 +266,8 @@ static int put_frame(FastPath *self, Header *header, PyObject *op, PyObject *att
 /* Waits for a slot, `timeout_ns` at most, below 0 for ever. 1: there is one; 0: Python must look; -1 with an error. */
 static int await_slot(FastPath *self, int64_t timeout_ns) {
     if (native_look(self->slots)) return 1;
-    PyObject *value = PyObject_GetAttr(self->spin, str_spin_us);
-    double spin_us = value == NULL ? -1 : PyFloat_AsDouble(value);
-    Py_XDECREF(value);
+    double spin_us = real_of(self->spin, str_spin_us);
+    double own_s = real_of(self->link, str_timeout_s); /* the socket's own, which saves a system call */
     if (PyErr_Occurred()) return -1;
     int64_t started_ns = native_now_ns(), spin_ns = (int64_t)(spin_us * 1e3);
     /* as Spin of transport/spin.py */
@@ -278,10 +281,6 @@ static int await_slot(FastPath *self, int64_t timeout_ns) {
         self->misses += self->misses < MAX_MISSES;
         if (spin_ns > MAX_SPIN_NS) return 0; /* Python looks now and then whether the peer is there */
     }
-    value = PyObject_GetAttr(self->link, str_timeout_s); /* the socket's own, which saves a system call */
-    double own_s = value == NULL ? 0 : PyFloat_AsDouble(value);
-    Py_XDECREF(value);
-    if (PyErr_Occurred()) return -1;
     for (int tries = 0; tries < MAX_TRIES; tries++) { /* a bell may be an old one */
         int64_t left_ns = timeout_ns < 0 ? -1 : timeout_ns - (native_now_ns() - started_ns);
         if (timeout_ns >= 0 && left_ns < 0) left_ns = 0;
@@ -424,25 +423,26 @@ static int is_plain(const FastPath *self) {
     return plain;
 }
 
-/* Adds what a client's call counted to the channel's Stats, whose numbers go on growing for who holds them. What cannot
- * be added now, since there is an error, is added with the next call. */
+/* Adds what was counted to the connection's Stats, whose numbers go on growing for who holds them. An error that is
+ * there stays; what cannot be added is added the next time. */
 static void tell(FastPath *self) {
     long long *spent[3] = {&self->serialization_ns, &self->wait_ns, &self->remote_ns};
-    PyObject *names[3] = {str_serialization_s, str_wait_s, str_remote_s};
-    if (self->stats == Py_None || PyErr_Occurred()) return;
+    PyObject *seconds[3] = {str_serialization_s, str_wait_s, str_remote_s};
+    unsigned long long *counted[2] = {&self->calls, &self->copied_nbytes};
+    PyObject *counts[2] = {str_calls, str_bytes_copied}, *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
     for (int i = 0; i < 3; i++) {
-        PyObject *before = PyObject_GetAttr(self->stats, names[i]);
-        double seconds = before == NULL ? 0 : PyFloat_AsDouble(before) + (double)*spent[i] * 1e-9;
-        Py_XDECREF(before);
-        if (!PyErr_Occurred() && set(self->stats, names[i], PyFloat_FromDouble(seconds))) *spent[i] = 0;
+        if (*spent[i] == 0) continue;
+        double total_s = real_of(self->stats, seconds[i]) + (double)*spent[i] * 1e-9;
+        if (!PyErr_Occurred() && set(self->stats, seconds[i], PyFloat_FromDouble(total_s))) *spent[i] = 0;
     }
-    if (set(self->stats, str_calls, PyLong_FromLongLong(number_of(self->stats, str_calls) + (long long)self->calls)))
-        self->calls = 0;
-    if (self->copied_nbytes &&
-        set(self->stats, str_bytes_copied,
-            PyLong_FromLongLong(number_of(self->stats, str_bytes_copied) + (long long)self->copied_nbytes)))
-        self->copied_nbytes = 0;
+    for (int i = 0; i < 2; i++) {
+        if (*counted[i] == 0) continue;
+        long long total = number_of(self->stats, counts[i]) + (long long)*counted[i];
+        if (!PyErr_Occurred() && set(self->stats, counts[i], PyLong_FromLongLong(total))) *counted[i] = 0;
+    }
     PyErr_Clear();
+    PyErr_Restore(type, value, trace);
 }
 
 /* ---- a client's calls ---- */
@@ -458,6 +458,12 @@ static void drop_request(Request *request) {
     Py_CLEAR(request->out.kept);
     Py_CLEAR(request->core);
     Py_CLEAR(request->ident);
+}
+
+/* Nanoseconds of a timeout in seconds; below 0 for None and for what is as good as for ever. */
+static int64_t timeout_of(PyObject *timeout) { /* -1, perhaps with an error */
+    double timeout_s = timeout == Py_None ? -1 : PyFloat_AsDouble(timeout);
+    return timeout_s < 0 || timeout_s > 1e9 ? -1 : (int64_t)(timeout_s * 1e9);
 }
 
 static int identify(Request *request, PyObject *reader) {
@@ -476,9 +482,8 @@ static int begin(FastPath *self, Request *request, PyObject *const *args, Py_ssi
     }
     request->op = args[1], request->attrs = args[3], request->timeout = args[4], request->expected = args[5];
     request->started_ns = native_now_ns();
-    double timeout_s = request->timeout == Py_None ? -1 : PyFloat_AsDouble(request->timeout);
+    request->timeout_ns = timeout_of(request->timeout);
     if (PyErr_Occurred()) return -1;
-    request->timeout_ns = timeout_s < 0 || timeout_s > 1e9 ? -1 : (int64_t)(timeout_s * 1e9);
     if (request->timeout_ns == 0) return 0;
     int known = sort_out(self) ? add_tensors(self, args[2], &request->out) : -1;
     return known == 1 && !identify(request, args[0]) ? -1 : known;
@@ -744,8 +749,7 @@ static PyObject *FastPath_wait(FastPath *self, PyObject *const *args, Py_ssize_t
     Request request;
     Frame frame;
     PyObject *future = args[1], *calls = NULL, *result = NULL;
-    int64_t came_ns;
-    double timeout_s = args[2] == Py_None ? -1 : PyFloat_AsDouble(args[2]);
+    int64_t came_ns, timeout_ns = timeout_of(args[2]);
     memset(&request, 0, offsetof(Request, out.copied_nbytes));
     int going = PyErr_Occurred() || !sort_out(self) || !identify(&request, args[0]) ? -1 : 1;
     if (going == 1 && ((request.id = PyObject_GetAttr(future, str__id)) == NULL ||
@@ -761,8 +765,7 @@ static PyObject *FastPath_wait(FastPath *self, PyObject *const *args, Py_ssize_t
         unlock(request.reader);
     }
     if (going == 1) {
-        going = await_reply(self, &request, timeout_s < 0 || timeout_s > 1e9 ? -1 : (int64_t)(timeout_s * 1e9), &frame,
-                            &came_ns);
+        going = await_reply(self, &request, timeout_ns, &frame, &came_ns);
         if (going == 1) {
             int64_t waited_ns = came_ns - number_of(future, str__sent_ns), remote_ns = remote_of(&frame, waited_ns);
             result = make_result(self, &frame, waited_ns, remote_ns);
@@ -834,16 +837,14 @@ static PyObject *FastPath_reply(FastPath *self, PyObject *const *args, Py_ssize_
     Py_XDECREF(attrs);
     Py_XDECREF(op);
     Py_XDECREF(out.kept);
+    tell(self);
     return done < 0 ? NULL : PyBool_FromLong(done);
 }
 
-/* take_counts(): calls, bytes copied, bytes lent, bytes that came by reference, and ns of serialization, waiting, the
- * peer's handlers, since the last time */
+/* take_counts(): bytes lent, and bytes that came by reference, since the last time */
 static PyObject *FastPath_take_counts(FastPath *self, PyObject *Py_UNUSED(ignored)) {
-    PyObject *counts = Py_BuildValue("(KKKKLLL)", self->calls, self->copied_nbytes, self->lent_nbytes,
-                                     self->shared_nbytes, self->serialization_ns, self->wait_ns, self->remote_ns);
-    self->calls = self->copied_nbytes = self->lent_nbytes = self->shared_nbytes = 0;
-    self->serialization_ns = self->wait_ns = self->remote_ns = 0;
+    PyObject *counts = Py_BuildValue("(KK)", self->lent_nbytes, self->shared_nbytes);
+    self->lent_nbytes = self->shared_nbytes = 0;
     return counts;
 }
 
@@ -894,9 +895,7 @@ static int FastPath_clear(FastPath *self) {
 static void FastPath_dealloc(FastPath *self) {
     PyObject_GC_UnTrack(self);
     FastPath_clear(self);
-    PyTypeObject *type = Py_TYPE(self);
-    type->tp_free((PyObject *)self);
-    Py_DECREF(type);
+    native_free(self);
 }
 
 static PyMethodDef FastPath_methods[] = {

@@ -284,9 +284,7 @@ static void forget(Heads *self) {
 static void Heads_dealloc(Heads *self) {
     forget(self);
     Py_XDECREF(self->message_type);
-    PyTypeObject *type = Py_TYPE(self);
-    type->tp_free((PyObject *)self);
-    Py_DECREF(type);
+    native_free(self);
 }
 
 static PyObject *Heads_clear(Heads *self, PyObject *Py_UNUSED(ignored)) {

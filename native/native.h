@@ -8,7 +8,7 @@
 #include <stdint.h>
 #include <time.h>
 
-enum { NATIVE_REVISION = 2 }; /* of what Python takes for granted here: see fastsplit/wire/backend.py */
+enum { NATIVE_REVISION = 3 }; /* of what Python takes for granted here: see fastsplit/wire/backend.py */
 
 /* Numbers of a message: little-endian, at any address. */
 static inline uint64_t native_read(const unsigned char *at, int nbytes) {
@@ -25,6 +25,13 @@ static inline int64_t native_now_ns(void) { /* of time.monotonic and time.perf_c
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
+/* The end of a `tp_dealloc` of a type that was made from a spec. */
+static inline void native_free(void *object) {
+    PyTypeObject *type = Py_TYPE((PyObject *)object);
+    type->tp_free(object);
+    Py_DECREF(type);
 }
 
 /* Items of an exact list or tuple, whose iteration runs no code; -1: it is neither. */

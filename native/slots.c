@@ -142,9 +142,7 @@ static PyObject *Slots_leave(Slots *self, PyObject *Py_UNUSED(ignored)) {
 
 static void Slots_dealloc(Slots *self) {
     PyBuffer_Release(&self->memory);
-    PyTypeObject *type = Py_TYPE(self);
-    type->tp_free((PyObject *)self);
-    Py_DECREF(type);
+    native_free(self);
 }
 
 /* ---- out ---- */

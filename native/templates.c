@@ -280,9 +280,7 @@ static void forget(Templates *self) {
 
 static void Templates_dealloc(Templates *self) {
     forget(self);
-    PyTypeObject *type = Py_TYPE(self);
-    type->tp_free((PyObject *)self);
-    Py_DECREF(type);
+    native_free(self);
 }
 
 static PyObject *Templates_clear(Templates *self, PyObject *Py_UNUSED(ignored)) {

@@ -239,9 +239,7 @@ static void Lease_dealloc(Lease *self) {
     Py_XDECREF(self->home);
     Py_XDECREF(self->token);
     Py_XDECREF(self->segment);
-    PyTypeObject *type = Py_TYPE(self);
-    type->tp_free((PyObject *)self);
-    Py_DECREF(type);
+    native_free(self);
 }
 
 static int Lease_getbuffer(Lease *self, Py_buffer *view, int flags) {

@@ -167,17 +167,16 @@ class NumpyClient(TorchClient):
 @contextlib.contextmanager
 def _python_core() -> Iterator[None]:
     """Connections that are made meanwhile have nothing compiled."""
-    before = backend._native, ring.Slots
-    backend._native, ring.Slots = None, slots.Slots
+    before = backend._native, backend.lease, ring.Slots
+    backend._native, backend.lease, ring.Slots = None, None, slots.Slots
     try:
         yield
     finally:
-        backend._native, ring.Slots = before
+        backend._native, backend.lease, ring.Slots = before
 
 
 class PythonCorePeer(TorchPeer):
     def __init__(self, directory: Path, link: str) -> None:
-        backend.lease = None
         _python_core().__enter__()  # for good: this process serves no others
         super().__init__(directory, link)
 

@@ -25,6 +25,7 @@ from .descriptor import (
     Tail,
     TensorDesc,
     inline_placements,
+    keep,
 )
 from .dtypes import BY_CODE
 from .flat import NO_VECTOR, U8, U32, Reader, Table, Vector
@@ -78,7 +79,7 @@ class _Known(NamedTuple):
 
 
 class _Structure(NamedTuple):
-    """A head but for the dimensions of its tensors and its lists of ints, which may be others of the same lengths."""
+    """A head whose dimensions and lists of ints may have other values. Ranks and lengths are part of it."""
 
     known: _Known
     parts: tuple[tuple[int, int, bytes], ...]  # start, end, the bytes that are there
@@ -170,9 +171,7 @@ class Decoder:
         return message
 
     def _keep(self, head: bytes, known: _Known) -> None:
-        if len(self._known) >= CACHED_SHAPES:
-            del self._known[next(iter(self._known))]
-        self._known[head, known.tail.nbytes] = known
+        keep(self._known, (head, known.tail.nbytes), known, CACHED_SHAPES)
         if self.compiled is not None:
             self._teach(self.compiled, head, known, known.tail)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from .dtypes import DType
 
@@ -31,6 +31,7 @@ __all__ = [
     "Tail",
     "TensorDesc",
     "inline_placements",
+    "keep",
 ]
 
 AttrValue = int | bool | float | str | bytes | Sequence[int] | Sequence[bool] | Sequence[float] | Sequence[str]
@@ -42,6 +43,17 @@ CACHED_STRUCTURES = 64  # kinds of messages, whatever their tensors' dimensions
 MAX_CACHED_NBYTES = 8 * 1024  # of metadata: larger ones are rare, and a hostile peer could fill the cache with them
 PLACEMENT_NBYTES = 24
 RETURN_NBYTES = 16
+
+
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
+
+
+def keep(table: dict[_Key, _Value], key: _Key, value: _Value, most: int) -> None:
+    """Adds to a table of at most `most` entries; the oldest goes first."""
+    if len(table) >= most and key not in table:
+        del table[next(iter(table))]
+    table[key] = value
 
 
 class TensorDesc(NamedTuple):

@@ -25,6 +25,7 @@ from .descriptor import (
     Attrs,
     Tail,
     inline_placements,
+    keep,
 )
 from .dtypes import BY_CODE
 from .limits import Limits, over
@@ -128,8 +129,8 @@ class Encoder:
             else:
                 template = self._reshape(alike, op, tensors, names, signature)
             if len(template.metadata) <= MAX_CACHED_NBYTES and not (alike and template.lists_at):
-                _keep(self._structures, structure, template, CACHED_STRUCTURES)
-                _keep(self._templates, key, template, CACHED_SHAPES)
+                keep(self._structures, structure, template, CACHED_STRUCTURES)
+                keep(self._templates, key, template, CACHED_SHAPES)
                 if self.compiled is not None:
                     self.compiled.add(op, tensors, attrs, len(returns), template.metadata, template.varying_nbytes)
         out = bytearray(template.metadata)
@@ -169,7 +170,7 @@ class Encoder:
         self._check(op, tensors, names, signature)
         ints, floats = (sum(kind in kinds for kind in signature) for kinds in ((int, bool), (float,)))
         builder = flatbuffers.Builder(512)
-        inline = inline_placements([math.prod(shape) * BY_CODE[code].itemsize for code, shape in tensors])
+        inline = _inline(tensors)
         # A Builder writes from the end backwards: what is created first lies last.
         returns_vector = _build_returns(builder, returns)
         placements = _build_placements(builder, inline)
@@ -240,7 +241,7 @@ class Encoder:
         for at, (_, shape) in zip(template.dims_at, tensors):
             if shape:
                 struct.pack_into(f"<{len(shape)}Q", metadata, at, *shape)
-        inline = inline_placements([math.prod(shape) * BY_CODE[code].itemsize for code, shape in tensors])
+        inline = _inline(tensors)
         struct.pack_into(f"<{len(inline)}Q", metadata, template.placements_at, *inline)
         for index, at in template.lists_at.items():
             try:
@@ -280,11 +281,8 @@ class Encoder:
         limits.check_nbytes(nbytes, excess)
 
 
-def _keep(table: dict[tuple[Any, ...], _Template], key: tuple[Any, ...], template: _Template, most: int) -> None:
-    """Adds a template to a table; the oldest goes first."""
-    if len(table) >= most and key not in table:
-        del table[next(iter(table))]
-    table[key] = template
+def _inline(tensors: Sequence[tuple[int, tuple[int, ...]]]) -> tuple[int, ...]:
+    return inline_placements([math.prod(shape) * BY_CODE[code].itemsize for code, shape in tensors])
 
 
 def _over(op: str, field: str, came: str, accepted: str) -> LimitError:

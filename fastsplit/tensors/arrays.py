@@ -17,10 +17,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import SettingError, TensorError, shown
-from ..schema.descriptor import CACHED_SHAPES, TensorDesc
+from ..schema.descriptor import CACHED_SHAPES, TensorDesc, keep
 from ..schema.dtypes import BY_CODE, DType, dtype_of_numpy, lookup
 from ..schema.limits import ARRAYS
-from .pool import Lease
 
 __all__ = [
     "NUMPYS_OWN",
@@ -44,8 +43,8 @@ class Arrays:
     def __init__(self, kind: str, view: Callable[[Any, TensorDesc], Any]) -> None:
         self.kind = kind
         self.view = view
-        """`view(memory, desc)`: a tensor over `memory`, which is flat uint8 of exactly `desc.nbytes` bytes, or a Lease
-        of the description's shape and dtype. Copies nothing; the tensor keeps the memory alive."""
+        """`view(memory, desc)`: a tensor over `memory`, a buffer of exactly `desc.nbytes` bytes. Copies nothing; the
+        tensor keeps the memory alive."""
 
     def empty(self, shape: int | Sequence[int], dtype: Any, allocate: Callable[[int], Any]) -> Any:
         """A tensor of undefined content in memory from `allocate(nbytes)`, which returns flat uint8.
@@ -74,9 +73,7 @@ def _desc(shape: Any, dtype: Any) -> TensorDesc:
     ARRAYS.check_shape("tensor", dims, row.itemsize, _no_array)
     desc = TensorDesc.of(row, dims)
     if known:
-        if len(_descs) >= CACHED_SHAPES:
-            _descs.clear()
-        _descs[key] = desc
+        keep(_descs, key, desc, CACHED_SHAPES)
     return desc
 
 
@@ -174,8 +171,6 @@ def torch_view() -> Callable[[Any, TensorDesc], Any]:
         # from_numpy over ndarray(): 0.9 us; torch.frombuffer().view() takes 1.8
         code = desc.dtype.code
         if code not in foreign:
-            if type(memory) is Lease:
-                return torch.from_numpy(memory)
             return torch.from_numpy(np.ndarray(desc.shape, desc.dtype.numpy, memory))
         dtype = dtypes[code]
         if dtype is None:

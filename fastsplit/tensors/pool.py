@@ -69,6 +69,13 @@ class Lease(np.ndarray):
     token: Any
     segment: Any
 
+    @classmethod
+    def of(cls, segment: Any, offset: int, nbytes: int, token: Any, home: deque[Any]) -> Lease:
+        """A lease on `nbytes` bytes of a segment, flat uint8, which is in force."""
+        lease = cls(nbytes, np.uint8, segment.memory, offset)
+        lease.token, lease.segment, lease.home = token, segment, home
+        return lease
+
     def __del__(self) -> None:
         try:  # noqa: SIM105 (contextlib.suppress costs more than the rest)
             self.home.append(self.token)

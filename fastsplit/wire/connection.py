@@ -232,16 +232,9 @@ class Connection:
         """Writes what the transport, the session, the arena and the fast path count into `stats`."""
         transport = self.transport
         if self.fast_path is not None and self.arena is not None:
-            calls, copied_nbytes, lent_nbytes, shared_nbytes, serialization_ns, wait_ns, remote_ns = (
-                self.fast_path.take_counts()
-            )
-            stats.calls += calls
-            stats.bytes_copied += copied_nbytes
+            lent_nbytes, shared_nbytes = self.fast_path.take_counts()
             self.lent_nbytes += lent_nbytes
             self.arena.shared_nbytes += shared_nbytes
-            stats.serialization_s += serialization_ns * 1e-9
-            stats.wait_s += wait_ns * 1e-9
-            stats.remote_s += remote_ns * 1e-9
         stats.bytes_sent, stats.bytes_received = transport.bytes_sent, transport.bytes_received
         stats.bytes_staged = self.session.staged_nbytes
         stats.casts_widened, stats.codecs = self.coder.too_large, self.coder.stats

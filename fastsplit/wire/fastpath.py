@@ -7,8 +7,9 @@ that is to be refused or ended. All else it leaves to the modules of blocking/: 
 slot still in the ring, and the call goes on as a Future.
 
 Rules. A FastPath belongs to one connection, and keeps to the rules of blocking/: a client's call makes its thread the
-reader (`Reader.reading`); a server's is used by the connection's thread. It holds nothing that holds it. What a
-client's call counts is in its Stats when the call ends; all else is added when these are read (`take_counts`).
+reader (`Reader.reading`); a server's is used by the connection's thread. It holds nothing that holds it. What a call or
+a reply counts is in the Stats when it ends, but for bytes that crossed by reference, as where Python counts
+(`Connection.fill`).
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ _ARMED_S = 60.0  # a socket's own timeout, of seconds, saves a system call where
 
 
 def add_fast_path(
-    connection: Connection, arrays: Arrays, future_type: Any = None, handlers: Any = None, stats: Stats | None = None
+    connection: Connection, arrays: Arrays, stats: Stats, future_type: Any = None, handlers: Any = None
 ) -> Any:
     """Gives a connection its fast path, if it can have one, and returns it; None where it cannot.
 
-    `arrays`: what results and calls hold. `future_type`: of a client's calls that go on as Futures. `handlers`: a
-    server's, by op. `stats`: a client's, to which each call adds.
+    `arrays`: what results and calls hold. `stats`: of the connection, to which each call and each reply adds.
+    `future_type`: of a client's calls that go on as Futures. `handlers`: a server's, by op.
     """
     arena, ring, session = connection.arena, connection.transport, connection.session
     templates, heads = session.encoder.compiled, session.decoder.compiled

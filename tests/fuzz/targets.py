@@ -46,6 +46,7 @@ from fastsplit.wire.shm.arena import Arena
 from fastsplit.wire.shm.ring import RING_NBYTES, Ring
 from fastsplit.wire.shm.segment import Memfd, Segment
 from fastsplit.wire.shm.slots import SLOT_NBYTES, Slots
+from fastsplit.wire.stats import Stats
 from fastsplit.wire.transport.stream import Stream
 
 __all__ = ["TARGETS", "Found"]
@@ -54,7 +55,7 @@ LIMITS = Limits(max_metadata_nbytes=8192)
 NUMPY, TORCH = parse_arrays("numpy"), parse_arrays("auto")  # the second is numpy again where torch is not installed
 SIZES, LENT = (64, 256, 1024, 4096, 128), (2, 1, 0, 40, 1)  # of each block of ours: bytes, loans that an input finds
 PEERS_NBYTES, REQUEST_ID = 8192, 7
-_HANGS_S = 5.0  # for steps of microseconds; a fast path sleeps for longer than that if nobody wakes it
+_HANGS_S = 5.0  # a step takes microseconds; without a bell a fast path sleeps for longer than this
 
 
 class Found(AssertionError):
@@ -115,7 +116,7 @@ class End:
     def fast_path(self, **more: Any) -> Any:
         link: Any = SimpleNamespace(arena=self.arena, transport=self.ring, session=self.session, inside=set())
         link.sending, link.outbox = Lock(), SimpleNamespace(frames=deque())
-        return add_fast_path(link, self.arrays, handlers={"f": None, "": None}, **more)
+        return add_fast_path(link, self.arrays, Stats(), handlers={"f": None, "": None}, **more)
 
     def settle(self, *, keep_part: bool = False) -> None:
         """The state that an input finds: open, with the peer's segment, and with loans of our blocks. `keep_part`: and
@@ -397,7 +398,7 @@ class Control:
     def _renew(self) -> None:
         self.end = End(is_client=False, compiled=True)
         self.path = self.end.fast_path()
-        self.end.ring.link.arm(time.monotonic() + 0.001)  # who sleeps after a bell of before sleeps no longer than that
+        self.end.ring.link.arm(time.monotonic() + 0.001)  # after an old bell it sleeps again: no longer than this
         for result in ([], [self.end.mine[0]]):
             self.end.reply(result)
 
@@ -419,7 +420,7 @@ class Control:
         end, slots, ring, what = self.end, self.end.ring.slots, self.end.ring, what % 14
         next_slot = 64 * ((end.peer._out_slot + where // 2 % 4) % 64)
         at = (where % 3072 * 4, (64, 128, 192, 256, 320, 384, 448)[where % 7], (4096, 8192)[where % 2] + next_slot)
-        if what < 3:  # any word; who sleeps, the fence, space; the semaphore of one of the next slots
+        if what < 3:  # any word; the words of sleeping, fence and space; a semaphore of the next slots
             end.memory[at[what] : at[what] + 4] = struct.pack("<i", value)
         elif what == 3:
             end.peer.write(self.frames[where % len(self.frames)][:SLOT_NBYTES])

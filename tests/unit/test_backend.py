@@ -1,4 +1,4 @@
-"""What is compiled: who takes the place of what, and that wire/ takes it from one module."""
+"""What is compiled: which names backend.py has, what stands behind them, and that wire/ takes them from there."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from conftest import SHM_PREFIX
 from raw_peer import SEGMENT, connected, frame, hello
+from until import until
 
 import fastsplit
 from fastsplit.errors import ArenaFull, ClosedError, DeadlineError, RemoteOpError, RemoteProtocolError
@@ -68,13 +69,6 @@ def control(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param == "socket":
         monkeypatch.setattr(sharing, "semaphores", lambda: "")
     return str(request.param)
-
-
-def _until(condition: Callable[[], Any], timeout_s: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 def _arena(end: Any) -> Arena:
@@ -166,7 +160,7 @@ def test_a_servers_stats_are_those_of_all_connections(
     before = stats.as_dict()
     for channel in (shared, plain):
         channel.close()
-    _until(lambda: server.connections == 0)
+    until(lambda: server.connections == 0)
     after = server.stats.as_dict()  # what has ended still counts
     assert [after[name] for name in ("calls", "bytes_copied", "bytes_shared")] == [3, 0, 250]
     assert all(after[name] >= before[name] for name in before)
@@ -194,7 +188,7 @@ def test_hooks_on_both_ends(unix_uri: str, connect: Connect, handlers: Handlers)
         (z,) = channel.call("fresh", nbytes=3 * MIB)
         assert [call[2] for call in calls["client"]] == [MIB, 3 * MIB] == [call[2] for call in calls["server"]]
         channel.close()
-        _until(lambda: server.connections == 0)
+        until(lambda: server.connections == 0)
         gc.collect()
         assert sorted(call[2] for call in calls["server"] if call[0] == "unmap") == [MIB, 3 * MIB]
         assert not [call for call in calls["client"] if call[0] == "unmap"]  # x, y and z lie there
@@ -241,7 +235,7 @@ def test_an_idle_server_gives_memory_back(
     assert serving.nbytes == 5 * MIB  # held by the client
     del x
     channel.call("note", n=1)
-    _until(lambda: serving.nbytes == 0)
+    until(lambda: serving.nbytes == 0)
     assert len(_arena(channel)._peers) == 1  # its retirement is on the way
     channel.call("note", n=2)
     assert _arena(channel)._peers == {}
@@ -278,12 +272,12 @@ def test_requests_that_come_in_while_a_handler_waits_are_served_afterwards_in_or
     held = [channel.call("fresh", nbytes=MIB)[0] for _ in range(2)]
     handlers.ran.clear()
     waits = channel.submit("fresh", nbytes=MIB)
-    _until(lambda: handlers.ran == ["begins"])
+    until(lambda: handlers.ran == ["begins"])
     notes = [channel.submit("note", n=n) for n in range(100)]
     cancelled = channel.submit("note", n="never")
-    _until(lambda: len(_serving(server)._ahead.waiting) == 101)
+    until(lambda: len(_serving(server)._ahead.waiting) == 101)
     cancelled.cancel()
-    _until(lambda: len(_serving(server).core.cancelled) == 1)
+    until(lambda: len(_serving(server).core.cancelled) == 1)
     notes.append(channel.submit("note", n=100))
     assert handlers.ran == ["begins"]
     held.clear()
@@ -317,8 +311,8 @@ def test_a_client_that_leaves_while_a_handler_waits_for_it(
         held = [channel.call("fresh", nbytes=MIB)[0] for _ in range(2)]
         handlers.ran.clear()
         channel.submit("fresh", nbytes=MIB)
-        _until(lambda: handlers.ran == ["begins"])
-    _until(lambda: server.connections == 0)
+        until(lambda: handlers.ran == ["begins"])
+    until(lambda: server.connections == 0)
     assert handlers.ran == ["begins"] and all((x == 7).all() for x in held)
 
 
@@ -497,7 +491,7 @@ def test_what_a_caller_holds_outlives_the_connection(
         z[:] = 1
         with pytest.raises(ClosedError, match="the channel is closed: the channel was closed"):
             channel.call("echo", x)
-        _until(lambda: server.connections == 0)
+        until(lambda: server.connections == 0)
     assert (x == 3).all() and (y == 7).all() and (handlers.kept[0] == 3).all()
     x[0] = 4
     assert handlers.kept[0][0] == 4  # still the same bytes on both sides, which nobody else gets

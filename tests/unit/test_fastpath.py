@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 from raw_peer import ABORT, ERROR, FLOAT32, REPLY, REQUEST, RawPeer, connected, frame, memfd, serving
+from until import until
 
 import fastsplit
 from fastsplit.errors import ClosedError, DeadlineError, PeerLostError
@@ -68,13 +69,6 @@ def _served(server: fastsplit.Server) -> Any:
     """The server's side of its only connection."""
     (served,) = server._service.clients
     return served
-
-
-def _until(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.0005)
 
 
 def _echo(call: fastsplit.Call) -> Any:
@@ -207,7 +201,7 @@ def test_a_call_while_another_thread_sends_or_reads(channel: fastsplit.Channel, 
     gate.clear()
     with cf.ThreadPoolExecutor(1) as pool:
         other = pool.submit(channel.call, "gate", x)
-        _until(lambda: path.op == "gate")
+        until(lambda: path.op == "gate")
         with pytest.raises(DeadlineError):
             channel.call("echo", x, timeout_s=0.02)
         gate.set()
@@ -391,7 +385,7 @@ def test_a_deadline(channel: fastsplit.Channel, gate: threading.Event, spin_us: 
         assert future.cancel()
     gate.set()
     assert channel.call("echo", x)[0].shape == (4,)
-    _until(lambda: not channel.inflight)
+    until(lambda: not channel.inflight)
 
 
 def test_ctrl_c_while_the_fast_path_waits(channel: fastsplit.Channel, gate: threading.Event, sigint: None) -> None:
@@ -399,7 +393,7 @@ def test_ctrl_c_while_the_fast_path_waits(channel: fastsplit.Channel, gate: thre
     x, path, main = channel.empty(4), channel._connection.fast_path, threading.get_ident()
 
     def interrupt() -> None:
-        _until(lambda: path.op or channel._reader.reading == main)
+        until(lambda: path.op or channel._reader.reading == main)
         signal.pthread_kill(main, signal.SIGINT)
 
     for work in (lambda: channel.call("gate", x), lambda: channel.submit("gate", x).result()):
@@ -413,7 +407,7 @@ def test_ctrl_c_while_the_fast_path_waits(channel: fastsplit.Channel, gate: thre
         assert not channel.closed
         gate.set()
         assert channel.call("echo", x)[0].shape == (4,)
-        _until(lambda: not channel._core.calls)
+        until(lambda: not channel._core.calls)
 
 
 def test_ctrl_c_when_the_fast_path_is_left(channel: fastsplit.Channel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -441,9 +435,9 @@ def test_close_while_the_fast_path_waits(
     gate.clear()
     with cf.ThreadPoolExecutor(2) as pool, caplog.at_level(logging.WARNING, "fastsplit"):
         call = pool.submit(channel.call, "gate", x)
-        _until(lambda: path.op == "gate")
+        until(lambda: path.op == "gate")
         close = pool.submit(channel.close, drain_s)
-        _until(lambda: channel._core.refusing)
+        until(lambda: channel._core.refusing)
         with pytest.raises(ClosedError):
             channel.call("echo", x)
         if drain_s:
@@ -460,7 +454,7 @@ def test_a_fork_while_another_thread_waits_in_the_fast_path(channel: fastsplit.C
     gate.clear()
     with cf.ThreadPoolExecutor(1) as pool:
         call = pool.submit(channel.call, "gate", x)
-        _until(lambda: path.op == "gate")
+        until(lambda: path.op == "gate")
         pid = os.fork()
         if pid == 0:
             status = 1
@@ -494,7 +488,7 @@ def test_a_peer_that_dies_while_the_fast_path_sleeps(unix_uri: str, connect: Con
         for _ in range(3):
             channel.call("op")
         call = pool.submit(channel.call, "op")
-        _until(lambda: channel._connection.fast_path.op == "op")
+        until(lambda: channel._connection.fast_path.op == "op")
         go_on.set()
         assert isinstance(call.exception(5), PeerLostError)
         channel.close()
@@ -571,7 +565,7 @@ def test_a_future_that_is_done_before_the_fast_path_waits(channel: fastsplit.Cha
 
     class Late(Watched):
         def wait(self, reader: Any, future: fastsplit.Future, timeout_s: float | None) -> None:
-            _until(lambda: future.done() and not reader.reading and not reader.watching)
+            until(lambda: future.done() and not reader.reading and not reader.watching)
             path.wait(reader, future, timeout_s)
 
     channel._connection.fast_path = Late(path)
@@ -586,7 +580,7 @@ def test_a_follower_that_comes_as_the_fast_path_is_left(channel: fastsplit.Chann
     gate.clear()
     thread = threading.Thread(target=channel.call, args=("gate", x))
     thread.start()
-    _until(lambda: reader.reading and channel._connection.fast_path.op)
+    until(lambda: reader.reading and channel._connection.fast_path.op)
 
     class Waiter:
         looked = False
@@ -647,7 +641,7 @@ def test_another_thread_begins_to_read_first(channel: fastsplit.Channel, gate: t
 
         def read() -> None:
             calls.append(pool.submit(channel.call, "gate", x, timeout_s=1))
-            _until(lambda: reader.reading)
+            until(lambda: reader.reading)
 
         reader.lock = Lock(reader.lock, read)  # type: ignore[assignment]
         with pytest.raises(DeadlineError):
@@ -692,7 +686,7 @@ def test_finalizers_while_a_future_is_waited_for(channel: fastsplit.Channel, wha
                     said.append(channel.call("echo", x))
                 else:
                     asked.set()
-                    _until(lambda: self.future._waited_for is not None or self.future._done)
+                    until(lambda: self.future._waited_for is not None or self.future._done)
             except Exception as error:
                 said.append(error)
 
@@ -719,11 +713,11 @@ def test_finalizers_while_a_future_is_waited_for(channel: fastsplit.Channel, wha
         error = _error_of(future)
         gc.set_threshold(*threshold)
         took_s = time.monotonic() - started
-        _until(lambda: gc.collect() >= 0 and ran)  # which does nothing while another thread collects
+        until(lambda: gc.collect() >= 0 and ran)  # which does nothing while another thread collects
         if what == "wait":
             waiter.join()
         else:
-            _until(lambda: said, 1)
+            until(lambda: said, 1)
         assert took_s < 1
         assert error is None or (said == [True] and isinstance(error, fastsplit.CancelledError))
         if what in ("cancel", "wait"):
@@ -749,7 +743,7 @@ def test_a_cancelled_call_ends_the_fast_path_only_for_itself(unix_uri: str, serv
 
     def look(call: fastsplit.Call) -> Any:
         looks.set()
-        _until(lambda: call.cancelled)
+        until(lambda: call.cancelled)
         return call.tensors
 
     server = serve(unix_uri, {"look": look, "echo": _echo}, arrays="numpy")
@@ -762,7 +756,7 @@ def test_a_cancelled_call_ends_the_fast_path_only_for_itself(unix_uri: str, serv
         future = channel.submit("look", x)
         assert looks.wait(5)
         assert future.cancel()
-        _until(lambda: not channel.inflight)
+        until(lambda: not channel.inflight)
     for _ in range(5):
         channel.call("echo", x)
     assert not served.core.cancelled

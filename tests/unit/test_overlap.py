@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from raw_peer import CANCEL, ERROR, GOODBYE, PROBE, REPLY, REQUEST, RawPeer, connected, frame, hello, serving
+from until import until
 
 import fastsplit
 from fastsplit.errors import CancelledError, ClosedError, DeadlineError, PeerLostError
@@ -24,13 +25,6 @@ Connect = Callable[..., fastsplit.Channel]
 TCP = "tcp://127.0.0.1:0"
 UINT8 = BY_NAME["uint8"].code
 LARGE = np.zeros(2**26, np.uint8)
-
-
-def _until(condition: Callable[[], Any], timeout_s: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 class Gate:
@@ -108,7 +102,7 @@ def test_many_in_flight_are_in_order(serve: Serve, connect: Connect, gate: Gate,
 def test_nobody_need_wait_for_a_result_to_come(serve: Serve, connect: Connect, gate: Gate) -> None:
     channel = connect(serve(TCP, gate.table(), arrays="numpy").uri, arrays="numpy", overlap=True)
     future = channel.submit("step", np.ones(2**20, np.uint8))
-    _until(future.done)
+    until(future.done)
     assert future.result()[0].all()
 
 
@@ -152,7 +146,7 @@ def test_a_deadline_in_the_middle_of_a_frame_ends_the_connection(connect: Connec
         future = channel.submit("x", LARGE, timeout_s=0.2)
         with pytest.raises(DeadlineError):
             future.result()
-        _until(lambda: channel.closed)
+        until(lambda: channel.closed)
         closes.set()
 
 
@@ -169,7 +163,7 @@ def test_a_deadline_before_the_first_byte_leaves_it_as_it_was(
         patch.setattr(channel._connection.transport, "wait", late)
         future = channel.submit("step", timeout_s=0.05)
         assert isinstance(future.exception(), DeadlineError)
-        _until(lambda: not channel._connection.sending.locked())
+        until(lambda: not channel._connection.sending.locked())
     assert not channel.closed
     assert channel._session.inflight == 0
     assert channel.call("step") == ()
@@ -193,7 +187,7 @@ def test_a_server_that_dies(at: str) -> None:
                 futures.append(channel.submit("x", LARGE if at == "while it is sent to" else np.ones(3)))  # noqa: PERF401
         for future in futures:
             assert isinstance(future.exception(timeout=5), PeerLostError)
-        _until(lambda: channel.closed)
+        until(lambda: channel.closed)
 
 
 def test_closing_in_a_callback(serve: Serve, gate: Gate) -> None:
@@ -258,7 +252,7 @@ def test_reading_ahead_is_bounded_by_requests(serve: Serve, gate: Gate) -> None:
         peer.greet()
         peer.send(*[_step(n, 500) for n in range(100)])
         ahead = _served(server)._ahead
-        _until(lambda: len(ahead.waiting) == 4)
+        until(lambda: len(ahead.waiting) == 4)
         time.sleep(0.05)
         assert len(ahead.waiting) <= 4
         gate.open.set()
@@ -294,7 +288,7 @@ def test_a_cancel_finds_what_is_queued_and_what_runs(serve: Serve, gate: Gate) -
     with connected(server.uri) as peer:
         peer.greet()
         peer.send(_step(1, op="until"), *[_step(n, 5000) for n in (2, 3)])
-        _until(lambda: len(_served(server)._ahead.waiting) == 2)
+        until(lambda: len(_served(server)._ahead.waiting) == 2)
         peer.send(frame(CANCEL, 3), frame(CANCEL, 99), frame(CANCEL, 1))
         assert peer.expect(REPLY).request_id == 1
         assert gate.cancelled == [True]
@@ -314,11 +308,11 @@ def test_a_client_that_leaves_with_requests_queued(serve: Serve, gate: Gate, las
     with connected(server.uri) as peer:
         peer.greet()
         peer.send(_step(1, op="until"), *[_step(n, 5000) for n in range(2, 6)])
-        _until(lambda: len(_served(server)._ahead.waiting) == 4)
+        until(lambda: len(_served(server)._ahead.waiting) == 4)
         peer.send(last)
         if not last.startswith(b"nonsense"):
             peer.close()
-    _until(lambda: server.connections == 0, 15)
+    until(lambda: server.connections == 0, 15)
     if last in (b"", frame(GOODBYE)):
         assert gate.ran in ([-2], [-2, 2])  # a handler may see that it is gone before the thread that reads does
         assert gate.cancelled == [True]
@@ -330,7 +324,7 @@ def test_a_server_that_closes_answers_what_runs(serve: Serve, gate: Gate) -> Non
     with connected(server.uri) as peer:
         peer.greet()
         peer.send(*[_step(n, 5000) for n in range(5)])
-        _until(lambda: gate.ran and len(_served(server)._ahead.waiting) == 4)
+        until(lambda: gate.ran and len(_served(server)._ahead.waiting) == 4)
         closer = threading.Thread(target=server.close)
         closer.start()
         time.sleep(0.05)
@@ -350,7 +344,7 @@ def test_probes_are_answered_while_a_handler_runs(serve: Serve, gate: Gate) -> N
         peer.send(hello(capabilities=4))
         peer.receive()
         peer.send(*[_step(n, 5000) for n in range(3)])
-        _until(lambda: len(_served(server)._ahead.waiting) == 2)
+        until(lambda: len(_served(server)._ahead.waiting) == 2)
         for n in range(5):
             peer.send(frame(PROBE, n, attrs={"answer": 0, "wanted": n * 1000, "bytes_per_s": 0.0}))
             came = peer.expect(PROBE)
@@ -376,9 +370,9 @@ def test_a_client_that_dies_while_a_reply_is_sent_behind(serve: Serve, gate: Gat
     with connected(server.uri) as peer:
         peer.greet()
         peer.send(*[frame(REQUEST, n, "large", [(UINT8, (4000,))], {"n": 2**25}, bytes(4000)) for n in range(4)])
-        _until(lambda: _served(server)._ahead.reader is not None)
+        until(lambda: _served(server)._ahead.reader is not None)
         time.sleep(0.05)
-    _until(lambda: server.connections == 0)
+    until(lambda: server.connections == 0)
 
 
 def test_without_a_thread_to_read_ahead_it_reads_later(
@@ -406,8 +400,8 @@ def test_what_a_reader_found_wrong_while_a_handler_ran_is_told(serve: Serve, gat
         peer.greet()
         gate.open.clear()
         peer.send(_step(1), _step(2, 5000))
-        _until(lambda: _served(server)._ahead.reader is not None)
+        until(lambda: _served(server)._ahead.reader is not None)
         peer.send(b"nonsense" * 10)
-        _until(lambda: _served(server)._ahead.reader is None)
+        until(lambda: _served(server)._ahead.reader is None)
         gate.open.set()
         assert "magic" in peer.expect_abort()

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from anywhere import Anywhere, traces_instructions
+from until import until
 
 import fastsplit
 from fastsplit.errors import ReentrantCallError
@@ -36,13 +37,6 @@ def channel(server: fastsplit.Server) -> Iterator[fastsplit.Channel]:
     overlap = server.uri.startswith("tcp")
     with fastsplit.connect(server.uri, arrays="numpy", call_timeout_s=10, overlap=overlap) as channel:
         yield channel
-
-
-def _until(condition: Callable[[], Any], timeout_s: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 # ---- callbacks -------------------------------------------------------------------------------------------------------
@@ -69,7 +63,7 @@ def test_a_callback_may_do_anything(channel: fastsplit.Channel, what: str) -> No
     future = channel.submit("slow")
     future.add_done_callback(then)
     future.result()
-    _until(lambda: said)
+    until(lambda: said)
     assert said == [expected[what]]
     assert time.monotonic() - started < 5
     assert channel.call("one")[0] == 1
@@ -80,7 +74,7 @@ def test_a_callback_of_a_failed_call_may_call(channel: fastsplit.Channel) -> Non
     future = channel.submit("unknown")
     future.add_done_callback(lambda _: said.append(channel.call("one")[0].tolist()))
     assert isinstance(future.exception(), fastsplit.RemoteOpError)
-    _until(lambda: said)
+    until(lambda: said)
     assert said == [[1.0]]
 
 
@@ -89,7 +83,7 @@ def test_a_callback_of_a_cancelled_call_may_call(channel: fastsplit.Channel) -> 
     future = channel.submit("slow")
     future.add_done_callback(lambda _: said.append(channel.call("one")[0].tolist()))
     assert future.cancel()
-    _until(lambda: said)
+    until(lambda: said)
     assert said == [[1.0]]
 
 
@@ -105,7 +99,7 @@ def test_callbacks_that_run_when_a_channel_closes(channel: fastsplit.Channel) ->
     future = channel.submit("slow")
     future.add_done_callback(then)
     channel.close()
-    _until(lambda: said)
+    until(lambda: said)
 
 
 def test_a_callback_that_calls_does_not_hold_up_others(channel: fastsplit.Channel) -> None:
@@ -142,7 +136,7 @@ def test_callbacks_run_in_order_and_once(channel: fastsplit.Channel) -> None:
         future.add_done_callback(then(n))
     for future in futures:
         future.result()
-    _until(lambda: len(done) == 30)
+    until(lambda: len(done) == 30)
     assert sorted(done) == list(range(30))
 
 
@@ -156,7 +150,7 @@ def test_what_a_callback_raises_is_logged(
     future = channel.submit("one")
     future.add_done_callback(then)
     assert future.result()[0] == 1
-    _until(lambda: error.__name__ in caplog.text)
+    until(lambda: error.__name__ in caplog.text)
     assert channel.call("one")[0] == 1
     caplog.clear()  # the record keeps the future
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from raw_peer import HELLO, REQUEST, frame, hello
+from until import until
 
 from fastsplit.errors import DeadlineError, FastsplitError, PeerLostError, RemoteProtocolError
 from fastsplit.wire import backend
@@ -103,13 +104,6 @@ def receive(end: Ring, timeout_s: float = 10.0, *, blocking: bool = True) -> byt
     (slot,) = slots
     assert isinstance(slot, bytes) and len(slot) == SLOT_NBYTES  # a copy, which nobody can change
     return slot
-
-
-def _until(condition: Callable[[], Any], timeout_s: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 def _sleeps(end: Ring) -> bool:
@@ -210,7 +204,7 @@ def test_who_waits_for_room_sees_what_comes_in(pair: Pair) -> None:
     assert pair.client.wait(time.monotonic() + 5, reading=True) == (True, False)
     assert (receive(pair.client) or b"")[:5] == b"reply"
     with _thread(lambda: pair.client.wait(time.monotonic() + 10, reading=True)) as out:
-        _until(lambda: _sleeps(pair.client))
+        until(lambda: _sleeps(pair.client))
         for _ in range(SLOTS // 2):
             receive(pair.server)
     assert out == [(False, True)]
@@ -235,7 +229,7 @@ def test_a_sleeper_is_woken(core: str, spin_us: float) -> None:
         for sender, receiver in (pair, pair[::-1]):
             for _ in range(20):
                 with _thread(lambda: receive(receiver, 20)) as out:  # noqa: B023
-                    _until(lambda: _sleeps(receiver))  # noqa: B023
+                    until(lambda: _sleeps(receiver))  # noqa: B023
                     before = sender.bytes_sent
                     sender.send([b"wake up"])
                     assert sender.bytes_sent == before + 1
@@ -246,11 +240,11 @@ def test_a_sleeper_that_spins_is_woken_early_and_goes_back_to_sleep_if_nothing_c
     with paired(200.0) as pair:
         with _thread(lambda: receive(pair.server, 20)) as out:
             for round_trip in range(1, 4):
-                _until(lambda: _sleeps(pair.server))
+                until(lambda: _sleeps(pair.server))
                 pair.client.wake_early()
                 assert pair.client.bytes_sent == round_trip
-                _until(lambda: pair.server.bytes_received == round_trip)  # noqa: B023
-            _until(lambda: _sleeps(pair.server))
+                until(lambda: pair.server.bytes_received == round_trip)  # noqa: B023
+            until(lambda: _sleeps(pair.server))
             pair.client.send([b"at last"])
         assert out[0][:7] == b"at last"
 
@@ -258,7 +252,7 @@ def test_a_sleeper_that_spins_is_woken_early_and_goes_back_to_sleep_if_nothing_c
 def test_a_sleeper_that_never_spins_is_not_woken_early(core: str) -> None:
     with paired(0.0) as pair:
         with _thread(lambda: receive(pair.server, 20)):
-            _until(lambda: _sleeps(pair.server))
+            until(lambda: _sleeps(pair.server))
             pair.client.wake_early()
             assert pair.client.bytes_sent == 0 and _sleeps(pair.server)
             pair.client.send([b"x"])
@@ -342,7 +336,7 @@ def test_what_was_written_before_the_end_still_counts(pair: Pair, blocking: bool
 @pytest.mark.parametrize("who", ["own", "peer"])
 def test_an_end_wakes_a_sleeper(pair: Pair, who: str) -> None:
     with _thread(lambda: receive(pair.server, 20)) as out:
-        _until(lambda: _sleeps(pair.server))
+        until(lambda: _sleeps(pair.server))
         started = time.monotonic()
         (pair.server if who == "own" else pair.client).shutdown()
     assert out == [None] and time.monotonic() - started < 1
@@ -439,7 +433,7 @@ def test_a_descriptor_goes_with_its_frame_or_not_at_all(pair: Pair) -> None:
 
 def test_a_descriptor_that_woke_a_sleeper_is_kept(pair: Pair) -> None:
     with _thread(lambda: receive(pair.server, 20)) as out:
-        _until(lambda: _sleeps(pair.server))
+        until(lambda: _sleeps(pair.server))
         assert pair.client.send_with_descriptor_now(b"announced", 0) == (True, ())
     assert out[0][:9] == b"announced"
     fd = pair.server.take_descriptor()

@@ -82,7 +82,7 @@ class Channel(ClientFront):
             self._shake_hands(deadline, chosen)
             watch(reader)
             watch(self._sender)
-            add_fast_path(core.connection, core.arrays, future_type=Future, stats=core.stats)
+            add_fast_path(core.connection, core.arrays, core.stats, future_type=Future)
         except DeadlineError:
             reader.end(ClosedError("the handshake failed"))
             raise DeadlineError(f"{uri}: connected, but no handshake within {chosen.timeout_s} s") from None

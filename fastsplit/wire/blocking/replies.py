@@ -91,7 +91,8 @@ class Replies:
         with self.lock:
             self._core.attach_ring(event, time.monotonic() + self._options.handshake_timeout_s, is_idle=is_idle)
             if self._core.service.options.workers == 0:
-                add_fast_path(self._connection, self._core.arrays, handlers=self._core.service.handlers)
+                core = self._core
+                add_fast_path(self._connection, core.arrays, core.stats(), handlers=core.service.handlers)
 
     def send_returns(self) -> None:
         with self.lock:

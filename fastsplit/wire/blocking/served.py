@@ -130,19 +130,16 @@ class ServedClient:
 
     def _serve_fast(self, fast_path: Any) -> None:
         """Serves requests for as long as the fast path takes them, and nothing else has to be done."""
-        core, ahead, spin, service = self.core, self._ahead, self.connection.transport.spin, self._service
+        core, ahead, service = self.core, self._ahead, self._service
         fast_path.link.arm(time.monotonic() + IDLE_S)
         while not (ahead.waiting or core.cancelled or service.closing) and ahead.end is True:
-            spin.spin_us = self._server._spin_us if len(service.clients) <= self._server._max_spinning else 0.0
+            self._choose_spin()
             call = fast_path.receive(self)
             if call is None:
                 return
             ahead.running = call._request_id
             self._answer(call, call._deadline)
-            ahead.running = None
-            if core.cancelled:
-                with ahead.idle:
-                    core.cancelled.discard(call._request_id)
+            self._ran(call._request_id)
             del call
 
     def _greet(self) -> bool:
@@ -210,8 +207,7 @@ class ServedClient:
     def _receive(self, deadline: float | None, *, blocking: bool = True) -> list[Event] | None:
         """Reads once. None at the end of the stream."""
         service, transport = self._service, self.connection.transport
-        spins = len(service.clients) <= self._server._max_spinning and self._ahead.reader is None
-        transport.spin.spin_us = self._server._spin_us if spins else 0.0
+        self._choose_spin()
         # What is in a ring already can be read for as long as the client goes on writing.
         events = transport.receive(self.session, deadline, blocking=blocking) if not service.closing else None
         if events is None:
@@ -220,6 +216,10 @@ class ServedClient:
         if len(events) > 1:  # a cancellation that came with its request is in time
             self.core.cancelled.update(event.request_id for event in events if isinstance(event, Cancel))
         return events
+
+    def _choose_spin(self) -> None:
+        spins = len(self._service.clients) <= self._server._max_spinning and self._ahead.reader is None
+        self.connection.transport.spin.spin_us = self._server._spin_us if spins else 0.0
 
     def _handle(self, event: Event) -> bool:
         """Acts on anything but a request. False when the client is done."""
@@ -293,10 +293,15 @@ class ServedClient:
         if reads_itself and connection.arena is None and connection.transport.has_bytes():
             self._start_reader()
         self._run(request, deadline)
+        self._ran(request.request_id)
+
+    def _ran(self, request_id: int) -> None:
+        """A request that ran on this thread is answered."""
+        ahead = self._ahead
         ahead.running = None
         if ahead.reader is not None or self.core.cancelled:
             with ahead.idle:
-                self.core.cancelled.discard(request.request_id)
+                self.core.cancelled.discard(request_id)
 
     def _start_reader(self) -> None:
         try:

@@ -93,6 +93,7 @@ class Arena:
         self._unannounced: list[OwnSegment] = []
         self._retired: list[OwnSegment] = []
         self._trimmed_at = time.monotonic()
+        self._lease: Any = backend.lease or Lease.of
         self.closed = False
         self.shared_nbytes = 0
         """Tensor bytes that came in by reference."""
@@ -120,7 +121,7 @@ class Arena:
         return memory
 
     def _take(self, size: int, nbytes: int) -> Any:
-        """A lease on a block, an array of `nbytes`; None if there is no room."""
+        """A lease on a block, a buffer of `nbytes`; None if there is no room."""
         lease: Any = None
         now = time.monotonic()
         self._check_reentrant()
@@ -134,7 +135,7 @@ class Arena:
                 block.leases += 1
                 segment = block.segment
                 segment.used_at = now
-                lease = _make_lease(segment, block.offset, nbytes, _UINT8, nbytes, block, self.dead)
+                lease = self._lease(segment, block.offset, nbytes, block, self.dead)
         if now - self._trimmed_at > _TRIM_EVERY_S:
             self.trim()
         return lease
@@ -347,10 +348,9 @@ class Arena:
                     f"placement: {nbytes} bytes at {offset} of segment {segment_id}, expected them within its "
                     f"{segment.nbytes} bytes"
                 )
-            token = (segment_id, offset)
-            lease = _make_lease(segment, offset, shape, dtype.buffer_dtype, nbytes, token, self.returns)
+            lease = self._lease(segment, offset, nbytes, (segment_id, offset), self.returns)
             self.shared_nbytes += nbytes
-            return lease
+            return np.ndarray(shape, dtype.buffer_dtype, lease)
         block = self._lent_block(segment_id, offset, "placement")
         if offset + nbytes > block.offset + block.nbytes:
             raise RemoteProtocolError(
@@ -358,10 +358,10 @@ class Arena:
             )
         if len(self.dead) > _MAX_DEAD:
             self.sort_out()
-        lease = _make_lease(block.segment, offset, shape, dtype.buffer_dtype, nbytes, block, self.dead)
+        lease = self._lease(block.segment, offset, nbytes, block, self.dead)
         block.leases += 1
         self.shared_nbytes += nbytes
-        return lease
+        return np.ndarray(shape, dtype.buffer_dtype, lease)
 
     def returned(self, returns: Sequence[int]) -> None:
         """Counts loans that the peer returned: segment and offset, flat. Raises RemoteProtocolError for one that was
@@ -431,19 +431,6 @@ class Arena:
     def _remap(self) -> None:
         segments: list[Segment] = sorted([*self._own.values(), *self._peers.values()], key=lambda each: each.address)
         self._map = ([segment.address for segment in segments], segments)
-
-
-def _make_lease(
-    segment: Segment, offset: int, shape: int | tuple[int, ...], dtype: Any, nbytes: int, token: Any, home: deque[Any]
-) -> Any:
-    """An array of this shape and dtype over a part of a segment: a lease that is in force, or the first view of one."""
-    if backend.lease is not None:
-        return np.ndarray(shape, dtype, backend.lease(segment, offset, nbytes, token, home))
-    lease = Lease(shape, dtype, segment.memory, offset)
-    lease.token = token
-    lease.segment = segment
-    lease.home = home
-    return lease
 
 
 def _close(segment: OwnSegment) -> None:

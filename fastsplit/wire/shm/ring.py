@@ -67,12 +67,12 @@ class Ring(Beside):
     @property
     def bytes_sent(self) -> int:
         """Bytes through the socket."""
-        return self.link.bytes_sent + self.slots.rung
+        return super().bytes_sent + self.slots.rung
 
     @property
     def bytes_received(self) -> int:
         """Bytes through the socket."""
-        return self.link.bytes_received + self.slots.heard
+        return super().bytes_received + self.slots.heard
 
     # ---- out ----
 
