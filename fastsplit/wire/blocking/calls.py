@@ -42,8 +42,8 @@ class Calls:
         op, tensors, timeout_s, deadline, expect, wire_dtype, codec, attrs = asked
         core, connection, reader = self._core, self._connection, self._reader
         pending = self._session.requests
+        core.check_open()  # before the lock, which this very thread may hold: a handler calls in the middle of `close`
         if (self._turns and turn is None) or len(pending) >= core.max_inflight:
-            core.check_open()
             return None
         if wire_dtype is UNSET and codec is UNSET:
             cast, number = core.cast, core.codec  # as `coding` does, without its call

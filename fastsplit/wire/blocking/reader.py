@@ -282,13 +282,20 @@ class Reader(State):
         """Calls `send` unless another thread sends at this moment, or the connection has ended."""
         held = False
         sending = self.connection.sending
+        ident = get_ident()
+        was_inside = ident in self.inside
         try:
+            self.inside.add(ident)
             (held,) = map(sending.acquire, (False,))
             if held and not self.core.closed:
                 send()
         finally:
-            if held:
-                self.release(sending)
+            try:
+                if held:
+                    self.release(sending)
+            finally:
+                if not was_inside:
+                    self.inside.discard(ident)
 
     def on_memory_pressure(self, deadline: float | None) -> None:
         """Our own memory is full: asks the server for returns, and reads for a moment unless another thread reads."""
