@@ -7,15 +7,16 @@ setup(
         Extension(
             "fastsplit._native",
             sources=[
+                "native/fastpath.c",
+                "native/frames.c",
                 "native/header.c",
                 "native/heads.c",
-                "native/fastpath.c",
                 "native/module.c",
                 "native/slots.c",
                 "native/templates.c",
                 "native/tensors.c",
             ],
-            depends=["native/native.h"],
+            depends=["native/fastpath.h", "native/native.h"],
             extra_compile_args=["-std=c11", "-O2", "-Wall", "-Wextra"],
             optional=True,
         )

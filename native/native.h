@@ -8,7 +8,7 @@
 #include <stdint.h>
 #include <time.h>
 
-enum { NATIVE_REVISION = 3 }; /* of what Python takes for granted here: see fastsplit/wire/backend.py */
+enum { NATIVE_REVISION = 4 }; /* of what Python takes for granted here: see fastsplit/wire/backend.py */
 
 /* Numbers of a message: little-endian, at any address. */
 static inline uint64_t native_read(const unsigned char *at, int nbytes) {
@@ -146,8 +146,12 @@ typedef struct {
 /* Where a tensor lies: 1; 0: Python must look at it; -1 with an error. Runs code of torch's. */
 int native_find(PyObject *tensor, Found *found);
 
+/* Whether an array is known to lie in memory that nothing resizes or closes. */
+int native_owns_memory(PyObject *tensor);
+
 /* The right to use a part of shared memory, as Lease of fastsplit/tensors/pool.py: at the death of its last view
- * `token` is appended to `home`, NULL until the lease is in force. A buffer of bytes. */
+ * `token` is appended to `home`, NULL until the lease is in force. Or memory of its own, without these three. A buffer
+ * of bytes. */
 typedef struct {
     PyObject_HEAD PyObject *segment, *token, *home;
     void *address;
@@ -155,7 +159,8 @@ typedef struct {
 } Lease;
 PyObject *native_lease(PyObject *module, PyObject *args);
 Lease *native_make_lease(PyObject *segment, uint64_t offset, Py_ssize_t nbytes);
-int native_knows_torch(void); /* whether torch is there, with its exchange of tensors; -1 with an error */
+Lease *native_make_private(size_t nbytes); /* aligned to 64 bytes */
+int native_knows_torch(void);              /* whether torch is there, with its exchange of tensors; -1 with an error */
 /* Whether `native_view` can make a tensor of this description, a TensorDesc, at this offset. */
 int native_can_view(PyObject *desc, uint64_t offset);
 PyObject *native_view(Lease *lease, PyObject *desc, int as_torch);
@@ -170,6 +175,7 @@ void native_copy_slot(PyObject *slots, unsigned char *out);
 int native_drop_slot(PyObject *slots); /* it was read. 1: the peer sleeps, and must be told that there is space */
 int native_put_slot(PyObject *slots, const unsigned char *part, Py_ssize_t nbytes); /* as above; there is space */
 void native_ring_bell(PyObject *slots, int fd);
+int native_poll_ms(int64_t timeout_ns); /* for poll(2) */
 int native_spin(PyObject *slots, int64_t spin_ns);
 /* Sleeps on the socket until the peer has done something, `timeout_ns` at most; below 0: as long as the socket's own
  * timeout. 1: it may have; 0: Python must look; -1 with an error. If bells `may_bring` descriptors, those

@@ -359,6 +359,10 @@ static int keep(PyObject *link, struct msghdr *message, ssize_t received) {
     return kept;
 }
 
+int native_poll_ms(int64_t timeout_ns) {
+    return (int)(timeout_ns < INT64_C(1000000000000) ? timeout_ns / 1000000 : 1000000);
+}
+
 int native_sleep(PyObject *slots, PyObject *link, int fd, int may_bring, int is_eager, int64_t timeout_ns) {
     Slots *self = (Slots *)slots;
     if (self->base == NULL) return 0;
@@ -379,8 +383,7 @@ int native_sleep(PyObject *slots, PyObject *link, int fd, int may_bring, int is_
     ssize_t received = -1;
     self->polls++;
     Py_BEGIN_ALLOW_THREADS
-    if (timeout_ns < 0 ||
-        poll(&readable, 1, (int)(timeout_ns < INT64_C(1000000000000) ? timeout_ns / 1000000 : 1000000)) > 0)
+    if (timeout_ns < 0 || poll(&readable, 1, native_poll_ms(timeout_ns)) > 0)
         received = recvmsg(fd, &message, MSG_CMSG_CLOEXEC | (timeout_ns < 0 ? 0 : MSG_DONTWAIT));
     Py_END_ALLOW_THREADS
     if (!came_back(self)) PyErr_Clear();

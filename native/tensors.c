@@ -7,6 +7,7 @@
 
 #include "native.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 /* ---- DLPack's exchange of tensors in C: dlpack.h, version 1.3, as far as it is used ---- */
@@ -42,6 +43,7 @@ typedef struct {
     int (*dltensor_from_py_object_no_sync)(void *py_object, DLTensor *out);        /* may be NULL */
 } DLPackExchangeAPI;
 
+enum { ALIGNMENT = 64 }; /* of fastsplit/tensors/pool.py */
 enum { DL_CPU = 1, DL_MAJOR = 1, DL_MINOR = 1 };
 
 typedef struct {
@@ -64,7 +66,7 @@ enum { DTYPES = sizeof(dtypes) / sizeof(dtypes[0]) };
 static PyTypeObject *ndarray_type, *lease_type;
 static PyTypeObject *torch_type; /* NULL until a torch tensor was sent */
 static const DLPackExchangeAPI *torch_api;
-static PyObject *str_is_neg, *str_dtype, *str_metadata, *str_address, *str_append, *str_code, *str_numpy;
+static PyObject *str_is_neg, *str_dtype, *str_metadata, *str_address, *str_append, *str_code, *str_numpy, *str_base;
 
 static PyObject *attribute_of(const char *module, const char *name) {
     PyObject *imported = PyImport_ImportModule(module);
@@ -81,7 +83,7 @@ int native_init_tensors(void) {
     if (ndarray_type == NULL || by_name == NULL || lease_type == NULL || !native_intern(&str_is_neg, "is_neg") ||
         !native_intern(&str_dtype, "dtype") || !native_intern(&str_metadata, "metadata") ||
         !native_intern(&str_address, "address") || !native_intern(&str_append, "append") ||
-        !native_intern(&str_code, "code") || !native_intern(&str_numpy, "numpy"))
+        !native_intern(&str_code, "code") || !native_intern(&str_numpy, "numpy") || !native_intern(&str_base, "base"))
         return 0;
     for (int i = 0; i < DTYPES; i++) {
         PyObject *row = PyMapping_GetItemString(by_name, dtypes[i].name);
@@ -144,6 +146,14 @@ static int find_numpy(PyObject *value, Found *found) {
     Py_XDECREF(dtype);
     Py_XDECREF(metadata);
     return known ? 1 : failed();
+}
+
+int native_owns_memory(PyObject *tensor) {
+    PyObject *base = Py_TYPE(tensor) == ndarray_type ? PyObject_GetAttr(tensor, str_base) : NULL;
+    int owns = base != NULL && (base == Py_None || Py_TYPE(base) == lease_type);
+    if (base == NULL) PyErr_Clear();
+    Py_XDECREF(base);
+    return owns;
 }
 
 int native_knows_torch(void) {
@@ -214,6 +224,18 @@ Lease *native_make_lease(PyObject *segment, uint64_t offset, Py_ssize_t nbytes) 
     return lease;
 }
 
+Lease *native_make_private(size_t nbytes) {
+    void *memory = NULL;
+    Lease *lease = posix_memalign(&memory, ALIGNMENT, nbytes) ? NULL : (Lease *)lease_type->tp_alloc(lease_type, 0);
+    if (lease == NULL) {
+        free(memory);
+        return PyErr_Occurred() ? NULL : (Lease *)PyErr_NoMemory();
+    }
+    lease->address = memory;
+    lease->nbytes = (Py_ssize_t)nbytes;
+    return lease;
+}
+
 /* lease(segment, offset, nbytes, token, home): a lease that is in force */
 PyObject *native_lease(PyObject *Py_UNUSED(module), PyObject *args) {
     PyObject *segment, *token, *home;
@@ -236,6 +258,7 @@ static void Lease_dealloc(Lease *self) {
         Py_XDECREF(done);
         PyErr_Restore(type, value, trace);
     }
+    if (self->segment == NULL) free(self->address);
     Py_XDECREF(self->home);
     Py_XDECREF(self->token);
     Py_XDECREF(self->segment);

@@ -8,6 +8,7 @@ not seen, since they are nobody's to join.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import importlib.util
 import itertools
@@ -29,6 +30,7 @@ import pytest
 from aio_front import Front
 
 import fastsplit
+from fastsplit.wire.blocking import channel, replies
 from fastsplit.wire.shm import negotiation as sharing
 from fastsplit.wire.shm import ring, slots
 
@@ -217,7 +219,8 @@ _WHY_NOT = {
     "vsock": _why_no_vsock(),
     "shm-mixed": None if fastsplit.native else "the compiled core is not in use here",
 }
-SOCKET_LINKS = ("unix", "tcp4", "tcp6", "vsock")
+SOCKET_LINKS = ("unix", "unix-python", "tcp4", "tcp6", "vsock")
+"""unix-python: without the fast path on either side."""
 RING_LINKS = ("shm", "shm-named", "shm-mixed", "shm-weak")
 """Shared memory with control in a ring: memfd segments; named ones; memfd ones between a client with the compiled core
 and a server without; memfd ones without it on either side, as on a weakly ordered processor."""
@@ -239,6 +242,17 @@ def unix_uri(socket_dir: Path) -> str:
     return f"unix://{socket_dir}/s"
 
 
+def _without_fast_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (channel, replies):
+        monkeypatch.setattr(module, "add_fast_path", lambda *_, **__: None)
+
+
+@pytest.fixture
+def without_fast_path(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From its call on no connection of the blocking front gets a fast path."""
+    return functools.partial(_without_fast_path, monkeypatch)
+
+
 def _uri(link: str, socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     if link == "shm-socket":
         monkeypatch.setattr(sharing, "semaphores", lambda: "")
@@ -249,11 +263,14 @@ def _uri(link: str, socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> str:
             "Slots",
             lambda memory, *, is_client: (compiled if is_client else slots.Slots)(memory, is_client=is_client),
         )
+    elif link == "unix-python":
+        _without_fast_path(monkeypatch)
     elif link == "shm-weak":
         monkeypatch.setattr(ring, "Slots", slots.Slots)
         monkeypatch.setattr(slots, "_STRONGLY_ORDERED", False)
     return {
         "unix": f"unix://{socket_dir}/s?shm=off",
+        "unix-python": f"unix://{socket_dir}/s?shm=off",
         "shm": f"unix://{socket_dir}/s",
         "shm-named": f"tcp://127.0.0.1:0?shm={SHM_PREFIX}",
         "shm-mixed": f"unix://{socket_dir}/s",
@@ -281,9 +298,10 @@ def uri(link: str, socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return _uri(link, socket_dir, monkeypatch)
 
 
-@pytest.fixture(params=map(_link, ("unix", "tcp4", "shm")))
+@pytest.fixture(params=map(_link, ("unix", "unix-python", "tcp4", "shm")))
 def socket_uri(request: pytest.FixtureRequest, socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The same for tests of what happens above the link: two kinds of kernel sockets that differ, and a ring."""
+    """The same for tests of what happens above the link: two kinds of kernel sockets that differ, one of them without
+    the fast path, too, and a ring."""
     return _uri(request.param, socket_dir, monkeypatch)
 
 

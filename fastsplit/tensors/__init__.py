@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from .arrays import Arrays, Desc, dtype_of, parse_arrays, parse_expect, parse_shape
 from .casts import Cast, collect_cast, widen
-from .outgoing import Outgoing, SharedMemory, collect, copy_in, nbytes_of, share
+from .outgoing import Outgoing, SharedMemory, check_memory, collect, copy_in, nbytes_of, share
 from .pool import Lease, Memory, Pool, Slab, Tenant
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "SharedMemory",
     "Slab",
     "Tenant",
+    "check_memory",
     "collect",
     "collect_cast",
     "copy_in",

@@ -38,6 +38,7 @@ from .pool import pool
 __all__ = [
     "Outgoing",
     "SharedMemory",
+    "check_memory",
     "collect",
     "copy_in",
     "nbytes_of",
@@ -129,7 +130,7 @@ def share(tensors: Iterable[Any], memory: SharedMemory, deadline: float | None, 
         if place is not None:  # memory of the arena cannot be resized: no check
             kept.append(value)
         else:
-            _check_memory(value, address, size)
+            check_memory(value, address, size)
             if size:
                 if nbytes + size > limits.max_message_nbytes or len(desc[1]) > limits.max_dims:
                     check_copy(len(descs), desc, nbytes + size, limits)
@@ -156,7 +157,7 @@ def share(tensors: Iterable[Any], memory: SharedMemory, deadline: float | None, 
     )  # without the NamedTuple's own constructor: 0.1 us less
 
 
-def _check_memory(value: Any, address: int, nbytes: int) -> None:
+def check_memory(value: Any, address: int, nbytes: int) -> None:
     """Raises TensorError if the bytes of an array or tensor may not be read. `address`: 0 if it must be copied."""
     if type(value) is np.ndarray:
         if value.base is not None:
@@ -168,7 +169,7 @@ def _check_memory(value: Any, address: int, nbytes: int) -> None:
 def copy_in(memory: SharedMemory, value: Any, address: int, nbytes: int) -> Any:
     """A copy in shared memory, flat, of an array or tensor that is row-major and at `address`. None if there is no room
     now. Raises TensorError if it may not be read."""
-    _check_memory(value, address, nbytes)
+    check_memory(value, address, nbytes)
     try:
         copy = memory.allocate(nbytes, 0.0)
     except ArenaFull:

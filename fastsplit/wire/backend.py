@@ -27,7 +27,7 @@ from ..schema.limits import Limits
 
 __all__ = ["Decoder", "Encoder", "FastPath", "compiled", "knows_torch", "lease", "native"]
 
-_REVISION = 3  # of the extension's interface: NATIVE_REVISION of native/native.h
+_REVISION = 4  # of the extension's interface: NATIVE_REVISION of native/native.h
 _Any = TypeVar("_Any")
 
 

@@ -81,6 +81,8 @@ class ClientCore:
         self.arrays = options.arrays
         self.cast: int = options.wire_dtype
         self.codec: Codec = options.codec
+        self.flags = 0
+        """Of a request that is coded as the channel says."""
         self.stats = Stats()
         self.calls: dict[int, Any] = {}
         """Calls in flight that have no outcome, by request id."""
@@ -145,6 +147,14 @@ class ClientCore:
         """After the handshake: raises SettingError if what the options ask for was not agreed on."""
         if not self.has_shm:
             self.connection.coder.check(self.cast, self.codec)
+        self.code(self.cast, self.codec)
+
+    def code(self, cast: int, codec: Codec) -> None:
+        """Sets the channel's cast and codec, which are known to be possible."""
+        self.cast, self.codec, self.flags = cast, codec, self._flags(cast, codec)
+
+    def _flags(self, cast: int, codec: Codec) -> int:
+        return reply_flags(cast, codec) if self.connection.can_code else 0
 
     def encode(
         self,
@@ -164,7 +174,7 @@ class ClientCore:
         """
         connection, stats = self.connection, self.stats
         time_ns = 0 if left_s is None else max(int(left_s * 1e9), 1)  # 0 says that there is no deadline
-        flags = reply_flags(cast, codec) if connection.can_code else 0
+        flags = self._flags(cast, codec)
         request_id, head = self.session.request(
             op, out.descs, attrs, out.nbytes, time_ns, expected, out.placements, flags
         )
@@ -316,7 +326,7 @@ class ClientFront:
 
     @wire_dtype.setter
     def wire_dtype(self, wire_dtype: str | None) -> None:
-        self._core.cast = self._connected.coding(wire_dtype, UNSET)[0]
+        self._core.code(*self._connected.coding(wire_dtype, UNSET))
 
     @property
     def codec(self) -> str:
@@ -327,7 +337,7 @@ class ClientFront:
 
     @codec.setter
     def codec(self, codec: str) -> None:
-        self._core.codec = self._connected.coding(UNSET, codec)[1]
+        self._core.code(*self._connected.coding(UNSET, codec))
 
     @property
     def link(self) -> LinkEstimate:

@@ -91,6 +91,11 @@ class Coder:
         self._codecs: tuple[int, ...] = ()  # both sides', best first
         self._known: dict[tuple[str, int], tuple[int, int]] = {}  # op, index -> codec, and messages since the sample
 
+    @property
+    def least_nbytes(self) -> int:
+        """Smaller tensors are never coded."""
+        return min(self.threshold_nbytes, MIN_CAST_NBYTES)
+
     # ---- the handshake ----
 
     @staticmethod

@@ -47,7 +47,7 @@ from .transport.scheme import Address, End
 if TYPE_CHECKING:
     from .transport.stream import Stream
 
-__all__ = ["Connection", "greeting"]
+__all__ = ["Connection", "greeting", "weakly"]
 
 
 _clients: weakref.WeakValueDictionary[str, Connection] = weakref.WeakValueDictionary()
@@ -64,7 +64,7 @@ def _padding(nbytes: int) -> bytes:
     return (_PADDING * -(-nbytes // len(_PADDING)))[:nbytes]
 
 
-def _weakly(method: _Callback) -> _Callback:
+def weakly(method: _Callback) -> _Callback:
     """The same bound method of an object that calls it only while it lives, without keeping that alive."""
     if not inspect.ismethod(method):
         return method
@@ -110,7 +110,7 @@ class Connection:
         """Tensor bytes that went out by reference. The sender counts them."""
         self.fast_path: Any = None
         """See fastpath.py; None if it has none."""
-        self._on_memory_pressure = _weakly(on_memory_pressure)
+        self._on_memory_pressure = weakly(on_memory_pressure)
         self._hook = options.on_segment
         self._sharing: Sharing | None = None
         self.coder = Coder(self._memory, options.codec_threshold_nbytes)
@@ -131,7 +131,7 @@ class Connection:
             | (CODES | can_code | TYPES),
             codings=self.coder,
             offer=self._offer.attrs(),
-            on_hello=_weakly(self._on_hello),
+            on_hello=weakly(self._on_hello),
         )
         self.outbox = Outbox(self.session, self.transport)
         if is_client:
@@ -146,6 +146,12 @@ class Connection:
         self._serving.update(threads)
         if self._inside_there is not None:
             self._inside_there.update(self._serving)
+
+    def serves_no_longer_in(self, thread: int) -> None:
+        """Server: a thread ends, whose number may be given to another one."""
+        self._serving.discard(thread)
+        if self._inside_there is not None:
+            self._inside_there.discard(thread)
 
     # ---- memory ----
 
@@ -225,20 +231,24 @@ class Connection:
         return (
             self.meter is not None
             and bool(self.session.capabilities & PROBES)
-            and self.meter.is_probe_due(self.transport.bytes_sent + self.transport.bytes_received)
+            and self.meter.is_probe_due(sum(self._sent_and_received()))
         )
 
     def fill(self, stats: Stats) -> None:
         """Writes what the transport, the session, the arena and the fast path count into `stats`."""
-        transport = self.transport
-        if self.fast_path is not None and self.arena is not None:
-            lent_nbytes, shared_nbytes = self.fast_path.take_counts()
-            self.lent_nbytes += lent_nbytes
-            self.arena.shared_nbytes += shared_nbytes
-        stats.bytes_sent, stats.bytes_received = transport.bytes_sent, transport.bytes_received
+        stats.bytes_sent, stats.bytes_received = self._sent_and_received()
         stats.bytes_staged = self.session.staged_nbytes
         stats.casts_widened, stats.codecs = self.coder.too_large, self.coder.stats
         stats.bytes_shared = self.lent_nbytes + (0 if self.arena is None else self.arena.shared_nbytes)
+        if self.fast_path is not None:
+            stats.bytes_staged += self.fast_path.staged_nbytes
+            stats.bytes_shared += self.fast_path.lent_nbytes + self.fast_path.shared_nbytes
+
+    def _sent_and_received(self) -> tuple[int, int]:
+        sent, received = self.transport.bytes_sent, self.transport.bytes_received
+        if self.fast_path is None:
+            return sent, received
+        return sent + self.fast_path.sent_nbytes, received + self.fast_path.received_nbytes
 
     # ---- the handshake ----
 
@@ -263,7 +273,7 @@ class Connection:
         self.arena = Arena(
             is_client=self.is_client,
             factory=sharing.factory,
-            take_descriptor=_weakly(self._take_descriptor),
+            take_descriptor=weakly(self._take_descriptor),
             on_memory_pressure=self._on_memory_pressure,
             limits=self.session.limits,
             peer_limits=peer_limits,

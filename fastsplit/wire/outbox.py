@@ -108,6 +108,10 @@ class Outbox:
             self.queued_nbytes += nbytes
         return frame
 
+    def put_rest(self, left: bytes) -> None:
+        """Queues what the transport did not take of a frame of which a part was sent."""
+        self.put((left,), len(left)).started = True
+
     def discard(self, frame: Frame, request_id: int) -> bool:
         """Removes a request of which no byte was sent, and has the session forget it. False if it is too late."""
         if frame.started or not frame.buffers:

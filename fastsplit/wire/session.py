@@ -19,7 +19,8 @@ found by incoming.py.
 How bytes come in. The owner asks `receive_buffers()` where the next bytes belong, reads into them, and calls
 `received(n)`. A frame's head is read into a small staging buffer; as soon as its metadata is complete and valid, memory
 for its tensors is allocated and the rest is read straight into it. The part of a payload that came in the same read as
-its head (at most STAGING_NBYTES) is copied and counted in `staged_nbytes`: the price of one read for a small message.
+its head (at most STAGING_NBYTES, or what `stage_in` says) is copied and counted in `staged_nbytes`: the price of one
+read for a small message.
 Through a ring frames come slot by slot (`received_slot`), never with a payload: their tensors are in shared memory.
 
 Interrupts. In the main thread a signal's handler may raise at any moment (Ctrl-C). `received` notes what came in, and
@@ -109,7 +110,7 @@ class Session(Frames):
         self._take, self._allocate = self._tensors.take, allocate
         self._part: bytes | None = None  # of a frame that takes several slots
         self._part_nbytes = 0
-        self._stagings = tuple(memoryview(bytearray(STAGING_NBYTES)) for _ in range(2))
+        self._stagings = _stagings(STAGING_NBYTES)
         self._staging = self._stagings[0]
         self._filled = 0
         self._at = 0  # up to where the staging buffer has been read
@@ -122,6 +123,13 @@ class Session(Frames):
         if self._payload is not None:
             return self._payload.remaining()
         return [self._staging[self._filled :]]
+
+    def stage_in(self, nbytes: int) -> memoryview:
+        """Has as many bytes come in with the head of a frame from now on, not STAGING_NBYTES. Returns the memory that
+        they come into, while there is nothing else of a frame."""
+        self._stagings = _stagings(nbytes)
+        self._move_staged(self._at, self._stagings[0])
+        return self._staging
 
     def received(self, nbytes: int, events: list[Event] | None = None) -> list[Event]:
         """Takes `nbytes` bytes that were read into `receive_buffers()`.
@@ -381,6 +389,10 @@ class Session(Frames):
         self._tensors.close()
         self._part = None
         self._staging, self._filled, self._at = self._stagings[0], 0, 0
+
+
+def _stagings(nbytes: int) -> tuple[memoryview, memoryview]:
+    return memoryview(bytearray(nbytes)), memoryview(bytearray(nbytes))
 
 
 def _check_expected(expected: Sequence[Desc], tensors: Sequence[TensorDesc]) -> None:

@@ -137,14 +137,14 @@ def test_what_waits_is_bounded(socket_uri: str, serve: Serve, monkeypatch: pytes
     started = threading.Event()
     limits = fastsplit.Limits(max_inflight=3) if cap == "requests" else fastsplit.Limits()
     if cap == "bytes":
-        monkeypatch.setattr(readahead, "_MAX_AHEAD_NBYTES", 25_000)
+        monkeypatch.setattr(readahead, "_MAX_AHEAD_NBYTES", 125_000)
     server = serve(socket_uri, {"poll": handle, "echo": lambda call: call.tensors}, limits=limits, arrays="numpy")
     with connected(server.uri) as peer:
         peer.greet()
         peer.send(frame(REQUEST, 1, "poll"))
         time.sleep(0.02)
         threading.Timer(0.02, started.set).start()
-        _send_many(peer, 8, 10_000)
+        _send_many(peer, 8, 50_000)  # so large that one read brings at most two
     assert waited == [3]
 
 

@@ -272,6 +272,7 @@ def test_which_memory_is_shared(channel: fastsplit.Channel, link: str) -> None:
         channel.shm_reason
         == {
             "unix": "off: the client's URI says shm=off",
+            "unix-python": "off: the client's URI says shm=off",
             "tcp4": "off: over tcp it must be asked for, with ?shm=/dev/shm/NAME",
             "tcp6": "off: over tcp it must be asked for, with ?shm=/dev/shm/NAME",
             "vsock": "off: the two sides may be on different hosts",

@@ -3,12 +3,14 @@
     Decode   a message's bytes, for a table of heads that Python has validated
     Server   slots of requests, for a fast path that receives and replies
     Client   slots of replies, for a fast path that calls, or submits and waits
+    SocketServer, SocketClient   the same with bytes through a socket
     Control  steps at a ring, with any values in the words that both sides write
     Encode   messages to send, for a table of templates
 
 Rules. Where the compiled code takes an input, it gives what the reference gives; where it leaves one to Python, nothing
 has happened, and Python goes on as if it had never looked. Two ends in equal states see that: one with a fast path, and
-one without anything compiled, which gets each slot as bytes. What is compared: what came out, and the arenas' counts.
+one without anything compiled, which gets each slot as bytes. What is compared: what came out, and the arenas' counts;
+through a socket, what the session keeps of a frame that is not whole.
 """
 
 from __future__ import annotations
@@ -33,14 +35,16 @@ from fastsplit.errors import FastsplitError
 from fastsplit.schema import decoder, encoder
 from fastsplit.schema.header import HEADER_NBYTES
 from fastsplit.schema.limits import Limits
-from fastsplit.tensors import parse_arrays, share
+from fastsplit.tensors import collect, parse_arrays, share
+from fastsplit.tensors.pool import pool
 from fastsplit.wire import backend
 from fastsplit.wire.blocking.future import Future
 from fastsplit.wire.call import Call
+from fastsplit.wire.compression import Coder
 from fastsplit.wire.events import Failed, Reply, Request
 from fastsplit.wire.fastpath import add_fast_path
 from fastsplit.wire.result import Result
-from fastsplit.wire.rules import SHARES, TYPES, State, call_kind
+from fastsplit.wire.rules import CODES, SHARES, TYPES, State, call_kind
 from fastsplit.wire.session import Session
 from fastsplit.wire.shm.arena import Arena
 from fastsplit.wire.shm.ring import RING_NBYTES, Ring
@@ -79,27 +83,30 @@ def _memory(nbytes: int) -> Any:
 class End:
     """One side after the handshake, without threads. Its peer: the socket's other end, and Slots of Python's."""
 
-    slot = b""
+    slot = given = b""
+    path: Any = None
+    LIMITS = LIMITS
 
     def __init__(self, *, is_client: bool, compiled: bool) -> None:
-        self.is_client = is_client
+        self.is_client, self.compiled = is_client, compiled
         self.arrays = TORCH if is_client and backend.knows_torch() else NUMPY
         self.ours, self.theirs = (1, 2) if is_client else (2, 1)
         self.sock, sock = socket.socketpair()
         self.sock.setblocking(False)
+        self.coder = Coder(pool)
+        self.open(sock)
+        self.held: deque[Any] = deque(maxlen=4)
+        self.settle()
+
+    def open(self, sock: socket.socket) -> None:
+        is_client = self.is_client
         self.memory = _memory(RING_NBYTES)
         Ring.format(self.memory)
         self.peer = Slots(self.memory, is_client=not is_client)
         self.ring = Ring(Stream(sock, passes_descriptors=True), self.memory, is_client=is_client)
         nothing: Any = {"take_descriptor": lambda: None, "on_memory_pressure": lambda deadline: None}
         self.arena = Arena(is_client=is_client, factory=Memfd(), limits=LIMITS, peer_limits=LIMITS, **nothing)
-        make: Any = partial(Session, limits=LIMITS, capabilities=SHARES | TYPES, on_hello=lambda *_: self.arena)
-        self.session = make(is_client=is_client, allocate=lambda nbytes: np.zeros(nbytes, np.uint8))
-        hello = bytes(make(is_client=not is_client, allocate=None).hello())
-        self.session.receive_buffers()[0][: len(hello)] = hello
-        self.session.received(len(hello))
-        if not compiled:
-            self.session.decoder.compiled = self.session.encoder.compiled = None
+        self.greet(SHARES | TYPES, lambda *_: self.arena)
         self.segment = Segment(self.theirs, _memory(PEERS_NBYTES), None)
         self.segment.memory[:] = bytes(number % 251 for number in range(PEERS_NBYTES))
         self.mine = [self.arena.allocate(nbytes) for nbytes in SIZES]
@@ -110,13 +117,38 @@ class End:
         for segment in self.arena.take_pending()[0]:  # type: ignore[index]
             os.close(segment.fd)  # type: ignore[arg-type]
             segment.fd = None
-        self.held: deque[Any] = deque(maxlen=4)
-        self.settle()
+
+    def greet(self, capabilities: int, on_hello: Any, **more: Any) -> None:
+        make: Any = partial(Session, limits=self.LIMITS, capabilities=capabilities, on_hello=on_hello, **more)
+        self.session = make(is_client=self.is_client, allocate=lambda nbytes: np.zeros(nbytes, np.uint8))
+        hello = bytes(make(is_client=not self.is_client, allocate=None).hello())
+        self.session.receive_buffers()[0][: len(hello)] = hello
+        self.session.received(len(hello))
+        if not self.compiled:
+            self.session.decoder.compiled = self.session.encoder.compiled = None
+
+    @property
+    def transport(self) -> Any:
+        return self.ring
 
     def fast_path(self, **more: Any) -> Any:
-        link: Any = SimpleNamespace(arena=self.arena, transport=self.ring, session=self.session, inside=set())
-        link.sending, link.outbox = Lock(), SimpleNamespace(frames=deque())
-        return add_fast_path(link, self.arrays, Stats(), handlers={"f": None, "": None}, **more)
+        link: Any = SimpleNamespace(arena=self.arena, transport=self.transport, session=self.session, inside=set())
+        link.sending, link.outbox, link.coder = Lock(), SimpleNamespace(frames=deque()), self.coder
+        link.can_code = bool(self.coder.accepted)
+        add_fast_path(link, self.arrays, Stats(), handlers={"f": None, "": None}, **more)
+        self.path = link.fast_path
+        return self.path
+
+    def give(self, data: bytes) -> None:
+        """The peer writes. The end without a fast path gets a slot as bytes."""
+        self.given = data[:SLOT_NBYTES].ljust(SLOT_NBYTES, b"\0")
+        if self.path is not None:
+            self.peer.write(self.given)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether what was given can still be read."""
+        return bool(self.ring.has_bytes())
 
     def settle(self, *, keep_part: bool = False) -> None:
         """The state that an input finds: open, with the peer's segment, and with loans of our blocks. `keep_part`: and
@@ -148,12 +180,12 @@ class End:
         ]
         return blocks, list(arena.returns), list(arena._peers), self.session.state, list(self.session.requests)
 
-    def take_in(self, slot: bytes | None) -> Any:
-        """The event of a slot by Python's path. None: of the ring's next one."""
-        if slot is None:
+    def take_in(self) -> Any:
+        """The event of what was given, by Python's path."""
+        if self.path is not None:
             events = self.ring.receive(self.session, None, blocking=False)
         else:
-            events = self.session.received_slot(slot)
+            events = self.session.received_slot(self.given)
         return events[0] if events else None
 
     def reply(self, tensors: Any, request_id: int = REQUEST_ID) -> bytes:
@@ -172,6 +204,13 @@ class End:
             self.peer.gave_back()
         return self.slot[: HEADER_NBYTES + int.from_bytes(self.slot[16:20], "little")]
 
+    def place(self, address: int, nbytes: int) -> Any:
+        """Where a tensor lies."""
+        place = self.arena.place(address, nbytes)
+        if place is None:
+            raise Found(f"{nbytes} bytes at {address:#x}, which no segment has")
+        return place
+
     def seen(self, event: Any) -> Any:
         """What came, as it can be compared: tensors by their places and bytes."""
         if isinstance(event, Failed):
@@ -181,9 +220,7 @@ class End:
         tensors = []
         for tensor in self.tensors_of(event):
             address, nbytes = tensor.ctypes.data if isinstance(tensor, np.ndarray) else tensor.data_ptr(), tensor.nbytes
-            place = self.arena.place(address, nbytes) if nbytes else None
-            if nbytes and place is None:
-                raise Found(f"{nbytes} bytes at {address:#x}, which no segment has")
+            place = self.place(address, nbytes) if nbytes else None
             tensors.append((tensor.dtype, tuple(tensor.shape), place, ctypes.string_at(address, nbytes)))
         attrs = repr(event.attrs if isinstance(event, (Call, Result)) else event.message.attrs)
         if isinstance(event, Call):
@@ -202,6 +239,82 @@ class End:
         self.session.close()
         self.arena.close()
         self.ring.close()
+        self.sock.close()
+
+
+class SocketEnd(End):
+    """One that has a socket and no shared memory. Codings were agreed on."""
+
+    LIMITS = Limits(max_metadata_nbytes=8192, max_message_nbytes=2**20)
+    failed = False
+
+    def open(self, sock: socket.socket) -> None:
+        self.stream, self.arena = Stream(sock), None  # type: ignore[assignment]
+        capabilities = CODES | TYPES | Coder.capabilities()
+        self.greet(capabilities, lambda *_: self.coder.agree(capabilities), codings=self.coder)
+        self.session.stage_in(68 * 1024)  # as the fast path does, so that both ends count the same
+        self.mine = [np.full(nbytes, number, np.uint8) for number, nbytes in enumerate(SIZES)]
+
+    @property
+    def transport(self) -> Any:
+        return self.stream
+
+    def settle(self, *, keep_part: bool = False) -> None:
+        """Open, with nothing left to read. `keep_part`: but what came of a longer frame, if all before was right."""
+        session = self.session
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self.stream._sock.recv(65536, socket.MSG_DONTWAIT)
+        if self.failed or not keep_part:
+            session.close()
+            session.payload_left = 0
+        self.failed = session.aborted = session.in_doubt = session.unfinished = False
+        session.state, session.may_request, session.arrived = State.OPEN, True, 0
+        session._call_kind = call_kind(State.OPEN, is_client=self.is_client)
+        session.requests.clear()
+        session.unwanted.clear()
+
+    def state(self) -> Any:
+        session, path = self.session, self.path
+        staged_nbytes = session.staged_nbytes + (0 if path is None else path.staged_nbytes)
+        part = bytes(session._staging[session._at : session._filled])
+        return part, session.payload_left, staged_nbytes, session.state, list(session.requests)
+
+    def give(self, data: bytes) -> None:
+        self.sock.send(data)
+
+    @property
+    def is_there(self) -> bool:
+        return bool(self.session.arrived or self.session.unfinished or self.stream.has_bytes())
+
+    def take_in(self) -> Any:
+        events: list[Any] = []
+        while self.is_there and not self.failed:
+            self.stream.receive(self.session, None, blocking=False, events=events)
+            self.failed = bool(events) and isinstance(events[-1], Failed)
+        return events[0] if len(events) == 1 else events or None
+
+    def reply(self, tensors: Any, request_id: int = REQUEST_ID) -> bytes:
+        out = collect(tensors, self.LIMITS)
+        head = self.session.reply(request_id, out.descs, out.nbytes, 5, {"n": 1}, ())
+        return bytes(head) + b"".join(map(bytes, out.buffers))
+
+    def sent(self) -> bytes:
+        try:
+            return self.sock.recv(65536)
+        except BlockingIOError:
+            raise Found("nothing was written") from None
+
+    def place(self, address: int, nbytes: int) -> Any:
+        return None
+
+    def seen(self, event: Any) -> Any:
+        return list(map(self.seen, event)) if isinstance(event, list) else super().seen(event)
+
+    def close(self) -> None:
+        self.held.clear()
+        self.session.close()
+        self.stream.close()
         self.sock.close()
 
 
@@ -243,6 +356,20 @@ def frames(kind: int) -> list[bytes]:
     out += [frame(RETIRE, attrs={"id": number}) for number in (1, 2)]
     out += [frame(other, REQUEST_ID, attrs={"code": "failed", "text": "x"}) for other in (CANCEL, GOODBYE, ERROR)]
     return out + [frame(other, attrs={"id": 3, "nbytes": 64, "name": "", "answer": 0}) for other in (SEGMENT, PROBE)]
+
+
+def socket_frames(kind: int) -> list[bytes]:
+    """Frames with payloads; some of them coded, and some behind one another. What travels by reference is among them,
+    and wrong here."""
+    out = []
+    for number, (op, descs, attrs, _, _) in enumerate(MESSAGES):
+        nbytes = sum(decoder.TensorDesc.of(decoder.BY_CODE[code], shape).nbytes for code, shape in descs)
+        payload, flags = bytes(at % 251 for at in range(nbytes)), number % 3 * 17 * (kind == REQUEST)
+        out.append(frame(kind, REQUEST_ID, op, descs, attrs, payload, typed=True, flags=flags, time_ns=number % 3))
+    for coding in (0x10, 0x20, 0x01):
+        placements = [coding << 32, 0, 8]
+        out.append(frame(kind, REQUEST_ID, "f", [(F32, (4,))], payload=bytes(8), placements=placements, typed=True))
+    return [*out, out[2] + out[3], out[2][:-3], out[0] * 3, out[2] + out[4][:50], *frames(kind)]
 
 
 class Frames:
@@ -287,19 +414,22 @@ class Decode(Frames):
 class _FastPaths(Frames):
     """Two ends, the first with a fast path. The last byte: 2 keep the tensors, 32 go on with a longer frame."""
 
+    End: type[End] = End
+
     def __init__(self, kind: int, **more: Any) -> None:
         super().__init__(kind)
-        self.ends = [End(is_client=kind == REPLY, compiled=compiled) for compiled in (True, False)]
+        self.ends = [self.End(is_client=kind == REPLY, compiled=compiled) for compiled in (True, False)]
         self.path = self.ends[0].fast_path(**more)
 
     def run(self, data: bytes) -> None:
-        slot, what = data[:-1][:SLOT_NBYTES].ljust(SLOT_NBYTES, b"\0"), data[-1]
+        frame, what = data[:-1] or b"\0", data[-1]
         first, second = self.ends
-        first.peer.write(slot)
+        for end in self.ends:
+            end.give(frame)
         found = self.ask(what)
-        if found is None and not first.ring.has_bytes():
-            raise Found("the slot is gone")
-        came = [first.take_in(None) if found is None else found, second.take_in(slot)]
+        if found is None and not first.is_there:
+            raise Found("the frame is gone")
+        came = [first.take_in() if found is None else found, second.take_in()]
         del found
         same(*(end.seen(event) for end, event in zip(self.ends, came)))
         self.answer(came, what)
@@ -349,7 +479,7 @@ class Client(_FastPaths):
 
     def __init__(self) -> None:
         super().__init__(REPLY, future_type=Future)
-        core = SimpleNamespace(refusing=False, closed=False, max_inflight=8, calls={})
+        core = SimpleNamespace(refusing=False, closed=False, max_inflight=8, calls={}, flags=0)
         self.reader: Any = SimpleNamespace(
             core=core, lock=RLock(), reading=0, followers=0, watcher=None, watching=False
         )
@@ -367,7 +497,7 @@ class Client(_FastPaths):
         found = self.path.submit(*asked) if what & 1 else self.path.call(*asked)
         heads = [end.session.request(*asked[1:4], 0, 5 * 10**9, expected)[1] for end in self.ends[found is not None :]]
         if found is None:
-            first.ring.send([heads[0]])
+            first.transport.send([heads[0]])
         same(first.sent(), heads[-1])
         if what & 1 and found is not None:
             self.path.wait(reader, found, 5.0)
@@ -375,6 +505,24 @@ class Client(_FastPaths):
         same((reader.reading, len(calls)), (0, found is not None and type(found) is not Result))
         calls.clear()
         return found if type(found) is Result else None
+
+
+class _Socket(_FastPaths):
+    End = SocketEnd
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[call-arg]
+        kind = REPLY if self.ends[0].is_client else REQUEST
+        self.seeds = [each + bytes([what]) for each in socket_frames(kind) for what in (0, 0xB7, 0x1A)]
+        self.ends[0].stream.arm(time.monotonic())  # it waits for the rest of a payload: no longer than this
+
+
+class SocketServer(_Socket, Server):
+    pass
+
+
+class SocketClient(_Socket, Client):
+    pass
 
 
 # ---- the ring's own words --------------------------------------------------------------------------------------------
@@ -532,4 +680,5 @@ class Encode:
         pass
 
 
-TARGETS: dict[str, Any] = {each.__name__.lower(): each for each in (Decode, Server, Client, Control, Encode)}
+_ALL = (Decode, Server, Client, SocketServer, SocketClient, Control, Encode)
+TARGETS: dict[str, Any] = {each.__name__.lower(): each for each in _ALL}

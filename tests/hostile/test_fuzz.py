@@ -19,6 +19,7 @@ if not backend.native:
 pytestmark = pytest.mark.skipif(_WHY_NOT is not None, reason=str(_WHY_NOT))
 
 INPUTS = {"decode": 20_000, "server": 5000, "client": 5000, "control": 1000, "encode": 4000}
+INPUTS |= {"socketserver": 5000, "socketclient": 5000}
 
 
 @pytest.mark.parametrize("target", TARGETS)

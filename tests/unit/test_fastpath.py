@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures as cf
+import contextlib
 import gc
 import logging
 import os
 import signal
+import socket
+import struct
 import sys
 import threading
 import time
@@ -21,12 +24,33 @@ from typing import Any
 
 import numpy as np
 import pytest
-from raw_peer import ABORT, ERROR, FLOAT32, REPLY, REQUEST, RawPeer, connected, frame, memfd, serving
+from raw_peer import (
+    ABORT,
+    CANCEL,
+    ERROR,
+    FLOAT32,
+    GOODBYE,
+    HEADER,
+    HELLO,
+    REPLY,
+    REQUEST,
+    RawPeer,
+    connected,
+    frame,
+    hello,
+    memfd,
+    serving,
+)
 from until import until
 
 import fastsplit
-from fastsplit.errors import ClosedError, DeadlineError, PeerLostError
+from fastsplit.errors import ClosedError, DeadlineError, PeerLostError, ReentrantCallError
+from fastsplit.schema.coding import cast_bit
+from fastsplit.wire.blocking import channel as blocking_channel
 from fastsplit.wire.blocking import replies
+from fastsplit.wire.rules import CODES
+from fastsplit.wire.session import STAGING_NBYTES
+from fastsplit.wire.transport import meter
 
 pytestmark = pytest.mark.skipif(not fastsplit.native, reason="the compiled core is not in use here")
 
@@ -34,6 +58,9 @@ Serve = Callable[..., fastsplit.Server]
 Connect = Callable[..., fastsplit.Channel]
 Pair = tuple[fastsplit.Channel, fastsplit.Channel]
 NBYTES = 65536
+
+through_a_ring = pytest.mark.parametrize("socket_uri", ["shm"], indirect=True)
+through_a_socket = pytest.mark.parametrize("socket_uri", ["unix", "tcp4"], indirect=True)
 
 
 class Watched:
@@ -76,6 +103,12 @@ def _echo(call: fastsplit.Call) -> Any:
     return call.tensors
 
 
+@pytest.fixture(params=[pytest.param(link, marks=pytest.mark.matrix) for link in ("unix", "tcp4", "shm")])
+def socket_uri(request: pytest.FixtureRequest, unix_uri: str) -> str:
+    """The links of the other tests' fixture that have a fast path."""
+    return {"unix": unix_uri + "?shm=off", "tcp4": "tcp://127.0.0.1:0", "shm": unix_uri}[request.param]
+
+
 @pytest.fixture
 def gate() -> Iterator[threading.Event]:
     """The handler "gate" waits for it."""
@@ -86,13 +119,13 @@ def gate() -> Iterator[threading.Event]:
 
 
 @pytest.fixture
-def server(unix_uri: str, serve: Serve, gate: threading.Event) -> fastsplit.Server:
+def server(socket_uri: str, serve: Serve, gate: threading.Event) -> fastsplit.Server:
     def wait(call: fastsplit.Call) -> Any:
         assert gate.wait(20)
         return call.tensors
 
     handlers = {"echo": _echo, "gate": wait, "big": lambda call: np.ones(NBYTES), "fail": lambda call: 1 / 0}
-    return serve(unix_uri, handlers, arrays="numpy")
+    return serve(socket_uri, handlers, arrays="numpy")
 
 
 @pytest.fixture
@@ -115,11 +148,13 @@ def no_server_fast_path(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 
 @pytest.fixture
-def pair(serve: Serve, connect: Connect, unix_uri: str, no_server_fast_path: Callable[[], None]) -> Callable[..., Pair]:
+def pair(
+    serve: Serve, connect: Connect, socket_uri: str, no_server_fast_path: Callable[[], None]
+) -> Callable[..., Pair]:
     """`pair(handlers, arrays)`: two channels, of which the second has no fast path at either end."""
 
     def make(handlers: dict[str, Any], arrays: str = "numpy") -> Pair:
-        server = serve(unix_uri, handlers, arrays=arrays)
+        server = serve(socket_uri, handlers, arrays=arrays)
         first = connect(server.uri, arrays=arrays, call_timeout_s=10)
         no_server_fast_path()
         second = connect(server.uri, arrays=arrays, call_timeout_s=10)
@@ -146,6 +181,14 @@ def _outcome(work: Callable[[], Any]) -> Any:
     except Exception as error:
         return type(error), str(error)
     return list(map(_shown, result)), repr(result.attrs)
+
+
+def _error(work: Callable[[], Any]) -> BaseException | None:
+    try:
+        work()
+    except Exception as error:
+        return error
+    return None
 
 
 def _check_equal(pair: Pair, work: Callable[[fastsplit.Channel], Any]) -> None:
@@ -225,6 +268,13 @@ KINDS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+def _counts(channel: fastsplit.Channel, *, staged: bool = True) -> tuple[int, ...]:
+    """`staged`: of large tensors the fast path stages more."""
+    stats = channel.stats
+    crossed = (stats.bytes_sent, stats.bytes_received) if channel._connection.arena is None else ()  # else bells
+    return stats.calls, stats.bytes_shared, stats.bytes_copied, stats.bytes_staged if staged else 0, *crossed
+
+
 @pytest.mark.parametrize("arrays", ["numpy", "torch"])
 def test_tensors(pair: Callable[..., Pair], arrays: str) -> None:
     channels = pair({"echo": _echo}, arrays)
@@ -238,8 +288,7 @@ def test_tensors(pair: Callable[..., Pair], arrays: str) -> None:
             _check_equal(channels, lambda channel: channel.call("echo", part(own)))  # noqa: B023
             _check_equal(channels, lambda channel: channel.call("echo", part(shared[channel]), n=1))  # noqa: B023
             _check_equal(channels, lambda channel: channel.submit("echo", *[part(shared[channel])] * 2).result())  # noqa: B023
-    counts = [(stats.calls, stats.bytes_shared, stats.bytes_copied) for stats in (each.stats for each in channels)]
-    assert counts[0] == counts[1]
+    assert _counts(channels[0]) == _counts(channels[1])
 
 
 def _odd_tensors() -> Iterator[Any]:
@@ -472,31 +521,55 @@ def test_a_fork_while_another_thread_waits_in_the_fast_path(channel: fastsplit.C
         assert call.result(5)[0].shape == (4,)
 
 
+def _greet(peer: RawPeer, uri: str, *, is_client: bool) -> None:
+    """The handshake of the link that a URI names."""
+    if "shm=off" in uri or uri.startswith("tcp"):
+        peer.greet()
+    else:
+        peer.greet_shm(is_client=is_client)
+
+
 @pytest.mark.parametrize("spin_us", [0, 50])
-def test_a_peer_that_dies_while_the_fast_path_sleeps(unix_uri: str, connect: Connect, spin_us: int) -> None:
+@pytest.mark.parametrize("reset", [False, True])
+def test_a_peer_that_dies_while_the_fast_path_waits(
+    socket_uri: str, connect: Connect, spin_us: int, reset: bool
+) -> None:
     go_on = threading.Event()
 
     def script(peer: RawPeer) -> None:
-        peer.greet_shm(is_client=False)
+        _greet(peer, socket_uri, is_client=False)
         for _ in range(3):
             peer.send(frame(REPLY, request_id=peer.expect(REQUEST).request_id))
         peer.expect(REQUEST)
         assert go_on.wait(10)
+        go_on.clear()
+        if reset:
+            peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
-    with serving(unix_uri, script) as uri, cf.ThreadPoolExecutor(1) as pool:
-        channel = connect(uri, arrays="numpy", spin_us=spin_us)
-        for _ in range(3):
-            channel.call("op")
-        call = pool.submit(channel.call, "op")
-        until(lambda: channel._connection.fast_path.op == "op")
-        go_on.set()
-        assert isinstance(call.exception(5), PeerLostError)
-        channel.close()
+    said = []
+    with serving(socket_uri, script, clients=2) as uri, cf.ThreadPoolExecutor(1) as pool:
+        for is_fast in (True, False):
+            channel = connect(uri, arrays="numpy", spin_us=spin_us)
+            path = channel._connection.fast_path
+            if not is_fast:
+                channel._connection.fast_path = None
+            for _ in range(3):
+                channel.call("op")
+            call = pool.submit(channel.call, "op")
+            until(lambda: path.op == "op" if is_fast else channel._reader.reading)  # noqa: B023
+            go_on.set()
+            error = call.exception(5)
+            assert isinstance(error, PeerLostError)
+            said.append(str(error))
+            assert isinstance(_error(lambda: channel.call("op")), ClosedError)  # noqa: B023
+            channel.close()
+    assert said[0] == said[1]
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
+@through_a_ring
 def test_more_returns_and_dead_leases_than_fit(server: fastsplit.Server, channel: fastsplit.Channel) -> None:
     for count in (40, 150):
         shared = [channel.empty(16, "int32") for _ in range(count)]
@@ -514,6 +587,7 @@ def test_more_returns_and_dead_leases_than_fit(server: fastsplit.Server, channel
     assert channel.call("echo", np.ones(3))[0].sum() == 3
 
 
+@through_a_ring
 def test_segments_that_come_while_the_fast_path_sleeps(channel: fastsplit.Channel) -> None:
     """Their descriptors come along with the bell."""
     channel.spin_us = 0
@@ -600,14 +674,6 @@ def test_a_follower_that_comes_as_the_fast_path_is_left(channel: fastsplit.Chann
     finally:
         reader.leave_reading()
         thread.join()
-
-
-def _error_of(future: fastsplit.Future) -> BaseException | None:
-    try:
-        future.result()
-    except Exception as error:
-        return error
-    return None
 
 
 class Lock:
@@ -710,7 +776,7 @@ def test_finalizers_while_a_future_is_waited_for(channel: fastsplit.Channel, wha
         gc.set_threshold(gc.get_count()[0] + i % 3, 1000, 1000)
         gc.enable()
         started = time.monotonic()
-        error = _error_of(future)
+        error = _error(future.result)
         gc.set_threshold(*threshold)
         took_s = time.monotonic() - started
         until(lambda: gc.collect() >= 0 and ran)  # which does nothing while another thread collects
@@ -738,7 +804,7 @@ def test_a_fast_path_of_nothing() -> None:
 # ---- a server and its clients ----------------------------------------------------------------------------------------
 
 
-def test_a_cancelled_call_ends_the_fast_path_only_for_itself(unix_uri: str, serve: Serve, connect: Connect) -> None:
+def test_a_cancelled_call_ends_the_fast_path_only_for_itself(socket_uri: str, serve: Serve, connect: Connect) -> None:
     looks = threading.Event()
 
     def look(call: fastsplit.Call) -> Any:
@@ -746,9 +812,10 @@ def test_a_cancelled_call_ends_the_fast_path_only_for_itself(unix_uri: str, serv
         until(lambda: call.cancelled)
         return call.tensors
 
-    server = serve(unix_uri, {"look": look, "echo": _echo}, arrays="numpy")
+    server = serve(socket_uri, {"look": look, "echo": _echo}, arrays="numpy")
     channel = connect(server.uri, arrays="numpy", call_timeout_s=10)
     x = channel.empty(4)
+    channel.call("echo", x)  # so that the server is past the handshake
     served = _served(server)
     served.connection.fast_path = path = Watched(served.connection.fast_path)
     for _ in range(4):
@@ -842,11 +909,701 @@ def test_hostile_replies(unix_uri: str, reply: dict[str, Any]) -> None:
     assert outcomes[0] == outcomes[1]
 
 
-def test_stats_that_somebody_holds_go_on_growing(channel: fastsplit.Channel) -> None:
+# ---- through a socket ------------------------------------------------------------------------------------------------
+
+LARGE = 30_000  # bytes of one message's tensors, which the fast path sends itself
+_MIN_BUFFER = 4096  # less than a message: the kernel takes a part of one
+
+
+def _socket(connection: Any) -> socket.socket:
+    found = connection.transport._sock
+    assert isinstance(found, socket.socket)
+    return found
+
+
+def _narrow(connection: Any) -> None:
+    _socket(connection).setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _MIN_BUFFER)
+
+
+class Late:
+    """A raw server that answers a few requests at once, and reads no further before it may. It returns the tensors."""
+
+    def __init__(self, at_once: int = 4) -> None:
+        self.at_once, self.goes_on, self.leaves = at_once, threading.Event(), False
+        self.came: list[bytes] = []
+
+    def script(self, peer: RawPeer) -> None:
+        peer.greet()
+        for number in range(1000):
+            if number == self.at_once:
+                assert self.goes_on.wait(20)
+                if self.leaves:
+                    return
+            try:
+                came = peer.receive()
+            except AssertionError:  # the client has ended in the middle of a frame
+                return
+            if came is None or came.kind == GOODBYE:
+                return
+            if came.kind == REQUEST:
+                self.came.append(came.payload)
+                descs = [(desc.dtype.code, desc.shape) for desc in came.message.tensors]
+                with contextlib.suppress(OSError):
+                    peer.send(frame(REPLY, came.request_id, tensors=descs, payload=came.payload))
+
+
+def _large(number: int) -> Any:
+    return np.full(LARGE, number, np.uint8)
+
+
+@contextlib.contextmanager
+def _late(uri: str, *, is_fast: bool = True) -> Iterator[tuple[Late, fastsplit.Channel]]:
+    late = Late()
+    with serving(uri, late.script) as uri:
+        try:
+            with fastsplit.connect(uri, arrays="numpy", call_timeout_s=10, spin_us=0) as channel:
+                if not is_fast:
+                    channel._connection.fast_path = None
+                for number in range(4):
+                    channel.call("op", _large(number))
+                _narrow(channel._connection)
+                yield late, channel
+                late.goes_on.set()
+        finally:
+            late.goes_on.set()
+
+
+@through_a_socket
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_a_request_of_which_the_kernel_takes_a_part(socket_uri: str, is_fast: bool) -> None:
+    """Python sends the rest. Every byte arrives, once and in order, and all of them count."""
+    with _late(socket_uri, is_fast=is_fast) as (late, channel), cf.ThreadPoolExecutor(1) as pool:
+        connection, path = channel._connection, _watched(channel) if is_fast else None
+        sending = pool.submit(lambda: [channel.submit("op", _large(number)) for number in range(4, 24)])
+        until(connection.sending.locked)
+        late.goes_on.set()
+        results = [future.result()[0] for future in sending.result()]
+        assert all((result == number).all() for number, result in enumerate(results, 4))
+        assert late.came == [bytes(_large(number)) for number in range(24)]
+        sent = channel.stats.bytes_sent
+        if path is not None:
+            assert path.came["submit: fast"] > 0
+            assert connection.transport.bytes_sent > 70_000  # more than the handshake's
+        assert channel.stats.calls == 24
+        assert 24 * LARGE < sent < 24 * (LARGE + 500) + 70_000
+        assert channel.call("op", _large(24))[0][0] == 24
+        assert not connection.sending.locked() and not connection.inside and not connection.outbox.frames
+
+
+def _until_half_sent(channel: fastsplit.Channel) -> None:
+    connection = channel._connection
+    until(lambda: connection.sending.locked() and connection.outbox.frames)
+
+
+def _half_sent_call(
+    uri: str, work: str, timeout_s: float, *, is_fast: bool, meanwhile: Callable[[Late, Any], object]
+) -> Any:
+    """The error of a call of which the kernel took a part, while that happened."""
+    with _late(f"{uri}{is_fast}?shm=off", is_fast=is_fast) as (late, channel):
+
+        def act() -> None:
+            _until_half_sent(channel)
+            meanwhile(late, channel)
+
+        thread = threading.Thread(target=act)
+        thread.start()
+        try:
+            outcome: Any = getattr(channel, work)("op", _large(9), timeout_s=timeout_s)
+            if work == "submit":
+                outcome = outcome.result()
+        except BaseException as error:
+            outcome = type(error), str(error)
+        thread.join()
+        connection = channel._connection
+        assert not connection.sending.locked()
+        assert not connection.inside and not channel._reader.reading
+        assert not channel._core.calls or not channel.closed
+        if not isinstance(outcome, tuple) or type(outcome) is fastsplit.Result:
+            return [bytes(tensor) for tensor in outcome]
+        return outcome, channel.closed, connection.transport.fileno()
+
+
+@pytest.mark.parametrize("work", ["call", "submit"])
+@pytest.mark.parametrize("what", ["read", "deadline", "interrupt", "close", "leave"])
+def test_a_call_of_which_the_kernel_takes_a_part(unix_uri: str, sigint: None, what: str, work: str) -> None:
+    """And what happens in the middle of it: the peer reads, the deadline passes, Ctrl-C, another thread closes, the
+    peer leaves."""
+    main = threading.get_ident()
+
+    def meanwhile(late: Late, channel: fastsplit.Channel) -> None:
+        if what == "interrupt":
+            time.sleep(0.02)  # so that it waits in a system call: one that is about to begin would not be interrupted
+            signal.pthread_kill(main, signal.SIGINT)
+        elif what == "close":
+            channel.close()
+        elif what != "deadline":
+            late.leaves = what == "leave"
+            late.goes_on.set()
+
+    timeout_s = 0.05 if what == "deadline" else 5
+    outcomes = [
+        _half_sent_call(unix_uri, work, timeout_s, is_fast=is_fast, meanwhile=meanwhile) for is_fast in (True, False)
+    ]
+    assert outcomes[0] == outcomes[1]
+    if what == "read":
+        assert outcomes[0] == [bytes(_large(9))]
+    else:
+        assert outcomes[0][1:] == (True, -1)
+
+
+@pytest.mark.parametrize("work", ["call", "submit"])
+@pytest.mark.parametrize("of", ["this thread", "another thread"])
+def test_code_that_runs_when_a_part_is_sent(unix_uri: str, work: str, of: str) -> None:
+    """A finalizer or a signal's handler that calls before Python sends the rest gets an error: its own thread holds
+    what it would wait for. Another thread waits, and leaves the rest alone."""
+    said: list[Any] = []
+    with _late(f"{unix_uri}?shm=off") as (late, channel), cf.ThreadPoolExecutor(1) as pool:
+        take_rest = channel._connection.fast_path.take_rest
+
+        def ask() -> BaseException | None:
+            return _error(lambda: getattr(channel, work)("op", timeout_s=0.1))
+
+        class Path(Watched):
+            def take_rest(self, nothing: None) -> Any:
+                said.append(ask() if of == "this thread" else pool.submit(ask).result())
+                late.goes_on.set()
+                return take_rest(nothing)
+
+        channel._connection.fast_path = Path(channel._connection.fast_path)
+        outcome = getattr(channel, work)("op", _large(5), timeout_s=5)
+        assert bytes((outcome if work == "call" else outcome.result())[0]) == bytes(_large(5))
+        assert not channel._connection.inside
+    assert [type(error) for error in said] == [ReentrantCallError if of == "this thread" else DeadlineError]
+
+
+def test_a_handler_that_calls_while_a_cancel_is_sent(
+    channel: fastsplit.Channel, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gets an error: its own thread holds what it would wait for."""
+    x, transport = channel.empty(4), channel._connection.transport
+    gate.clear()
+    future, send, said = channel.submit("gate", x), transport.send, []
+
+    def interrupted(*args: Any) -> Any:
+        if len(said) < 1:
+            said.append(None)
+            said.append(_error(lambda: channel.call("echo", x, timeout_s=0.1)))
+        return send(*args)
+
+    monkeypatch.setattr(transport, "send", interrupted)
+    assert future.cancel()
+    gate.set()
+    assert [type(error) for error in said[1:]] == [ReentrantCallError]
+    assert channel.call("echo", x)[0].shape == (4,)
+
+
+def _request(op: str, request_id: int, payload: bytes = b"", **more: Any) -> bytes:
+    tensors = [(FLOAT32, (len(payload) // 4,))] if payload else []
+    return frame(REQUEST, request_id, op, tensors, payload=payload, **more)
+
+
+@pytest.fixture
+def large_server(socket_uri: str, serve: Serve) -> fastsplit.Server:
+    handlers = {"large": lambda call: _large(call.attrs["n"]), "echo": _echo}
+    return serve(socket_uri, handlers, arrays="numpy", send_timeout_s=0.3)
+
+
+def _ask_for_large(peer: RawPeer, number: int, count: int = 1) -> None:
+    peer.send(*(_request("large", n, attrs={"n": n}) for n in range(number, number + count)))
+
+
+@through_a_socket
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_a_reply_of_which_the_kernel_takes_a_part(
+    large_server: fastsplit.Server, no_server_fast_path: Callable[[], None], is_fast: bool
+) -> None:
+    """Python sends the rest. Every byte arrives, once and in order."""
+    if not is_fast:
+        no_server_fast_path()
+    with connected(large_server.uri) as peer:
+        peer.greet()
+        for number in range(1, 5):
+            _ask_for_large(peer, number)
+            assert peer.expect(REPLY).payload == bytes(_large(number))
+        connection = _served(large_server).connection
+        path = connection.fast_path = Watched(connection.fast_path) if is_fast else None
+        _narrow(connection)
+        for number in (5, 105):
+            _ask_for_large(peer, number, 100)
+            until(connection.sending.locked)
+            for each in range(number, number + 100):
+                came = peer.expect(REPLY)
+                assert (came.request_id, came.payload) == (each, bytes(_large(each)))
+        if path is not None:
+            assert path.came["reply: fast"]
+        until(lambda: not connection.sending.locked())
+        assert large_server.stats.calls == 204
+        assert 204 * LARGE < large_server.stats.bytes_sent < 204 * (LARGE + 500) + 70_000
+
+
+@through_a_socket
+@pytest.mark.parametrize("leaves", [False, True])
+def test_a_client_that_does_not_take_its_reply(
+    large_server: fastsplit.Server,
+    no_server_fast_path: Callable[[], None],
+    leaves: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The server sends for so long, and no longer: the same as without the fast path."""
+    said = []
+    for is_fast in (True, False):
+        if not is_fast:
+            no_server_fast_path()
+        caplog.clear()
+        with connected(large_server.uri) as peer, caplog.at_level(logging.DEBUG, "fastsplit"):
+            peer.greet()
+            for number in range(1, 5):
+                _ask_for_large(peer, number)
+                peer.expect(REPLY)
+            connection = _served(large_server).connection
+            _narrow(connection)
+            if "unix" in large_server.uri:  # one at a time: then there is no other thread
+                _ask_for_large(peer, 5)
+            else:
+                _ask_for_large(peer, 5, 300)
+            until(lambda: connection.sending.locked() and connection.outbox.frames)  # noqa: B023
+            if leaves:
+                peer.close()
+            until(lambda: not large_server._service.clients)
+        said.append(
+            [record.message.partition(": ")[2] for record in caplog.records if record.name == "fastsplit.server"]
+        )
+        assert connection.transport.fileno() == -1
+    if "unix" in large_server.uri:
+        assert said[0] == said[1]
+    assert any("did not take its reply" in text for text in said[0]) or leaves
+
+
+@through_a_socket
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_a_server_that_closes_in_the_middle_of_a_reply(
+    large_server: fastsplit.Server, no_server_fast_path: Callable[[], None], is_fast: bool
+) -> None:
+    """It sends the rest first, and answers what it has read."""
+    if not is_fast:
+        no_server_fast_path()
+    with connected(large_server.uri) as peer, cf.ThreadPoolExecutor(1) as pool:
+        peer.greet()
+        for number in range(1, 5):
+            _ask_for_large(peer, number)
+            peer.expect(REPLY)
+        connection = _served(large_server).connection
+        _narrow(connection)
+        _ask_for_large(peer, 5, 100)
+        until(lambda: connection.sending.locked() and connection.outbox.frames)
+        until(lambda: not _waiting(_served(large_server)))  # all requests are read
+        closing = pool.submit(large_server.close)
+        until(lambda: large_server._service.closing)
+        came = [peer.receive()]
+        while came[-1] is not None and came[-1].kind == REPLY:
+            came.append(peer.receive())
+        closing.result(5)
+    *answers, last = came
+    assert len(answers) == 100 and (last is None or last.kind == GOODBYE)  # None: there was no room for it
+    for number, each in enumerate(answers, 5):
+        assert each is not None and (each.request_id, each.payload) == (number, bytes(_large(number)))
+
+
+@through_a_socket
+def test_frames_in_pieces_and_several_at_once(server: fastsplit.Server) -> None:
+    """Requests that come byte by byte, in two parts, two and a half at once, and longer than the staging memory."""
+    number = 0
+    with connected(server.uri) as peer:
+        peer.greet()
+
+        def make(nbytes: int) -> bytes:
+            nonlocal number
+            number += 1
+            return _request("echo", number, bytes([number % 251]) * nbytes)
+
+        def expect(first: int, *sizes: int) -> None:
+            for at, nbytes in enumerate(sizes, first):
+                came = peer.expect(REPLY)
+                assert (came.request_id, came.payload) == (at, bytes([at % 251]) * nbytes)
+
+        for nbytes in (16, 2048, 5000) * 3:
+            peer.send(make(nbytes))
+            expect(number, nbytes)
+        for nbytes in (16, 5000):
+            whole = make(nbytes)
+            for cut in (1, HEADER.size, len(whole) - nbytes, len(whole) - nbytes + 4, len(whole) - 1):
+                peer.send(whole[:cut])
+                until(lambda: not _waiting(_served(server)))
+                peer.send(whole[cut:])
+                expect(number, nbytes)
+                whole = make(nbytes)
+            for at in range(len(whole)):
+                peer.send(whole[at : at + 1])
+            expect(number, nbytes)
+        for sizes in ((16, 16), (16, 2048, 5000), (5000, 16), (16,) * 60, (2048,) * 3):
+            first = number + 1
+            peer.send(b"".join(map(make, sizes)))
+            expect(first, *sizes)
+        first, both = number + 1, make(16) + make(2048)
+        peer.send(both[:-1000])
+        expect(first, 16)
+        peer.send(both[-1000:])
+        expect(first + 1, 2048)
+
+
+def _waiting(served: Any) -> bool:
+    """Whether bytes wait to be read."""
+    return bool(served.connection.transport._waiting_nbytes())
+
+
+@through_a_socket
+def test_replies_in_pieces_and_several_at_once(socket_uri: str, connect: Connect) -> None:
+    sizes = (16, 2048, STAGING_NBYTES, 5000, 30_000)
+    pieces = threading.Event()
+
+    def script(peer: RawPeer) -> None:
+        peer.greet()
+        held = b""
+        while (came := peer.receive()) is not None and came.kind != GOODBYE:
+            descs = [(desc.dtype.code, desc.shape) for desc in came.message.tensors]
+            reply = frame(REPLY, came.request_id, tensors=descs, payload=came.payload)
+            if came.message.op == "hold":
+                held += reply
+                continue
+            out, held = held + reply, b""
+            step = 700 if pieces.is_set() else len(out)
+            for at in range(0, len(out), step):
+                peer.send(out[at : at + step])
+                time.sleep(0.0002 if step == 700 else 0)  # so that it is read piece by piece
+
+    with serving(socket_uri, script) as uri, fastsplit.connect(uri, arrays="numpy", call_timeout_s=10) as channel:
+        path = _watched(channel)
+        for in_pieces in (False, True, False):
+            (pieces.set if in_pieces else pieces.clear)()
+            for number, nbytes in enumerate(sizes * 3):
+                x = np.full(nbytes, number, np.uint8)
+                assert bytes(channel.call("op", x)[0]) == bytes(x)
+                assert bytes(channel.submit("op", x).result()[0]) == bytes(x)
+        for nbytes in sizes:
+            tensors = [np.full(nbytes, number, np.uint8) for number in range(4)]
+            futures = [channel.submit("hold", x) for x in tensors[:3]]
+            assert bytes(channel.call("op", tensors[3])[0]) == bytes(tensors[3])
+            assert [bytes(future.result()[0]) for future in futures] == list(map(bytes, tensors[:3]))
+        assert path.came["call: fast"] and path.came["call: future"] and path.came["submit: fast"]
+
+
+@through_a_socket
+def test_the_thread_that_reads_ahead_comes_and_goes(server: fastsplit.Server, channel: fastsplit.Channel) -> None:
+    """While it is there the fast path does not read; it comes back afterwards."""
+    served, x = _served(server), channel.empty(4)
+    served.connection.fast_path = path = Watched(served.connection.fast_path)
+    ahead = served._ahead
+    for _ in range(3):
+        futures = []
+        for number in range(2000):
+            x[...] = number
+            futures.append(channel.submit("echo", x, n=number))
+            if ahead.reader is not None:
+                break
+        assert ahead.reader is not None
+        for number, future in enumerate(futures):
+            assert future.result().attrs == {"n": number} and future.result()[0][0] == number
+        for number in range(40):
+            assert channel.call("echo", x, n=number).attrs == {"n": number}
+        until(lambda: ahead.reader is None)
+        path.came.clear()
+        for number in range(40):
+            assert channel.call("echo", x, n=number).attrs == {"n": number}
+        assert path.came["receive: fast"] > 30
+
+
+def test_threads_that_submit_and_call(channel: fastsplit.Channel) -> None:
+    """Every reply goes to its own request."""
+    stop = time.monotonic() + 0.4
+
+    def work(thread: int) -> int:
+        count = 0
+        while time.monotonic() < stop:
+            xs = [np.full(4, 1000 * thread + count + i, np.float32) for i in range(5)]
+            futures = [channel.submit("echo", x, n=i) for i, x in enumerate(xs)]
+            assert (channel.call("echo", xs[0], n=thread)[0] == xs[0]).all()
+            for i, future in enumerate(futures):
+                assert future.result().attrs == {"n": i} and (future.result()[0] == xs[i]).all()
+            count += 6
+        return count
+
+    before = channel.stats.calls
+    with cf.ThreadPoolExecutor(4) as pool:
+        total = sum(pool.map(work, range(4)))
+    assert channel.stats.calls == before + total
+    assert not channel._core.calls and not channel.inflight
+
+
+CODINGS: list[dict[str, Any]] = [{}, {"wire_dtype": "float16"}, {"codec": "off"}, {"wire_dtype": "bfloat16"}]
+
+
+def test_codings_of_the_channel_and_of_a_call(
+    serve: Serve, connect: Connect, socket_uri: str, no_server_fast_path: Callable[[], None]
+) -> None:
+    """What is small is not coded, what is large is; the reply is asked for as it would be by Python's path."""
+    flags = []
+
+    def handler(call: fastsplit.Call) -> Any:
+        flags.append(call._flags)
+        return call.tensors
+
+    server = serve(socket_uri, {"op": handler}, arrays="numpy")
+    small, large = np.linspace(0, 1, 8, dtype=np.float32), np.linspace(0, 1, 40_000, dtype=np.float32)
+    outcomes = []
+    for is_fast in (True, False):
+        if not is_fast:
+            no_server_fast_path()
+        for coding in CODINGS:
+            channel = connect(server.uri, arrays="numpy", call_timeout_s=10, **coding)
+            if not is_fast:
+                channel._connection.fast_path = None
+            flags.clear()
+            said: list[Any] = []
+            for more in (None, *CODINGS):
+                if more is not None:
+                    for name, value in more.items():
+                        setattr(channel, name, value)
+                for _ in range(3):
+                    for own in ({}, {"wire_dtype": None}, {"wire_dtype": "float16"}):
+                        said += [bytes(channel.call("op", x, **own)[0]) for x in (small, large)]
+                        said.append(bytes(channel.submit("op", small, **own).result()[0]))
+            counted = {name: (coded.tensors, coded.wire_nbytes) for name, coded in channel.stats.codecs.items()}
+            outcomes.append((said, list(flags), counted, _counts(channel, staged=False)))
+    assert outcomes[: len(CODINGS)] == outcomes[len(CODINGS) :]
+
+
+def test_a_small_threshold_of_codecs(socket_uri: str, serve: Serve, connect: Connect) -> None:
+    """What would be compressed is left to Python."""
+    pytest.importorskip("zstandard")
+    server = serve(socket_uri, {"echo": _echo}, arrays="numpy", codec_threshold_nbytes=100)
+    channel = connect(server.uri, arrays="numpy", call_timeout_s=10, codec="zstd", codec_threshold_nbytes=100)
+    path = _watched(channel)
+    for _ in range(4):
+        assert (channel.call("echo", np.zeros(200))[0] == 0).all()
+        assert (channel.call("echo", np.zeros(4))[0] == 0).all()
+    if channel.shm:
+        return
+    assert path.came["call: python"] + path.came["call: future"] >= 4
+    assert path.came["call: fast"] >= 2
+    assert channel.stats.codecs["zstd"].tensors == 8
+
+
+@pytest.mark.parametrize("socket_uri", ["tcp4"], indirect=True)
+def test_probes_that_fall_due(
+    server: fastsplit.Server, channel: fastsplit.Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Now and then Python sends a request, and with it a probe if one is due."""
+    monkeypatch.setattr(meter, "_PROBE_EVERY_S", 0.0)
+    monkeypatch.setattr(meter, "_PROBE_EVERY_NBYTES", 2**20)
+    x, path = np.ones(7000, np.float32), _watched(channel)
+    for _ in range(4):
+        channel.call("echo", x)
+    link = channel._connection.meter
+    assert link is not None
+    number = link._number
+    for _ in range(200):  # 11 MiB, both ways
+        channel.call("echo", x)
+    assert path.came["call: fast"] + path.came["call: future"] > 150
+    until(lambda: not link._asked)
+    assert number + 4 <= link._number <= number + 12
+
+
+@pytest.mark.parametrize("at", ["client", "server"])
+def test_one_end_without_the_compiled_core(
+    socket_uri: str, serve: Serve, connect: Connect, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    nothing = lambda *_, **__: None  # noqa: E731
+    monkeypatch.setattr(*((blocking_channel if at == "client" else replies), "add_fast_path", nothing))
+    server = serve(socket_uri, {"echo": _echo, "fail": lambda call: 1 / 0}, arrays="numpy")
+    channel = connect(server.uri, arrays="numpy", call_timeout_s=10)
+    ends = channel._connection, _served(server).connection
+    assert [end.fast_path is None for end in ends] == [at == "client", at == "server"]
+    for number in range(20):
+        x = np.full(number % 3 + 1, number)
+        assert (channel.call("echo", x, n=number)[0] == number).all()
+        futures = [channel.submit("echo", x, n=n) for n in range(5)]
+        assert [future.result().attrs["n"] for future in futures] == [0, 1, 2, 3, 4]
+        with pytest.raises(fastsplit.RemoteOpError):
+            channel.call("fail", x)
+
+
+def test_ctrl_c_while_the_fast_path_spins(channel: fastsplit.Channel, gate: threading.Event, sigint: None) -> None:
+    """It does not go to sleep with it."""
+    x, path, main = channel.empty(4), channel._connection.fast_path, threading.get_ident()
+
+    def interrupt() -> None:
+        until(lambda: path.op)
+        signal.pthread_kill(main, signal.SIGINT)
+        gone.wait(3)
+        gate.set()
+
+    for _ in range(3):
+        gone = threading.Event()
+        channel.spin_us = 0
+        for _ in range(3):
+            channel.call("gate", x)
+        channel.spin_us = 10_000
+        gate.clear()
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        started = time.monotonic()
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                channel.call("gate", x)
+        finally:
+            took_s = time.monotonic() - started
+            gone.set()
+            thread.join()
+        assert took_s < 2
+
+
+def test_a_deadline_of_an_hour(channel: fastsplit.Channel, gate: threading.Event) -> None:
+    """The socket's own timeout ends no call."""
+    x = channel.empty(4)
+    channel.spin_us = 0
+    _link(channel).arm(time.monotonic() + 0.02)
+    gate.clear()
+    threading.Timer(0.1, gate.set).start()
+    assert channel.call("gate", x, timeout_s=3600)[0].shape == (4,)
+    gate.clear()
+    threading.Timer(0.1, gate.set).start()
+    assert channel.call("gate", x, timeout_s=1e6)[0].shape == (4,)
+
+
+def _link(channel: fastsplit.Channel) -> Any:
+    """The socket's transport."""
+    transport: Any = channel._connection.transport
+    return getattr(transport, "link", transport)
+
+
+# ---- hostile peers of a socket
+
+
+def _answer_through_a_socket(uri: str, hostile: bytes, *, codes: bool) -> Any:
+    with connected(uri) as peer:
+        peer.send(hello(capabilities=CODES | cast_bit(1) if codes else 0))
+        assert peer.receive().kind == HELLO  # type: ignore[union-attr]
+        came = None
+        for number in range(1, 5):
+            peer.send(_request("echo", number, b"12345678"))
+            came = peer.receive()
+            assert came is not None and came.kind == REPLY
+        peer.send(hostile)
+        peer.close_writing()
+        came = peer.receive()
+        if came is None:
+            return None
+        return came.kind, came.request_id, came.message.placements, came.message.attrs.get("text"), came.payload
+
+
+HOSTILE_FRAMES: dict[str, bytes] = {
+    "payload_nbytes, less": _request("echo", 5, b"12345678", payload_nbytes=7),
+    "payload_nbytes, more": _request("echo", 5, b"12345678", payload_nbytes=9),
+    "payload_nbytes, none": _request("echo", 5, b"12345678", payload_nbytes=0),
+    "payload_nbytes, far more": _request("echo", 5, b"12345678", payload_nbytes=2**63),
+    "metadata_nbytes": _request("echo", 5, b"12345678", metadata_nbytes=2**31),
+    "varying_nbytes": _request("echo", 5, b"12345678", varying_nbytes=8),
+    "flags": _request("echo", 5, b"12345678", flags=8),
+    "flags of a reply": _request("echo", 5, b"12345678", flags=1),
+    "all flags": _request("echo", 5, b"12345678", flags=2**16 - 1),
+    "an id that is gone": _request("echo", 4, b"12345678"),
+    "no id": _request("echo", 0, b"12345678"),
+    "the largest id": _request("echo", 2**64 - 1, b"12345678"),
+    "no time": _request("echo", 5, b"12345678", time_ns=2**64 - 1),
+    "in shared memory": _request("echo", 5, b"12345678", placements=[1, 0, 8]),
+    "in shared memory, without a payload": frame(REQUEST, 5, "echo", [(FLOAT32, (2,))], placements=[1, 0, 8]),
+    "returns": _request("echo", 5, b"12345678", returns=[1, 0]),
+    "coded": _request("echo", 5, b"12345678", placements=[0x10 << 32, 0, 8]),
+    "coded, half": frame(REQUEST, 5, "echo", [(FLOAT32, (2,))], payload=b"1234", placements=[0x10 << 32, 0, 4]),
+    "coded, unknown": _request("echo", 5, b"12345678", placements=[0xFF << 32, 0, 8]),
+    "magic": b"X" + _request("echo", 5, b"12345678")[1:],
+    "version": _request("echo", 5, b"12345678", version=2),
+    "a reply": frame(REPLY, 4, tensors=[(FLOAT32, (2,))], payload=b"12345678"),
+    "a half": _request("echo", 5, b"12345678")[:-1],
+    "a header alone": _request("echo", 5, b"12345678")[: HEADER.size],
+    "two": _request("echo", 5, b"12345678") + _request("echo", 6, b"12345678", flags=8),
+    "cancelled": _request("echo", 5, b"12345678") + frame(CANCEL, 5),
+}
+
+
+@through_a_socket
+@pytest.mark.parametrize("codes", [False, True])
+@pytest.mark.parametrize("what", HOSTILE_FRAMES)
+def test_hostile_requests_through_a_socket(
+    server: fastsplit.Server, no_server_fast_path: Callable[[], None], what: str, codes: bool
+) -> None:
+    with_it = _answer_through_a_socket(server.uri, HOSTILE_FRAMES[what], codes=codes)
+    no_server_fast_path()
+    assert with_it == _answer_through_a_socket(server.uri, HOSTILE_FRAMES[what], codes=codes)
+
+
+HOSTILE_REPLY_FRAMES: list[dict[str, Any]] = [
+    *({"payload_nbytes": nbytes} for nbytes in (0, 7, 9, 2**62)),
+    *({"request_id": number} for number in (99, 2**63)),
+    *({"flags": flags} for flags in (1, 8, 2**15)),
+    {"placements": [1, 0, 8]},
+    {"placements": [0x10 << 32, 0, 8]},
+    {"placements": [1, 0, 8], "payload": b""},
+    {"returns": [1, 0]},
+    {"tensors": [(FLOAT32, (2, 1))]},
+    {"tensors": [(FLOAT32, (1,))]},
+    {"tensors": [(FLOAT32, (2,))] * 2, "payload": b"1" * 16},
+    {"time_ns": 2**64 - 1},
+    {"kind": REQUEST},
+    {"kind": ERROR},
+    {"varying_nbytes": 2**31},
+    {"metadata_nbytes": 2**31},
+]
+
+
+@through_a_socket
+@pytest.mark.parametrize("reply", HOSTILE_REPLY_FRAMES, ids=str)
+def test_hostile_replies_through_a_socket(socket_uri: str, reply: dict[str, Any]) -> None:
+    """The fifth reply is not as it should be."""
+
+    def script(peer: RawPeer) -> None:
+        peer.greet()
+        for number in range(5):
+            came = peer.expect(REQUEST)
+            plain = {"request_id": came.request_id, "tensors": [(FLOAT32, (2,))], "payload": b"12345678"}
+            changed = {"kind": REPLY, **plain, **(reply if number == 4 else {})}
+            peer.send(frame(changed.pop("kind"), **changed))
+        with contextlib.suppress(AssertionError):
+            peer.receive()
+
+    outcomes = []
+    with serving(socket_uri, script, clients=2) as uri:
+        for is_fast in (True, False):
+            with fastsplit.connect(uri, arrays="numpy", call_timeout_s=0.3) as channel:
+                x = channel.empty(2)
+                if not is_fast:
+                    channel._connection.fast_path = None
+                for _ in range(4):
+                    assert _outcome(lambda: channel.call("op", x, expect=[("float32", (2,))]))[1] == "{}"  # noqa: B023
+                outcomes.append((_outcome(lambda: channel.call("op", x, expect=[("float32", (2,))])), channel.closed))  # noqa: B023
+    assert outcomes[0] == outcomes[1]
+
+
+# ---- counts ----------------------------------------------------------------------------------------------------------
+
+
+def test_stats_that_somebody_holds_go_on_growing(channel: fastsplit.Channel, gate: threading.Event) -> None:
     """As the report does: it reads them before and after each call."""
     stats, x = channel.stats, channel.empty(4)
     for work in (lambda: channel.call("gate", x), lambda: channel.submit("gate", x).result()):
         calls, wait_s, remote_s, serialization_s = stats.calls, stats.wait_s, stats.remote_s, stats.serialization_s
+        gate.clear()
+        threading.Timer(0.01, gate.set).start()
         result = work()
         assert stats.calls == calls + 1 and stats.serialization_s > serialization_s
         assert stats.wait_s > wait_s and stats.remote_s - remote_s == pytest.approx(result.remote_s)

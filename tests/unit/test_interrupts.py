@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -157,16 +157,23 @@ SENDS = {"send_request", "send_behind", "_send_rest", "send_control_frames"}
 TAKES_EFFECT = {"received", "received_slot", "_read_staged", "_read_frame", "_complete", "take"}
 
 
-@pytest.mark.parametrize("link", ["shm", "shm python", "unix", "tcp", "overlap", "shm watched", "unix watched"])
+@pytest.mark.parametrize(
+    "link", ["shm", "shm python", "unix", "unix python", "tcp python", "overlap", "shm watched", "unix watched"]
+)
 @traces_instructions
 def test_interrupted_wherever_a_call_may_be(
-    unix_uri: str, link: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    unix_uri: str,
+    link: str,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    without_fast_path: Callable[[], None],
 ) -> None:
     """Nothing hangs, nothing is lost, and the connection ends only where a frame was sent or was taking effect.
 
     "watched": the channel's own thread, which the first interrupted call brings, stays, and may read the reply first.
     """
-    if link == "shm python":
+    if "python" in link:
+        without_fast_path()
         monkeypatch.setattr(ring, "Slots", slots.Slots)
     uri = {"shm": unix_uri, "unix": unix_uri + "?shm=off"}.get(link.split(maxsplit=1)[0], "tcp://127.0.0.1:0")
     watched = link == "overlap" or "watched" in link
@@ -206,7 +213,7 @@ def test_interrupted_wherever_a_call_may_be(
                 except DeadlineError as error:
                     pytest.fail(f"{interrupt.where}, {interrupt.lines}: {error}")
             assert channel._session.inflight == 0 and not channel._core.calls, (interrupt.where, interrupt.lines)
-    assert interrupts * step > (20 if watched or channel._connection.fast_path is not None else 50)
+    assert interrupts * step > (0 if channel._connection.fast_path is not None else 20 if watched else 50)
     for where in ended:
         assert SENDS & set(where) or TAKES_EFFECT & set(where), where
     assert len(ended) < interrupts / 3

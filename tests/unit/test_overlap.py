@@ -250,13 +250,15 @@ def test_reading_ahead_is_bounded_by_requests(serve: Serve, gate: Gate) -> None:
     gate.open.clear()
     with connected(server.uri) as peer:
         peer.greet()
-        peer.send(*[_step(n, 500) for n in range(100)])
+        sender = threading.Thread(target=lambda: peer.send(*[_step(n, 20_000) for n in range(100)]))
+        sender.start()
         ahead = _served(server)._ahead
         until(lambda: len(ahead.waiting) == 4)
         time.sleep(0.05)
         assert len(ahead.waiting) <= 4
         gate.open.set()
         assert [peer.expect(REPLY).request_id for _ in range(100)] == list(range(100))
+        sender.join()
         assert gate.ran == list(range(100))
         assert gate.most == 1
         assert ahead.nbytes == 0
@@ -280,7 +282,7 @@ def test_reading_ahead_is_bounded_by_bytes(serve: Serve, gate: Gate, monkeypatch
                 peer.send(_step(n))
                 assert peer.expect(REPLY).request_id == n
             assert _served(server)._ahead.nbytes == 0
-            assert _served(server)._ahead.reader is None
+            until(lambda: _served(server)._ahead.reader is None)
 
 
 def test_a_cancel_finds_what_is_queued_and_what_runs(serve: Serve, gate: Gate) -> None:
@@ -288,7 +290,7 @@ def test_a_cancel_finds_what_is_queued_and_what_runs(serve: Serve, gate: Gate) -
     with connected(server.uri) as peer:
         peer.greet()
         peer.send(_step(1, op="until"), *[_step(n, 5000) for n in (2, 3)])
-        until(lambda: len(_served(server)._ahead.waiting) == 2)
+        until(lambda: gate.ran and len(_served(server)._ahead.waiting) == 2)
         peer.send(frame(CANCEL, 3), frame(CANCEL, 99), frame(CANCEL, 1))
         assert peer.expect(REPLY).request_id == 1
         assert gate.cancelled == [True]

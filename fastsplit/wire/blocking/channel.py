@@ -82,7 +82,9 @@ class Channel(ClientFront):
             self._shake_hands(deadline, chosen)
             watch(reader)
             watch(self._sender)
-            add_fast_path(core.connection, core.arrays, core.stats, future_type=Future)
+            add_fast_path(
+                core.connection, core.arrays, core.stats, future_type=Future, send_rest=self._sender.send_rest
+            )
         except DeadlineError:
             reader.end(ClosedError("the handshake failed"))
             raise DeadlineError(f"{uri}: connected, but no handshake within {chosen.timeout_s} s") from None
@@ -192,7 +194,8 @@ class Channel(ClientFront):
         fast_path = self._reader.connection.fast_path
         if fast_path is not None and wire_dtype is UNSET and codec is UNSET:
             seconds = self._call_timeout_s if timeout_s is None else parse_timeout("timeout_s", timeout_s)
-            answer = fast_path.call(self._reader, op, tensors, named, seconds, parse_expect(expect))
+            expected = expect if expect is None else parse_expect(expect)
+            answer = fast_path.call(self._reader, op, tensors, named, seconds, expected)
             if type(answer) is Result:
                 return answer
             future = answer

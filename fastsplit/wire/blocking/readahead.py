@@ -50,15 +50,15 @@ class ReadAhead:
         self._is_idle = False
 
     @property
+    def is_off(self) -> bool:
+        """Whether the connection's own thread reads: no other one does, and the reading has not ended."""
+        return self.reader is None and self.end is True
+
+    @property
     def can_read(self) -> bool:
-        """Whether the connection's thread may read while it runs a handler: no other thread reads, the reading has not
-        ended, and there is room for requests that wait."""
-        return (
-            self.reader is None
-            and self.end is True
-            and len(self.waiting) < self._max_requests
-            and self.nbytes < _MAX_AHEAD_NBYTES
-        )
+        """Whether the connection's thread may read while it runs a handler: there must be room for requests that
+        wait."""
+        return self.is_off and len(self.waiting) < self._max_requests and self.nbytes < _MAX_AHEAD_NBYTES
 
     def has(self, request_id: int) -> bool:
         """Whether a request waits here, or runs. The caller holds `idle`."""
@@ -136,6 +136,7 @@ class ReadAhead:
             end = fresh(error)
         except BaseException as error:  # noqa: BLE001 (the connection's thread says what became of it)
             end = error
+        self._core.connection.serves_no_longer_in(get_ident())
         with self.idle:
             self.end = end
             self.reader = None

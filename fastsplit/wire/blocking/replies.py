@@ -71,6 +71,15 @@ class Replies:
         self.error(call._request_id, self._core.failure(call._served, call.op, failure))
         del failure  # it keeps this frame, and with it the tensors
 
+    def send_rest(self) -> None:
+        """Sends what the socket did not take of a reply on the fast path, which holds `lock`: this releases it. Raises
+        PeerLostError."""
+        try:
+            self._connection.outbox.put_rest(self._connection.fast_path.take_rest(None))
+            self._send_left()
+        finally:
+            self._release()
+
     def error(self, request_id: int, refusal: Refusal) -> None:
         """Answers a request with an ERROR. Raises PeerLostError."""
         self.lock.acquire()
@@ -86,13 +95,17 @@ class Replies:
         """Sends the handshake. Raises DeadlineError, PeerLostError."""
         self._connection.transport.send_all([self._core.session.hello()], deadline)
 
+    def add_fast_path(self) -> None:
+        """The handshake has come to its end, or the connection goes on through a ring."""
+        core = self._core
+        if core.service.options.workers == 0:
+            add_fast_path(self._connection, core.arrays, core.stats(), handlers=core.service.handlers)
+
     def attach_ring(self, event: RingOffered) -> None:
         is_idle = not self._core.pending and self._ahead.running is None
         with self.lock:
             self._core.attach_ring(event, time.monotonic() + self._options.handshake_timeout_s, is_idle=is_idle)
-            if self._core.service.options.workers == 0:
-                core = self._core
-                add_fast_path(self._connection, core.arrays, core.stats(), handlers=core.service.handlers)
+        self.add_fast_path()
 
     def send_returns(self) -> None:
         with self.lock:

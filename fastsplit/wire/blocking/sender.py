@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Sequence
+from threading import get_ident
 from typing import Any
 
 from ...errors import ClosedError, DeadlineError, FastsplitError
@@ -56,19 +57,47 @@ class Sender:
             if frame is not None:
                 while not outbox.idle:
                     self._send_rest(deadline)
-        except DeadlineError:
+        except BaseException as error:
+            self._failed(error, future, frame)
+            raise
+
+    def send_rest(self, future: Future) -> None:
+        """Sends what the socket did not take of a request on the fast path, which holds `connection.sending`: this
+        releases it."""
+        reader, connection = self._reader, self._connection
+        sending = connection.sending
+        ident, left = get_ident(), b""
+        try:
+            (left,) = map(connection.fast_path.take_rest, (None,))
+            reader.inside.add(ident)
+            connection.outbox.put_rest(left)
+            while not connection.outbox.idle:
+                self._send_rest(future._deadline)
+        except BaseException as error:
+            self._failed(error, future, None)
+            raise
+        finally:
+            try:
+                if left:
+                    reader.release(sending)
+            finally:
+                reader.inside.discard(ident)
+                if reader.callbacks:
+                    reader.call_back()
+
+    def _failed(self, error: BaseException, future: Future, frame: Frame | None) -> None:
+        """A request was not sent. `frame`: what waits of it. Raises what that means for the call, if not the error."""
+        if isinstance(error, DeadlineError):
             late = f"{future.op}: not sent within {future._timeout_s} s"
-            if frame is not None and outbox.discard(frame, future._id):
+            if frame is not None and self._connection.outbox.discard(frame, future._id):
                 self._reader.discard(future._id)
                 raise DeadlineError(late) from None
             raise self._reader.end(DeadlineError(f"{late}; the connection is closed")) from None
-        except FastsplitError as error:
+        if isinstance(error, FastsplitError):
             # The peer may have said why it left: its last words are still to be read.
             self._read_last_words(future)
             raise self._reader.end(error) from None
-        except BaseException:
-            self._reader.end(ClosedError("the connection was closed: a send was interrupted"))
-            raise
+        self._reader.end(ClosedError("the connection was closed: a send was interrupted"))
 
     def send_behind(
         self, workers: Workers, future: Future, out: Outgoing, head: bytearray, deadline: float | None

@@ -30,6 +30,7 @@ from ..call import Call
 from ..connection import greeting
 from ..events import Cancel, Event, Request
 from ..service import CLOSING, Refusal, ServiceCore
+from ..session import STAGING_NBYTES
 from ..shm.arena import IDLE_S
 from ..transport.scheme import End
 from .readahead import ReadAhead
@@ -103,14 +104,12 @@ class ServedClient:
         try:
             going_on = self._greet()
             while going_on:
-                while ahead.waiting:
-                    self._run_waiting()
-                if self.connection.fast_path is not None:
+                self._run_waiting()
+                if self.connection.fast_path is not None and ahead.is_off:
                     self._serve_fast(self.connection.fast_path)
                     if ahead.waiting:
                         continue
-                reads_itself = ahead.reader is None and ahead.end is True  # else the reader's end comes first
-                going_on = self._read_or_trim() if reads_itself else ahead.wait()
+                going_on = self._read_or_trim() if ahead.is_off else ahead.wait()  # the reader's end comes first
             self._drain()
         except (RemoteProtocolError, ResourceError) as broken:
             error = fresh(broken)
@@ -130,10 +129,12 @@ class ServedClient:
 
     def _serve_fast(self, fast_path: Any) -> None:
         """Serves requests for as long as the fast path takes them, and nothing else has to be done."""
-        core, ahead, service = self.core, self._ahead, self._service
+        core, ahead, service, clients = self.core, self._ahead, self._service, 0
         fast_path.link.arm(time.monotonic() + IDLE_S)
-        while not (ahead.waiting or core.cancelled or service.closing) and ahead.end is True:
-            self._choose_spin()
+        while ahead.reader is None and ahead.end is True and not (ahead.waiting or core.cancelled or service.closing):
+            if clients != len(service.clients):
+                clients = len(service.clients)
+                self._choose_spin()
             call = fast_path.receive(self)
             if call is None:
                 return
@@ -157,6 +158,7 @@ class ServedClient:
             raise self.core.no_handshake() from None
         finally:
             greeting.discard(get_ident())
+        self._replies.add_fast_path()
         return True
 
     def _drain(self) -> None:
@@ -179,7 +181,22 @@ class ServedClient:
             except DeadlineError:
                 if arena.trim():
                     self._replies.send_waiting()
+        elif self._workers is None:
+            return self._read_in_order()
         return self._read(self._dispatch)
+
+    def _read_in_order(self) -> bool:
+        """Reads once. Requests wait until they run, so that a CANCEL finds them: one read may bring many. False when
+        the client is done."""
+        events = self._receive(None)
+        for event in events or ():
+            if isinstance(event, Request):
+                self._ahead.put_off(event)
+            else:
+                self._run_waiting()
+                if not self._handle(event):
+                    return False
+        return events is not None
 
     def _read(self, take: Callable[[Request], object], deadline: float | None = None, *, blocking: bool = True) -> bool:
         """Reads once, gives requests to `take`, and handles all other events. False when the client is done."""
@@ -276,7 +293,12 @@ class ServedClient:
     # ---- requests ----
 
     def _run_waiting(self) -> None:
-        """Runs a request that was read ahead. Not in the connection's loop, whose locals would hold it meanwhile."""
+        """Runs the requests that wait."""
+        while self._ahead.waiting:
+            self._run_next()
+
+    def _run_next(self) -> None:
+        """Runs a request that waits. Not in a loop, whose locals would hold it meanwhile."""
         request = self._ahead.take()
         if not self.core.ended:  # else nothing awaits its answer
             self._dispatch(request)
@@ -289,8 +311,8 @@ class ServedClient:
         ahead = self._ahead
         ahead.running = request.request_id
         connection = self.connection
-        reads_itself = ahead.reader is None and ahead.end is True
-        if reads_itself and connection.arena is None and connection.transport.has_bytes():
+        more = ahead.nbytes > STAGING_NBYTES
+        if ahead.is_off and connection.arena is None and (more or connection.transport.has_bytes()):
             self._start_reader()
         self._run(request, deadline)
         self._ran(request.request_id)
@@ -330,15 +352,17 @@ class ServedClient:
             finally:
                 self._in_handler = False
             time_ns = perf_counter_ns() - started_ns
-            if fast_path is not None and self._workers is None and fast_path.reply(call, result, time_ns):
-                return
-            if deadline is None:
-                deadline = core.reply_deadline(None)
-            out = core.prepare(call, result, deadline)
+            sent = fast_path is not None and self._workers is None and fast_path.reply(call, result, time_ns)
+            if not sent:
+                until = core.reply_deadline(None) if deadline is None else deadline
+                out = core.prepare(call, result, until)
         except BaseException as error:  # noqa: BLE001 (sys.exit() in a handler must not end the server's threads either)
             self._replies.error(request_id, core.failure(self, call.op, error))
             return
-        self._replies.reply(call, out, time_ns, deadline)
+        if not sent:
+            self._replies.reply(call, out, time_ns, until)
+        elif fast_path.rest is not None:
+            self._replies.send_rest()
 
     # ---- workers ----
 

@@ -73,7 +73,9 @@ class Stream(Transport):
         self.send_now = sock.send
         """The system call itself, with its OSErrors."""
         self.timeout_s = 0.0
-        """The socket's SO_RCVTIMEO, 0 for none."""
+        """The socket's SO_RCVTIMEO, 0 for none; below 0 once it is closed."""
+        self.failure: OSError | None = None
+        """What a read of the fast path's got."""
         self._writable = select.poll()
         self._writable.register(sock, select.POLLOUT)
         self._either = select.poll()
@@ -140,11 +142,15 @@ class Stream(Transport):
 
         Raises PeerLostError, DeadlineError, RemoteProtocolError.
         """
-        if sink.unfinished or sink.arrived:  # an earlier read was interrupted
+        if sink.unfinished:  # an earlier read was interrupted
             return sink.received(sink.arrived, events)
-        if blocking and self.spin.spin_us:
-            self._spin_for_bytes()
-        received = self._receive_into(sink.receive_buffers(), deadline, 0 if blocking else _DONTWAIT, sink)
+        received = sink.arrived  # of one that was interrupted, or of the fast path's
+        if not received:
+            if self.failure is not None:
+                raise lost(self.failure) from None
+            if blocking and self.spin.spin_us:
+                self._spin_for_bytes()
+            received = self._receive_into(sink.receive_buffers(), deadline, 0 if blocking else _DONTWAIT, sink)
         if not received:
             return None
         meter = self.meter  # a HELLO may take it away meanwhile
@@ -278,6 +284,7 @@ class Stream(Transport):
 
     def leave(self) -> None:
         renew(self._close_lock)
+        self.timeout_s = -1.0
         self._sock.close()
         self._close_descriptors()
 
@@ -291,6 +298,7 @@ class Stream(Transport):
     def close(self) -> None:
         """Closes the socket. Call `shutdown` first if another thread may be in a read or a write."""
         with self._close_lock:
+            self.timeout_s = -1.0
             # Unread bytes would reset the connection, and the peer could lose what was sent last.
             with contextlib.suppress(OSError):
                 for _ in range(_MAX_DISCARDS):
