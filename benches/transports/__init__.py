@@ -198,8 +198,8 @@ class Transport:
 _CONTESTANTS = (
     ("shm unix tcp", "fastsplit", "fastsplit_calls", "Torch"),
     ("shm unix tcp", "fastsplit, numpy", "fastsplit_calls", "Numpy"),
-    ("shm", "fastsplit, Python core", "fastsplit_calls", "PythonCore"),
-    ("shm", "fastsplit, numpy, Python core", "fastsplit_calls", "NumpyPythonCore"),
+    ("shm unix tcp", "fastsplit, Python core", "fastsplit_calls", "PythonCore"),
+    ("shm unix tcp", "fastsplit, numpy, Python core", "fastsplit_calls", "NumpyPythonCore"),
     ("shm", "fastsplit, new tensors", "fastsplit_calls", "NewTensors"),
     ("shm unix tcp", "fastsplit, pipelined", "fastsplit_calls", "Pipelined"),
     ("shm unix tcp", "fastsplit, asyncio", "fastsplit_calls", "Asyncio"),
