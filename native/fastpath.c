@@ -14,6 +14,7 @@
 #include <stddef.h>
 #include <string.h>
 #include <structmember.h>
+#include <sys/socket.h>
 
 enum { MAX_DEAD = 64 };
 
@@ -168,7 +169,8 @@ static int send_rest(FastPath *self, const Request *request, PyObject *future) {
     if (sent == NULL && self->rest != NULL) { /* a signal's handler was faster */
         PyErr_Fetch(&type, &value, &trace);
         Py_CLEAR(self->rest);
-        Py_XDECREF(PyObject_CallMethod(self->link, "shutdown", NULL)); /* nothing can follow half a frame */
+        /* nothing can follow half a frame; in a forked child it is closed */
+        if (real_of(self->link, str_timeout_s) >= 0) shutdown(self->fd, SHUT_RDWR);
         native_leave_sending(self);
         PySet_Discard(self->inside, request->ident);
         PyErr_Restore(type, value, trace);
@@ -283,7 +285,8 @@ static int await_frame(FastPath *self, const Request *request, int64_t timeout_n
         frame->came_ns = native_now_ns();
         if (came == 1) came = native_read_frame(self, request == NULL ? KIND_REQUEST : KIND_REPLY, frame);
         if (came > 0 && request != NULL && !is_answer(self, request, frame)) came = PyErr_Occurred() ? -1 : 0;
-        if (came == 0 && request != NULL && PyErr_CheckSignals() < 0) came = -1;
+        if (came == PARTLY && native_now_ns() >= end_ns) came = 0; /* a peer may dribble */
+        if ((came == 0 || came == PARTLY) && request != NULL && PyErr_CheckSignals() < 0) came = -1;
     }
     return came;
 }

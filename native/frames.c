@@ -340,6 +340,7 @@ int native_await(FastPath *self, int64_t end_ns) {
         if (spin_ns > MAX_SPIN_NS) return 0; /* Python looks now and then whether the peer is there */
     }
     if (PyErr_CheckSignals() < 0) return -1; /* of a signal that came before it no system call knows */
+    if (real_of(self->link, str_timeout_s) < 0) return PyErr_Occurred() ? -1 : 0; /* its handler has forked */
     return sleep_until(self, end_ns, own_s, spin_ns > 0);
 }
 

@@ -263,6 +263,7 @@ class Connection:
             greeting.discard(threading.get_ident())  # a request may have come with the HELLO, and its handler may call
         self.shm_reason = sharing.reason
         if sharing.factory is None:
+            self.transport.passes_descriptors = False
             if self.session.capabilities & CODES:
                 self.coder.agree(self.session.capabilities)
             return None

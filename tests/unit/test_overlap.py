@@ -264,6 +264,26 @@ def test_reading_ahead_is_bounded_by_requests(serve: Serve, gate: Gate) -> None:
         assert ahead.nbytes == 0
 
 
+def test_requests_around_another_frame_run_in_order(serve: Serve, gate: Gate) -> None:
+    """Of those that came in one read, one has another thread read on; the next one is older than what that brings."""
+    server = serve(TCP, gate.table(), arrays="numpy")
+    gate.open.clear()
+    with connected(server.uri) as peer:
+        peer.greet()
+        peer.send(_step(1, 5000), frame(CANCEL, 99), _step(2), _step(3, 200_000))
+        until(lambda: gate.ran and _served(server)._ahead.has(3))
+        gate.open.set()
+        assert [peer.expect(REPLY).request_id for _ in range(3)] == [1, 2, 3]
+        assert gate.ran == [1, 2, 3]
+
+
+def _one_at_a_time(peer: RawPeer) -> bool:
+    for n in range(20):
+        peer.send(_step(n))
+        assert peer.expect(REPLY).request_id == n
+    return True
+
+
 def test_reading_ahead_is_bounded_by_bytes(serve: Serve, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readahead, "_MAX_AHEAD_NBYTES", 2**20)
     server = serve(TCP, gate.table(), arrays="numpy")
@@ -278,11 +298,8 @@ def test_reading_ahead_is_bounded_by_bytes(serve: Serve, gate: Gate, monkeypatch
             gate.open.set()
             assert [peer.expect(REPLY).request_id for n in range(12)] == list(range(12))
             sender.join()
-            for n in range(40):  # one at a time: the connection reads for itself again
-                peer.send(_step(n))
-                assert peer.expect(REPLY).request_id == n
+            until(lambda: _one_at_a_time(peer) and _served(server)._ahead.reader is None)  # it reads for itself again
             assert _served(server)._ahead.nbytes == 0
-            until(lambda: _served(server)._ahead.reader is None)
 
 
 def test_a_cancel_finds_what_is_queued_and_what_runs(serve: Serve, gate: Gate) -> None:

@@ -78,7 +78,7 @@ class Sender:
             raise
         finally:
             try:
-                if left:
+                if left and connection.left is None:  # else a handler has forked, and this lock is the child's own
                     reader.release(sending)
             finally:
                 reader.inside.discard(ident)

@@ -109,7 +109,7 @@ class ServedClient:
                     self._serve_fast(self.connection.fast_path)
                     if ahead.waiting:
                         continue
-                going_on = self._read_or_trim() if ahead.is_off else ahead.wait()  # the reader's end comes first
+                going_on = self._read_or_trim() if ahead.is_off else ahead.wait()
             self._drain()
         except (RemoteProtocolError, ResourceError) as broken:
             error = fresh(broken)
@@ -188,14 +188,19 @@ class ServedClient:
     def _read_in_order(self) -> bool:
         """Reads once. Requests wait until they run, so that a CANCEL finds them: one read may bring many. False when
         the client is done."""
-        events = self._receive(None)
+        events, ahead = self._receive(None), self._ahead
         for event in events or ():
-            if isinstance(event, Request):
-                self._ahead.put_off(event)
-            else:
-                self._run_waiting()
+            if not isinstance(event, Request):
+                for _ in range(
+                    len(ahead.waiting) if ahead.is_off else 0
+                ):  # of this read; one may have another thread read
+                    self._run_next()
                 if not self._handle(event):
                     return False
+            elif ahead.is_off:
+                ahead.put_off(event)
+            else:  # older than what the other thread has read
+                self._dispatch(event)
         return events is not None
 
     def _read(self, take: Callable[[Request], object], deadline: float | None = None, *, blocking: bool = True) -> bool:
@@ -311,8 +316,8 @@ class ServedClient:
         ahead = self._ahead
         ahead.running = request.request_id
         connection = self.connection
-        more = ahead.nbytes > STAGING_NBYTES
-        if ahead.is_off and connection.arena is None and (more or connection.transport.has_bytes()):
+        many = ahead.nbytes > STAGING_NBYTES  # came with one read, which may have emptied the socket
+        if ahead.is_off and connection.arena is None and (many or connection.transport.has_bytes()):
             self._start_reader()
         self._run(request, deadline)
         self._ran(request.request_id)
@@ -352,7 +357,8 @@ class ServedClient:
             finally:
                 self._in_handler = False
             time_ns = perf_counter_ns() - started_ns
-            sent = fast_path is not None and self._workers is None and fast_path.reply(call, result, time_ns)
+            sent = fast_path is not None and self._workers is None and self._ahead.reader is None
+            sent = sent and fast_path.reply(call, result, time_ns)
             if not sent:
                 until = core.reply_deadline(None) if deadline is None else deadline
                 out = core.prepare(call, result, until)
