@@ -16,7 +16,10 @@
 #include <structmember.h>
 #include <sys/socket.h>
 
-enum { MAX_DEAD = 64 };
+enum {
+    MAX_DEAD = 64,
+    MAX_UNLOOKED_NBYTES = 1 << 20 /* after these Python sends a request, and a probe before it if one is due */
+};
 
 /* Has the arena free the blocks whose leases died, if these are many. Runs Python code. 0 with an error. */
 static int sort_out(const FastPath *self) {
@@ -108,11 +111,14 @@ static int may_request(FastPath *self, const Request *request) {
         native_leave_sending(self);
         return PyErr_Occurred() ? -1 : 0;
     }
-    return 1;
+    if (self->unlooked_nbytes < MAX_UNLOOKED_NBYTES) return 1;
+    self->unlooked_nbytes = 0;
+    native_leave_sending(self);
+    return 0;
 }
 
-/* Sends a request. `future`: of `submit`, NULL of `call`. 1, and perhaps there is a `rest`; 0: nothing has happened; -1
- * with an error. */
+/* Sends a request. `future`: of `submit`, NULL of `call`. 1; PARTLY: `send_rest` comes next; 0: nothing has happened;
+ * -1 with an error. */
 static int send_request(FastPath *self, Request *request, PyObject *future) {
     Header header = {KIND_REQUEST, 0, 0, 0, 0, 0, request->timeout_ns > 0 ? (uint64_t)request->timeout_ns : 0};
     header.flags = (uint64_t)number_of(request->core, str_flags);
@@ -141,7 +147,8 @@ static int send_request(FastPath *self, Request *request, PyObject *future) {
     Py_XDECREF(calls);
     if (self->rest == NULL) native_leave_sending(self);
     else if (PySet_Add(self->inside, request->ident) < 0) PyErr_Clear(); /* its calls would wait for itself */
-    request->sent_ns = sent == 1 ? self->encoded_ns : native_now_ns();
+    if (sent == 1 && self->rest != NULL) sent = PARTLY;
+    request->sent_ns = sent > 0 ? self->encoded_ns : native_now_ns();
     self->serialization_ns += request->sent_ns - request->started_ns;
     return sent;
 }
@@ -162,9 +169,8 @@ static PyObject *make_future(FastPath *self, const Request *request) {
     return future;
 }
 
-/* Has Python send the rest of a request, and then release `sending`. 0 with an error. */
+/* Has Python send the rest of this request, and then release `sending`. 0 with an error. */
 static int send_rest(FastPath *self, const Request *request, PyObject *future) {
-    if (self->rest == NULL) return 1;
     PyObject *type, *value, *trace, *sent = future == NULL ? NULL : PyObject_CallOneArg(self->send_rest, future);
     if (sent == NULL && self->rest != NULL) { /* a signal's handler was faster */
         PyErr_Fetch(&type, &value, &trace);
@@ -327,8 +333,8 @@ static PyObject *FastPath_call(FastPath *self, PyObject *const *args, Py_ssize_t
             going = -1;
         }
         if (going == 1) going = send_request(self, &request, NULL);
-        half_sent = going == 1 && self->rest != NULL; /* else it is another thread's */
-        self->op = going == 1 && !half_sent ? request.op : NULL;
+        half_sent = going == PARTLY;
+        self->op = going == 1 ? request.op : NULL;
         if (going <= 0 && !stop_reading(self, &request)) going = -1;
         if (half_sent && !set(request.reader, str_reading, PyLong_FromLong(0))) going = -1;
         unlock(request.reader);
@@ -375,8 +381,8 @@ static PyObject *FastPath_submit(FastPath *self, PyObject *const *args, Py_ssize
     if (going == 1 && (future = make_future(self, &request)) == NULL) going = -1;
     if (going == 1) going = may_request(self, &request);
     if (going == 1) going = send_request(self, &request, future);
-    if (going == 1) {
-        if (!send_rest(self, &request, future)) going = -1;
+    if (going > 0) {
+        if (going == PARTLY && !send_rest(self, &request, future)) going = -1;
         self->wait_ns += native_now_ns() - request.sent_ns;
     }
     if (going < 1) Py_CLEAR(future);

@@ -11,13 +11,7 @@
 #include <string.h>
 #include <sys/socket.h>
 
-enum {
-    MAX_COPIED_NBYTES = 1 << 18,
-    MAX_UNLOOKED_NBYTES = 1 << 20, /* after these Python sends a request, and a probe before it if one is due */
-    MAX_MISSES = 4,
-    RETRY_AFTER = 32,
-    MAX_TRIES = 8
-};
+enum { MAX_COPIED_NBYTES = 1 << 18, MAX_MISSES = 4, RETRY_AFTER = 32, MAX_TRIES = 8 };
 
 static const int64_t EARLY_NS = 40000, MAX_SPIN_NS = 10000000;
 
@@ -54,6 +48,7 @@ static PyObject *block_of(const FastPath *self, uint64_t segment_id, uint64_t of
     Py_DECREF(starts);
     return block != NULL && *within < (uint64_t)number_of(block, str_nbytes) ? block : NULL;
 }
+
 /* ---- out ---- */
 
 /* Finds the segment that holds a tensor, and writes its place: 1; 0: it lies elsewhere; -1 with an error. */
@@ -143,15 +138,6 @@ int native_add_tensors(const FastPath *self, PyObject *tensors, Out *out) {
     return 1;
 }
 
-/* Whether the socket may be used: not once it is closed, when its number may be another file's; and of a request now
- * and then not, so that Python looks whether a probe is due. */
-static int is_open(FastPath *self) {
-    int looks = self->unlooked_nbytes >= MAX_UNLOOKED_NBYTES;
-    double timeout_s = real_of(self->link, str_timeout_s);
-    if (looks) self->unlooked_nbytes = 0;
-    return PyErr_Occurred() ? -1 : !looks && timeout_s >= 0;
-}
-
 int native_take_sending(FastPath *self) {
     /* without making a container, where the collector may run */
     PyObject *taken = self->is_ring ? PyObject_CallMethodNoArgs(self->sending, str_locked)
@@ -163,8 +149,9 @@ int native_take_sending(FastPath *self) {
     if (may && self->is_ring) {
         int pending = native_has_space(self->slots) ? is_true(self->arena, str_has_pending) : 1;
         may = pending < 0 ? -1 : !pending;
-    } else if (may) {
-        may = is_open(self);
+    } else if (may) { /* once it is closed, its number may be another file's */
+        double timeout_s = real_of(self->link, str_timeout_s);
+        may = PyErr_Occurred() ? -1 : timeout_s >= 0;
     }
     if (may <= 0) native_leave_sending(self);
     return may;

@@ -65,7 +65,7 @@ def add_fast_path(
         own |= {"slots": transport.slots, "arena": arena, "returns": arena.returns, "dead": arena.dead}
         own |= {"idle": arena.idle, "copy_in": partial(copy_in, arena)}
     elif type(transport) is Stream and arena is None and not transport.passes_descriptors and not coder.overlaps:
-        own["staging"] = session.stage_in(_STAGING_NBYTES)
+        own["staging"] = session.enlarge_staging(_STAGING_NBYTES)
     else:
         return
     link.arm(monotonic() + _ARMED_S)

@@ -19,8 +19,8 @@ found by incoming.py.
 How bytes come in. The owner asks `receive_buffers()` where the next bytes belong, reads into them, and calls
 `received(n)`. A frame's head is read into a small staging buffer; as soon as its metadata is complete and valid, memory
 for its tensors is allocated and the rest is read straight into it. The part of a payload that came in the same read as
-its head (at most STAGING_NBYTES, or what `stage_in` says) is copied and counted in `staged_nbytes`: the price of one
-read for a small message.
+its head (at most STAGING_NBYTES, or what `enlarge_staging` says) is copied and counted in `staged_nbytes`: the price of
+one read for a small message.
 Through a ring frames come slot by slot (`received_slot`), never with a payload: their tensors are in shared memory.
 
 Interrupts. In the main thread a signal's handler may raise at any moment (Ctrl-C). `received` notes what came in, and
@@ -124,9 +124,9 @@ class Session(Frames):
             return self._payload.remaining()
         return [self._staging[self._filled :]]
 
-    def stage_in(self, nbytes: int) -> memoryview:
-        """Has as many bytes come in with the head of a frame from now on, not STAGING_NBYTES. Returns the memory that
-        they come into, while there is nothing else of a frame."""
+    def enlarge_staging(self, nbytes: int) -> memoryview:
+        """Enlarges the staging buffers to `nbytes` bytes. Returns the one that bytes are read into while no part of a
+        frame waits."""
         self._stagings = _stagings(nbytes)
         self._move_staged(self._at, self._stagings[0])
         return self._staging

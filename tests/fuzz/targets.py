@@ -252,7 +252,7 @@ class SocketEnd(End):
         self.stream, self.arena = Stream(sock), None  # type: ignore[assignment]
         capabilities = CODES | TYPES | Coder.capabilities()
         self.greet(capabilities, lambda *_: self.coder.agree(capabilities), codings=self.coder)
-        self.session.stage_in(68 * 1024)  # as the fast path does, so that both ends count the same
+        self.session.enlarge_staging(68 * 1024)  # as the fast path does, so that both ends count the same
         self.mine = [np.full(nbytes, number, np.uint8) for number, nbytes in enumerate(SIZES)]
 
     @property

@@ -1,6 +1,6 @@
 """Any bytes for the compiled core: it takes what Python takes, and leaves the rest alone. tests/fuzz says how.
 
-Rule. The inputs are few, and the same in each run. What `make fuzz` finds gets a test of its own.
+Rule. Each run tries the same few inputs. What `make fuzz` finds gets a test of its own.
 """
 
 from __future__ import annotations

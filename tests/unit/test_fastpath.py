@@ -142,24 +142,14 @@ def _warm(channel: fastsplit.Channel) -> fastsplit.Channel:
 
 
 @pytest.fixture
-def no_server_fast_path(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """From its call on connections of servers get no fast path."""
-    return lambda: monkeypatch.setattr(replies, "add_fast_path", lambda *_, **__: None)
-
-
-@pytest.fixture
-def pair(
-    serve: Serve, connect: Connect, socket_uri: str, no_server_fast_path: Callable[[], None]
-) -> Callable[..., Pair]:
+def pair(serve: Serve, connect: Connect, socket_uri: str, without_fast_path: Callable[[], None]) -> Callable[..., Pair]:
     """`pair(handlers, arrays)`: two channels, of which the second has no fast path at either end."""
 
     def make(handlers: dict[str, Any], arrays: str = "numpy") -> Pair:
         server = serve(socket_uri, handlers, arrays=arrays)
         first = connect(server.uri, arrays=arrays, call_timeout_s=10)
-        no_server_fast_path()
-        second = connect(server.uri, arrays=arrays, call_timeout_s=10)
-        second._connection.fast_path = None
-        return first, second
+        without_fast_path()
+        return first, connect(server.uri, arrays=arrays, call_timeout_s=10)
 
     return make
 
@@ -828,8 +818,9 @@ def test_a_cancelled_call_ends_the_fast_path_only_for_itself(socket_uri: str, se
     server = serve(socket_uri, {"look": look, "echo": _echo}, arrays="numpy")
     channel = connect(server.uri, arrays="numpy", call_timeout_s=10)
     x = channel.empty(4)
-    channel.call("echo", x)  # so that the server is past the handshake
+    channel.call("echo", x)
     served = _served(server)
+    until(lambda: served.connection.fast_path is not None)  # the call may have come with the handshake
     served.connection.fast_path = path = Watched(served.connection.fast_path)
     for _ in range(4):
         looks.clear()
@@ -875,11 +866,11 @@ HOSTILE: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("request_", HOSTILE, ids=str)
 def test_hostile_requests(
-    unix_uri: str, serve: Serve, no_server_fast_path: Callable[[], None], request_: dict[str, Any]
+    unix_uri: str, serve: Serve, without_fast_path: Callable[[], None], request_: dict[str, Any]
 ) -> None:
     server = serve(unix_uri, {"echo": _echo}, arrays="numpy")
     with_it = _answer(server.uri, request_)
-    no_server_fast_path()
+    without_fast_path()
     assert with_it == _answer(server.uri, request_)
 
 
@@ -1130,22 +1121,28 @@ def _ask_for_large(peer: RawPeer, number: int, count: int = 1) -> None:
     peer.send(*(_request("large", n, attrs={"n": n}) for n in range(number, number + count)))
 
 
+def _narrowed(server: fastsplit.Server, peer: RawPeer) -> Any:
+    """The server's side of a connection that knows its large replies, and of which the kernel takes little at once."""
+    peer.greet()
+    for number in range(1, 5):
+        _ask_for_large(peer, number)
+        assert peer.expect(REPLY).payload == bytes(_large(number))
+    connection = _served(server).connection
+    _narrow(connection)
+    return connection
+
+
 @through_a_socket
 @pytest.mark.parametrize("is_fast", [True, False])
 def test_a_reply_of_which_the_kernel_takes_a_part(
-    large_server: fastsplit.Server, no_server_fast_path: Callable[[], None], is_fast: bool
+    large_server: fastsplit.Server, without_fast_path: Callable[[], None], is_fast: bool
 ) -> None:
     """Python sends the rest. Every byte arrives, once and in order."""
     if not is_fast:
-        no_server_fast_path()
+        without_fast_path()
     with connected(large_server.uri) as peer:
-        peer.greet()
-        for number in range(1, 5):
-            _ask_for_large(peer, number)
-            assert peer.expect(REPLY).payload == bytes(_large(number))
-        connection = _served(large_server).connection
+        connection = _narrowed(large_server, peer)
         path = connection.fast_path = Watched(connection.fast_path) if is_fast else None
-        _narrow(connection)
         for number in (5, 105):
             _ask_for_large(peer, number, 100)
             until(connection.sending.locked)
@@ -1163,7 +1160,7 @@ def test_a_reply_of_which_the_kernel_takes_a_part(
 @pytest.mark.parametrize("leaves", [False, True])
 def test_a_client_that_does_not_take_its_reply(
     large_server: fastsplit.Server,
-    no_server_fast_path: Callable[[], None],
+    without_fast_path: Callable[[], None],
     leaves: bool,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -1171,15 +1168,10 @@ def test_a_client_that_does_not_take_its_reply(
     said = []
     for is_fast in (True, False):
         if not is_fast:
-            no_server_fast_path()
+            without_fast_path()
         caplog.clear()
         with connected(large_server.uri) as peer, caplog.at_level(logging.DEBUG, "fastsplit"):
-            peer.greet()
-            for number in range(1, 5):
-                _ask_for_large(peer, number)
-                peer.expect(REPLY)
-            connection = _served(large_server).connection
-            _narrow(connection)
+            connection = _narrowed(large_server, peer)
             if "unix" in large_server.uri:  # one at a time: then there is no other thread
                 _ask_for_large(peer, 5)
             else:
@@ -1200,18 +1192,13 @@ def test_a_client_that_does_not_take_its_reply(
 @through_a_socket
 @pytest.mark.parametrize("is_fast", [True, False])
 def test_a_server_that_closes_in_the_middle_of_a_reply(
-    large_server: fastsplit.Server, no_server_fast_path: Callable[[], None], is_fast: bool
+    large_server: fastsplit.Server, without_fast_path: Callable[[], None], is_fast: bool
 ) -> None:
     """It sends the rest first, and answers what it has read."""
     if not is_fast:
-        no_server_fast_path()
+        without_fast_path()
     with connected(large_server.uri) as peer, cf.ThreadPoolExecutor(1) as pool:
-        peer.greet()
-        for number in range(1, 5):
-            _ask_for_large(peer, number)
-            peer.expect(REPLY)
-        connection = _served(large_server).connection
-        _narrow(connection)
+        connection = _narrowed(large_server, peer)
         _ask_for_large(peer, 5, 100)
         until(lambda: connection.sending.locked() and connection.outbox.frames)
         until(lambda: not _waiting(_served(large_server)))  # all requests are read
@@ -1359,7 +1346,7 @@ CODINGS: list[dict[str, Any]] = [{}, {"wire_dtype": "float16"}, {"codec": "off"}
 
 
 def test_codings_of_the_channel_and_of_a_call(
-    serve: Serve, connect: Connect, socket_uri: str, no_server_fast_path: Callable[[], None]
+    serve: Serve, connect: Connect, socket_uri: str, without_fast_path: Callable[[], None]
 ) -> None:
     """What is small is not coded, what is large is; the reply is asked for as it would be by Python's path."""
     flags = []
@@ -1373,11 +1360,9 @@ def test_codings_of_the_channel_and_of_a_call(
     outcomes = []
     for is_fast in (True, False):
         if not is_fast:
-            no_server_fast_path()
+            without_fast_path()
         for coding in CODINGS:
             channel = connect(server.uri, arrays="numpy", call_timeout_s=10, **coding)
-            if not is_fast:
-                channel._connection.fast_path = None
             flags.clear()
             said: list[Any] = []
             for more in (None, *CODINGS):
@@ -1551,10 +1536,10 @@ HOSTILE_FRAMES: dict[str, bytes] = {
 @pytest.mark.parametrize("codes", [False, True])
 @pytest.mark.parametrize("what", HOSTILE_FRAMES)
 def test_hostile_requests_through_a_socket(
-    server: fastsplit.Server, no_server_fast_path: Callable[[], None], what: str, codes: bool
+    server: fastsplit.Server, without_fast_path: Callable[[], None], what: str, codes: bool
 ) -> None:
     with_it = _answer_through_a_socket(server.uri, HOSTILE_FRAMES[what], codes=codes)
-    no_server_fast_path()
+    without_fast_path()
     assert with_it == _answer_through_a_socket(server.uri, HOSTILE_FRAMES[what], codes=codes)
 
 

@@ -357,8 +357,7 @@ class ServedClient:
             finally:
                 self._in_handler = False
             time_ns = perf_counter_ns() - started_ns
-            sent = fast_path is not None and self._workers is None and self._ahead.reader is None
-            sent = sent and fast_path.reply(call, result, time_ns)
+            sent = fast_path is not None and self._ahead.reader is None and fast_path.reply(call, result, time_ns)
             if not sent:
                 until = core.reply_deadline(None) if deadline is None else deadline
                 out = core.prepare(call, result, until)
